@@ -20,15 +20,16 @@ type Sink interface {
 // any order; those never set are the parent's, or holes where it has none.
 type Builder struct {
 	sink   Sink
+	own    Store // reads back what was written here
 	lay    Layout
 	parent *Tree // nil for a full
-	zeroes map[int64][]byte
 
-	mu      sync.Mutex
-	segs    map[int64]repository.ObjectID
-	zero    map[int64]repository.ObjectID // hole by length
-	zeroSeg map[int64]repository.ObjectID // hole segment by length
-	chunks  map[int64]chunkPiece          // written by an earlier Root, still valid
+	mu        sync.Mutex
+	segs      map[int64]repository.ObjectID
+	forgotten map[int64]bool                // segments not to be taken from the parent
+	zero      map[int64]repository.ObjectID // hole by length
+	zeroSeg   map[int64]repository.ObjectID // hole segment by length
+	chunks    map[int64]chunkPiece          // written by an earlier Root, still valid
 }
 
 type chunkPiece struct {
@@ -37,8 +38,9 @@ type chunkPiece struct {
 }
 
 // NewBuilder starts a tree over lay. A parent's own short tail must be set by
-// the caller where it is no longer the tail.
-func NewBuilder(sink Sink, lay Layout, parent *Tree) (*Builder, error) {
+// the caller where it is no longer the tail. own reads what was written to
+// sink.
+func NewBuilder(sink Sink, own Store, lay Layout, parent *Tree) (*Builder, error) {
 	if err := lay.Check(); err != nil {
 		return nil, err
 	}
@@ -48,11 +50,12 @@ func NewBuilder(sink Sink, lay Layout, parent *Tree) (*Builder, error) {
 		}
 	}
 	return &Builder{
-		sink: sink, lay: lay, parent: parent,
-		segs:    map[int64]repository.ObjectID{},
-		zero:    map[int64]repository.ObjectID{},
-		zeroSeg: map[int64]repository.ObjectID{},
-		chunks:  map[int64]chunkPiece{},
+		sink: sink, own: own, lay: lay, parent: parent,
+		segs:      map[int64]repository.ObjectID{},
+		forgotten: map[int64]bool{},
+		zero:      map[int64]repository.ObjectID{},
+		zeroSeg:   map[int64]repository.ObjectID{},
+		chunks:    map[int64]chunkPiece{},
 	}, nil
 }
 
@@ -82,7 +85,17 @@ func (b *Builder) Base(ctx context.Context, n int64) ([]Entry, error) {
 	count := b.lay.SegmentBlocks(n)
 	entries := make([]Entry, count)
 	have := 0
-	if b.parent != nil && n < b.parent.lay.Segments() {
+	b.mu.Lock()
+	from, inherits := b.segs[n], b.parent != nil && n < b.parent.lay.Segments() && !b.forgotten[n]
+	b.mu.Unlock()
+	switch {
+	case from != (repository.ObjectID{}): // a second pass over a segment set before
+		s, err := ReadIndex(ctx, b.own, from)
+		if err != nil {
+			return nil, err
+		}
+		have = copy(entries, s.Entries)
+	case inherits:
 		s, err := b.parent.Segment(ctx, n)
 		if err != nil {
 			return nil, err
@@ -121,12 +134,39 @@ func (b *Builder) SetSegment(ctx context.Context, n int64, entries []Entry) erro
 	return nil
 }
 
+// Written reports whether segment n was set here, not taken from the parent.
+func (b *Builder) Written(n int64) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	_, ok := b.segs[n]
+	return ok
+}
+
+// Forget drops segment n, set or inherited, because its index was lost: Base
+// starts it from holes and every block of it must be set again.
+func (b *Builder) Forget(n int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.segs, n)
+	delete(b.chunks, n/chunkEntries)
+	b.forgotten[n] = true
+}
+
+// ForgetZero drops what is known of holes of n bytes, so that they are written
+// again.
+func (b *Builder) ForgetZero(n int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.zero, n)
+	clear(b.zeroSeg)
+}
+
 // segmentID returns what the root lists for segment n.
 func (b *Builder) segmentID(ctx context.Context, n int64) (repository.ObjectID, error) {
 	if id, ok := b.segs[n]; ok {
 		return id, nil
 	}
-	if b.parent != nil && n < b.parent.lay.Segments() {
+	if b.parent != nil && n < b.parent.lay.Segments() && !b.forgotten[n] {
 		if b.parent.lay.SegmentLen(n) != b.lay.SegmentLen(n) {
 			return repository.ObjectID{}, fmt.Errorf("segment %d was resized and not set", n)
 		}
@@ -260,7 +300,7 @@ func (b *Builder) parentChunk(ctx context.Context, n, first, end int64) (chunkPi
 		return chunkPiece{}, false
 	}
 	for seg := first; seg < end; seg++ {
-		if _, set := b.segs[seg]; set {
+		if _, set := b.segs[seg]; set || b.forgotten[seg] {
 			return chunkPiece{}, false
 		}
 	}

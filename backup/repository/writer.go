@@ -126,6 +126,23 @@ func (w *Writer) Refresh(_ context.Context) error {
 	return nil
 }
 
+// Reader reads as this session sees the repository: with what it wrote and has
+// not flushed.
+func (w *Writer) Reader() *SessionReader { return &SessionReader{w} }
+
+// SessionReader reads what a Writer can see.
+type SessionReader struct{ w *Writer }
+
+// ReadObject is Repository.ReadObject as the session sees it.
+func (s *SessionReader) ReadObject(ctx context.Context, oid ObjectID) ([]byte, error) {
+	return s.w.ReadObject(ctx, oid)
+}
+
+// ZeroID is Repository.ZeroID.
+func (s *SessionReader) ZeroID(ctx context.Context, n int64) (ObjectID, error) {
+	return s.w.r.ZeroID(ctx, n)
+}
+
 // ReadObject is Repository.ReadObject, and sees what this session wrote.
 func (w *Writer) ReadObject(ctx context.Context, oid ObjectID) ([]byte, error) {
 	if cid, compressed, ok := oid.ContentID(); ok && !compressed {

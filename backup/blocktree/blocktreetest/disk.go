@@ -123,7 +123,7 @@ func Write(ctx context.Context, s *Store, d *Disk, parent *Point) (*Point, error
 			return nil, err
 		}
 	}
-	b, err := blocktree.NewBuilder(s, d.Layout, tree)
+	b, err := blocktree.NewBuilder(s, s, d.Layout, tree)
 	if err != nil {
 		return nil, err
 	}
