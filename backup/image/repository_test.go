@@ -26,7 +26,7 @@ func writeTree(t *testing.T, r *repository.Repository, data []byte, blockSize in
 	}
 	defer w.Close()
 	lay := blocktree.Layout{Size: int64(len(data)), BlockSize: blockSize}
-	b, err := blocktree.NewBuilder(w, w, lay, nil)
+	b, err := blocktree.NewBuilder(w, w.Reader(), lay, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
