@@ -45,7 +45,7 @@ func Down(ctx context.Context) error {
 		return err
 	}
 	return until(deadline(ctx, 30*time.Second), "the kernel to let go", func(context.Context) error {
-		return errors.Join(supervisor.RemoveCgroups(cgroupName), os.RemoveAll(run))
+		return errors.Join(supervisor.RemoveCgroups(cgroupName(run)), os.RemoveAll(run))
 	})
 }
 

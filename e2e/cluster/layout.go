@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -33,7 +34,6 @@ const (
 	S3AccessKey = "e2e-access"
 	S3SecretKey = "e2e-secret-key"
 
-	cgroupName  = "varve-e2e"
 	serviceIP   = "10.96.0.1"
 	serviceCIDR = "10.96.0.0/16"
 	podCIDR     = "10.244.0.0/16"
@@ -96,12 +96,19 @@ func RunDir() (string, error) {
 	if len(d)+socketRoom > 107 {
 		return "", fmt.Errorf("run directory %s is too long a path for unix sockets; set VARVE_E2E_RUN to a shorter one", d)
 	}
-	for _, hidden := range []string{"/run", "/var/run", "/proc", "/sys", "/var/log"} {
+	for _, hidden := range []string{"/run", "/var/run", "/proc", "/sys", "/opt", "/var/log", "/var/lib"} {
 		if d == hidden || strings.HasPrefix(d, hidden+"/") {
 			return "", fmt.Errorf("run directory %s lies where nodes mount their own %s; set VARVE_E2E_RUN to another one", d, hidden)
 		}
 	}
 	return d, nil
+}
+
+// cgroupName is the cgroup that holds all of the cluster in a run directory.
+func cgroupName(run string) string {
+	h := fnv.New32a()
+	_, _ = h.Write([]byte(run)) // never fails
+	return fmt.Sprintf("varve-e2e-%08x", h.Sum32())
 }
 
 // Cluster is one that runs.
@@ -155,6 +162,9 @@ func (c *Cluster) Kubeconfig() string { return c.Path("admin.kubeconfig") }
 func (c *Cluster) Supervisor(n *Node) supervisor.Client {
 	return supervisor.Client{Socket: c.NodePath(n, "init.sock")}
 }
+
+// Cgroup is the cgroup that holds all of a node, in every hierarchy of /sys/fs/cgroup.
+func (c *Cluster) Cgroup(n *Node) string { return filepath.Join(cgroupName(c.Run), n.Name) }
 
 func (c *Cluster) bin(name string) string { return filepath.Join(c.Bin, name) }
 

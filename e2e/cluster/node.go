@@ -19,7 +19,7 @@ const startTimeout = 3 * time.Minute
 
 // spawn makes a node's namespaces and waits until its supervisor answers.
 func (c *Cluster) spawn(ctx context.Context, n *Node) error {
-	for _, d := range []string{"log", "varlog", "cni", "kubelet/plugins_registry", "containerd"} {
+	for _, d := range []string{"log", "cni", "kubelet/plugins_registry", "containerd"} {
 		if err := os.MkdirAll(c.NodePath(n, d), 0o755); err != nil {
 			return err
 		}
@@ -32,7 +32,7 @@ func (c *Cluster) spawn(ctx context.Context, n *Node) error {
 		return err
 	}
 	defer log.Close()
-	cmd := exec.Command(c.bin("e2e-cluster"), "node-enter", cgroupName+"/"+n.Name, n.Name, c.NodePath(n, "varlog"), c.NodePath(n, "init.sock"))
+	cmd := exec.Command(c.bin("e2e-cluster"), "node-enter", c.Cgroup(n), n.Name, c.NodePath(n), c.NodePath(n, "init.sock"))
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.Env = append(os.Environ(), "PATH="+c.Bin+":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 	cmd.Dir = "/"

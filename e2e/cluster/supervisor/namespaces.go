@@ -175,8 +175,15 @@ func removeTree(dir string) error {
 }
 
 // PrepareNode mounts what a node has of its own: /proc, /sys and the cgroups of its
-// namespaces, an empty /run, and a log directory in place of /var/log.
-func PrepareNode(hostname, logs string) error {
+// namespaces, empty /run and /opt, and copies of /var/log and /var/lib whose changes
+// lie below dir: components write there whatever they are told.
+func PrepareNode(hostname, dir string) error {
+	logs, upper, work := filepath.Join(dir, "var-log"), filepath.Join(dir, "var-lib"), filepath.Join(dir, "var-lib-work")
+	for _, d := range []string{logs, upper, work} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			return err
+		}
+	}
 	v1, err := hierarchies()
 	if err != nil {
 		return err
@@ -194,7 +201,9 @@ func PrepareNode(hostname, logs string) error {
 		{"proc", "/proc", "proc", 0, ""},
 		{"sysfs", "/sys", "sysfs", 0, ""},
 		{"tmpfs", "/run", "tmpfs", 0, "mode=755"},
+		{"tmpfs", "/opt", "tmpfs", 0, "mode=755"},
 		{logs, "/var/log", "", unix.MS_BIND, ""},
+		{"overlay", "/var/lib", "overlay", 0, "lowerdir=/var/lib,upperdir=" + upper + ",workdir=" + work},
 	}
 	if len(v1) == 0 {
 		mounts = append(mounts, m{"cgroup2", cgroupFS, "cgroup2", 0, ""})

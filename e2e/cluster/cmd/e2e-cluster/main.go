@@ -48,7 +48,7 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 		return errors.New("say what to do: build, warm, up, down, kubectl, exec, node or image")
 	}
 	switch args[0] {
-	case "node-enter": // GROUP NAME LOGS SOCKET, in new namespaces
+	case "node-enter": // GROUP NAME DIR SOCKET, in new namespaces
 		if len(args) != 5 {
 			return errors.New("node-enter is for the cluster's own use")
 		}
@@ -57,7 +57,7 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 			return err
 		}
 		return supervisor.EnterCgroup(args[1], []string{self, "node-init", args[2], args[3], args[4]})
-	case "node-init": // NAME LOGS SOCKET, as first process of a node
+	case "node-init": // NAME DIR SOCKET, as first process of a node
 		if len(args) != 4 {
 			return errors.New("node-init is for the cluster's own use")
 		}
