@@ -52,6 +52,12 @@ const BlockServiceAccount = "block-reader"
 // BlockService connects to a driver's sidecar.
 func (f *F) BlockService(d *cluster.Driver) *BlockService {
 	f.T.Helper()
+	return f.BlockServiceWithToken(d, f.blockToken(d.Audience()))
+}
+
+// BlockServiceWithToken is BlockService with a token of the caller's.
+func (f *F) BlockServiceWithToken(d *cluster.Driver, token string) *BlockService {
+	f.T.Helper()
 	ctx := f.T.Context()
 	svc := &unstructured.Unstructured{}
 	svc.SetGroupVersionKind(schema.GroupVersionKind{Group: "cbt.storage.k8s.io", Version: "v1beta1", Kind: "SnapshotMetadataService"})
@@ -78,7 +84,7 @@ func (f *F) BlockService(d *cluster.Driver) *BlockService {
 		f.T.Fatal(err)
 	}
 	f.T.Cleanup(func() { _ = conn.Close() })
-	return &BlockService{f: f, client: snapshotmetadata.NewSnapshotMetadataClient(conn), token: f.blockToken(field("audience"))}
+	return &BlockService{f: f, client: snapshotmetadata.NewSnapshotMetadataClient(conn), token: token}
 }
 
 func (f *F) blockToken(audience string) string {

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	groupsnapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumegroupsnapshot/v1"
 	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -59,7 +60,7 @@ func New(t *testing.T) *F {
 	}
 	cfg.QPS, cfg.Burst = 200, 400
 	s := scheme.Scheme
-	if err := snapshotv1.AddToScheme(s); err != nil {
+	if err := errors.Join(snapshotv1.AddToScheme(s), groupsnapshotv1.AddToScheme(s)); err != nil {
 		t.Fatal(err)
 	}
 	cl, err := client.NewWithWatch(cfg, client.Options{Scheme: s})
