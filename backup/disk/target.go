@@ -102,6 +102,22 @@ func (t *Target) prepare(opt TargetOptions, existed bool) error {
 	return nil
 }
 
+// Empty has a file read as zeroes again, so that zeroes need no writing. It does
+// nothing to a device.
+func (t *Target) Empty() error {
+	if t.info.device {
+		return nil
+	}
+	if err := t.f.Truncate(0); err != nil {
+		return fmt.Errorf("empty %s: %w", t.path, err)
+	}
+	if err := t.f.Truncate(t.info.size); err != nil {
+		return fmt.Errorf("size %s: %w", t.path, err)
+	}
+	t.fresh = true
+	return nil
+}
+
 // Close closes the target. Sync first.
 func (t *Target) Close() error {
 	err := t.f.Close()
