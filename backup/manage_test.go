@@ -122,7 +122,7 @@ func TestForgetAndMaintenanceReclaim(t *testing.T) {
 	if _, err := Verify(t.Context(), fresh, VerifyOptions{Read: 1}); err != nil {
 		t.Error(err)
 	}
-	st, err := r.MaintenanceStatus(t.Context())
+	st, err := r.MaintenanceState(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -229,7 +229,11 @@ func removePack(t *testing.T, conf, pack string, keep []string) {
 func openFresh(t *testing.T, conf string) *repository.Repository {
 	t.Helper()
 	conf2 := filepath.Join(t.TempDir(), "repository.config")
-	if err := repository.ConnectFilesystemForTest(t.Context(), filepath.Join(filepath.Dir(conf), "repo"), conf2, "secret"); err != nil {
+	if err := repository.Connect(t.Context(), repository.ConnectOptions{
+		ConfigFile: conf2, Password: "secret",
+		Storage: &repository.Filesystem{Path: filepath.Join(filepath.Dir(conf), "repo")},
+		Cache:   repository.Cache{Directory: conf2 + ".cache"},
+	}); err != nil {
 		t.Fatal(err)
 	}
 	return openRepo(t, conf2)
@@ -354,14 +358,13 @@ func TestLeaseDuringPrune(t *testing.T) {
 	points, want := chain(t, r, testVolume, 2, 2<<20)
 	ctx := t.Context()
 	reader := openRepo(t, conf)
-	stale := reader // it still sees the point
 	var l *Lease
 	plan, err := Prune(ctx, r, PruneOptions{Policy: Policy{Latest: 1}, Cluster: "test", step: func(s string) {
 		if s != "deleted" {
 			return
 		}
 		var err error
-		if l, err = acquire(ctx, stale, points[0].ID, "serve"); err != nil {
+		if l, err = acquire(ctx, reader, points[0].ID, "serve"); err != nil {
 			t.Error(err)
 		}
 	}})
