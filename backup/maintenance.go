@@ -116,7 +116,7 @@ func MaybeMaintain(ctx context.Context, r *repository.Repository) {
 	if !r.Writable() {
 		return
 	}
-	st, err := r.MaintenanceStatus(ctx)
+	st, err := r.MaintenanceState(ctx)
 	if err != nil {
 		slog.DebugContext(ctx, "maintenance status", "error", err)
 		return

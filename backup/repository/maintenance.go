@@ -64,8 +64,8 @@ type MaintenanceReport struct {
 	Damaged    []DamagedSnapshot
 }
 
-// MaintenanceStatus is what is known of maintenance without running it.
-type MaintenanceStatus struct {
+// MaintenanceState is what is known of maintenance without running it.
+type MaintenanceState struct {
 	Owner     string
 	Owned     bool // by this connection
 	LastQuick MaintenanceRun
@@ -158,7 +158,7 @@ func safetyOf(opt MaintainOptions) maintenance.SafetyParameters {
 // maintenanceDue returns quick or full when this connection owns maintenance
 // and the schedule says so, empty otherwise.
 func (r *Repository) maintenanceDue(ctx context.Context) (MaintenanceMode, error) {
-	st, err := r.MaintenanceStatus(ctx)
+	st, err := r.MaintenanceState(ctx)
 	if err != nil {
 		return "", err
 	}
@@ -174,8 +174,8 @@ func (r *Repository) maintenanceDue(ctx context.Context) (MaintenanceMode, error
 	return "", nil
 }
 
-// MaintenanceStatus reads owner, schedule and history.
-func (r *Repository) MaintenanceStatus(ctx context.Context) (*MaintenanceStatus, error) {
+// MaintenanceState reads owner, schedule and history.
+func (r *Repository) MaintenanceState(ctx context.Context) (*MaintenanceState, error) {
 	if r.direct == nil {
 		return nil, errors.New("maintenance runs on the storage itself; this connection goes through a Kopia API server, which runs its own")
 	}
@@ -187,7 +187,7 @@ func (r *Repository) MaintenanceStatus(ctx context.Context) (*MaintenanceStatus,
 	if err != nil {
 		return nil, fmt.Errorf("read maintenance schedule: %w", err)
 	}
-	st := &MaintenanceStatus{
+	st := &MaintenanceState{
 		Owner: p.Owner, Owned: p.Owner == r.rep.ClientOptions().UsernameAtHost(),
 		LastQuick: lastRun(s.Runs[maintenance.TaskEpochAdvance]),
 		LastFull:  lastRun(s.Runs[maintenance.TaskSnapshotGarbageCollection]),
