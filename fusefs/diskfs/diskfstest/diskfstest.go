@@ -95,19 +95,30 @@ func Open(t testing.TB, image string) (*os.File, int64) {
 }
 
 // Mount mounts an image with the kernel, by a loop device, with options such as
-// "ro". The function it gives unmounts; so does the test's end.
+// "ro". The loop device can be written even then, so a dirty journal is replayed into the
+// image. The function that comes back unmounts; so does the test's end.
 func Mount(t testing.TB, image, options string) (dir string, unmount func()) {
 	t.Helper()
 	dir = t.TempDir()
-	Run(t, "mount", "-o", strings.TrimSuffix("loop,"+options, ","), image, dir)
-	mounted := true
+	loop := strings.TrimSpace(Run(t, "losetup", "--find", "--show", image))
+	attached, mounted := true, false
 	unmount = func() {
 		if mounted {
 			mounted = false
 			Run(t, "umount", dir)
 		}
+		if attached {
+			attached = false
+			Run(t, "losetup", "--detach", loop)
+		}
 	}
 	t.Cleanup(unmount)
+	args := []string{loop, dir}
+	if options != "" {
+		args = append([]string{"-o", options}, args...)
+	}
+	Run(t, "mount", args...)
+	mounted = true
 	return dir, unmount
 }
 
@@ -249,10 +260,10 @@ func describe(fsys diskfs.FileSystem, name string, opt Options) (string, error) 
 			return "", err
 		}
 		defer f.Close()
-		if d.sum, err = sum(f); err != nil {
+		if d.data, err = dataRanges(f.(diskfs.File)); err != nil {
 			return "", err
 		}
-		if d.data, err = dataRanges(f.(diskfs.File)); err != nil {
+		if d.sum, err = sum(f.(diskfs.File), st.Size, d.data); err != nil {
 			return "", err
 		}
 	}
@@ -266,10 +277,29 @@ func describe(fsys diskfs.FileSystem, name string, opt Options) (string, error) 
 	return d.text(opt), nil
 }
 
-func sum(r io.Reader) (string, error) {
+// wholeFile is the size up to which a file's holes are read and hashed too. Of greater files only
+// data is, with its place, and the first bytes of each hole.
+const wholeFile = 256 << 20
+
+func sum(r io.ReaderAt, size int64, data []string) (string, error) {
 	h := sha256.New()
-	_, err := io.CopyBuffer(h, struct{ io.Reader }{r}, make([]byte, 1<<20))
-	return hex.EncodeToString(h.Sum(nil)), err
+	buf := make([]byte, 1<<20)
+	if size <= wholeFile {
+		_, err := io.CopyBuffer(h, struct{ io.Reader }{io.NewSectionReader(r, 0, size)}, buf)
+		return hex.EncodeToString(h.Sum(nil)), err
+	}
+	for _, d := range data {
+		var start, end int64
+		if _, err := fmt.Sscanf(d, "%d-%d", &start, &end); err != nil {
+			return "", err
+		}
+		end = min(size, end+4096)
+		fmt.Fprintf(h, "%d-%d:", start, end)
+		if _, err := io.CopyBuffer(h, struct{ io.Reader }{io.NewSectionReader(r, start, end-start)}, buf); err != nil {
+			return "", err
+		}
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
 // dataRanges lists the ranges that hold data, joined where they touch.
@@ -329,12 +359,10 @@ func describeKernel(p string, opt Options) (string, error) {
 		}
 		defer f.Close()
 		// Before reading: pages in memory turn preallocated ranges into data.
-		if !opt.IgnoreData {
-			if d.data, err = kernelRanges(f); err != nil {
-				return "", err
-			}
+		if d.data, err = kernelRanges(f); err != nil {
+			return "", err
 		}
-		if d.sum, err = sum(f); err != nil {
+		if d.sum, err = sum(f, d.size, d.data); err != nil {
 			return "", err
 		}
 	}
@@ -359,8 +387,7 @@ func kernelRanges(f *os.File) ([]string, error) {
 		}
 		list = append(list, fmt.Sprintf("%d-%d", start, off))
 	}
-	_, err := f.Seek(0, io.SeekStart)
-	return list, err
+	return list, nil
 }
 
 func kernelXattrs(p string) ([]string, error) {

@@ -120,7 +120,7 @@ func (j *journal) readSuperblock() error {
 		if fast == 0 {
 			fast = journalFastDefault
 		}
-		if fast >= j.last {
+		if fast < 2 || fast >= j.last {
 			return corrupt(where, "%d fast-commit blocks of %d", fast, j.last)
 		}
 		j.last -= fast

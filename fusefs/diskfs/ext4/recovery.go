@@ -302,7 +302,8 @@ func (s *scan) refuseFastCommits() error {
 	if !s.has(journalIncompatFastCommit) {
 		return nil
 	}
-	b, _, err := s.block(s.last)
+	// The kernel leaves one block between the log and the area.
+	b, _, err := s.block(s.last + 1)
 	if err != nil {
 		return err
 	}
