@@ -185,6 +185,9 @@ func (t *tree) resolve(name string, follow bool) (Inode, error) {
 	for links := 0; rest != ""; {
 		var elem string
 		elem, rest, _ = strings.Cut(rest, "/")
+		if (elem == "." || elem == "..") && !stack[len(stack)-1].Stat().FileMode().IsDir() {
+			return nil, syscall.ENOTDIR
+		}
 		switch elem {
 		case "", ".":
 			continue

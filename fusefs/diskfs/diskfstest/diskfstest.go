@@ -124,13 +124,15 @@ func Mount(t testing.TB, image, options string) (dir string, unmount func()) {
 
 // Options say what Compare leaves out, with the reason at each use.
 type Options struct {
-	IgnoreBlocks bool // st_blocks
-	IgnoreNlink  bool // link counts of directories
-	IgnoreIno    bool // inode numbers
-	IgnoreData   bool // which ranges are holes (content is compared all the same)
-	IgnoreAtime  bool
-	IgnoreCtime  bool
-	Skip         string // a path that is not compared
+	IgnoreBlocks  bool // st_blocks
+	IgnoreNlink   bool // link counts of directories
+	IgnoreIno     bool // inode numbers
+	IgnoreData    bool // which ranges are holes (content is compared all the same)
+	IgnoreAtime   bool
+	IgnoreCtime   bool
+	IgnoreDirSize bool
+	WholeSeconds  bool     // of times only the second, within what 34 bits express
+	Skip          []string // paths that are not compared
 }
 
 // Compare compares the whole tree of fsys with a directory where the kernel has
@@ -145,7 +147,7 @@ func Compare(t testing.TB, fsys diskfs.FileSystem, dir string, opt Options) int 
 			return err
 		}
 		name, err := filepath.Rel(dir, p)
-		if err != nil || name == opt.Skip && name != "" {
+		if err != nil || slices.Contains(opt.Skip, name) {
 			return err
 		}
 		want[name], err = describeKernel(p, opt)
@@ -158,7 +160,7 @@ func Compare(t testing.TB, fsys diskfs.FileSystem, dir string, opt Options) int 
 		if err != nil {
 			return err
 		}
-		if name == opt.Skip && name != "" {
+		if slices.Contains(opt.Skip, name) {
 			return nil
 		}
 		got[name], err = describe(fsys, name, opt)
@@ -216,6 +218,12 @@ func (d *description) text(opt Options) string {
 	}
 	if opt.IgnoreData {
 		d.data = nil
+	}
+	if opt.IgnoreDirSize && d.mode&syscall.S_IFMT == syscall.S_IFDIR {
+		d.size = 0
+	}
+	if opt.WholeSeconds {
+		d.mtime = d.mtime.Truncate(time.Second)
 	}
 	if opt.IgnoreAtime {
 		d.atime = time.Time{}

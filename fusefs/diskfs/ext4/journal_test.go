@@ -91,16 +91,22 @@ func work(t *testing.T, dir string) {
 // shows after replaying its journal.
 func TestDirtyJournal(t *testing.T) {
 	diskfstest.NeedRoot(t)
-	for _, c := range []struct{ name, args, mount string }{
-		{"v3", "-t ext4", ""},
-		{"v3-1k-long", "-t ext4 -b 1024 -J size=4", ""}, // goes round its ring
-		{"v3-data", "-t ext4", "data=journal"},
-		{"none", "-t ext3", ""},
-		{"none-data-1k", "-t ext3 -b 1024", "data=journal"},
-		{"none-64bit", "-t ext4 -O ^metadata_csum,64bit", ""},
-		{"v1", "-t ext4 -O ^metadata_csum,^64bit", "journal_checksum"},
-		{"v1-async", "-t ext4 -O ^metadata_csum,64bit", "journal_async_commit,data=writeback"},
-		{"inline", "-t ext4 -O inline_data,bigalloc -C 65536", ""},
+	const csumV3 = journalIncompatCsumV3 | journalIncompat64bit
+	for _, c := range []struct {
+		name, args, mount string
+		compat, incompat  uint32 // that the kernel gives the journal
+		wraps             bool   // the log goes round its ring
+	}{
+		{name: "v3", args: "-t ext4", incompat: csumV3},
+		{name: "v3-wrap", args: "-t ext4 -b 1024 -J size=1", incompat: csumV3, wraps: true},
+		{name: "v3-data", args: "-t ext4", mount: "data=journal", incompat: csumV3},
+		{name: "none", args: "-t ext3"},
+		{name: "none-data-1k", args: "-t ext3 -b 1024", mount: "data=journal"},
+		{name: "none-64bit", args: "-t ext4 -O ^metadata_csum,64bit", incompat: journalIncompat64bit},
+		{name: "v1", args: "-t ext4 -O ^metadata_csum,^64bit", mount: "journal_checksum", compat: journalCompatChecksum},
+		{name: "v1-async", args: "-t ext4 -O ^metadata_csum,64bit", mount: "journal_async_commit,data=writeback",
+			compat: journalCompatChecksum, incompat: journalIncompat64bit | journalIncompatAsyncCommit},
+		{name: "inline", args: "-t ext4 -O inline_data,bigalloc -C 65536", incompat: csumV3},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			image := diskfstest.NewImage(t, 96<<20)
@@ -127,6 +133,29 @@ func TestDirtyJournal(t *testing.T) {
 			}
 			if stale.Info().Log != diskfs.LogIgnored {
 				t.Errorf("log %v, want ignored", stale.Info().Log)
+			}
+			journalIno, err := stale.inode(uint64(stale.sb.journalIno))
+			if err != nil {
+				t.Fatal(err)
+			}
+			j := &journal{fs: stale, file: journalIno}
+			if err := j.readSuperblock(); err != nil {
+				t.Fatal(err)
+			}
+			// The feature "revoke" reaches the journal's superblock late.
+			if j.compat != c.compat || j.incompat&^journalIncompatRevoke != c.incompat {
+				t.Errorf("journal features compat %#x incompat %#x, want %#x %#x", j.compat, j.incompat, c.compat, c.incompat)
+			}
+			first, err := j.position(j.start)
+			if err != nil {
+				t.Fatal(err)
+			}
+			wraps := false
+			for _, b := range f.dev.over {
+				wraps = wraps || b.pos < first
+			}
+			if c.wraps && !wraps {
+				t.Error("the log does not go round its ring")
 			}
 			if entries, err := diskfs.New(stale).ReadDir("."); err == nil && len(entries) > 10 {
 				t.Errorf("%d entries without replay: the journal was not needed", len(entries))
