@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -69,7 +70,12 @@ func TestBackupFromExtents(t *testing.T) {
 	list := filepath.Join(env["HOME"], "changes")
 	write := func(base, target string, lines ...string) {
 		t.Helper()
-		head := fmt.Sprintf(`{"format":"varve-extents/1","base":%q,"target":%q,"size":%d}`, base, target, 1<<20)
+		if base == "" {
+			base = "null"
+		} else {
+			base = strconv.Quote(base)
+		}
+		head := fmt.Sprintf(`{"format":"varve-extents/1","base":%s,"target":%q,"size":%d}`, base, target, 1<<20)
 		tail := fmt.Sprintf(`{"end":true,"count":%d}`, len(lines))
 		text := strings.Join(append(append([]string{head}, lines...), tail), "\n") + "\n"
 		if err := os.WriteFile(list, []byte(text), 0o600); err != nil {
