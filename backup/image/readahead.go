@@ -8,9 +8,11 @@ import (
 const (
 	maxStreams = 8 // sequential readers told apart in one image
 
-	// streamSlack is how far out of order the reads of one stream may arrive:
-	// clients such as nbdcopy keep many requests in flight.
-	streamSlack = 4 << 20
+	// slackReads and maxSlack are how far out of order the reads of one stream may arrive,
+	// in reads and at most in bytes: clients such as nbdcopy keep many requests
+	// in flight. Small random reads of a small disk must not pass for streams.
+	slackReads = 16
+	maxSlack   = 4 << 20
 
 	streamHits   = 3       // reads that continue one another before it is a stream
 	firstWindow  = 2 << 20 // bytes read ahead at first
@@ -39,10 +41,11 @@ func (s *streams) observe(off, length, size, maxWindow int64) (from, to int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.clock++
+	slack := min(slackReads*length, maxSlack)
 	oldest := &s.list[0]
 	for i := range s.list {
 		st := &s.list[i]
-		if st.hits > 0 && off >= st.next-max(streamSlack, st.window) && off <= st.next+streamSlack {
+		if st.hits > 0 && off >= st.next-max(slack, st.window) && off <= st.next+slack {
 			st.used = s.clock
 			return st.advance(end, size, maxWindow)
 		}

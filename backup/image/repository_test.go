@@ -106,14 +106,22 @@ func checkSame(t *testing.T, m *image.Image, want []byte) {
 func TestObjectsOfStockKopia(t *testing.T) {
 	repo := repotest.New(t)
 	data := someData(1, 11*mib+777)
+	type object struct {
+		name string
+		root blocktree.Root
+	}
+	var objects []object
 	for _, splitter := range []string{"", "FIXED-1M", "FIXED-128K", "DYNAMIC-128K-BUZHASH"} {
 		for _, comp := range []string{"", "zstd-fastest"} {
 			for _, size := range []int{len(data), 700} {
 				oid := repo.WriteObject(t, data[:size], splitter, comp)
-				m := open(t, repo.Open(t), blocktree.Root{Object: oid, Size: int64(size)})
-				checkSame(t, m, data[:size])
+				objects = append(objects, object{splitter + " " + comp, blocktree.Root{Object: oid, Size: int64(size)}})
 			}
 		}
+	}
+	r := repo.Open(t)
+	for _, o := range objects {
+		t.Run(o.name, func(t *testing.T) { checkSame(t, open(t, r, o.root), data[:o.root.Size]) })
 	}
 	// Zeroes of a fixed splitter are holes.
 	zeroes := make([]byte, 3*mib)

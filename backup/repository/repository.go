@@ -48,6 +48,11 @@ type Repository struct {
 	direct repo.DirectRepository // nil when connected through a Kopia API server
 	config Config
 
+	place   string // where it is, for people
+	cluster string
+	foreign bool   // made by Kopia or Velero: never written to
+	release func() // frees what the storage holds, after Close
+
 	mu         sync.Mutex // guards refreshSeq and serialises refreshes
 	refreshSeq uint64
 
@@ -77,7 +82,7 @@ func Indirect(oid ObjectID) ObjectID {
 
 // Writable reports whether this connection may write.
 func (r *Repository) Writable() bool {
-	return r.direct != nil && !r.rep.ClientOptions().ReadOnly
+	return r.direct != nil && !r.foreign && !r.rep.ClientOptions().ReadOnly
 }
 
 // Direct reports whether the repository is read from its storage itself, not
@@ -89,6 +94,7 @@ func (r *Repository) Now() time.Time { return r.rep.Time() }
 
 // Close releases the repository.
 func (r *Repository) Close(ctx context.Context) error {
+	defer r.release()
 	if err := r.rep.Close(ctx); err != nil {
 		return fmt.Errorf("close repository: %w", err)
 	}
@@ -199,6 +205,7 @@ type ContentState struct {
 	Found   bool
 	Deleted bool   // marked by garbage collection; its bytes may go any time
 	Pack    string // blob that holds it; empty while it waits in a writer
+	Offset  int64  // where in the pack it begins
 	Packed  int64  // bytes it takes in the pack
 	Length  int64  // bytes it decodes to
 	Written time.Time
@@ -225,6 +232,7 @@ func contentState(info content.Info, err error) (ContentState, error) {
 		Found:   true,
 		Deleted: info.Deleted,
 		Pack:    string(info.PackBlobID),
+		Offset:  int64(info.PackOffset),
 		Packed:  int64(info.PackedLength),
 		Length:  int64(info.OriginalLength),
 		Written: info.Timestamp(),

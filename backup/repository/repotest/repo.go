@@ -13,11 +13,11 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/kopia/kopia/repo"
 	"github.com/kopia/kopia/repo/compression"
 	"github.com/kopia/kopia/repo/content"
-	"github.com/kopia/kopia/repo/content/index"
 	"github.com/kopia/kopia/repo/maintenance"
 	"github.com/kopia/kopia/repo/object"
 
@@ -33,6 +33,7 @@ type Repo struct {
 	ConfigFile string // of a connection without faults
 
 	connections atomic.Int32
+	rewrites    atomic.Int64
 }
 
 // New makes a repository the way "varve repo create filesystem" does.
@@ -101,7 +102,12 @@ func (r *Repo) ConnectFaulty(t testing.TB) (config string, f *Faults) {
 // have one, and flushes.
 func (r *Repo) Write(t testing.TB, fn func(ctx context.Context, w repo.DirectRepositoryWriter) error) {
 	t.Helper()
-	rep, err := repo.Open(t.Context(), r.ConfigFile, Password, &repo.Options{DisableRepositoryLog: true})
+	r.writeAt(t, time.Now, fn)
+}
+
+func (r *Repo) writeAt(t testing.TB, now func() time.Time, fn func(ctx context.Context, w repo.DirectRepositoryWriter) error) {
+	t.Helper()
+	rep, err := repo.Open(t.Context(), r.ConfigFile, Password, &repo.Options{DisableRepositoryLog: true, TimeNowFunc: now})
 	if err != nil {
 		t.Fatalf("open with kopia: %v", err)
 	}
@@ -144,13 +150,22 @@ func (r *Repo) WriteObject(t testing.TB, p []byte, splitter, compressor string) 
 func (r *Repo) RewritePacks(t testing.TB) {
 	t.Helper()
 	old := r.Packs(t)
-	r.Write(t, func(ctx context.Context, w repo.DirectRepositoryWriter) error {
-		_, err := maintenance.RewriteContents(ctx, w, &maintenance.RewriteContentsOptions{
-			ContentIDRange: index.AllIDs, Parallel: 2,
-		}, maintenance.SafetyNone)
+	// Of two index entries of one second Kopia takes either, so each rewrite
+	// happens in a second of its own.
+	ahead := time.Duration(r.rewrites.Add(1)) * 2 * time.Second
+	now := func() time.Time { return time.Now().Add(ahead) }
+	r.writeAt(t, now, func(ctx context.Context, w repo.DirectRepositoryWriter) error {
+		opt := &maintenance.RewriteContentsOptions{Parallel: 2}
+		if err := w.ContentReader().IterateContents(ctx, content.IterateOptions{}, func(i content.Info) error {
+			opt.ContentIDs = append(opt.ContentIDs, i.ContentID)
+			return nil
+		}); err != nil {
+			return err
+		}
+		_, err := maintenance.RewriteContents(ctx, w, opt, maintenance.SafetyNone)
 		return err
 	})
-	r.Write(t, func(ctx context.Context, w repo.DirectRepositoryWriter) error {
+	r.writeAt(t, now, func(ctx context.Context, w repo.DirectRepositoryWriter) error {
 		_, err := maintenance.DeleteUnreferencedPacks(ctx, w, maintenance.DeleteUnreferencedPacksOptions{}, maintenance.SafetyNone)
 		return err
 	})
@@ -239,4 +254,3 @@ func (r *Repo) blobPath(t testing.TB, id string) string {
 	}
 	return path
 }
-
