@@ -157,7 +157,7 @@ func FuzzPartitions(f *testing.F) {
 		if err != nil {
 			f.Fatal(err)
 		}
-		f.Add(b[:64<<10], b[len(b)-64<<10:], int64(len(b)))
+		f.Add(b[:2048], b[len(b)-33*512:], int64(len(b)))
 	}
 	f.Fuzz(func(t *testing.T, head, tail []byte, size int64) {
 		if size < 0 || size > 1<<40 {
