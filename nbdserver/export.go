@@ -62,7 +62,8 @@ var ErrNotCached = errors.New("not in memory")
 type Lender interface {
 	// Lend appends to dst the pieces that make up [off, off+n), in order. With
 	// wait false it never blocks: it returns ErrNotCached if any byte is not
-	// in memory. With wait true it fetches what is missing. On error, pieces
+	// in memory. With wait true it fetches what is missing, or returns
+	// ErrNotCached to be read with Extents and ReadAt instead. On error, pieces
 	// it had appended are already released, and dst is returned as it came,
 	// unless the error is of type *OffsetError: then the pieces before that
 	// offset are lent as usual.

@@ -6,8 +6,8 @@ import (
 
 // Pad rounds an export's size up to a multiple of align bytes with zeroes, for
 // clients that count in sectors (the Linux kernel drops a partial last one).
-// The result is read-only where it is padded; an export of fitting size is
-// returned as it is.
+// The result is read-only, as the padding has no place to be written to: pad a
+// disk below its overlay. An export of fitting size is returned as it is.
 func Pad(e Export, align int64) Export {
 	size := e.Size()
 	padded := (size + align - 1) / align * align
@@ -91,23 +91,15 @@ func (p *paddedExport) Status(ctx context.Context, name string, off, length int6
 
 // Lend lends what the inner export lends, and the padding as zeroes.
 func (p *paddedExport) Lend(ctx context.Context, dst []Piece, off int64, n int, wait bool) ([]Piece, error) {
+	l, ok := p.inner.(Lender)
+	if !ok {
+		return dst, ErrNotCached
+	}
 	in := int(min(max(p.size-off, 0), int64(n)))
 	if in > 0 {
-		l, ok := p.inner.(Lender)
-		if !ok && !wait {
-			return dst, ErrNotCached
-		}
-		if ok {
-			var err error
-			if dst, err = l.Lend(ctx, dst, off, in, wait); err != nil {
-				return dst, err
-			}
-		} else {
-			b := make([]byte, in)
-			if _, err := p.inner.ReadAt(ctx, b, off); err != nil {
-				return dst, err
-			}
-			dst = append(dst, Piece{Data: b})
+		var err error
+		if dst, err = l.Lend(ctx, dst, off, in, wait); err != nil {
+			return dst, err
 		}
 	}
 	if n > in {

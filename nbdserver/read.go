@@ -39,12 +39,16 @@ func (c *conn) read(r *request) {
 	}
 	if c.lender != nil {
 		pieces, err := c.lender.Lend(c.ctx, nil, int64(r.offset), int(r.length), true)
-		if oe := (*OffsetError)(nil); err != nil && (!errors.As(err, &oe) || len(pieces) == 0) {
+		oe := (*OffsetError)(nil)
+		switch {
+		case errors.Is(err, ErrNotCached): // nothing to lend: read
+		case err != nil && (!errors.As(err, &oe) || len(pieces) == 0):
 			c.exportError(r, err, int64(r.offset))
 			return
+		default:
+			c.sendPieces(r, pieces, err, nil)
+			return
 		}
-		c.sendPieces(r, pieces, err, nil)
-		return
 	}
 	buf := getBuffer(int(r.length))
 	pieces, err := c.fill(r, buf)

@@ -91,19 +91,12 @@ func (d *Disk) ReadAt(_ context.Context, p []byte, off int64) (int, error) {
 }
 
 // Lend lends blocks.
-func (d *Disk) Lend(_ context.Context, dst []nbdserver.Piece, off int64, n int, wait bool) ([]nbdserver.Piece, error) {
-	if !d.Lends && !wait {
+func (d *Disk) Lend(_ context.Context, dst []nbdserver.Piece, off int64, n int, _ bool) ([]nbdserver.Piece, error) {
+	if !d.Lends {
 		return dst, nbdserver.ErrNotCached
 	}
 	if err := d.fails(off, int64(n)); err != nil {
 		return dst, err
-	}
-	if !d.Lends {
-		b := make([]byte, n)
-		if _, err := d.ReadAt(context.Background(), b, off); err != nil {
-			return dst, err
-		}
-		return append(dst, nbdserver.Piece{Data: b}), nil
 	}
 	d.mu.RLock()
 	defer d.mu.RUnlock()
