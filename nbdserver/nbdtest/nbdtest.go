@@ -173,6 +173,16 @@ func (r *Raw) Answer(o proto.Option) (proto.Reply, []byte) {
 	return proto.Reply(binary.BigEndian.Uint32(h[12:])), r.Read(int(n))
 }
 
+// Final reads answers to an option until the last one.
+func (r *Raw) Final(o proto.Option) (proto.Reply, []byte) {
+	r.t.Helper()
+	for {
+		if got, body := r.Answer(o); got == proto.RepAck || got.IsError() {
+			return got, body
+		}
+	}
+}
+
 // Want reads one answer and checks its type.
 func (r *Raw) Want(o proto.Option, want proto.Reply) []byte {
 	r.t.Helper()
