@@ -136,12 +136,18 @@ func TestQemuIO(t *testing.T) {
 	}
 }
 
-func TestNbdsh(t *testing.T) {
-	uri, _ := disks(t)
+// needNbdsh skips without nbdsh and its Python module.
+func needNbdsh(t *testing.T) {
+	t.Helper()
 	tool(t, "nbdsh")
 	if err := exec.Command("/usr/bin/python3", "-c", "import nbd").Run(); err != nil {
-		t.Skip("Python has no module nbd (Debian package python3-libnbd)")
+		t.Skip("Debian's Python has no module nbd (package python3-libnbd)")
 	}
+}
+
+func TestNbdsh(t *testing.T) {
+	uri, _ := disks(t)
+	needNbdsh(t)
 	script := `
 import nbd, errno
 assert h.get_size() == 4 << 20

@@ -37,6 +37,7 @@ type span struct{ off, length int64 }
 // stream is a sequence of reads.
 type stream struct {
 	start, end int64 // of the bytes read
+	bytes      int64 // read in between, repeats included
 	fetched    int64 // end of what was asked for
 }
 
@@ -56,8 +57,10 @@ func (a *readAhead) saw(off, length int64) {
 			continue
 		}
 		s.end = max(s.end, end)
+		s.bytes += length
+		// Random reads of a small area come near each other, but leave gaps.
 		// Ask in steps of half a window, so that hints are few.
-		if s.end-s.start < streamStart || s.fetched >= min(s.end+a.window/2, a.c.size) {
+		if s.bytes < max(streamStart, (s.end-s.start)/2) || s.fetched >= min(s.end+a.window/2, a.c.size) {
 			return
 		}
 		from := max(s.end, s.fetched)
@@ -67,7 +70,7 @@ func (a *readAhead) saw(off, length int64) {
 		}
 		return
 	}
-	a.streams[a.turn] = stream{start: off, end: end}
+	a.streams[a.turn] = stream{start: off, end: end, bytes: length}
 	a.turn = (a.turn + 1) % streamsPerConn
 }
 

@@ -104,27 +104,42 @@ func (c *conn) readRequests() error {
 // it waits for the client, it sends the replies that are ready.
 func (c *conn) nextHeader(size int) ([]byte, error) {
 	for {
-		if c.br.Buffered() < size {
+		want, stalled := size, false
+		switch have := c.br.Buffered(); {
+		case have >= size:
+		case have > 0: // the rest must not take long
 			c.out.flush()
+			stalled = true
+			c.setReadDeadline(time.Now().Add(c.srv.cfg.StallTimeout))
+		default:
+			c.out.flush()
+			want = 1
 			if c.srv.cfg.IdleTimeout > 0 {
 				c.setReadDeadline(time.Now().Add(c.srv.cfg.IdleTimeout))
 			}
 		}
-		h, err := c.br.Peek(size)
-		if err == nil {
+		h, err := c.br.Peek(want)
+		switch {
+		case err == nil && stalled:
+			c.setReadDeadline(time.Time{})
 			return h, nil
-		}
-		if !timedOut(err) {
+		case err == nil && want == size:
+			return h, nil
+		case err == nil:
+			continue
+		case !timedOut(err):
 			if errors.Is(err, io.EOF) && len(h) > 0 {
 				return nil, io.ErrUnexpectedEOF
 			}
 			return nil, err
-		}
-		// Requests in flight are not idleness. At shutdown the deadline passes
-		// once the last of them is done.
-		if c.busy.Load() == 0 || c.closing.Load() {
+		case c.closing.Load():
+			return nil, err
+		case stalled:
+			return nil, errStalled
+		case c.busy.Load() == 0:
 			return nil, err
 		}
+		// Requests in flight are not idleness.
 	}
 }
 

@@ -173,7 +173,8 @@ func (c *Client) Close() error { return c.conn.Close() }
 // Abort ends negotiation politely.
 func (c *Client) Abort() error {
 	_, err := c.option(proto.OptAbort, nil, nil)
-	return errors.Join(err, c.conn.Close())
+	_ = c.conn.Close() // the server may have been faster
+	return err
 }
 
 // option sends an option and reads its answers until the last; each of the

@@ -305,3 +305,8 @@ func be64(v uint64) []byte { return binary.BigEndian.AppendUint64(nil, v) }
 
 // lenString is a string with its length before it.
 func lenString(s string) []byte { return append(be32(uint32(len(s))), s...) }
+
+// StartTLSRequest is the option STARTTLS.
+func StartTLSRequest() []byte {
+	return slices.Concat(be64(proto.MagicOption), be32(uint32(proto.OptStartTLS)), be32(0))
+}
