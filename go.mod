@@ -8,3 +8,5 @@ require (
 	golang.org/x/sync v0.21.0
 	golang.org/x/sys v0.47.0
 )
+
+require github.com/pojntfx/go-nbd v0.3.2 // indirect

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"net/url"
 	"strconv"
 	"strings"
@@ -90,6 +91,11 @@ func ParseURI(s string) (*URI, error) {
 	}
 	if u.Hostname() == "" {
 		return nil, fmt.Errorf("NBD URI %q names no host", s)
+	}
+	if strings.ContainsAny(u.Hostname(), ":%") {
+		if _, err := netip.ParseAddr(u.Hostname()); err != nil {
+			return nil, fmt.Errorf("NBD URI: %q is neither a host name nor an address", u.Hostname())
+		}
 	}
 	port := u.Port()
 	if port == "" {
