@@ -196,6 +196,30 @@ func (t *Tree) SegmentID(ctx context.Context, n int64) (repository.ObjectID, err
 	return c.Entries[n%chunkEntries].Object, nil
 }
 
+// RootObjects returns the direct objects that the root index is stored in. It
+// reads one of them at most.
+func (t *Tree) RootObjects(ctx context.Context) ([]repository.ObjectID, error) {
+	if !t.own || t.root.Size == 0 {
+		return []repository.ObjectID{t.root.Object}, nil
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	pieces, err := t.loadChunkIDs(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []repository.ObjectID
+	if index, ok := repository.IsIndirect(t.root.Object); ok {
+		if list, cutUp := repository.IsIndirect(index); cutUp {
+			out = append(out, list)
+		}
+	}
+	for i := range pieces {
+		out = append(out, pieces[i].Object)
+	}
+	return out, nil
+}
+
 // chunk returns the part of the root index that lists segments
 // [n*chunkEntries, (n+1)*chunkEntries). With a cache it is kept there: a server
 // of many large disks could not hold every chunk of every one.
