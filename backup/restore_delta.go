@@ -212,8 +212,13 @@ func (r *restore) differs(ctx context.Context, part image.Range, buf, scratch []
 		mine := have[p.Offset-part.Offset:][:p.Length]
 		same := false
 		switch {
-		case p.Zero:
-			same = isZero(mine)
+		case p.Zero: // a run of any length, of which little may differ
+			for at := int64(0); at < p.Length; at += spotUnit {
+				if n := min(spotUnit, p.Length-at); !isZero(mine[at : at+n]) {
+					bad = append(bad, image.Range{Offset: p.Offset + at, Length: n})
+				}
+			}
+			return nil
 		case p.HasDigest:
 			same = xxhash.Sum64(mine) == p.Digest
 		default:

@@ -322,7 +322,7 @@ func TestRestoreResumes(t *testing.T) {
 	dir := t.TempDir()
 	path, journal := filepath.Join(dir, "disk.img"), filepath.Join(dir, "state", "journal")
 	done := int64(0)
-	for _, failAfter := range []int64{30 << 20, 40 << 20, 100 << 20} {
+	for _, failAfter := range []int64{30 << 20, 40 << 20, 50 << 20} {
 		target := &brittleTarget{Target: openTarget(t, path, p.Size, true), failAfter: failAfter}
 		res, err := Restore(t.Context(), r, p, target, RestoreOptions{Journal: journal})
 		if !errors.Is(err, errBrittle) {
