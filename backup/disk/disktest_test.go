@@ -209,7 +209,12 @@ func resident(t *testing.T, path string) bool {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
+
+	defer func() {
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
 
 	info, err := f.Stat()
 	if err != nil {

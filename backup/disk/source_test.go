@@ -368,7 +368,12 @@ func BenchmarkSourceDepth(b *testing.B) {
 					if err != nil {
 						b.Fatal(err)
 					}
-					defer s.Close()
+
+					b.Cleanup(func() {
+						if err := s.Close(); err != nil {
+							b.Error(err)
+						}
+					})
 
 					b.SetBytes(s.Size())
 
