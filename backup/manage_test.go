@@ -160,10 +160,9 @@ func TestSafetyKeepsWhatIsYoung(t *testing.T) {
 func TestDamageIsNamedAndSurvived(t *testing.T) {
 	r, conf := newRepo(t)
 	points, want := chain(t, r, testVolume, 2, 4<<20)
-	q := packFiles(t, conf, "q")
 	third, _ := chain(t, r, Volume{Namespace: "shop", Name: "bad", Cluster: "test"}, 1, 3<<20)
 	gone, _ := chain(t, r, Volume{Namespace: "shop", Name: "gone", Cluster: "test"}, 1, 5<<20)
-	// The pack with the index of the third point, and nothing older.
+	// Spoil the index of the third point, and nothing beside it in the pack.
 	ctx := t.Context()
 	root, err := OpenRoot(ctx, r, third[0])
 	if err != nil {
@@ -173,7 +172,7 @@ func TestDamageIsNamedAndSurvived(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	removePack(t, conf, st.Pack, q)
+	flip(t, packPath(t, conf, st.Pack), st.Offset+st.Packed/2)
 	if _, err := Forget(ctx, r, []string{gone[0].ID}, false, false); err != nil {
 		t.Fatal(err)
 	}
@@ -203,26 +202,21 @@ func TestDamageIsNamedAndSurvived(t *testing.T) {
 	t.Log(err)
 }
 
-// removePack deletes a pack that is not among those to be kept.
-func removePack(t *testing.T, conf, pack string, keep []string) {
+// packPath returns the file of a pack of a repository made by newRepo.
+func packPath(t *testing.T, conf, pack string) string {
 	t.Helper()
+	root := filepath.Join(filepath.Dir(conf), "repo")
 	for _, f := range append(packFiles(t, conf, "p"), packFiles(t, conf, "q")...) {
-		root := filepath.Join(filepath.Dir(conf), "repo")
-		rel, _ := filepath.Rel(root, f)
-		if strings.ReplaceAll(strings.TrimSuffix(rel, ".f"), string(filepath.Separator), "") != pack {
-			continue
-		}
-		for _, k := range keep {
-			if k == f {
-				t.Fatalf("pack %s also holds what must stay", pack)
-			}
-		}
-		if err := os.Remove(f); err != nil {
+		rel, err := filepath.Rel(root, f)
+		if err != nil {
 			t.Fatal(err)
 		}
-		return
+		if strings.ReplaceAll(strings.TrimSuffix(rel, ".f"), string(filepath.Separator), "") == pack {
+			return f
+		}
 	}
 	t.Fatalf("no pack %s", pack)
+	return ""
 }
 
 // openFresh opens the repository of conf with caches of its own.

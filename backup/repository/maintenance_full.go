@@ -29,6 +29,7 @@ type fullRun struct {
 	safety maintenance.SafetyParameters
 	rep    *MaintenanceReport
 	gone   map[string]bool // packs looked for and not found
+	latest time.Time       // of the contents deleted in this run, when they were written
 }
 
 // do runs the tasks of kopia repo/maintenance/maintenance_run.go,
@@ -55,7 +56,11 @@ func (f *fullRun) do(ctx context.Context) error {
 	if s, err = maintenance.GetSchedule(f.w.ctx, f.w.w); err != nil {
 		return fmt.Errorf("read schedule: %w", err)
 	}
-	if before := f.dropBefore(s); !before.IsZero() {
+	before, err := f.dropBefore(ctx, s)
+	if err != nil {
+		return err
+	}
+	if !before.IsZero() {
 		if err := f.task(maintenance.TaskDropDeletedContentsFull, func() (maintenancestats.Kind, error) {
 			return f.w.w.ContentManager().CompactIndexes(f.w.ctx, indexblob.CompactOptions{
 				AllIndexes:                       true,
@@ -172,6 +177,9 @@ func (f *fullRun) sweep(ctx context.Context, m *marker, packs *PackSet) error {
 			return fmt.Errorf("delete content %v: %w", ci.ContentID, err)
 		}
 		f.rep.Unused.add(size)
+		if t := ci.Timestamp(); t.After(f.latest) {
+			f.latest = t
+		}
 		if f.rep.Unused.Count%sweepFlush == 0 {
 			return f.w.Flush(ctx)
 		}
@@ -208,7 +216,7 @@ func (f *fullRun) keep(ctx context.Context, ci content.Info, packs *PackSet) err
 		if !isDamage(err) {
 			return fmt.Errorf("undelete content %v: %w", ci.ContentID, err)
 		}
-		slog.WarnContext(ctx, "a deleted content that is in use cannot be read", "content", ci.ContentID.String(), "error", err)
+		slog.WarnContext(ctx, "a deleted content that is in use cannot be read", "content", ci.ContentID.String(), "error", err.Error())
 		f.rep.Lost.add(size)
 		return nil
 	}
@@ -263,11 +271,24 @@ func lastSuccess(s *maintenance.Schedule, tasks ...maintenance.TaskType) time.Ti
 	return last
 }
 
+// maxTick bounds the wait for the clock to pass what was just deleted.
+const maxTick = 3 * time.Second
+
 // dropBefore is kopia's findSafeDropTime: with safety margins, what was deleted
-// before the last but one collection, if they lie far enough apart.
-func (f *fullRun) dropBefore(s *maintenance.Schedule) time.Time {
+// before the last but one collection, if they lie far enough apart; without, all
+// that is deleted now. Index entries have whole seconds, and a deletion is one
+// later than what it deletes, so for a content of this very second it lies in the
+// future: wait for it, or the entry would survive until the next run.
+func (f *fullRun) dropBefore(ctx context.Context, s *maintenance.Schedule) (time.Time, error) {
 	if !f.safety.RequireTwoGCCycles {
-		return f.w.w.Time()
+		if wait := f.latest.Add(2 * time.Second).Sub(f.w.w.Time()); !f.latest.IsZero() && wait > 0 && wait <= maxTick {
+			select {
+			case <-time.After(wait):
+			case <-ctx.Done():
+				return time.Time{}, context.Cause(ctx)
+			}
+		}
+		return f.w.w.Time(), nil
 	}
 	var runs []maintenance.RunInfo
 	for _, r := range s.Runs[maintenance.TaskSnapshotGarbageCollection] {
@@ -278,10 +299,10 @@ func (f *fullRun) dropBefore(s *maintenance.Schedule) time.Time {
 	slices.SortFunc(runs, func(a, b maintenance.RunInfo) int { return b.Start.Compare(a.Start) })
 	for i := 1; i < len(runs); i++ {
 		if runs[0].Start.Sub(runs[i].End) > f.safety.MarginBetweenSnapshotGC {
-			return runs[i].Start.Add(-f.safety.DropContentFromIndexExtraMargin)
+			return runs[i].Start.Add(-f.safety.DropContentFromIndexExtraMargin), nil
 		}
 	}
-	return time.Time{}
+	return time.Time{}, nil
 }
 
 // shortPack is the share of the largest pack size, in percent, below which a
@@ -320,7 +341,7 @@ func (f *fullRun) rewrite(ctx context.Context) (maintenancestats.Kind, error) {
 			mu.Lock()
 			defer mu.Unlock()
 			if err != nil {
-				slog.WarnContext(ctx, "a content cannot be read; run \"varve verify --quarantine\"", "content", ci.ContentID.String(), "error", err)
+				slog.WarnContext(ctx, "a content cannot be read; run \"varve verify --quarantine\"", "content", ci.ContentID.String(), "error", err.Error())
 				f.rep.NotMoved.add(int64(ci.PackedLength))
 				return nil
 			}
@@ -448,7 +469,7 @@ func (f *fullRun) extendLocks() (maintenancestats.Kind, error) {
 	err = blob.IterateAllPrefixesInParallel(f.w.ctx, 4, f.w.w.BlobStorage(), repo.GetLockingStoragePrefixes(), func(bm blob.Metadata) error {
 		g.Go(func() error {
 			if err := f.w.w.BlobStorage().ExtendBlobRetention(f.w.ctx, bm.BlobID, opt); err != nil {
-				slog.WarnContext(f.w.ctx, "could not extend an object lock", "blob", string(bm.BlobID), "error", err)
+				slog.WarnContext(f.w.ctx, "could not extend an object lock", "blob", string(bm.BlobID), "error", err.Error())
 				failed.Add(1)
 				return nil
 			}
