@@ -209,6 +209,7 @@ func (i *inode) parseForks(raw []byte, core int) error {
 		if format != formatDev {
 			return corrupt(inodeName(ino), "format %d of a device", format)
 		}
+		i.stat.BlockSize = pageSize
 		dev := be32(literal, 0)
 		i.stat.Major, i.stat.Minor = dev>>18, dev&(1<<18-1)
 	case syscall.S_IFIFO, syscall.S_IFSOCK:

@@ -30,7 +30,7 @@ type logRing struct {
 }
 
 // logEnds says what of the log is to be replayed: from sector tail to sector head,
-// around the end of the ring.
+// around the end of the ring, or nothing if it is clean.
 type logEnds struct {
 	tail, head int
 	clean      bool
@@ -173,7 +173,7 @@ func (l *logRing) findEnds() (logEnds, error) {
 		return logEnds{}, err
 	} else if ok && rec.end(l.n) == head%l.n {
 		if clean, err := l.unmounted(rec); clean || err != nil {
-			return logEnds{clean: clean}, err
+			return logEnds{tail: head % l.n, head: head % l.n, clean: clean}, err
 		}
 	}
 	if head, err = l.closeGaps(head, first, last); err != nil {
@@ -260,7 +260,7 @@ func (l *logRing) checkHead(head int) (logEnds, error) {
 	head %= l.n
 	if rec.end(l.n) == head {
 		if clean, err := l.unmounted(rec); clean || err != nil {
-			return logEnds{clean: clean}, err
+			return logEnds{tail: head, head: head, clean: clean}, err
 		}
 	}
 	tail, err := l.checkTail(rec.tailBlk(), head)

@@ -192,7 +192,7 @@ func (i *inode) attrLeaf(b []byte, add func(rawAttr) error) error {
 		if flags&(attrIncomplete|attrParent) != 0 {
 			continue
 		}
-		if pos < hdr+count*attrEntrySize || len(b)-pos < 12 {
+		if pos < hdr+count*attrEntrySize || len(b)-pos < 4 || flags&attrLocal == 0 && len(b)-pos < 9 {
 			return bad(j)
 		}
 		a := rawAttr{flags: flags}
