@@ -125,6 +125,17 @@ func checkReplay(t testing.TB, img string) *FS {
 	return f
 }
 
+func syncfs(t testing.TB, dir string) {
+	t.Helper()
+	f, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(unix.Syncfs(int(f.Fd())), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestReplay compares after random workloads that a crash cut short.
 func TestReplay(t *testing.T) {
 	requireKernel(t)
@@ -138,15 +149,16 @@ func TestReplay(t *testing.T) {
 		name     string
 		mkfs     []string
 		steps    int
+		rounds   int
 		flushLog bool
 	}{
-		{"default", nil, 1500, true},
-		{"as it is", nil, 4000, false},
-		{"small log wraps", []string{"--unsupported", "-l", "size=10m", "-d", "agcount=2"}, 12000, true},
-		{"1k rmap nrext64", []string{"-b", "size=1024", "-m", "rmapbt=1", "-i", "nrext64=1"}, 2000, true},
-		{"64k directories", []string{"-n", "size=65536", "-m", "bigtime=0"}, 2000, true},
-		{"log stripes", []string{"-l", "su=65536"}, 2000, true},
-		{"2k inodes", []string{"-i", "size=2048,sparse=1"}, 1000, false},
+		{"default", nil, 1500, 2, true},
+		{"as it is", nil, 3000, 5, false},
+		{"small log wraps", []string{"--unsupported", "-l", "size=10m", "-d", "agcount=2"}, 8000, 60, true},
+		{"1k rmap nrext64", []string{"-b", "size=1024", "-m", "rmapbt=1", "-i", "nrext64=1"}, 2000, 2, true},
+		{"64k directories", []string{"-n", "size=65536", "-m", "bigtime=0"}, 2000, 2, true},
+		{"log stripes", []string{"-l", "su=65536"}, 2000, 2, true},
+		{"2k inodes", []string{"-i", "size=2048,sparse=1"}, 1000, 2, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			seed := seed + uint64(i)
@@ -155,7 +167,17 @@ func TestReplay(t *testing.T) {
 			img := crashed(t, c.flushLog, c.mkfs, func(dir string) {
 				workload(newFiller(t, dir, rnd.Uint64()), c.steps/4)
 			}, func(dir string) {
-				workload(newFiller(t, dir, rnd.Uint64()), c.steps)
+				// Each sync writes a checkpoint; without one, changes gather in memory.
+				for round := range c.rounds {
+					p := newFiller(t, dir, rnd.Uint64())
+					workload(p, c.steps/c.rounds)
+					if c.name == "small log wraps" {
+						p.many(fmt.Sprintf("churn-%d", round%5), 200, 150)
+						p.must(os.RemoveAll(p.path(fmt.Sprintf("churn-%d", (round+2)%5))))
+					}
+					syncfs(t, dir)
+				}
+				workload(newFiller(t, dir, rnd.Uint64()), c.steps/4)
 			})
 			f := checkReplay(t, img)
 			if c.name != "small log wraps" {
