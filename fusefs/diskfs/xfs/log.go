@@ -226,8 +226,11 @@ func (l *logRing) checkHead(head int) (logEnds, error) {
 	// Records in flight can be torn. Go back over as many as there can be, but no
 	// further than the tail, and believe them from there up to the first whose
 	// checksum is wrong.
+	first := head
 	for {
-		if rec.tailBlk() >= l.n {
+		if rec.bad {
+			rec.tail = rec.lsn // known by its place only; it is dropped below
+		} else if rec.tailBlk() >= l.n {
 			return logEnds{}, corrupt("log", "tail at sector %d of %d", rec.tailBlk(), l.n)
 		}
 		oldest := rec
@@ -251,10 +254,13 @@ func (l *logRing) checkHead(head int) (logEnds, error) {
 		head = bad
 		if good != nil {
 			rec = *good
-		} else if rec, ok, err = l.lastRecord(bad, l.n); err != nil {
+			continue
+		}
+		back := (first%l.n - bad + l.n) % l.n
+		if rec, ok, err = l.lastRecord(bad, l.n-back-1); err != nil {
 			return logEnds{}, err
 		} else if !ok {
-			return logEnds{}, corrupt("log", "no whole record before its head at sector %d", head)
+			return logEnds{}, corrupt("log", "no whole record before its head at sector %d", first)
 		}
 	}
 	head %= l.n
