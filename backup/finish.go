@@ -168,6 +168,22 @@ func (r *run) parentAlive(ctx context.Context) (bool, error) {
 	return cat.ByID(r.parent.ID) != nil, nil
 }
 
+// explainLoss says why data of the parent is not there: the parent was deleted
+// and collected before this run could protect it.
+func (r *run) explainLoss(ctx context.Context, err error) error {
+	if r.parent == nil || !errors.Is(err, repository.ErrContentMissing) {
+		return err
+	}
+	if rerr := r.repo.Refresh(ctx); rerr != nil {
+		return err
+	}
+	if alive, aerr := r.parentAlive(ctx); aerr != nil || alive {
+		return err
+	}
+	return fmt.Errorf("%w: the parent %s was deleted and collected when the backup had just begun; run it again: %w",
+		ErrLostData, r.parent.Name(), err)
+}
+
 // prover looks up what a tree reaches.
 type prover struct {
 	run   *run

@@ -63,12 +63,13 @@ func (h *handle) init(flags int, forceBuffered bool, expect os.FileInfo) error {
 	again := fmt.Sprintf("/proc/self/fd/%d", h.buffered.Fd())
 	flags &^= unix.O_EXCL | unix.O_CREAT
 
-	direct, err := os.OpenFile(again, flags|unix.O_DIRECT, 0)
+	fd, err := unix.Open(again, flags|unix.O_DIRECT|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil // EINVAL: the file system has none; anything else: buffered I/O tells
+		// EINVAL: the file system has none. Anything else: buffered I/O will tell.
+		return nil //nolint:nilerr // see above
 	}
 
-	h.direct = direct
+	h.direct = os.NewFile(uintptr(fd), h.path)
 
 	return nil
 }

@@ -2,6 +2,7 @@ package disk
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -283,13 +284,12 @@ func parseDeviceNumber(text string) (uint64, bool) {
 // mounts looks for the device in /proc/self/mountinfo (proc(5)), by number and, since
 // btrfs and others mount under an anonymous number, by the name of the source.
 func (s *survey) mounts(number uint64, name string) error {
-	f, err := os.Open(filepath.Join(s.proc, "self/mountinfo"))
+	text, err := os.ReadFile(filepath.Join(s.proc, "self/mountinfo"))
 	if err != nil {
 		return err
 	}
-	defer f.Close()
 
-	mounts, err := parseMountinfo(f)
+	mounts, err := parseMountinfo(bytes.NewReader(text))
 	if err != nil {
 		return err
 	}

@@ -7,9 +7,11 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"unsafe"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
@@ -345,6 +347,64 @@ func BenchmarkIsZero(b *testing.B) {
 	for b.Loop() {
 		if !IsZero(p) {
 			b.Fatal("not zero")
+		}
+	}
+}
+
+// BenchmarkSourceDepth reads a disk once in order, by so many workers with one request
+// each under way, as the backup engine does. VARVE_BENCH_DISK names a disk or image
+// larger than any cache on the way.
+func BenchmarkSourceDepth(b *testing.B) {
+	path := os.Getenv("VARVE_BENCH_DISK")
+	if path == "" {
+		b.Skip("VARVE_BENCH_DISK names no disk to read")
+	}
+
+	for _, buffered := range []bool{false, true} {
+		for _, unit := range []int64{1 << 20, 4 << 20} {
+			for _, depth := range []int{1, 2, 3, 4} {
+				b.Run(fmt.Sprintf("buffered=%v/unit=%dMiB/depth=%d", buffered, unit>>20, depth), func(b *testing.B) {
+					s, err := Open(path, Options{Buffered: buffered, Live: true})
+					if err != nil {
+						b.Fatal(err)
+					}
+
+					b.Cleanup(func() {
+						if err := s.Close(); err != nil {
+							b.Error(err)
+						}
+					})
+
+					b.SetBytes(s.Size())
+
+					for b.Loop() {
+						var (
+							next  atomic.Int64
+							group errgroup.Group
+						)
+
+						for range depth {
+							group.Go(func() error {
+								p := AlignedBuffer(int(unit))
+								for {
+									at := next.Add(unit) - unit
+									if at >= s.Size() {
+										return nil
+									}
+
+									if _, err := s.ReadAt(p, at); err != nil && !errors.Is(err, io.EOF) {
+										return err
+									}
+								}
+							})
+						}
+
+						if err := group.Wait(); err != nil {
+							b.Fatal(err)
+						}
+					}
+				})
+			}
 		}
 	}
 }

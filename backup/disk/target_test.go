@@ -23,7 +23,7 @@ func scribble(t *testing.T, target *Target, path string, model []byte, seed uint
 	memory := AlignedBuffer(len(model) + 64)
 	size := len(model)
 
-	for range 120 {
+	for range 60 {
 		if size == 0 {
 			break
 		}

@@ -109,7 +109,11 @@ func (m *marker) snapshots(ctx context.Context) (int, error) {
 	if err := m.w.Refresh(ctx); err != nil {
 		return 0, err
 	}
-	ids, err := snapshot.ListSnapshotManifests(m.w.ctx, m.w.w, nil, nil)
+	var ids []manifest.ID
+	err := m.w.refreshing(func() (err error) {
+		ids, err = snapshot.ListSnapshotManifests(m.w.ctx, m.w.w, nil, nil)
+		return err
+	})
 	if err != nil {
 		return 0, fmt.Errorf("list snapshots: %w", err)
 	}
@@ -121,7 +125,11 @@ func (m *marker) snapshots(ctx context.Context) (int, error) {
 		if err := ctx.Err(); err != nil {
 			return n, err
 		}
-		man, err := snapshot.LoadSnapshot(m.w.ctx, m.w.w, id)
+		var man *snapshot.Manifest
+		err := m.w.refreshing(func() (err error) {
+			man, err = snapshot.LoadSnapshot(m.w.ctx, m.w.w, id)
+			return err
+		})
 		if errors.Is(err, snapshot.ErrSnapshotNotFound) {
 			continue // deleted since the list was made
 		}

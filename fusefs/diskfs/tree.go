@@ -207,6 +207,10 @@ func (t *tree) resolve(name string, follow bool) (Inode, error) {
 			return nil, err
 		}
 		if node.Stat().FileMode().Type() != fs.ModeSymlink || (rest == "" && !follow) {
+			// A directory inside itself would let a walk over the tree never end.
+			if slices.ContainsFunc(stack, func(up Inode) bool { return up.Stat().Ino == ino }) {
+				return nil, &CorruptError{Type: t.in.Info().Type, Where: fmt.Sprintf("inode %d", ino), What: "directory is inside itself"}
+			}
 			stack = append(stack, node)
 			continue
 		}

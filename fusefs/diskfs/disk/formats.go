@@ -5,6 +5,7 @@ import (
 
 	"github.com/varve-io/varve/fusefs/diskfs"
 	"github.com/varve-io/varve/fusefs/diskfs/ext4"
+	"github.com/varve-io/varve/fusefs/diskfs/fat"
 )
 
 // opener opens a format's reader.
@@ -15,12 +16,21 @@ var formats = map[string]opener{
 	"ext2": openExt,
 	"ext3": openExt,
 	"ext4": openExt,
+	"vfat": openFAT,
 }
 
 func openExt(r io.ReaderAt, size int64, opt diskfs.Options) (diskfs.Inodes, error) {
 	f, err := ext4.Open(r, size, opt)
 	if err != nil {
 		return nil, err // not f: a nil pointer in an interface is not nil
+	}
+	return f, nil
+}
+
+func openFAT(r io.ReaderAt, size int64, opt diskfs.Options) (diskfs.Inodes, error) {
+	f, err := fat.Open(r, size, opt)
+	if err != nil {
+		return nil, err
 	}
 	return f, nil
 }

@@ -124,15 +124,16 @@ func Mount(t testing.TB, image, options string) (dir string, unmount func()) {
 
 // Options say what Compare leaves out, with the reason at each use.
 type Options struct {
-	IgnoreBlocks  bool // st_blocks
-	IgnoreNlink   bool // link counts of directories
-	IgnoreIno     bool // inode numbers
-	IgnoreData    bool // which ranges are holes (content is compared all the same)
-	IgnoreAtime   bool
-	IgnoreCtime   bool
-	IgnoreDirSize bool
-	WholeSeconds  bool     // of times only the second, within what 34 bits express
-	Skip          []string // paths that are not compared
+	IgnoreBlocks   bool // st_blocks
+	IgnoreNlink    bool // link counts of directories
+	IgnoreIno      bool // inode numbers
+	IgnoreData     bool // which ranges are holes (content is compared all the same)
+	IgnoreAtime    bool
+	IgnoreCtime    bool
+	IgnoreDirTimes bool
+	IgnoreDirSize  bool
+	WholeSeconds   bool     // of times only the second, within what 34 bits express
+	Skip           []string // paths that are not compared
 }
 
 // Compare compares the whole tree of fsys with a directory where the kernel has
@@ -221,6 +222,9 @@ func (d *description) text(opt Options) string {
 	}
 	if opt.IgnoreDirSize && d.mode&syscall.S_IFMT == syscall.S_IFDIR {
 		d.size = 0
+	}
+	if opt.IgnoreDirTimes && d.mode&syscall.S_IFMT == syscall.S_IFDIR {
+		d.mtime = time.Time{}
 	}
 	if opt.WholeSeconds {
 		d.mtime = d.mtime.Truncate(time.Second)
