@@ -165,6 +165,9 @@ func Run(ctx context.Context, repo *repository.Repository, opt Options) (*Point,
 	}
 	r := &run{opt: opt, repo: repo, w: w, lastCheckpoint: time.Now()}
 	p, rec, err := r.do(ctx)
+	if err != nil {
+		err = r.explainLoss(ctx, err)
+	}
 	if cerr := w.Close(); err == nil && cerr != nil {
 		// The point is flushed and complete; only the session's end failed.
 		slog.WarnContext(ctx, "close write session", "error", cerr)
@@ -207,7 +210,11 @@ func (r *run) prepare(ctx context.Context) error {
 		return err
 	}
 	v := r.opt.Volume
-	cat, err := List(ctx, r.repo, ListOptions{Volume: &v})
+	listed := ListOptions{Volume: &v}
+	if r.opt.Parent != "" {
+		listed.Volume = nil // a point of another volume is told from one that is not there
+	}
+	cat, err := List(ctx, r.repo, listed)
 	if err != nil {
 		return err
 	}

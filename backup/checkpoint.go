@@ -60,19 +60,23 @@ func (r *run) checkpoint(ctx context.Context) error {
 
 func (r *run) writeIncomplete(ctx context.Context, partial *blocktree.Root) error {
 	var files []repository.File
+	// The time makes the directory a content that was never there before. One
+	// that was might be in the middle of being collected, and the manifest would
+	// protect nothing.
+	now := r.repo.Now()
 	if partial != nil {
 		files = append(files, repository.File{
-			Name: blocktree.DiskFile, Size: partial.Size, ModTime: r.rec.Time, Mode: 0o600, Object: partial.Object,
+			Name: blocktree.DiskFile, Size: partial.Size, ModTime: now, Mode: 0o600, Object: partial.Object,
 		})
 	}
 	if r.base != nil {
 		files = append(files, repository.File{
-			Name: parentFile, Size: r.base.Size(), ModTime: r.parent.Time, Mode: 0o600, Object: r.base.Root().Object,
+			Name: parentFile, Size: r.base.Size(), ModTime: now, Mode: 0o600, Object: r.base.Root().Object,
 		})
 	}
 	host, _ := os.Hostname()
 	s := &repository.Snapshot{
-		Source: r.opt.Volume.source(), Start: r.rec.Start, End: r.repo.Now(),
+		Source: r.opt.Volume.source(), Start: r.rec.Start, End: now,
 		Description: "Varve backup under way", Incomplete: incompleteReason,
 		Tags: map[string]string{tagRunHost: host, tagRunPID: strconv.Itoa(os.Getpid()), tagRunBoot: bootID()},
 	}

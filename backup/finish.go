@@ -93,11 +93,11 @@ const maxRepairs = 3
 // tree is looked up. Lost ranges are read and stored again.
 func (r *run) prove(ctx context.Context, root blocktree.Root) (blocktree.Root, error) {
 	for attempt := 0; ; attempt++ {
-		lost, err := r.findLost(ctx, root)
+		lost, rootLost, err := r.findLost(ctx, root)
 		if err != nil {
 			return root, err
 		}
-		if lost == 0 {
+		if lost == 0 && !rootLost {
 			return root, nil
 		}
 		if attempt == maxRepairs {
@@ -118,36 +118,45 @@ func (r *run) prove(ctx context.Context, root blocktree.Root) (blocktree.Root, e
 	}
 }
 
-// findLost puts on the worklist what must be stored again and counts it.
-func (r *run) findLost(ctx context.Context, root blocktree.Root) (int64, error) {
+// findLost puts on the worklist what must be stored again and counts it; root
+// tells whether pieces of the root index must be written again too.
+func (r *run) findLost(ctx context.Context, of blocktree.Root) (blocks int64, root bool, err error) {
 	if err := r.w.Refresh(ctx); err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	if err := r.repo.Refresh(ctx); err != nil {
-		return 0, err
+		return 0, false, err
 	}
-	tree, err := blocktree.Open(r.w.Reader(), nil, root)
+	tree, err := blocktree.Open(r.w.Reader(), nil, of)
 	if err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	whole := false
 	if r.parent != nil {
 		alive, err := r.parentAlive(ctx)
 		if err != nil {
-			return 0, err
+			return 0, false, err
 		}
 		whole = !alive
 	}
-	if r.lay.Size == 0 {
-		return 0, r.checkObject(ctx, root.Object)
-	}
 	p := &prover{run: r, ctx: ctx, tree: tree, packs: map[string]bool{}, lost: newWorklist(r.lay)}
-	if err := p.walk(whole); err != nil {
-		return 0, err
-	}
 	r.work = p.lost
+	if root, err = p.root(); err != nil {
+		return 0, false, err
+	}
+	if root {
+		// What it lists is looked at once it can be read again.
+		r.build.ForgetRoot()
+		return 0, true, nil
+	}
+	if err := p.walk(whole); err != nil {
+		return 0, false, err
+	}
 	n, _ := p.lost.count()
-	return n, nil
+	if err := r.w.Flush(ctx); err != nil { // contents that were forgotten
+		return 0, false, err
+	}
+	return n, false, nil
 }
 
 func (r *run) parentAlive(ctx context.Context) (bool, error) {
@@ -159,15 +168,20 @@ func (r *run) parentAlive(ctx context.Context) (bool, error) {
 	return cat.ByID(r.parent.ID) != nil, nil
 }
 
-func (r *run) checkObject(ctx context.Context, oid repository.ObjectID) error {
-	st, err := r.w.StateOf(ctx, oid)
-	if err != nil {
+// explainLoss says why data of the parent is not there: the parent was deleted
+// and collected before this run could protect it.
+func (r *run) explainLoss(ctx context.Context, err error) error {
+	if r.parent == nil || !errors.Is(err, repository.ErrContentMissing) {
 		return err
 	}
-	if !st.Found || st.Deleted {
-		return fmt.Errorf("%w: object %v", ErrLostData, oid)
+	if rerr := r.repo.Refresh(ctx); rerr != nil {
+		return err
 	}
-	return nil
+	if alive, aerr := r.parentAlive(ctx); aerr != nil || alive {
+		return err
+	}
+	return fmt.Errorf("%w: the parent %s was deleted and collected when the backup had just begun; run it again: %w",
+		ErrLostData, r.parent.Name(), err)
 }
 
 // prover looks up what a tree reaches.
@@ -177,6 +191,27 @@ type prover struct {
 	tree  *blocktree.Tree
 	packs map[string]bool // looked up already
 	lost  *worklist
+}
+
+// root reports whether a piece of the root index is lost. Also one that this run
+// wrote may be: if it was in the repository already, unreferenced, it was not
+// stored again, and may have been collected since.
+func (p *prover) root() (lost bool, err error) {
+	objects, err := p.tree.RootObjects(p.ctx)
+	if errors.Is(err, repository.ErrContentMissing) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	for _, oid := range objects {
+		ok, err := p.present(oid)
+		if err != nil {
+			return false, err
+		}
+		lost = lost || !ok
+	}
+	return lost, nil
 }
 
 // walk looks up the segments that this run wrote, or all of them.
@@ -235,8 +270,8 @@ func (p *prover) loseSegment(n int64) {
 }
 
 // present reports whether a content is in the index, not marked deleted, and
-// its pack in storage. A content whose pack is gone cannot be stored again
-// while the index still has it, so that ends the backup.
+// its pack in storage. One whose pack is gone is marked deleted: while the index
+// has it, it would not be stored again.
 func (p *prover) present(oid repository.ObjectID) (bool, error) {
 	st, err := p.run.w.StateOf(p.ctx, oid)
 	if err != nil {
@@ -253,9 +288,8 @@ func (p *prover) present(oid repository.ObjectID) (bool, error) {
 		return false, err
 	}
 	if !ok {
-		return false, fmt.Errorf("%w: object %v should be in pack %s, which is gone; "+
-			"nothing was recorded, older points are as they were; run \"varve verify --quarantine\" and back up again",
-			ErrLostData, oid, st.Pack)
+		slog.WarnContext(p.ctx, "a pack is gone; what the backup needs of it is stored again", "pack", st.Pack, "object", oid.String())
+		return false, p.run.w.ForgetContent(p.ctx, oid)
 	}
 	p.packs[st.Pack] = true
 	return true, nil

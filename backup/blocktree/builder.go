@@ -30,6 +30,7 @@ type Builder struct {
 	zero      map[int64]repository.ObjectID // hole by length
 	zeroSeg   map[int64]repository.ObjectID // hole segment by length
 	chunks    map[int64]chunkPiece          // written by an earlier Root, still valid
+	newRoot   bool                          // no piece of the parent's root is to be taken
 }
 
 type chunkPiece struct {
@@ -159,6 +160,15 @@ func (b *Builder) ForgetZero(n int64) {
 	defer b.mu.Unlock()
 	delete(b.zero, n)
 	clear(b.zeroSeg)
+}
+
+// ForgetRoot makes the next Root write every piece of the root index again,
+// because one was lost.
+func (b *Builder) ForgetRoot() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	clear(b.chunks)
+	b.newRoot = true
 }
 
 // segmentID returns what the root lists for segment n.
@@ -291,7 +301,7 @@ func (b *Builder) writeChunk(ctx context.Context, n int64) (chunkPiece, error) {
 // same segments, none of them set here, and the same place in the document.
 func (b *Builder) parentChunk(ctx context.Context, n, first, end int64) (chunkPiece, bool) {
 	t := b.parent
-	if t == nil || n >= t.lay.chunks() || t.lay.chunks() == 1 || b.lay.chunks() == 1 {
+	if t == nil || b.newRoot || n >= t.lay.chunks() || t.lay.chunks() == 1 || b.lay.chunks() == 1 {
 		return chunkPiece{}, false
 	}
 	if min((n+1)*chunkEntries, t.lay.Segments()) != end ||

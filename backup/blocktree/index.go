@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"math"
 	"sort"
 	"strconv"
 
@@ -25,6 +26,7 @@ type Segment struct {
 	Entries []Entry // sorted by Start, without gaps, from 0
 	Len     int64   // bytes the entries cover
 	fixed   int64   // length of every entry but the last, 0 when they vary
+	nested  bool    // at least one entry is itself an index
 }
 
 // Find returns the index of the entry that holds byte off, 0 <= off < Len.
@@ -166,6 +168,9 @@ func newSegment(entries []Entry) (*Segment, error) {
 		if e.Gen < 0 {
 			return nil, fmt.Errorf("%w: index entry %d has generation %d", ErrMalformed, i, e.Gen)
 		}
+		if _, indirect := repository.IsIndirect(e.Object); indirect {
+			s.nested = true
+		}
 		last := i == len(entries)-1
 		if e.Length > s.fixed || (e.Length < s.fixed && !last) {
 			s.fixed = 0
@@ -262,14 +267,18 @@ func cut(p []byte, prefix string) ([]byte, bool) {
 	return p[len(prefix):], true
 }
 
-// cutInt reads a non-negative decimal of at most 18 digits.
+// cutInt reads a non-negative decimal below 2^63.
 func cutInt(p []byte) (n int64, rest []byte, ok bool) {
 	i := 0
-	for i < len(p) && i < 19 && p[i] >= '0' && p[i] <= '9' {
-		n = n*10 + int64(p[i]-'0')
+	for i < len(p) && p[i] >= '0' && p[i] <= '9' {
+		digit := int64(p[i] - '0')
+		if n > (math.MaxInt64-digit)/10 {
+			return 0, nil, false
+		}
+		n = n*10 + digit
 		i++
 	}
-	if i == 0 || i == 19 || (p[0] == '0' && i > 1) {
+	if i == 0 || (p[0] == '0' && i > 1) {
 		return 0, nil, false
 	}
 	return n, p[i:], true

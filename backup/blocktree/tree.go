@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"github.com/varve-io/varve/backup/repository"
 )
@@ -45,12 +46,11 @@ type Tree struct {
 	own   bool // Varve's layout: fixed segments and blocks
 	lay   Layout
 
-	zeroOnce sync.Once
-	zeroLens map[int64]repository.ObjectID
+	zeroes atomic.Pointer[map[int64]repository.ObjectID] // holes by length, nil until known
 
 	mu       sync.Mutex
 	chunkIDs []Entry            // pieces of the root index, nil until loaded
-	chunks   map[int64]*Segment // loaded chunks of the root
+	chunks   map[int64]*Segment // loaded chunks of the root, where there is no cache
 	foreign  *Segment           // top index of a foreign object
 }
 
@@ -82,27 +82,49 @@ func (t *Tree) Layout() (l Layout, ok bool) { return t.lay, t.own }
 
 // IsZero reports whether an entry of this tree is a hole.
 func (t *Tree) IsZero(ctx context.Context, e *Entry) bool {
-	t.zeroOnce.Do(func() { t.loadZeroes(ctx) })
-	id, ok := t.zeroLens[e.Length]
+	zeroes := t.zeroes.Load()
+	if zeroes == nil {
+		if zeroes = t.loadZeroes(ctx); zeroes == nil {
+			return false // holes are read as data until their IDs are known
+		}
+		t.zeroes.Store(zeroes)
+	}
+	id, ok := (*zeroes)[e.Length]
 	return ok && id == e.Object
 }
 
-// loadZeroes fills the IDs of zero blocks for the lengths that can be holes:
+// IsZeroSegment reports whether segment n of a Varve tree is the shared index
+// of a whole segment of holes. A segment may consist of holes without being
+// that index.
+func (t *Tree) IsZeroSegment(ctx context.Context, n int64) (bool, error) {
+	id, err := t.SegmentID(ctx, n)
+	if err != nil {
+		return false, err
+	}
+	return t.root.ZeroSeg != (repository.ObjectID{}) && id == t.root.ZeroSeg, nil
+}
+
+// loadZeroes finds the IDs of zero blocks for the lengths that can be holes:
 // a whole block and the tail, or in a foreign object its longest entry (a
-// splitter cuts zeroes at its maximum) and the last.
-func (t *Tree) loadZeroes(ctx context.Context) {
-	t.zeroLens = map[int64]repository.ObjectID{}
+// splitter cuts zeroes at its maximum) and the last. It returns nil where the
+// object could not be read now.
+func (t *Tree) loadZeroes(ctx context.Context) *map[int64]repository.ObjectID {
+	known := map[int64]repository.ObjectID{}
 	var lens []int64
 	if t.own {
 		if t.root.Zero != (repository.ObjectID{}) {
-			t.zeroLens[t.root.Block] = t.root.Zero
+			known[t.root.Block] = t.root.Zero
 		} else {
 			lens = append(lens, t.root.Block)
 		}
 		if tail := t.root.Size % t.root.Block; tail != 0 {
 			lens = append(lens, tail)
 		}
-	} else if top, err := t.foreignTop(ctx); err == nil {
+	} else {
+		top, err := t.foreignTop(ctx)
+		if err != nil {
+			return nil
+		}
 		longest := int64(0)
 		for i := range top.Entries {
 			longest = max(longest, top.Entries[i].Length)
@@ -114,9 +136,10 @@ func (t *Tree) loadZeroes(ctx context.Context) {
 			continue
 		}
 		if id, err := t.store.ZeroID(ctx, n); err == nil { // else zeroes are read as data
-			t.zeroLens[n] = id
+			known[n] = id
 		}
 	}
+	return &known
 }
 
 // Leaf returns the segment that holds byte off of the disk, and where on the
@@ -155,6 +178,9 @@ func (t *Tree) checkSegment(n int64, s *Segment) error {
 		return fmt.Errorf("%w: segment %d covers %d bytes in %d blocks, not %d in %d",
 			ErrMalformed, n, s.Len, len(s.Entries), t.lay.SegmentLen(n), t.lay.SegmentBlocks(n))
 	}
+	if s.nested {
+		return fmt.Errorf("%w: segment %d lists an index where a block should be", ErrMalformed, n)
+	}
 	return nil
 }
 
@@ -170,15 +196,70 @@ func (t *Tree) SegmentID(ctx context.Context, n int64) (repository.ObjectID, err
 	return c.Entries[n%chunkEntries].Object, nil
 }
 
-// chunk returns the part of the root index that lists segments
-// [n*chunkEntries, (n+1)*chunkEntries).
-func (t *Tree) chunk(ctx context.Context, n int64) (*Segment, error) {
+// RootObjects returns the direct objects that the root index is stored in. It
+// reads one of them at most.
+func (t *Tree) RootObjects(ctx context.Context) ([]repository.ObjectID, error) {
+	if !t.own || t.root.Size == 0 {
+		return []repository.ObjectID{t.root.Object}, nil
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if c, ok := t.chunks[n]; ok {
-		return c, nil
+	pieces, err := t.loadChunkIDs(ctx)
+	if err != nil {
+		return nil, err
 	}
-	p, err := t.chunkBytes(ctx, n)
+	var out []repository.ObjectID
+	if index, ok := repository.IsIndirect(t.root.Object); ok {
+		if list, cutUp := repository.IsIndirect(index); cutUp {
+			out = append(out, list)
+		}
+	}
+	for i := range pieces {
+		out = append(out, pieces[i].Object)
+	}
+	return out, nil
+}
+
+// chunk returns the part of the root index that lists segments
+// [n*chunkEntries, (n+1)*chunkEntries). With a cache it is kept there: a server
+// of many large disks could not hold every chunk of every one.
+func (t *Tree) chunk(ctx context.Context, n int64) (*Segment, error) {
+	t.mu.Lock()
+	ids, err := t.loadChunkIDs(ctx)
+	if err != nil {
+		t.mu.Unlock()
+		return nil, fmt.Errorf("root index: %w", err)
+	}
+	if t.cache == nil {
+		defer t.mu.Unlock()
+		if c, ok := t.chunks[n]; ok {
+			return c, nil
+		}
+		c, err := t.readChunk(ctx, n, ids[n].Object)
+		if err == nil {
+			t.chunks[n] = c
+		}
+		return c, err
+	}
+	t.mu.Unlock()
+	c, err := t.cache.Segment(ctx, ids[n].Object, func(ctx context.Context) (*Segment, error) {
+		return t.readChunk(ctx, n, ids[n].Object)
+	})
+	if err != nil {
+		return nil, err
+	}
+	// Another tree may have put it there, so check that it fits here as well:
+	// its entries follow one another, so the ends tell.
+	first, last := n*chunkEntries, min((n+1)*chunkEntries, t.lay.Segments())-1
+	if len(c.Entries) == 0 || int64(len(c.Entries)) != last-first+1 || c.Entries[0].Start != first*SegmentSize ||
+		c.Entries[len(c.Entries)-1].Length != t.lay.SegmentLen(last) {
+		return nil, fmt.Errorf("root index, chunk %d: %w: belongs elsewhere", n, ErrMalformed)
+	}
+	return c, nil
+}
+
+func (t *Tree) readChunk(ctx context.Context, n int64, oid repository.ObjectID) (*Segment, error) {
+	p, err := t.store.ReadObject(ctx, oid)
 	if err != nil {
 		return nil, fmt.Errorf("root index: %w", err)
 	}
@@ -186,16 +267,7 @@ func (t *Tree) chunk(ctx context.Context, n int64) (*Segment, error) {
 	if err != nil {
 		return nil, fmt.Errorf("root index, chunk %d: %w", n, err)
 	}
-	t.chunks[n] = c
 	return c, nil
-}
-
-func (t *Tree) chunkBytes(ctx context.Context, n int64) ([]byte, error) {
-	ids, err := t.loadChunkIDs(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return t.store.ReadObject(ctx, ids[n].Object)
 }
 
 // loadChunkIDs returns the pieces that the root index is cut into. The caller
@@ -265,7 +337,7 @@ func (t *Tree) decodeChunk(n int64, p []byte) (*Segment, error) {
 			return nil, fmt.Errorf("%w: segment %d is not an index: %v", ErrMalformed, seg, e.Object)
 		}
 	}
-	return &Segment{Entries: entries}, nil
+	return &Segment{Entries: entries, Len: entries[len(entries)-1].Start + entries[len(entries)-1].Length, nested: true}, nil
 }
 
 // loadIndex returns the decoded index of an indirect object, from the cache if

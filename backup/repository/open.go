@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/kopia/kopia/repo"
 	"github.com/kopia/kopia/repo/logging"
@@ -30,6 +31,9 @@ type OpenOptions struct {
 	ConfigFile string // written by Create or Connect, or by stock Kopia
 	Password   string
 	Log        *slog.Logger // what Kopia logs, at debug level; nil for nothing
+	// Now is the clock that everything written is dated by; nil for the
+	// machine's. Tests set hosts apart with it.
+	Now func() time.Time
 }
 
 // Open opens a repository that Create or Connect connected. The error wraps
@@ -83,6 +87,7 @@ func openKopia(ctx context.Context, opt OpenOptions, side sideFile) (*Repository
 	rep, err := repo.Open(logging.WithLogger(octx, kopiaLog(opt.Log)), opt.ConfigFile, opt.Password, &repo.Options{
 		DoNotWaitForUpgrade:  true,
 		DisableRepositoryLog: true,
+		TimeNowFunc:          opt.Now,
 		OnFatalError: func(err error) {
 			r.fatalMu.Lock()
 			defer r.fatalMu.Unlock()

@@ -205,6 +205,7 @@ type ContentState struct {
 	Found   bool
 	Deleted bool   // marked by garbage collection; its bytes may go any time
 	Pack    string // blob that holds it; empty while it waits in a writer
+	Offset  int64  // where in the pack it begins
 	Packed  int64  // bytes it takes in the pack
 	Length  int64  // bytes it decodes to
 	Written time.Time
@@ -231,6 +232,7 @@ func contentState(info content.Info, err error) (ContentState, error) {
 		Found:   true,
 		Deleted: info.Deleted,
 		Pack:    string(info.PackBlobID),
+		Offset:  int64(info.PackOffset),
 		Packed:  int64(info.PackedLength),
 		Length:  int64(info.OriginalLength),
 		Written: info.Timestamp(),

@@ -71,7 +71,7 @@ func (r *Repository) ListSnapshots(ctx context.Context, src *Source) ([]Snapshot
 		labels[snapshot.HostnameLabel] = src.Host
 		labels[snapshot.PathLabel] = src.Path
 	}
-	found, err := r.rep.FindManifests(ctx, labels)
+	found, err := r.findManifests(ctx, labels)
 	if err != nil {
 		return nil, fmt.Errorf("list snapshots: %w", err)
 	}
@@ -100,9 +100,9 @@ func (r *Repository) ListSnapshots(ctx context.Context, src *Source) ([]Snapshot
 // LoadSnapshot reads one snapshot manifest. The error is ErrSnapshotNotFound
 // when it is gone.
 func (r *Repository) LoadSnapshot(ctx context.Context, manifestID string) (*Snapshot, error) {
-	m, err := snapshot.LoadSnapshot(ctx, r.rep, manifest.ID(manifestID))
+	m, err := r.loadManifest(ctx, manifestID)
 	if err != nil {
-		return nil, fmt.Errorf("read snapshot manifest %s: %w", manifestID, err)
+		return nil, err
 	}
 	return fromManifest(m), nil
 }
@@ -170,7 +170,11 @@ func (w *Writer) DeleteSnapshot(_ context.Context, manifestID string) error {
 // UpdatePins adds and removes pins of a snapshot. As in stock Kopia the
 // snapshot gets a new manifest ID, which is returned.
 func (w *Writer) UpdatePins(_ context.Context, manifestID string, add, remove []string) (string, error) {
-	m, err := snapshot.LoadSnapshot(w.ctx, w.w, manifest.ID(manifestID))
+	var m *snapshot.Manifest
+	err := w.refreshing(func() (err error) {
+		m, err = snapshot.LoadSnapshot(w.ctx, w.w, manifest.ID(manifestID))
+		return err
+	})
 	if err != nil {
 		return "", fmt.Errorf("read snapshot manifest %s: %w", manifestID, err)
 	}
@@ -313,7 +317,7 @@ func (w *Writer) DeleteRecord(_ context.Context, id string) error { return w.del
 func (r *Repository) ListRecords(ctx context.Context, kind string, labels map[string]string) ([]Record, error) {
 	all := map[string]string{manifest.TypeLabelKey: recordType, "varve": kind}
 	maps.Copy(all, labels)
-	found, err := r.rep.FindManifests(ctx, all)
+	found, err := r.findManifests(ctx, all)
 	if err != nil {
 		return nil, fmt.Errorf("list %s records: %w", kind, err)
 	}
@@ -326,7 +330,10 @@ func (r *Repository) ListRecords(ctx context.Context, kind string, labels map[st
 
 // LoadRecord reads a record into payload. ok is false when it is gone.
 func (r *Repository) LoadRecord(ctx context.Context, id string, payload any) (ok bool, err error) {
-	_, err = r.rep.GetManifest(ctx, manifest.ID(id), payload)
+	err = r.refreshing(ctx, func() error {
+		_, err := r.rep.GetManifest(ctx, manifest.ID(id), payload)
+		return err
+	})
 	if errors.Is(err, manifest.ErrNotFound) {
 		return false, nil
 	}

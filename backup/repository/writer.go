@@ -166,7 +166,7 @@ func (w *Writer) StateOf(_ context.Context, oid ObjectID) (ContentState, error) 
 
 // deleteManifest removes a manifest; one that is gone already is no error.
 func (w *Writer) deleteManifest(id string) error {
-	if err := w.w.DeleteManifest(w.ctx, manifest.ID(id)); err != nil {
+	if err := w.refreshing(func() error { return w.w.DeleteManifest(w.ctx, manifest.ID(id)) }); err != nil {
 		return fmt.Errorf("delete manifest %s: %w", id, err)
 	}
 	return nil

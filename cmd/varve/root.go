@@ -134,6 +134,7 @@ environment over the file. Secrets are never flags.`,
 		&cobra.Group{ID: groupKeep, Title: "Looking after recovery points:"},
 	)
 	root.AddCommand(
+		newBackupCommand(a),
 		newRepoCommand(a),
 		newVersionCommand(a),
 	)

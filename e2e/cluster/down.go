@@ -1,0 +1,125 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/varve-io/varve/e2e/cluster/supervisor"
+)
+
+// Down ends the cluster and frees all it had: processes, loop devices, cgroups and
+// the run directory. Where none runs it clears what a crash left.
+func Down(ctx context.Context) error {
+	run, err := RunDir()
+	if err != nil {
+		return err
+	}
+	c, err := read()
+	if err != nil && !errors.Is(err, ErrNotUp) {
+		return err
+	}
+	// Noted first: once the mount namespaces are gone, the loop devices that the
+	// kubelet puts on Block volumes show "/" as their file.
+	loops, err := loopDevices(ctx, run+"/")
+	if err != nil {
+		return err
+	}
+	if c != nil {
+		for _, name := range c.nodeNames() {
+			n := c.Nodes[name]
+			if n.PID == 0 || !isSupervisor(n) {
+				continue
+			}
+			if err := killAndWait(ctx, n.PID); err != nil {
+				return err
+			}
+		}
+	}
+	if err := detachLoops(ctx, loops); err != nil {
+		return err
+	}
+	return until(deadline(ctx, 30*time.Second), "the kernel to let go", func(context.Context) error {
+		return errors.Join(supervisor.RemoveCgroups(cgroupName(run)), os.RemoveAll(run))
+	})
+}
+
+// deadline shortens a context for a last step that nothing follows.
+func deadline(ctx context.Context, d time.Duration) context.Context {
+	ctx, cancel := context.WithTimeout(ctx, d)
+	context.AfterFunc(ctx, cancel)
+	return ctx
+}
+
+// isSupervisor guards against a PID that was used anew after a crash or reboot.
+func isSupervisor(n *Node) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", n.PID))
+	return err == nil && strings.Contains(string(b), "node-init") && strings.Contains(string(b), n.Name)
+}
+
+// killAndWait kills the first process of a PID namespace, and with it all of it.
+func killAndWait(ctx context.Context, pid int) error {
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+		return err
+	}
+	return until(deadline(ctx, 30*time.Second), fmt.Sprintf("process %d to end", pid), func(context.Context) error {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil {
+			return nil
+		}
+		// The state follows the name in parentheses. A zombie has ended; whoever
+		// started it will learn of it.
+		if _, rest, ok := strings.Cut(string(b), ") "); ok && strings.HasPrefix(rest, "Z") {
+			return nil
+		}
+		return errors.New("it still runs")
+	})
+}
+
+// loopDevices are those whose file lies below prefix.
+func loopDevices(ctx context.Context, prefix string) ([]string, error) {
+	out, err := run(ctx, "losetup", "-n", "-l", "-O", "NAME,BACK-FILE")
+	if err != nil {
+		return nil, err
+	}
+	var devices []string
+	for line := range strings.Lines(out) {
+		if dev, file, ok := strings.Cut(strings.TrimSpace(line), " "); ok && strings.HasPrefix(strings.TrimSpace(file), prefix) {
+			devices = append(devices, dev)
+		}
+	}
+	return devices, nil
+}
+
+// detachLoops frees loop devices. Some sit on others, so it takes several passes.
+func detachLoops(ctx context.Context, devices []string) error {
+	return until(deadline(ctx, 30*time.Second), "loop devices to be free", func(ctx context.Context) error {
+		var errs []error
+		for _, d := range devices {
+			if _, err := run(ctx, "losetup", d); err != nil {
+				continue // it has no file any more
+			}
+			if _, err := run(ctx, "losetup", "-d", d); err != nil {
+				errs = append(errs, err)
+			}
+			if _, err := run(ctx, "losetup", d); err == nil {
+				errs = append(errs, fmt.Errorf("%s is still attached", d))
+			}
+		}
+		return errors.Join(errs...)
+	})
+}
+
+func run(ctx context.Context, name string, args ...string) (string, error) {
+	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
+	text := strings.TrimSpace(string(out))
+	if err != nil {
+		return text, fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, text)
+	}
+	return text, nil
+}

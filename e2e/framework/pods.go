@@ -1,0 +1,111 @@
+package framework
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/varve-io/varve/e2e/cluster"
+)
+
+// Pod describes a pod that sleeps until it is told what to do.
+type Pod struct {
+	Name string
+	// Claims by name: a Block claim is the device /dev/NAME, a Filesystem claim the
+	// directory /NAME.
+	Claims map[string]corev1.PersistentVolumeMode
+	// Node to run on, by the node selector that users have; empty: any.
+	Node string
+	// Change is applied to the pod before it is created.
+	Change func(*corev1.Pod)
+}
+
+// CreatePod creates a pod of the tool image and does not wait for it.
+func (f *F) CreatePod(p Pod) *corev1.Pod {
+	f.T.Helper()
+	grace := int64(1)
+	c := corev1.Container{Name: "tool", Image: cluster.ToolImage, ImagePullPolicy: corev1.PullNever, Command: []string{"sleep", "1000000"}}
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: f.Namespace, Name: p.Name},
+		Spec: corev1.PodSpec{TerminationGracePeriodSeconds: &grace}}
+	if p.Node != "" {
+		pod.Spec.NodeSelector = map[string]string{corev1.LabelHostname: p.Node}
+	}
+	for name, mode := range p.Claims {
+		pod.Spec.Volumes = append(pod.Spec.Volumes, corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{
+			PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: name}}})
+		if mode == Block {
+			c.VolumeDevices = append(c.VolumeDevices, corev1.VolumeDevice{Name: name, DevicePath: "/dev/" + name})
+		} else {
+			c.VolumeMounts = append(c.VolumeMounts, corev1.VolumeMount{Name: name, MountPath: "/" + name})
+		}
+	}
+	pod.Spec.Containers = []corev1.Container{c}
+	if p.Change != nil {
+		p.Change(pod)
+	}
+	f.Create(pod)
+	return pod
+}
+
+// RunPod creates a pod and waits until it is ready.
+func (f *F) RunPod(p Pod) *corev1.Pod {
+	f.T.Helper()
+	f.CreatePod(p)
+	return f.WaitReady(p.Name)
+}
+
+// WaitReady waits until a pod is ready.
+func (f *F) WaitReady(name string) *corev1.Pod {
+	f.T.Helper()
+	pod := &corev1.Pod{}
+	f.Eventually("pod "+name, func(ctx context.Context) error {
+		if err := f.Client.Get(ctx, f.Key(name), pod); err != nil {
+			return err
+		}
+		for _, c := range pod.Status.Conditions {
+			if c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue {
+				return nil
+			}
+		}
+		return fmt.Errorf("it is %s; %s", pod.Status.Phase, f.LastEvent(ctx, name))
+	})
+	return pod
+}
+
+// Exec runs a shell command in a pod's first container and returns its output.
+func (f *F) Exec(pod, command string) string {
+	f.T.Helper()
+	out, err := f.TryExec(f.T.Context(), pod, nil, command)
+	if err != nil {
+		f.T.Fatal(err)
+	}
+	return out
+}
+
+// TryExec is Exec for commands that may fail, with an input; nil is none.
+func (f *F) TryExec(ctx context.Context, pod string, stdin io.Reader, command string) (string, error) {
+	args := []string{"exec", "-n", f.Namespace}
+	if stdin != nil {
+		args = append(args, "-i")
+	}
+	out, err := f.Cluster.Kubectl(ctx, stdin, append(args, pod, "--", "sh", "-ec", command)...)
+	if err != nil {
+		return out, fmt.Errorf("in pod %s: %w", pod, err)
+	}
+	return out, nil
+}
+
+// SHA256 is the hash of a file or device in a pod, in hex.
+func (f *F) SHA256(pod, path string) string {
+	f.T.Helper()
+	sum, _, ok := strings.Cut(f.Exec(pod, "sha256sum "+path), " ")
+	if !ok {
+		f.T.Fatal(errors.New("sha256sum says nothing"))
+	}
+	return sum
+}
