@@ -35,7 +35,7 @@ func TestCutNetwork(t *testing.T) {
 		p.Spec.Containers[0].Command = []string{"httpd", "-f", "-p", "8080", "-h", "/etc"}
 	}})
 	f.RunPod(framework.Pod{Name: "client"})
-	get := fmt.Sprintf("wget -q -T 2 -O - http://%s:8080/passwd", server.Status.PodIP)
+	get := fmt.Sprintf(`printf 'GET /passwd HTTP/1.0\r\n\r\n' | nc -w 2 %s 8080 | grep nobody`, server.Status.PodIP)
 	f.Eventually("the server", func(ctx context.Context) error {
 		_, err := f.TryExec(ctx, "client", nil, get)
 		return err
