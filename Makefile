@@ -1,0 +1,72 @@
+# Varve. "make help" lists what there is to make.
+
+GO        ?= go
+BIN       := bin
+CACHE     ?= $(CURDIR)/.cache
+TOOLS     := $(CACHE)/tools
+LINT_VER  := v2.13.2
+LINT      := $(TOOLS)/golangci-lint-$(LINT_VER)
+KOPIA_VER := $(shell sed -n 's,^\tgithub.com/kopia/kopia \(v[^ ]*\).*,\1,p' go.mod)
+KOPIA     := $(TOOLS)/kopia-$(KOPIA_VER)
+VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null)
+LDFLAGS   := -s -w -X main.version=$(VERSION)
+
+export CGO_ENABLED ?= 1
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 22
+
+.PHONY: build
+build: ## Build bin/varve, a static binary
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/varve ./cmd/varve
+
+.PHONY: setup
+setup: ## Install the Debian packages that tests and the demo use (needs root)
+	@scripts/setup.sh
+
+.PHONY: check
+check: lint ## Build, vet, lint and the quick tests
+	$(GO) build ./...
+	$(GO) test -short ./...
+
+.PHONY: test
+test: setup $(KOPIA) ## All tests, with the race detector, beside stock Kopia and real tools
+	VARVE_TEST_KOPIA=$(KOPIA) scripts/test.sh
+
+.PHONY: model
+model: ## The long run of the model test: a million steps
+	VARVE_MODEL_STEPS=$${STEPS:-1000000} $(GO) test ./backup -run TestModel -timeout 0 -v
+
+.PHONY: fuzz
+fuzz: ## Fuzz every parser of untrusted bytes for a while each (TIME=30s)
+	scripts/fuzz.sh $${TIME:-30s}
+
+.PHONY: lint
+lint: $(LINT) ## Lint; depguard keeps the layers
+	$(LINT) run ./...
+
+.PHONY: demo
+demo: setup build ## The tour: a real disk backed up four times, read, and restored
+	scripts/demo.sh $(BIN)/varve
+
+.PHONY: bench
+bench: setup build $(KOPIA) ## Measure beside the peers and write docs/benchmarks.md
+	cd e2e && VARVE=$(CURDIR)/$(BIN)/varve KOPIA=$(KOPIA) $(GO) run ./bench -out $(CURDIR)/docs/benchmarks.md
+
+.PHONY: kopia
+kopia: $(KOPIA) ## Build stock Kopia, the same version as the library
+
+$(KOPIA):
+	@mkdir -p $(TOOLS)
+	scripts/build-tool.sh github.com/kopia/kopia $(KOPIA_VER) github.com/kopia/kopia $@
+
+$(LINT):
+	@mkdir -p $(TOOLS)
+	scripts/build-tool.sh github.com/golangci/golangci-lint/v2 $(LINT_VER) github.com/golangci/golangci-lint/v2/cmd/golangci-lint $@
+
+.PHONY: clean
+clean: ## Remove what was built (not the tool cache)
+	rm -rf $(BIN)
+
+-include e2e/e2e.mk

@@ -1,0 +1,368 @@
+package backup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/repository"
+)
+
+// Disk is what a backup reads. disk.Source is one. ReadAt is called
+// concurrently.
+type Disk interface {
+	io.ReaderAt
+	// Size of the disk in bytes.
+	Size() int64
+	// CheckSize fails when the disk changed its size since it was opened.
+	CheckSize() error
+}
+
+// HoleFinder is a Disk that knows, without reading, where it is all zeroes.
+type HoleFinder interface {
+	// DataRange returns the next range at or behind off that may hold data, in
+	// bytes; io.EOF when the rest of the disk is a hole.
+	DataRange(off int64) (start, end int64, err error)
+}
+
+// RangeError is a read error that knows which bytes of the disk are bad.
+type RangeError interface {
+	error
+	BadRange() (offset, length int64)
+}
+
+// ReadErrorPolicy says what to do with a range that cannot be read.
+type ReadErrorPolicy int
+
+// Read error policies.
+const (
+	FailOnReadError ReadErrorPolicy = iota
+	ZeroOnReadError                 // store zeroes and record the range
+)
+
+// MismatchPolicy says what to do when the spot check finds that the source of
+// changed blocks kept a change from us.
+type MismatchPolicy int
+
+// Mismatch policies.
+const (
+	FailOnMismatch MismatchPolicy = iota
+	FullOnMismatch                // go on as a compare of the whole disk
+)
+
+// Options of a backup.
+type Options struct {
+	Volume Volume
+	Disk   Disk
+	// Source says what changed since the parent; nil reads and compares all.
+	Source cbt.Source
+	// Full takes no block from a parent.
+	Full bool
+	// Parent is the name of the point to build on; empty for the latest.
+	Parent string
+	// BlockSize in bytes; 0 for the parent's, or for the default of the size.
+	BlockSize int64
+	// NotCrashConsistent marks a disk that was written to while it was read.
+	NotCrashConsistent bool
+	OnReadError        ReadErrorPolicy
+	OnMismatch         MismatchPolicy
+	// VerifyUnchanged is the share of the blocks reported unchanged that is read
+	// and compared with the parent, from 0 to 1.
+	VerifyUnchanged float64
+	// Workers read, hash, compress and encrypt; 0 for one and a half per CPU.
+	Workers int
+	// CheckpointEvery bounds the time between checkpoints; 0 for a minute.
+	CheckpointEvery time.Duration
+	VolumeHandle    string
+	FileSystem      string
+	ToolVersion     string
+	Progress        func(Progress)
+
+	// step is called at each step of a run; tests let others interfere there.
+	step func(string)
+}
+
+// Progress of a long run.
+type Progress struct {
+	Phase string // what is being done
+	Done  int64  // bytes
+	Total int64  // bytes; 0 while unknown
+}
+
+// Errors that callers decide by.
+var (
+	// ErrWrongParent means that the point to build on does not fit.
+	ErrWrongParent = errors.New("the parent does not fit this backup")
+	// ErrSourceLied means that blocks reported unchanged did change.
+	ErrSourceLied = errors.New("the source of changed blocks did not report a change")
+	// ErrLostData means that data the new point builds on was deleted while it
+	// was made, and could not be stored again.
+	ErrLostData = errors.New("data was deleted from the repository during the backup")
+)
+
+const (
+	defaultCheckpointEvery = time.Minute
+	// checkpointContents bounds the contents between two checkpoints: Kopia
+	// keeps an entry in memory for each until they are flushed.
+	checkpointContents = 64 << 10
+	// readUnit is how much one job reads at most, in bytes.
+	readUnit = 4 << 20
+)
+
+// run is one backup under way.
+type run struct {
+	opt    Options
+	repo   *repository.Repository
+	w      *repository.Writer
+	lay    blocktree.Layout
+	parent *Point
+	base   *blocktree.Tree // the parent's tree; nil for a full
+	build  *blocktree.Builder
+	rec    *blocktree.Record
+	work   *worklist
+
+	incomplete     string // manifest that protects what was flushed so far
+	lastCheckpoint time.Time
+	counters       counters
+	readErrors     rangeList
+}
+
+type counters struct {
+	read, done, changed, zero, newBlocks, segments, sinceCheckpoint atomic.Int64
+	checkpoints                                                     int64
+}
+
+// Run makes a recovery point. Whatever happens, every older point stays as it
+// is; a run that fails leaves at most an incomplete manifest, which the next
+// one or a prune removes. Two runs of one volume at once may both finish: they
+// become siblings.
+func Run(ctx context.Context, repo *repository.Repository, opt Options) (*Point, *blocktree.Record, error) {
+	if err := opt.Volume.check(); err != nil {
+		return nil, nil, err
+	}
+	if opt.Workers <= 0 {
+		opt.Workers = runtime.NumCPU() + (runtime.NumCPU()+1)/2
+	}
+	if opt.CheckpointEvery <= 0 {
+		opt.CheckpointEvery = defaultCheckpointEvery
+	}
+	if opt.step == nil {
+		opt.step = func(string) {}
+	}
+	if opt.Progress == nil {
+		opt.Progress = func(Progress) {}
+	}
+	w, err := repo.NewWriter(ctx, "varve backup "+opt.Volume.String())
+	if err != nil {
+		return nil, nil, err
+	}
+	r := &run{opt: opt, repo: repo, w: w, lastCheckpoint: time.Now()}
+	p, rec, err := r.do(ctx)
+	if err != nil {
+		err = r.explainLoss(ctx, err)
+	}
+	if cerr := w.Close(); err == nil && cerr != nil {
+		// The point is flushed and complete; only the session's end failed.
+		slog.WarnContext(ctx, "close write session", "error", cerr)
+	}
+	return p, rec, err
+}
+
+func (r *run) do(ctx context.Context) (*Point, *blocktree.Record, error) {
+	if err := r.prepare(ctx); err != nil {
+		return nil, nil, err
+	}
+	r.opt.step("prepared")
+	if err := r.protect(ctx); err != nil {
+		return nil, nil, err
+	}
+	r.opt.step("protected")
+	if err := r.list(ctx); err != nil {
+		return nil, nil, err
+	}
+	r.opt.step("listed")
+	if err := r.store(ctx); err != nil {
+		r.salvage(ctx, err)
+		return nil, nil, err
+	}
+	r.opt.step("stored")
+	if err := r.opt.Disk.CheckSize(); err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", r.opt.Volume, err)
+	}
+	p, err := r.finish(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	r.opt.step("done")
+	return p, r.rec, nil
+}
+
+// prepare finds the parent and decides the geometry.
+func (r *run) prepare(ctx context.Context) error {
+	if err := r.repo.Refresh(ctx); err != nil {
+		return err
+	}
+	v := r.opt.Volume
+	listed := ListOptions{Volume: &v}
+	if r.opt.Parent != "" {
+		listed.Volume = nil // a point of another volume is told from one that is not there
+	}
+	cat, err := List(ctx, r.repo, listed)
+	if err != nil {
+		return err
+	}
+	quarantined, err := Quarantined(ctx, r.repo)
+	if err != nil {
+		return err
+	}
+	latest := cat.Latest(v)
+	if err := r.chooseParent(cat, quarantined); err != nil {
+		return err
+	}
+	if latest == nil && r.opt.Source != nil && !r.opt.Full {
+		slog.DebugContext(ctx, "first backup of this volume is a full", "volume", v.String())
+	}
+	if err := r.chooseLayout(ctx); err != nil {
+		return err
+	}
+	now := r.repo.Now().UTC()
+	rec := &blocktree.Record{
+		ID: newID(), Generation: 1, Kind: blocktree.KindFull,
+		Namespace: v.Namespace, Name: v.Name, Cluster: v.Cluster,
+		Start: now, Time: pointTime(now, cat.Of(v)),
+		Size: r.lay.Size, BlockSize: r.lay.BlockSize,
+		VolumeHandle: r.opt.VolumeHandle, FileSystem: r.opt.FileSystem,
+		NotCrashConsistent: r.opt.NotCrashConsistent, ToolVersion: r.opt.ToolVersion,
+	}
+	if latest != nil {
+		rec.Generation = latest.Generation + 1
+	}
+	if r.parent != nil {
+		rec.Generation = max(rec.Generation, r.parent.Generation+1)
+		rec.Parent, rec.Kind = r.parent.ID, blocktree.KindIncremental
+	}
+	r.rec = rec
+	r.work = newWorklist(r.lay)
+	r.build, err = blocktree.NewBuilder(r.w, r.w.Reader(), r.lay, r.base)
+	return err
+}
+
+func (r *run) chooseParent(cat *Catalog, quarantined map[string]Quarantine) error {
+	if r.opt.Full {
+		return nil
+	}
+	v := r.opt.Volume
+	if r.opt.Parent != "" {
+		p, err := cat.Resolve(r.opt.Parent)
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrWrongParent, err)
+		}
+		if p.Volume != v {
+			return fmt.Errorf("%w: %s is a point of %s:%s, not of %s:%s", ErrWrongParent, p.Name(), p.Volume.Cluster, p.Volume, v.Cluster, v)
+		}
+		if q, bad := quarantined[p.ID]; bad {
+			return fmt.Errorf("%w: %s is quarantined: %s", ErrWrongParent, p.Name(), q.Reason)
+		}
+		r.parent = p
+		return nil
+	}
+	all := cat.Of(v)
+	for i := len(all) - 1; i >= 0; i-- {
+		if _, bad := quarantined[all[i].ID]; !bad && all[i].Foreign == "" {
+			r.parent = all[i]
+			return nil
+		}
+	}
+	return nil
+}
+
+func (r *run) chooseLayout(ctx context.Context) error {
+	size := r.opt.Disk.Size()
+	r.lay = blocktree.Layout{Size: size, BlockSize: r.opt.BlockSize}
+	if r.parent != nil {
+		if r.opt.BlockSize != 0 && r.opt.BlockSize != r.parent.BlockSize {
+			return fmt.Errorf("%w: %s has blocks of %d bytes, not %d; take a new full to change the block size",
+				ErrWrongParent, r.parent.Name(), r.parent.BlockSize, r.opt.BlockSize)
+		}
+		if r.opt.VolumeHandle != "" && r.parent.VolumeHandle != "" && r.opt.VolumeHandle != r.parent.VolumeHandle {
+			return fmt.Errorf("%w: %s is of volume handle %q, the source is %q; if the volume was replaced take a full",
+				ErrWrongParent, r.parent.Name(), r.parent.VolumeHandle, r.opt.VolumeHandle)
+		}
+		r.lay.BlockSize = r.parent.BlockSize
+		root, err := OpenRoot(ctx, r.repo, r.parent)
+		if err != nil {
+			return fmt.Errorf("open parent: %w", err)
+		}
+		if r.base, err = blocktree.Open(r.repo, nil, root); err != nil {
+			return fmt.Errorf("open parent %s: %w", r.parent.Name(), err)
+		}
+	}
+	if r.lay.BlockSize == 0 {
+		r.lay.BlockSize = blocktree.DefaultBlockSize(size)
+	}
+	return r.lay.Check()
+}
+
+// pointTime makes a point's time unique within its volume, to the second where
+// that is enough: names show it.
+func pointTime(now time.Time, points []*Point) time.Time {
+	taken := func(t time.Time) bool {
+		for _, p := range points {
+			if p.Time.Equal(t) {
+				return true
+			}
+		}
+		return false
+	}
+	if t := now.Truncate(time.Second); !taken(t) {
+		return t
+	}
+	t := now.Truncate(time.Millisecond)
+	for taken(t) || t.Nanosecond() == 0 {
+		t = t.Add(time.Millisecond)
+	}
+	return t
+}
+
+// list asks the source what changed and plans the work.
+func (r *run) list(ctx context.Context) error {
+	src := r.opt.Source
+	if src == nil {
+		src = cbt.Compare{}
+	}
+	req := cbt.Request{Size: r.lay.Size}
+	if r.parent != nil {
+		req.Base = &cbt.Base{PointID: r.parent.ID, ChangeID: r.parent.ChangeID, VolumeHandle: r.parent.VolumeHandle, Size: r.parent.Size}
+	}
+	rep, err := src.Changes(ctx, req, r.work.add)
+	if err != nil {
+		return fmt.Errorf("list changed blocks of %s: %w", r.opt.Volume, err)
+	}
+	if rep.Size != r.lay.Size {
+		return fmt.Errorf("list changed blocks of %s: %w: %d bytes, the disk has %d", r.opt.Volume, cbt.ErrSizeMismatch, rep.Size, r.lay.Size)
+	}
+	if rep.Exact && req.Base != nil && !rep.Allocated && rep.BaseChangeID != req.Base.ChangeID {
+		return fmt.Errorf("list changed blocks of %s: %w: it is relative to %q, the parent %s is %q",
+			r.opt.Volume, cbt.ErrBaseMismatch, rep.BaseChangeID, r.parent.Name(), req.Base.ChangeID)
+	}
+	r.rec.Source, r.rec.ChangeID = rep.Source, rep.TargetChangeID
+	if rep.VolumeHandle != "" {
+		r.rec.VolumeHandle = rep.VolumeHandle
+	}
+	if rep.Allocated && r.parent != nil {
+		// Whatever is not allocated reads as zeroes now, whatever it was.
+		r.work.zeroRest()
+	}
+	if r.parent != nil {
+		r.work.addResize(r.parent.Size)
+	}
+	r.rec.Stats.Reported = rep.Reported
+	return r.spotCheck(ctx, rep)
+}

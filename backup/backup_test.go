@@ -1,0 +1,224 @@
+package backup
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/repository"
+)
+
+// newRepo makes a repository in a temporary directory.
+func newRepo(t *testing.T) (*repository.Repository, string) {
+	t.Helper()
+	dir := t.TempDir()
+	conf := filepath.Join(dir, "repository.config")
+	if err := repository.CreateFilesystem(t.Context(), filepath.Join(dir, "repo"), conf, "secret"); err != nil {
+		t.Fatal(err)
+	}
+	return openRepo(t, conf), conf
+}
+
+func openRepo(t *testing.T, conf string) *repository.Repository {
+	t.Helper()
+	r, err := repository.Open(t.Context(), repository.OpenOptions{ConfigFile: conf, Password: "secret"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := r.Close(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	return r
+}
+
+// memDisk is a disk in memory.
+type memDisk struct {
+	mu   sync.Mutex
+	data []byte
+}
+
+func (d *memDisk) ReadAt(p []byte, off int64) (int, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if off >= int64(len(d.data)) {
+		return 0, io.EOF
+	}
+	n := copy(p, d.data[off:])
+	if n < len(p) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+func (d *memDisk) Size() int64      { return int64(len(d.data)) }
+func (d *memDisk) CheckSize() error { return nil }
+
+var testVolume = Volume{Namespace: "shop", Name: "db", Cluster: "test"}
+
+// readPoint reads a whole point by walking its tree.
+func readPoint(t *testing.T, r *repository.Repository, p *Point) []byte {
+	t.Helper()
+	ctx := t.Context()
+	root, err := OpenRoot(ctx, r, p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tree, err := blocktree.Open(r, nil, root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := make([]byte, 0, root.Size)
+	for off := int64(0); off < root.Size; {
+		seg, base, err := tree.Leaf(ctx, off)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range seg.Entries {
+			e := &seg.Entries[i]
+			b, err := r.ReadObject(ctx, e.Object)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if int64(len(b)) != e.Length {
+				t.Fatalf("entry at %d has %d bytes, not %d", base+e.Start, len(b), e.Length)
+			}
+			out = append(out, b...)
+		}
+		off = base + seg.Len
+	}
+	return out
+}
+
+func mustBackup(t *testing.T, r *repository.Repository, opt Options) (*Point, *blocktree.Record) {
+	t.Helper()
+	p, rec, err := Run(t.Context(), r, opt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p, rec
+}
+
+func randomBytes(rng *rand.Rand, n int) []byte {
+	p := make([]byte, n)
+	for i := range p {
+		p[i] = byte(rng.Uint32())
+	}
+	return p
+}
+
+func TestSizes(t *testing.T) {
+	r, _ := newRepo(t)
+	const block = blocktree.MinBlockSize
+	rng := rand.New(rand.NewPCG(1, 2))
+	for _, size := range []int{0, 1, 511, block - 1, block, block + 1, blocktree.SegmentSize - 1, blocktree.SegmentSize, blocktree.SegmentSize + 1} {
+		v := Volume{Namespace: "sizes", Name: fmt.Sprint(size), Cluster: "test"}
+		data := make([]byte, size)
+		if size > 0 {
+			copy(data, randomBytes(rng, min(size, 3*block)))
+			data[size-1] = 7
+		}
+		p, rec := mustBackup(t, r, Options{Volume: v, Disk: &memDisk{data: data}, BlockSize: block})
+		if rec.Kind != blocktree.KindFull || p.Size != int64(size) {
+			t.Errorf("size %d: kind %s, size %d", size, rec.Kind, p.Size)
+		}
+		if !bytes.Equal(readPoint(t, r, p), data) {
+			t.Errorf("size %d: reads back different", size)
+		}
+	}
+}
+
+func TestChainOfIncrements(t *testing.T) {
+	r, _ := newRepo(t)
+	rng := rand.New(rand.NewPCG(3, 4))
+	data := randomBytes(rng, 5<<20+123)
+	var points []*Point
+	var want [][]byte
+	for i := range 6 {
+		if i > 0 {
+			off := rng.IntN(len(data) - 5000)
+			copy(data[off:], randomBytes(rng, 5000))
+		}
+		switch i {
+		case 3: // grow
+			data = append(data, randomBytes(rng, 1<<20)...)
+		case 4: // shrink
+			data = data[:3<<20+77]
+		}
+		snap := bytes.Clone(data)
+		p, rec := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: snap}})
+		if i > 0 && (rec.Kind != blocktree.KindIncremental || rec.Parent != points[i-1].ID) {
+			t.Errorf("point %d: kind %s, parent %s", i, rec.Kind, rec.Parent)
+		}
+		points, want = append(points, p), append(want, snap)
+	}
+	for i, p := range points {
+		if !bytes.Equal(readPoint(t, r, p), want[i]) {
+			t.Errorf("point %d reads back different", i)
+		}
+	}
+	cat, err := List(t.Context(), r, ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(cat.Points()); n != len(points) {
+		t.Errorf("%d points listed, want %d", n, len(points))
+	}
+	if n := len(cat.Incomplete()); n != 0 {
+		t.Errorf("%d incomplete manifests left", n)
+	}
+	if p := cat.Latest(testVolume); p.ID != points[5].ID {
+		t.Errorf("latest is %s", p.Name())
+	}
+}
+
+// listSource is a source of changed blocks with a fixed answer.
+type listSource struct {
+	rep     cbt.Report
+	extents []cbt.Extent
+}
+
+func (s listSource) Changes(_ context.Context, req cbt.Request, emit func(cbt.Extent) error) (cbt.Report, error) {
+	for _, e := range s.extents {
+		if err := emit(e); err != nil {
+			return cbt.Report{}, err
+		}
+	}
+	rep := s.rep
+	rep.Source, rep.Size, rep.Exact = "test", req.Size, true
+	return rep, nil
+}
+
+func TestLyingSourceIsFound(t *testing.T) {
+	r, _ := newRepo(t)
+	rng := rand.New(rand.NewPCG(5, 6))
+	data := randomBytes(rng, 4<<20)
+	mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: bytes.Clone(data)}})
+	data[3<<20] ^= 1
+	data[100] ^= 1
+	opt := Options{
+		Volume: testVolume, Disk: &memDisk{data: data}, VerifyUnchanged: 0.001,
+		Source: listSource{extents: []cbt.Extent{{Offset: 0, Length: 512}}},
+	}
+	if _, _, err := Run(t.Context(), r, opt); err == nil {
+		t.Fatal("the lie went unnoticed") // 32 blocks: the minimum sample reads them all
+	} else {
+		t.Log(err)
+	}
+	opt.OnMismatch = FullOnMismatch
+	p, rec := mustBackup(t, r, opt)
+	if !bytes.Equal(readPoint(t, r, p), data) {
+		t.Error("reads back different")
+	}
+	if rec.Source != "compare" || len(rec.Notes) != 1 {
+		t.Errorf("source %s, notes %q", rec.Source, rec.Notes)
+	}
+}

@@ -1,0 +1,240 @@
+package blocktree
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/varve-io/varve/backup/repository"
+)
+
+const (
+	// DiskFile and RecordFile are the names in a recovery point's directory.
+	DiskFile   = "disk.img"
+	RecordFile = "varve.json"
+
+	// FormatMajor is the version of the format this code writes. A reader
+	// accepts any minor version and refuses another major one.
+	FormatMajor = 1
+	formatMinor = 0
+
+	// MaxRecordBytes bounds a record when it is read.
+	MaxRecordBytes = 16 << 20
+)
+
+// ErrNewerFormat means that a newer version of Varve wrote a record in a way
+// that this one cannot read.
+var ErrNewerFormat = errors.New("written by a newer version of Varve; upgrade to read it")
+
+// Kinds of recovery point.
+const (
+	KindFull        = "full"
+	KindIncremental = "incremental"
+)
+
+// Record is varve.json: all that is known of a recovery point beside its bytes.
+// It is authoritative; the manifest's tags only repeat what lists need. Fields
+// that a reader does not know are kept by Extra.
+type Record struct {
+	Format     string    `json:"format"` // "varve/MAJOR.MINOR"
+	ID         string    `json:"id"`     // 128 random bits in hexadecimal, of the point itself
+	Generation int64     `json:"generation"`
+	Parent     string    `json:"parent,omitempty"` // ID; may dangle once the parent is deleted
+	Kind       string    `json:"kind"`
+	Namespace  string    `json:"namespace"`
+	Name       string    `json:"name"`
+	Cluster    string    `json:"cluster"`
+	Time       time.Time `json:"time"`  // the moment whose state the point holds
+	Start      time.Time `json:"start"` // of the run
+	End        time.Time `json:"end"`
+
+	Size         int64  `json:"size"`      // bytes of the disk
+	BlockSize    int64  `json:"blockSize"` // bytes
+	Root         string `json:"root"`      // object of disk.img
+	ZeroBlock    string `json:"zeroBlock,omitempty"`
+	ZeroSegment  string `json:"zeroSegment,omitempty"`
+	Source       string `json:"source,omitempty"` // where changed blocks came from: full, compare, extents, ...
+	ChangeID     string `json:"changeID,omitempty"`
+	VolumeHandle string `json:"volumeHandle,omitempty"`
+
+	// NotCrashConsistent is set when the disk was mounted read-write while it
+	// was read: the point mixes moments.
+	NotCrashConsistent bool `json:"notCrashConsistent,omitempty"`
+	// ReadErrors are ranges that could not be read and were stored as zeroes.
+	ReadErrors []Range `json:"readErrors,omitempty"`
+	// FileSystem is the type found in the superblock, if any.
+	FileSystem string `json:"fileSystem,omitempty"`
+
+	Stats       Stats      `json:"stats"`
+	SpotCheck   *SpotCheck `json:"spotCheck,omitempty"`
+	Notes       []string   `json:"notes,omitempty"` // fallbacks and their reasons
+	ToolVersion string     `json:"toolVersion,omitempty"`
+
+	// Extra holds the fields of newer minor versions.
+	Extra map[string]json.RawMessage `json:"-"`
+}
+
+// Range is a part of a disk, in bytes.
+type Range struct {
+	Offset int64 `json:"offset"`
+	Length int64 `json:"length"`
+}
+
+// Stats is what a run cost.
+type Stats struct {
+	Reported   int64         `json:"reported"`   // bytes named by the source of changed blocks
+	Read       int64         `json:"read"`       // bytes read from the disk
+	Changed    int64         `json:"changed"`    // bytes in blocks that differ from the parent
+	Zero       int64         `json:"zero"`       // bytes of those that are zeroes
+	Uploaded   int64         `json:"uploaded"`   // bytes sent to storage, indexes included
+	NewBlocks  int64         `json:"newBlocks"`  // blocks that differ and are not zero
+	Segments   int64         `json:"segments"`   // segment indexes written
+	Duration   time.Duration `json:"durationNs"` // of the run
+	Checkpoint int64         `json:"checkpoints,omitempty"`
+}
+
+// SpotCheck tells how far the source of changed blocks was tested.
+type SpotCheck struct {
+	Blocks      int64   `json:"blocks"`      // reported unchanged, read and compared
+	Candidates  int64   `json:"candidates"`  // blocks reported unchanged
+	Probability float64 `json:"probability"` // of detecting a lie about one block in a thousand of them
+	Stripe      int64   `json:"stripe"`      // which stripe of the rotation was read
+	Stripes     int64   `json:"stripes"`     // how many runs cover the whole disk
+}
+
+// OpenRoot tells how to open the point's tree.
+func (r *Record) OpenRoot() (Root, error) {
+	root := Root{Size: r.Size, Block: r.BlockSize}
+	var err error
+	if root.Object, err = repository.ParseObjectID(r.Root); err != nil {
+		return root, fmt.Errorf("record of %s: root: %w", r.ID, err)
+	}
+	if r.ZeroBlock != "" {
+		if root.Zero, err = repository.ParseObjectID(r.ZeroBlock); err != nil {
+			return root, fmt.Errorf("record of %s: zero block: %w", r.ID, err)
+		}
+	}
+	if r.ZeroSegment != "" {
+		if root.ZeroSeg, err = repository.ParseObjectID(r.ZeroSegment); err != nil {
+			return root, fmt.Errorf("record of %s: zero segment: %w", r.ID, err)
+		}
+	}
+	return root, nil
+}
+
+// SetRoot records a tree.
+func (r *Record) SetRoot(root Root) {
+	r.Size, r.BlockSize, r.Root = root.Size, root.Block, root.Object.String()
+	r.ZeroBlock, r.ZeroSegment = "", ""
+	if root.Zero != (repository.ObjectID{}) {
+		r.ZeroBlock = root.Zero.String()
+	}
+	if root.ZeroSeg != (repository.ObjectID{}) {
+		r.ZeroSegment = root.ZeroSeg.String()
+	}
+}
+
+// Encode writes the record as JSON, Extra included.
+func (r *Record) Encode() ([]byte, error) {
+	r.Format = fmt.Sprintf("varve/%d.%d", FormatMajor, formatMinor)
+	type plain Record
+	p, err := json.Marshal((*plain)(r))
+	if err != nil {
+		return nil, fmt.Errorf("encode record: %w", err)
+	}
+	fields := map[string]json.RawMessage{}
+	if err := json.Unmarshal(p, &fields); err != nil {
+		return nil, fmt.Errorf("encode record: %w", err)
+	}
+	for k, v := range r.Extra {
+		if _, known := fields[k]; !known {
+			fields[k] = v
+		}
+	}
+	out, err := json.MarshalIndent(fields, "", "  ")
+	if err != nil {
+		return nil, fmt.Errorf("encode record: %w", err)
+	}
+	return append(out, '\n'), nil
+}
+
+// DecodeRecord reads varve.json.
+func DecodeRecord(p []byte) (*Record, error) {
+	var head struct {
+		Format string `json:"format"`
+	}
+	if err := json.Unmarshal(p, &head); err != nil {
+		return nil, fmt.Errorf("record: %w", err)
+	}
+	major, ok := strings.CutPrefix(head.Format, "varve/")
+	major, _, _ = strings.Cut(major, ".")
+	n, err := strconv.Atoi(major)
+	if !ok || err != nil || n < 1 {
+		return nil, fmt.Errorf("record: format %q is not Varve's", head.Format)
+	}
+	if n > FormatMajor {
+		return nil, fmt.Errorf("record of format %q: %w", head.Format, ErrNewerFormat)
+	}
+	type plain Record
+	var r plain
+	if err := json.Unmarshal(p, &r); err != nil {
+		return nil, fmt.Errorf("record: %w", err)
+	}
+	rec := (*Record)(&r)
+	if err := rec.keepExtra(p); err != nil {
+		return nil, err
+	}
+	switch {
+	case len(rec.ID) != 32 || strings.Trim(rec.ID, "0123456789abcdef") != "":
+		return nil, fmt.Errorf("record: %q is not the ID of a recovery point", rec.ID)
+	case rec.Generation < 1:
+		return nil, fmt.Errorf("record of %s: generation %d", rec.ID, rec.Generation)
+	}
+	if err := (Layout{Size: rec.Size, BlockSize: rec.BlockSize}).Check(); err != nil {
+		return nil, fmt.Errorf("record of %s: %w", rec.ID, err)
+	}
+	return rec, nil
+}
+
+func (r *Record) keepExtra(p []byte) error {
+	all := map[string]json.RawMessage{}
+	if err := json.Unmarshal(p, &all); err != nil {
+		return fmt.Errorf("record: %w", err)
+	}
+	known := map[string]json.RawMessage{}
+	type plain Record
+	own, err := json.Marshal((*plain)(r))
+	if err != nil {
+		return fmt.Errorf("record: %w", err)
+	}
+	if err := json.Unmarshal(own, &known); err != nil {
+		return fmt.Errorf("record: %w", err)
+	}
+	for _, k := range slices.Sorted(maps.Keys(all)) {
+		if _, ok := known[k]; !ok && !bytes.Equal(all[k], []byte("null")) && !optionalField(k) {
+			if r.Extra == nil {
+				r.Extra = map[string]json.RawMessage{}
+			}
+			r.Extra[k] = all[k]
+		}
+	}
+	return nil
+}
+
+// optionalField reports whether k is a field of Record that its own encoding
+// leaves out when empty, so that an empty value in a file is not an unknown
+// field.
+func optionalField(k string) bool {
+	switch k {
+	case "parent", "zeroBlock", "zeroSegment", "source", "changeID", "volumeHandle",
+		"notCrashConsistent", "readErrors", "fileSystem", "spotCheck", "notes", "toolVersion":
+		return true
+	}
+	return false
+}

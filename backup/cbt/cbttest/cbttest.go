@@ -1,0 +1,308 @@
+// Package cbttest is the conformance suite of changed-block sources: what every
+// cbt.Source has to hold, tried with listings that are right, generous, cut, doubled
+// or about something else.
+//
+// A source under test is described by a Maker, which turns a Listing (what the
+// storage behind the source will say) into a source. Run runs All:
+//
+//	cbttest.Run(t, func(t *testing.T, l cbttest.Listing) cbt.Source { ... })
+package cbttest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"slices"
+	"sort"
+	"testing"
+
+	"github.com/varve-io/varve/backup/cbt"
+)
+
+// Listing is what the storage behind a source says, whatever is asked.
+type Listing struct {
+	// Base is the change ID that the listing is relative to; empty for one of
+	// allocated ranges. Target is the change ID listed, Volume the volume's handle.
+	Base, Target, Volume string
+	// Size of the target in bytes, as the storage says.
+	Size int64
+	// Extents in the order in which the storage tells them.
+	Extents []cbt.Extent
+	// CutAfter, if not negative, ends the storage's answer after so many extents,
+	// without its usual sign of completeness.
+	CutAfter int
+	// Refused says that the rule expects this listing to be refused.
+	Refused bool
+}
+
+// Maker makes a source whose storage says l. It calls t.Skip with the reason if that
+// storage cannot say such a thing (fixed-size blocks, always in order, ...).
+//
+// For a source that has no listing of its own (cbt.Compare) it returns nil if
+// l.Refused, and the source for the others.
+type Maker func(t *testing.T, l Listing) cbt.Source
+
+// Case is one rule, tried on a source.
+type Case func(t *testing.T, newSource Maker)
+
+// All holds every rule by name.
+var All = map[string]Case{
+	"Exact":                    caseExact,
+	"OverReporting":            caseOverReporting,
+	"Unaligned":                caseUnaligned,
+	"Unsorted":                 caseUnsorted,
+	"Adjacent":                 caseAdjacent,
+	"ZeroExtents":              caseZeroExtents,
+	"NothingChanged":           caseNothingChanged,
+	"SizeZero":                 caseSizeZero,
+	"FullAllocated":            caseFullAllocated,
+	"FullNothingAllocated":     caseFullNothingAllocated,
+	"Grown":                    caseGrown,
+	"Shrunk":                   caseShrunk,
+	"Many":                     caseMany,
+	"WrongBase":                refusal(cbt.ErrBaseMismatch, func(l *Listing, _ *cbt.Request) { l.Base = "another" }),
+	"BaseWithoutChangeID":      refusal(cbt.ErrBaseMismatch, func(_ *Listing, r *cbt.Request) { r.Base.ChangeID = "" }),
+	"DifferenceForFullRequest": refusal(cbt.ErrBaseMismatch, func(_ *Listing, r *cbt.Request) { r.Base = nil }),
+	"WrongVolume":              refusal(cbt.ErrVolumeMismatch, func(l *Listing, _ *cbt.Request) { l.Volume = "another" }),
+	"WrongSizeLarger":          refusal(cbt.ErrSizeMismatch, func(l *Listing, _ *cbt.Request) { l.Size++ }),
+	"WrongSizeSmaller":         refusal(cbt.ErrSizeMismatch, func(_ *Listing, r *cbt.Request) { r.Size += 4096 }),
+	"Cut":                      refusal(cbt.ErrTruncated, func(l *Listing, _ *cbt.Request) { l.CutAfter = 2 }),
+	"CutAtOnce":                refusal(cbt.ErrTruncated, func(l *Listing, _ *cbt.Request) { l.CutAfter = 0 }),
+	"CutBeforeTheEndMark":      refusal(cbt.ErrTruncated, func(l *Listing, _ *cbt.Request) { l.CutAfter = len(l.Extents) }),
+	"Duplicated":               refusal(cbt.ErrOverlap, func(l *Listing, _ *cbt.Request) { l.Extents = append(l.Extents, l.Extents[0]) }),
+	"Overlapping":              refusal(cbt.ErrOverlap, func(l *Listing, _ *cbt.Request) { l.Extents[1].Offset = l.Extents[0].End() - 1 }),
+	"BehindTheEnd":             refusal(cbt.ErrOutOfRange, func(l *Listing, _ *cbt.Request) { l.Extents[2].Length = l.Size }),
+	"NegativeOffset":           refusal(cbt.ErrOutOfRange, func(l *Listing, _ *cbt.Request) { l.Extents[0].Offset = -4096 }),
+	"NegativeLength":           refusal(cbt.ErrOutOfRange, func(l *Listing, _ *cbt.Request) { l.Extents[0].Length = -4096 }),
+	"EmptyExtent":              refusal(cbt.ErrOutOfRange, func(l *Listing, _ *cbt.Request) { l.Extents[0].Length = 0 }),
+	"Overflowing":              refusal(cbt.ErrOutOfRange, func(l *Listing, _ *cbt.Request) { l.Extents[0].Length = 1<<63 - 1 }),
+	"EmitFails":                caseEmitFails,
+	"Cancelled":                caseCancelled,
+}
+
+// Run runs All in a fixed order, each rule as a subtest.
+func Run(t *testing.T, newSource Maker) {
+	names := make([]string, 0, len(All))
+	for name := range All {
+		names = append(names, name)
+	}
+
+	sort.Strings(names)
+
+	for _, name := range names {
+		t.Run(name, func(t *testing.T) { All[name](t, newSource) })
+	}
+}
+
+const (
+	baseID   = "snapshot-1"
+	targetID = "snapshot-2"
+	volumeID = "volume-7"
+	diskSize = 1 << 20
+	grain    = 4096
+)
+
+// world is a disk before and after, and the listing of the difference.
+type world struct {
+	base, target []byte
+	listing      Listing
+	request      cbt.Request
+}
+
+// newWorld makes a disk of size bytes whose target differs from the base in extents.
+func newWorld(baseSize, size int64, extents ...cbt.Extent) world {
+	w := world{base: pattern(baseSize, 1), target: make([]byte, size)}
+	copy(w.target, w.base)
+
+	if size > baseSize {
+		copy(w.target[baseSize:], pattern(size-baseSize, 3))
+	}
+
+	for _, e := range extents {
+		if e.Zero {
+			clear(w.target[e.Offset:e.End()])
+		} else {
+			copy(w.target[e.Offset:e.End()], pattern(e.Length, 2))
+		}
+	}
+
+	w.listing = Listing{Base: baseID, Target: targetID, Volume: volumeID, Size: size, Extents: slices.Clone(extents), CutAfter: -1}
+	w.request = cbt.Request{
+		Base: &cbt.Base{PointID: "point-1", ChangeID: baseID, VolumeHandle: volumeID, Size: baseSize},
+		Size: size,
+	}
+
+	return w
+}
+
+// pattern is n bytes without a zero, different for each salt at every offset.
+func pattern(n int64, salt int) []byte {
+	b := make([]byte, n)
+	for i := range b {
+		b[i] = byte(1 + (i+i>>8+salt*83)%251)
+	}
+
+	return b
+}
+
+// list runs a source and checks what holds for any successful listing: extents within
+// the disk and disjoint, zero extents that are zero, the counts, and that the emitted
+// ranges turn the base into the target.
+func (w world) list(t *testing.T, newSource Maker) (cbt.Report, []cbt.Extent) {
+	t.Helper()
+
+	source := newSource(t, w.listing)
+
+	var extents []cbt.Extent
+
+	report, err := source.Changes(t.Context(), w.request, func(e cbt.Extent) error {
+		extents = append(extents, e)
+		return nil
+	})
+	if err != nil {
+		t.Fatalf("Changes: %v", err)
+	}
+
+	w.check(t, report, extents)
+
+	return report, extents
+}
+
+func (w world) check(t *testing.T, report cbt.Report, extents []cbt.Extent) {
+	t.Helper()
+
+	size := w.request.Size
+	seen := make([]bool, size)
+	result := make([]byte, size)
+
+	if w.request.Base != nil && !report.Allocated {
+		copied := copy(result, w.base)
+		// The engine adds the grown range by itself.
+		copy(result[copied:], w.target[copied:])
+	}
+
+	var sum int64
+
+	for _, e := range extents {
+		if e.Length <= 0 || e.Offset < 0 || e.Offset > size || e.Length > size-e.Offset {
+			t.Fatalf("extent %v of a disk of %d bytes", e, size)
+		}
+
+		sum += e.Length
+
+		for i := e.Offset; i < e.End(); i++ {
+			if seen[i] {
+				t.Fatalf("extent %v: byte %d was emitted twice", e, i)
+			}
+
+			seen[i] = true
+
+			if e.Zero && w.target[i] != 0 {
+				t.Fatalf("extent %v: byte %d is not zero in the target", e, i)
+			}
+
+			result[i] = w.target[i]
+		}
+	}
+
+	if !bytes.Equal(result, w.target) {
+		t.Error("the base with the emitted ranges read anew is not the target: a change was not reported")
+	}
+
+	if report.Source == "" {
+		t.Error("Report.Source is empty")
+	}
+
+	if report.Size != size {
+		t.Errorf("Report.Size = %d, want %d", report.Size, size)
+	}
+
+	if report.Reported != sum {
+		t.Errorf("Report.Reported = %d, want %d", report.Reported, sum)
+	}
+
+	if !report.Exact {
+		return
+	}
+
+	if report.TargetChangeID != w.listing.Target {
+		t.Errorf("Report.TargetChangeID = %q, want %q", report.TargetChangeID, w.listing.Target)
+	}
+
+	if report.VolumeHandle != volumeID {
+		t.Errorf("Report.VolumeHandle = %q, want %q", report.VolumeHandle, volumeID)
+	}
+
+	if w.request.Base == nil && !report.Allocated {
+		t.Error("Report.Allocated is not set by an exact full listing")
+	}
+
+	if want := w.listing.Base; report.BaseChangeID != want {
+		t.Errorf("Report.BaseChangeID = %q, want %q", report.BaseChangeID, want)
+	}
+}
+
+// sameRanges says whether two lists cover the same bytes with the same Zero.
+func sameRanges(size int64, a, b []cbt.Extent) bool {
+	return bytes.Equal(paint(size, a), paint(size, b))
+}
+
+func paint(size int64, extents []cbt.Extent) []byte {
+	m := make([]byte, size)
+
+	for _, e := range extents {
+		colour := byte(1)
+		if e.Zero {
+			colour = 2
+		}
+
+		for i := e.Offset; i < e.End(); i++ {
+			m[i] = colour
+		}
+	}
+
+	return m
+}
+
+// threeChanges is what most refusals start from: a correct listing, then spoilt.
+func threeChanges() world {
+	return newWorld(diskSize, diskSize,
+		cbt.Extent{Offset: 2 * grain, Length: grain},
+		cbt.Extent{Offset: 5 * grain, Length: 3 * grain},
+		cbt.Extent{Offset: 20 * grain, Length: grain})
+}
+
+// refusal is a case in which the source must fail with kind.
+func refusal(kind error, spoil func(*Listing, *cbt.Request)) Case {
+	return func(t *testing.T, newSource Maker) {
+		w := threeChanges()
+		spoil(&w.listing, &w.request)
+		w.listing.Refused = true
+
+		source := newSource(t, w.listing)
+		if source == nil {
+			t.Skip("the source has no listing of its own, so none that it could refuse")
+		}
+
+		_, err := source.Changes(t.Context(), w.request, func(cbt.Extent) error { return nil })
+		if err == nil {
+			t.Fatal("Changes accepted the listing")
+		}
+
+		if !errors.Is(err, kind) {
+			t.Fatalf("Changes = %v; want an error that is %v", err, kind)
+		}
+
+		var detailed *cbt.Error
+		if !errors.As(err, &detailed) {
+			t.Fatalf("Changes = %v; want a *cbt.Error", err)
+		}
+	}
+}
+
+func cancelledContext(t *testing.T) context.Context {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+
+	return ctx
+}

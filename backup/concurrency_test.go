@@ -1,0 +1,300 @@
+package backup
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/repository"
+)
+
+// The tests of this file are the rows of docs/concurrency.md.
+
+// TestTwoBackupsAtOnce runs a second backup of a volume inside the first, from a
+// connection of its own: both finish and are siblings.
+func TestTwoBackupsAtOnce(t *testing.T) {
+	t.Parallel()
+	r, conf := newRepo(t)
+	points, want := chain(t, r, testVolume, 1, 1<<20)
+	one, two := bytes.Clone(want[0]), bytes.Clone(want[0])
+	one[5]++
+	two[900_000]++
+	second := openRepo(t, conf)
+	var inner *Point
+	outer, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: one}, step: func(s string) {
+		if s == "listed" {
+			inner, _ = mustBackup(t, second, Options{Volume: testVolume, Disk: &memDisk{data: two}})
+		}
+	}})
+	if inner.Parent != points[0].ID || outer.Parent != points[0].ID || inner.Generation != outer.Generation {
+		t.Errorf("not siblings: %+v, %+v", inner, outer)
+	}
+	fresh := openRepo(t, conf)
+	for _, c := range []struct {
+		p    *Point
+		want []byte
+	}{{points[0], want[0]}, {inner, two}, {outer, one}} {
+		if !bytes.Equal(readPoint(t, fresh, c.p), c.want) {
+			t.Errorf("%s reads back different", c.p.Name())
+		}
+	}
+	cat := mustList(t, fresh)
+	if len(cat.Points()) != 3 || len(cat.Incomplete()) != 0 {
+		t.Errorf("%d points, %d incomplete", len(cat.Points()), len(cat.Incomplete()))
+	}
+	latest, again := cat.Latest(testVolume), mustList(t, r).Latest(testVolume)
+	if latest.ID != again.ID || (latest.ID != inner.ID && latest.ID != outer.ID) {
+		t.Errorf("latest is %s here and %s there", latest.Name(), again.Name())
+	}
+	next, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: one}})
+	if next.Generation != outer.Generation+1 || next.Parent != latest.ID {
+		t.Errorf("the next point has generation %d and parent %s", next.Generation, next.Parent)
+	}
+}
+
+// backupSteps are where others interfere with a backup.
+var backupSteps = []string{"prepared", "protected", "listed", "segment", "checkpoint", "stored", "flushed", "proved", "saved"}
+
+// interfere runs a backup of disk; at its step it has others delete the points
+// named by forget and run maintenance without any safety. Whatever the backup
+// says must be so: a point that reads back, or an error that says why.
+func interfere(t *testing.T, step string, prepare func(t *testing.T, r *repository.Repository) (opt Options, forget []string, kept map[*Point][]byte)) {
+	t.Helper()
+	r, conf := newRepo(t)
+	opt, forget, kept := prepare(t, r)
+	want := opt.Disk.(*memDisk).data
+	other := openRepo(t, conf)
+	met := false
+	opt.BlockSize = 64 << 10
+	opt.CheckpointEvery = time.Nanosecond // a checkpoint after each job
+	opt.step = func(s string) {
+		if s != step || met {
+			return
+		}
+		met = true
+		if len(forget) > 0 {
+			if _, err := Forget(t.Context(), other, forget, true, false); err != nil {
+				t.Errorf("forget at %s: %v", step, err)
+			}
+		}
+		res := maintainNow(t, other)
+		t.Logf("at %s: %d contents deleted, %d packs", step, res.Unused.Count, res.Reclaimed.Count)
+	}
+	p, _, err := Run(t.Context(), r, opt)
+	if !met {
+		t.Fatalf("the backup has no step %s", step)
+	}
+	fresh := openFresh(t, conf)
+	switch {
+	case err == nil:
+		if !bytes.Equal(readPoint(t, fresh, p), want) {
+			t.Error("the new point reads back different")
+		}
+	case errors.Is(err, ErrLostData):
+		t.Logf("the backup failed: %v", err)
+	default:
+		t.Errorf("the backup failed for another reason: %v", err)
+	}
+	for q, data := range kept {
+		if !bytes.Equal(readPoint(t, fresh, q), data) {
+			t.Errorf("%s, which nobody deleted, reads back different", q.Name())
+		}
+	}
+	if _, err := Verify(t.Context(), fresh, VerifyOptions{Read: 1}); err != nil {
+		t.Errorf("verify: %v", err)
+	}
+	// Nothing that happened stands in the way of the next run, and a collection
+	// after it takes nothing that is in use.
+	opt.step = nil
+	p, _ = mustBackup(t, fresh, opt)
+	maintainNow(t, fresh)
+	if !bytes.Equal(readPoint(t, openFresh(t, conf), p), want) {
+		t.Error("the next point reads back different")
+	}
+}
+
+// TestParentPrunedDuringBackup deletes and collects the parent at each step of
+// an increment.
+func TestParentPrunedDuringBackup(t *testing.T) {
+	for _, step := range backupSteps {
+		t.Run(step, func(t *testing.T) {
+			t.Parallel()
+			interfere(t, step, func(t *testing.T, r *repository.Repository) (Options, []string, map[*Point][]byte) {
+				points, want := chain(t, r, testVolume, 2, 1<<20)
+				data := append(bytes.Clone(want[1]), make([]byte, blocktree.SegmentSize)...)
+				copy(data[300_000:], randomBytes(rand.New(rand.NewPCG(1, 1)), 200_000))
+				return Options{Volume: testVolume, Disk: &memDisk{data: data}}, []string{points[1].ID}, map[*Point][]byte{points[0]: want[0]}
+			})
+		})
+	}
+}
+
+// TestGarbageReusedDuringCollection backs up what the repository still has, but
+// no point uses: the backup stores nothing, and the collection deletes it.
+func TestGarbageReusedDuringCollection(t *testing.T) {
+	for _, step := range backupSteps {
+		if step == "protected" {
+			continue // a full has nothing to protect: the same as prepared
+		}
+		t.Run(step, func(t *testing.T) {
+			t.Parallel()
+			interfere(t, step, func(t *testing.T, r *repository.Repository) (Options, []string, map[*Point][]byte) {
+				other := Volume{Namespace: "shop", Name: "other", Cluster: "test"}
+				kept, want := chain(t, r, other, 1, 500_000)
+				data := append(randomBytes(rand.New(rand.NewPCG(2, 2)), 1<<20), make([]byte, blocktree.SegmentSize)...)
+				p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: data}, BlockSize: 64 << 10})
+				if _, err := Forget(t.Context(), r, []string{p.ID}, false, false); err != nil {
+					t.Fatal(err)
+				}
+				return Options{Volume: testVolume, Disk: &memDisk{data: data}}, nil, map[*Point][]byte{kept[0]: want[0]}
+			})
+		})
+	}
+}
+
+// TestBackupDuringCollection makes a point at each step of a collection without
+// safety, out of data that the collection takes for garbage.
+func TestBackupDuringCollection(t *testing.T) {
+	for _, step := range []string{"cleared", "marked", "swept", "collected", "rewritten", "dropped", "deleted"} {
+		t.Run(step, func(t *testing.T) {
+			t.Parallel()
+			r, conf := newRepo(t)
+			data := randomBytes(rand.New(rand.NewPCG(3, 3)), 1<<20)
+			old, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: data}})
+			if _, err := Forget(t.Context(), r, []string{old.ID}, false, false); err != nil {
+				t.Fatal(err)
+			}
+			writer := openRepo(t, conf)
+			var p *Point
+			_, err := Maintain(t.Context(), r, MaintainOptions{Mode: repository.MaintenanceFull, NoSafety: true, step: func(s string) {
+				if s == step && p == nil {
+					p, _ = mustBackup(t, writer, Options{Volume: testVolume, Disk: &memDisk{data: data}})
+				}
+			}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if p == nil {
+				t.Fatalf("maintenance has no step %s", step)
+			}
+			fresh := openFresh(t, conf)
+			if !bytes.Equal(readPoint(t, fresh, p), data) {
+				t.Error("reads back different")
+			}
+			maintainNow(t, fresh)
+			if _, err := Verify(t.Context(), openFresh(t, conf), VerifyOptions{Read: 1}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestReaderDuringRewrite reads points over and over while packs are rewritten
+// and the old ones deleted under it.
+func TestReaderDuringRewrite(t *testing.T) {
+	t.Parallel()
+	r, conf := newRepo(t)
+	points, want := chain(t, r, testVolume, 4, 1<<20)
+	reader := openRepo(t, conf)
+	stop := make(chan struct{})
+	var rounds sync.WaitGroup
+	started := make(chan struct{})
+	rounds.Go(func() {
+		for n := 0; ; n++ {
+			if !bytes.Equal(readPoint(t, reader, points[3]), want[3]) {
+				t.Error("reads back different")
+			}
+			if n == 0 {
+				close(started)
+			}
+			select {
+			case <-stop:
+				return
+			default:
+			}
+		}
+	})
+	<-started
+	before := packFiles(t, conf, "p")
+	if _, err := Forget(t.Context(), r, []string{points[0].ID, points[1].ID}, false, false); err != nil {
+		t.Error(err)
+	}
+	res, err := Maintain(t.Context(), r, MaintainOptions{Mode: repository.MaintenanceFull, NoSafety: true})
+	if err != nil {
+		t.Error(err)
+	}
+	close(stop)
+	rounds.Wait()
+	if res.Rewritten.Count == 0 || res.Reclaimed.Count == 0 {
+		t.Errorf("nothing moved: %+v", *res.MaintenanceReport)
+	}
+	left := map[string]bool{}
+	for _, f := range packFiles(t, conf, "p") {
+		left[f] = true
+	}
+	for _, f := range before {
+		if left[f] {
+			t.Errorf("%s was not deleted", f)
+		}
+	}
+	if !bytes.Equal(readPoint(t, reader, points[3]), want[3]) {
+		t.Error("reads back different after the packs went")
+	}
+}
+
+// TestClocksApart backs up from two hosts whose clocks are hours apart: the
+// order is that of the generations.
+func TestClocksApart(t *testing.T) {
+	t.Parallel()
+	_, conf := newRepo(t)
+	at := func(d time.Duration) *repository.Repository {
+		r, err := repository.Open(t.Context(), repository.OpenOptions{
+			ConfigFile: conf, Password: "secret", Now: func() time.Time { return time.Now().Add(d) },
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := r.Close(context.Background()); err != nil {
+				t.Error(err)
+			}
+		})
+		return r
+	}
+	ahead, behind := at(5*time.Hour), at(-7*time.Hour)
+	data := randomBytes(rand.New(rand.NewPCG(4, 4)), 600_000)
+	var ids []string
+	for i, r := range []*repository.Repository{ahead, behind, ahead, behind} {
+		data[i]++
+		p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: bytes.Clone(data)}})
+		if p.Generation != int64(i+1) || (i > 0 && p.Parent != ids[i-1]) {
+			t.Errorf("point %d has generation %d and parent %s", i, p.Generation, p.Parent)
+		}
+		ids = append(ids, p.ID)
+	}
+	cat := mustList(t, behind)
+	for i, p := range cat.Of(testVolume) {
+		if p.ID != ids[i] {
+			t.Errorf("point %d is listed as number %d", p.Generation, i+1)
+		}
+	}
+	latest, err := cat.Resolve("shop/db@latest")
+	if err != nil || latest.ID != ids[3] {
+		t.Errorf("latest is %v, %v", latest, err)
+	}
+	plan, err := Prune(t.Context(), ahead, PruneOptions{Policy: Policy{Latest: 1}, Cluster: "test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(plan.Removed()) != 3 || mustList(t, behind).Latest(testVolume).ID != ids[3] {
+		t.Errorf("pruned %v", plan.Removed())
+	}
+	if !bytes.Equal(readPoint(t, behind, latest), data) {
+		t.Error("reads back different")
+	}
+}

@@ -1,0 +1,296 @@
+package backup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/repository"
+)
+
+// finish turns what was stored into a recovery point: flush and protect it,
+// prove that all of it is there, then write the manifest that makes it one.
+func (r *run) finish(ctx context.Context) (*Point, error) {
+	root, err := r.build.Root(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.writeIncomplete(ctx, &root); err != nil {
+		return nil, fmt.Errorf("flush: %w", err)
+	}
+	r.opt.step("flushed")
+	if root, err = r.prove(ctx, root); err != nil {
+		return nil, err
+	}
+	r.opt.step("proved")
+	r.fillRecord(root)
+	doc, err := r.rec.Encode()
+	if err != nil {
+		return nil, err
+	}
+	recID, err := r.w.WriteFile(ctx, doc)
+	if err != nil {
+		return nil, err
+	}
+	s := &repository.Snapshot{
+		Source: r.opt.Volume.source(), Start: r.rec.Time, End: r.rec.End,
+		Description: "Varve recovery point " + r.rec.ID, Tags: recordTags(r.rec),
+	}
+	files := []repository.File{
+		{Name: blocktree.DiskFile, Size: root.Size, ModTime: r.rec.Time, Mode: 0o600, Object: root.Object},
+		{Name: blocktree.RecordFile, Size: int64(len(doc)), ModTime: r.rec.Time, Mode: 0o600, Object: recID},
+	}
+	if err := r.w.SaveSnapshot(ctx, s, files); err != nil {
+		return nil, err
+	}
+	r.opt.step("saved")
+	if err := r.dropStale(ctx); err != nil {
+		slog.WarnContext(ctx, "could not look for what killed runs left", "volume", r.opt.Volume.String(), "error", err)
+	}
+	if err := r.w.DeleteSnapshot(ctx, r.incomplete); err != nil {
+		return nil, err
+	}
+	if err := r.w.Flush(ctx); err != nil {
+		return nil, fmt.Errorf("write recovery point: %w", err)
+	}
+	if err := r.repo.Refresh(ctx); err != nil {
+		return nil, fmt.Errorf("recovery point %s is complete, but reading it back failed: %w", r.rec.ID, err)
+	}
+	saved, err := r.repo.LoadSnapshot(ctx, s.ManifestID)
+	if err != nil {
+		return nil, fmt.Errorf("recovery point %s is complete, but reading it back failed: %w", r.rec.ID, err)
+	}
+	p := pointFromSnapshot(saved)
+	p.fillFromRecord(r.rec)
+	return p, nil
+}
+
+func (r *run) fillRecord(root blocktree.Root) {
+	r.rec.SetRoot(root)
+	r.rec.End = r.repo.Now().UTC()
+	r.rec.ReadErrors = r.readErrors.ranges
+	st := &r.rec.Stats
+	st.Read = r.counters.read.Load()
+	st.Changed = r.counters.changed.Load()
+	st.Zero = r.counters.zero.Load()
+	st.NewBlocks = r.counters.newBlocks.Load()
+	st.Segments = r.counters.segments.Load()
+	st.Uploaded = r.w.Uploaded()
+	st.Checkpoint = r.counters.checkpoints
+	st.Duration = r.rec.End.Sub(r.rec.Start)
+}
+
+// maxRepairs bounds how often lost data is stored again before giving up.
+const maxRepairs = 3
+
+// prove shows, on a fresh view of the repository, that everything the new tree
+// reaches is there and will stay: a deletion and a collection may have run
+// while this backup did. What this run stored is looked up content by content.
+// What it reuses needs no look while the parent still exists, for then no
+// collection can have seen it unreferenced; if the parent is gone, the whole
+// tree is looked up. Lost ranges are read and stored again.
+func (r *run) prove(ctx context.Context, root blocktree.Root) (blocktree.Root, error) {
+	for attempt := 0; ; attempt++ {
+		lost, rootLost, err := r.findLost(ctx, root)
+		if err != nil {
+			return root, err
+		}
+		if lost == 0 && !rootLost {
+			return root, nil
+		}
+		if attempt == maxRepairs {
+			return root, fmt.Errorf("%w: %d blocks are missing after storing them %d times; "+
+				"is a maintenance without safety margins running? Run the backup again when it is over", ErrLostData, lost, attempt)
+		}
+		slog.WarnContext(ctx, "data this backup builds on was deleted meanwhile; storing it again",
+			"volume", r.opt.Volume.String(), "blocks", lost)
+		if err := r.store(ctx); err != nil {
+			return root, err
+		}
+		if root, err = r.build.Root(ctx); err != nil {
+			return root, err
+		}
+		if err := r.writeIncomplete(ctx, &root); err != nil {
+			return root, err
+		}
+	}
+}
+
+// findLost puts on the worklist what must be stored again and counts it; root
+// tells whether pieces of the root index must be written again too.
+func (r *run) findLost(ctx context.Context, of blocktree.Root) (blocks int64, root bool, err error) {
+	if err := r.w.Refresh(ctx); err != nil {
+		return 0, false, err
+	}
+	if err := r.repo.Refresh(ctx); err != nil {
+		return 0, false, err
+	}
+	tree, err := blocktree.Open(r.w.Reader(), nil, of)
+	if err != nil {
+		return 0, false, err
+	}
+	whole := false
+	if r.parent != nil {
+		alive, err := r.parentAlive(ctx)
+		if err != nil {
+			return 0, false, err
+		}
+		whole = !alive
+	}
+	p := &prover{run: r, ctx: ctx, tree: tree, packs: map[string]bool{}, lost: newWorklist(r.lay)}
+	r.work = p.lost
+	if root, err = p.root(); err != nil {
+		return 0, false, err
+	}
+	if root {
+		// What it lists is looked at once it can be read again.
+		r.build.ForgetRoot()
+		return 0, true, nil
+	}
+	if err := p.walk(whole); err != nil {
+		return 0, false, err
+	}
+	n, _ := p.lost.count()
+	if err := r.w.Flush(ctx); err != nil { // contents that were forgotten
+		return 0, false, err
+	}
+	return n, false, nil
+}
+
+func (r *run) parentAlive(ctx context.Context) (bool, error) {
+	v := r.parent.Volume
+	cat, err := List(ctx, r.repo, ListOptions{Volume: &v})
+	if err != nil {
+		return false, err
+	}
+	return cat.ByID(r.parent.ID) != nil, nil
+}
+
+// explainLoss says why data of the parent is not there: the parent was deleted
+// and collected before this run could protect it.
+func (r *run) explainLoss(ctx context.Context, err error) error {
+	if r.parent == nil || !errors.Is(err, repository.ErrContentMissing) {
+		return err
+	}
+	if rerr := r.repo.Refresh(ctx); rerr != nil {
+		return err
+	}
+	if alive, aerr := r.parentAlive(ctx); aerr != nil || alive {
+		return err
+	}
+	return fmt.Errorf("%w: the parent %s was deleted and collected when the backup had just begun; run it again: %w",
+		ErrLostData, r.parent.Name(), err)
+}
+
+// prover looks up what a tree reaches.
+type prover struct {
+	run   *run
+	ctx   context.Context //nolint:containedctx // lives for one call
+	tree  *blocktree.Tree
+	packs map[string]bool // looked up already
+	lost  *worklist
+}
+
+// root reports whether a piece of the root index is lost. Also one that this run
+// wrote may be: if it was in the repository already, unreferenced, it was not
+// stored again, and may have been collected since.
+func (p *prover) root() (lost bool, err error) {
+	objects, err := p.tree.RootObjects(p.ctx)
+	if errors.Is(err, repository.ErrContentMissing) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	for _, oid := range objects {
+		ok, err := p.present(oid)
+		if err != nil {
+			return false, err
+		}
+		lost = lost || !ok
+	}
+	return lost, nil
+}
+
+// walk looks up the segments that this run wrote, or all of them.
+func (p *prover) walk(whole bool) error {
+	lay := p.run.lay
+	for n := range lay.Segments() {
+		if err := p.ctx.Err(); err != nil {
+			return err
+		}
+		written := p.run.build.Written(n)
+		if !whole && !written {
+			continue
+		}
+		oid, err := p.tree.SegmentID(p.ctx, n)
+		if err != nil {
+			return err
+		}
+		ok, err := p.present(oid)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			p.loseSegment(n)
+			continue
+		}
+		seg, err := p.tree.Segment(p.ctx, n)
+		if errors.Is(err, repository.ErrContentMissing) {
+			p.loseSegment(n)
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		for i := range seg.Entries {
+			e := &seg.Entries[i]
+			if !whole && e.Gen != p.run.rec.Generation && e.HasDigest {
+				continue // the living parent's
+			}
+			ok, err := p.present(e.Object)
+			if err != nil {
+				return err
+			}
+			if !ok {
+				p.lost.read.set(lay.FirstBlock(n) + int64(i))
+				p.run.build.ForgetZero(e.Length)
+			}
+		}
+	}
+	return nil
+}
+
+func (p *prover) loseSegment(n int64) {
+	lay := p.run.lay
+	p.lost.read.setRange(lay.FirstBlock(n), lay.FirstBlock(n)+int64(lay.SegmentBlocks(n)))
+	p.run.build.Forget(n)
+}
+
+// present reports whether a content is in the index, not marked deleted, and
+// its pack in storage. One whose pack is gone is marked deleted: while the index
+// has it, it would not be stored again.
+func (p *prover) present(oid repository.ObjectID) (bool, error) {
+	st, err := p.run.w.StateOf(p.ctx, oid)
+	if err != nil {
+		return false, err
+	}
+	if !st.Found || st.Deleted {
+		return false, nil
+	}
+	if st.Pack == "" || p.packs[st.Pack] {
+		return true, nil
+	}
+	ok, err := p.run.repo.PackExists(p.ctx, st.Pack)
+	if err != nil {
+		return false, err
+	}
+	if !ok {
+		slog.WarnContext(p.ctx, "a pack is gone; what the backup needs of it is stored again", "pack", st.Pack, "object", oid.String())
+		return false, p.run.w.ForgetContent(p.ctx, oid)
+	}
+	p.packs[st.Pack] = true
+	return true, nil
+}

@@ -1,0 +1,41 @@
+package backup
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+
+	"github.com/varve-io/varve/backup/repository"
+)
+
+// Velero's block data mover saves a volume as a directory with one file, padded
+// to whole 1 MiB blocks; the real size is in a tag.
+const veleroSizeTag = "bdev-source-size"
+
+// foreignPoint reads a snapshot that another program wrote as a recovery
+// point: a snapshot of a single file, or of a directory that holds just one.
+func foreignPoint(ctx context.Context, r *repository.Repository, s *repository.Snapshot, p *Point) (*Point, error) {
+	p.ID, p.Kind, p.Foreign = s.ManifestID, "full", "kopia"
+	p.Size = s.RootSize
+	if p.rootDir {
+		files, err := r.ReadDirectory(ctx, p.root)
+		if err != nil {
+			return nil, err
+		}
+		if len(files) != 1 || files[0].Dir {
+			return nil, errNotAPoint
+		}
+		p.root, p.rootDir, p.Size = files[0].Object, false, files[0].Size
+		if p.Volume.Name == "" {
+			p.Volume.Name = files[0].Name
+		}
+	}
+	if text, ok := s.Tags[veleroSizeTag]; ok {
+		n, err := strconv.ParseInt(text, 10, 64)
+		if err != nil || n < 0 || n > p.Size {
+			return nil, fmt.Errorf("snapshot %s: tag %s is %q, of a file of %d bytes", s.ManifestID, veleroSizeTag, text, p.Size)
+		}
+		p.Size, p.Foreign = n, "velero"
+	}
+	return p, nil
+}

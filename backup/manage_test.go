@@ -1,0 +1,408 @@
+package backup
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/varve-io/varve/backup/repository"
+)
+
+// chain makes n points of one volume, the first of size random bytes, each next
+// with a few thousand of them changed, and returns what each holds.
+func chain(t *testing.T, r *repository.Repository, v Volume, n, size int) (points []*Point, want [][]byte) {
+	t.Helper()
+	rng := rand.New(rand.NewPCG(uint64(n), uint64(size)))
+	data := randomBytes(rng, size)
+	for i := range n {
+		if i > 0 {
+			off := rng.IntN(len(data) - 5000)
+			copy(data[off:], randomBytes(rng, 5000))
+		}
+		snap := bytes.Clone(data)
+		p, _ := mustBackup(t, r, Options{Volume: v, Disk: &memDisk{data: snap}, BlockSize: 64 << 10})
+		points, want = append(points, p), append(want, snap)
+	}
+	return points, want
+}
+
+func maintainNow(t *testing.T, r *repository.Repository) *MaintenanceResult {
+	t.Helper()
+	res, err := Maintain(t.Context(), r, MaintainOptions{Mode: repository.MaintenanceFull, NoSafety: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.Busy {
+		t.Fatal("maintenance did not run")
+	}
+	return res
+}
+
+func mustList(t *testing.T, r *repository.Repository) *Catalog {
+	t.Helper()
+	if err := r.Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	cat, err := List(t.Context(), r, ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cat
+}
+
+// packFiles lists the packs of a repository made by newRepo, by path.
+func packFiles(t *testing.T, conf, kind string) []string {
+	t.Helper()
+	var out []string
+	root := filepath.Join(filepath.Dir(conf), "repo")
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		rel, err := filepath.Rel(root, path)
+		if err != nil {
+			return err
+		}
+		if strings.HasPrefix(rel, kind) && strings.Contains(rel, "-s") {
+			out = append(out, path)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func packBytes(t *testing.T, conf string) int64 {
+	t.Helper()
+	var n int64
+	for _, f := range append(packFiles(t, conf, "p"), packFiles(t, conf, "q")...) {
+		st, err := os.Stat(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n += st.Size()
+	}
+	return n
+}
+
+func TestForgetAndMaintenanceReclaim(t *testing.T) {
+	r, conf := newRepo(t)
+	points, want := chain(t, r, testVolume, 4, 6<<20)
+	other := Volume{Namespace: "shop", Name: "big", Cluster: "test"}
+	big, _ := chain(t, r, other, 1, 8<<20)
+	before := packBytes(t, conf)
+	if _, err := Forget(t.Context(), r, []string{"shop/big@latest", points[0].ID, points[2].Name()}, false, false); err != nil {
+		t.Fatal(err)
+	}
+	res := maintainNow(t, r)
+	if res.Unused.Bytes < 8<<20 || len(res.Damaged) != 0 || res.Lost.Count != 0 {
+		t.Errorf("result %+v", *res.MaintenanceReport)
+	}
+	if after := packBytes(t, conf); after > before-8<<20 {
+		t.Errorf("packs took %d bytes, and %d after %s was collected", before, after, big[0].Name())
+	}
+	cat := mustList(t, r)
+	if n := len(cat.Points()); n != 2 {
+		t.Fatalf("%d points are left", n)
+	}
+	fresh := openRepo(t, conf)
+	for _, i := range []int{1, 3} {
+		if !bytes.Equal(readPoint(t, fresh, points[i]), want[i]) {
+			t.Errorf("point %d reads back different", i)
+		}
+	}
+	if _, err := Verify(t.Context(), fresh, VerifyOptions{Read: 1}); err != nil {
+		t.Error(err)
+	}
+	st, err := r.MaintenanceState(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !st.Owned || st.Reclaimed < 8<<20 || st.LastFull.End.IsZero() {
+		t.Errorf("status %+v", st)
+	}
+}
+
+func TestSafetyKeepsWhatIsYoung(t *testing.T) {
+	r, conf := newRepo(t)
+	points, _ := chain(t, r, testVolume, 2, 4<<20)
+	before := len(packFiles(t, conf, "p"))
+	if _, err := Forget(t.Context(), r, []string{points[0].ID}, false, false); err != nil {
+		t.Fatal(err)
+	}
+	res, err := Maintain(t.Context(), r, MaintainOptions{Mode: repository.MaintenanceFull})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.Unused.Count != 0 || res.TooRecent.Count == 0 || res.Reclaimed.Count != 0 {
+		t.Errorf("result %+v", *res.MaintenanceReport)
+	}
+	if after := len(packFiles(t, conf, "p")); after != before {
+		t.Errorf("%d packs, %d before", after, before)
+	}
+	res, err = Maintain(t.Context(), r, MaintainOptions{Mode: repository.MaintenanceAuto})
+	if err != nil || res.Mode != "" || res.Busy {
+		t.Errorf("maintenance ran again: %+v, %v", *res.MaintenanceReport, err)
+	}
+}
+
+// TestDamageIsNamedAndSurvived breaks the index of one point of a chain: that
+// point is named and quarantined, the others stay readable and space is still
+// reclaimed.
+func TestDamageIsNamedAndSurvived(t *testing.T) {
+	r, conf := newRepo(t)
+	points, want := chain(t, r, testVolume, 2, 4<<20)
+	third, _ := chain(t, r, Volume{Namespace: "shop", Name: "bad", Cluster: "test"}, 1, 3<<20)
+	gone, _ := chain(t, r, Volume{Namespace: "shop", Name: "gone", Cluster: "test"}, 1, 5<<20)
+	// Spoil the index of the third point, and nothing beside it in the pack.
+	ctx := t.Context()
+	root, err := OpenRoot(ctx, r, third[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	st, err := r.StateOf(ctx, root.Object)
+	if err != nil {
+		t.Fatal(err)
+	}
+	flip(t, packPath(t, conf, st.Pack), st.Offset+st.Packed/2)
+	if _, err := Forget(ctx, r, []string{gone[0].ID}, false, false); err != nil {
+		t.Fatal(err)
+	}
+
+	r2 := openFresh(t, conf) // without what the first one cached
+	res := maintainNow(t, r2)
+	if res.Unused.Bytes < 5<<20 {
+		t.Errorf("only %d bytes were found unused", res.Unused.Bytes)
+	}
+	if len(res.Quarantined) != 1 || res.Quarantined[0].Point != third[0].ID {
+		t.Fatalf("quarantined %+v", res.Quarantined)
+	}
+	for i, p := range points {
+		if !bytes.Equal(readPoint(t, r2, p), want[i]) {
+			t.Errorf("point %d reads back different", i)
+		}
+	}
+	rep, err := Verify(ctx, r2, VerifyOptions{})
+	if !errors.Is(err, ErrDamaged) {
+		t.Fatalf("verify: %v", err)
+	}
+	for _, res := range rep.Points {
+		if bad := len(res.Problems) > 0; bad != (res.Point.ID == third[0].ID) {
+			t.Errorf("%s: %v", res.Point.Name(), res.Problems)
+		}
+	}
+	t.Log(err)
+}
+
+// packPath returns the file of a pack of a repository made by newRepo.
+func packPath(t *testing.T, conf, pack string) string {
+	t.Helper()
+	root := filepath.Join(filepath.Dir(conf), "repo")
+	for _, f := range append(packFiles(t, conf, "p"), packFiles(t, conf, "q")...) {
+		rel, err := filepath.Rel(root, f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.ReplaceAll(strings.TrimSuffix(rel, ".f"), string(filepath.Separator), "") == pack {
+			return f
+		}
+	}
+	t.Fatalf("no pack %s", pack)
+	return ""
+}
+
+// openFresh opens the repository of conf with caches of its own.
+func openFresh(t *testing.T, conf string) *repository.Repository {
+	t.Helper()
+	conf2 := filepath.Join(t.TempDir(), "repository.config")
+	if err := repository.Connect(t.Context(), repository.ConnectOptions{
+		ConfigFile: conf2, Password: "secret",
+		Storage: &repository.Filesystem{Path: filepath.Join(filepath.Dir(conf), "repo")},
+		Cache:   repository.Cache{Directory: conf2 + ".cache"},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return openRepo(t, conf2)
+}
+
+// TestVerifyQuarantineHeals corrupts a pack of data: verify names each block,
+// quarantines the points, and the next backup of the same bytes heals them.
+func TestVerifyQuarantineHeals(t *testing.T) {
+	r, conf := newRepo(t)
+	points, want := chain(t, r, testVolume, 3, 4<<20)
+	for _, f := range packFiles(t, conf, "p") {
+		flip(t, f, 70<<10)
+	}
+	ctx := t.Context()
+	r2 := openFresh(t, conf)
+	if _, err := Verify(ctx, r2, VerifyOptions{}); err != nil {
+		t.Errorf("nothing is missing: %v", err)
+	}
+	rep, err := Verify(ctx, r2, VerifyOptions{Read: 1, Quarantine: true})
+	if !errors.Is(err, ErrDamaged) {
+		t.Fatalf("verify: %v", err)
+	}
+	t.Log(err)
+	if rep.Forgotten == 0 {
+		t.Error("no content was forgotten")
+	}
+	quarantined, err := Quarantined(ctx, r2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(quarantined) == 0 {
+		t.Error("no point is quarantined")
+	}
+	maintainNow(t, r2)
+	last, rec := mustBackup(t, r2, Options{Volume: testVolume, Disk: &memDisk{data: want[2]}, BlockSize: 64 << 10, Full: true})
+	if rec.Parent != "" || !bytes.Equal(readPoint(t, r2, last), want[2]) {
+		t.Error("the new point is not as it should be")
+	}
+	rep, _ = Verify(ctx, r2, VerifyOptions{Read: 1})
+	for _, res := range rep.Points {
+		if res.Point.ID == points[2].ID || res.Point.ID == last.ID {
+			if len(res.Problems) > 0 {
+				t.Errorf("%s is still damaged: %v", res.Point.Name(), res.Problems[0])
+			}
+		}
+	}
+	if quarantined, err = Quarantined(ctx, r2); err != nil {
+		t.Fatal(err)
+	}
+	if _, still := quarantined[points[2].ID]; still {
+		t.Error("the healed point is still quarantined")
+	}
+	records, err := LastVerified(ctx, r2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if vr := records[last.ID]; !vr.OK || vr.Read != 1 {
+		t.Errorf("record %+v", vr)
+	}
+}
+
+// flip changes a byte of a file.
+func flip(t *testing.T, path string, off int64) {
+	t.Helper()
+	if err := os.Chmod(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if off >= int64(len(b)) {
+		return
+	}
+	b[off] ^= 0x55
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestLeaseHoldsPoint(t *testing.T) {
+	r, conf := newRepo(t)
+	points, want := chain(t, r, testVolume, 3, 2<<20)
+	ctx := t.Context()
+	reader := openRepo(t, conf)
+	l, err := AcquireLease(ctx, reader, points[0], "serve")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Forget(ctx, r, []string{points[0].ID}, false, false); !errors.Is(err, ErrLeased) {
+		t.Errorf("forget: %v", err)
+	}
+	plan, err := Prune(ctx, r, PruneOptions{Policy: Policy{Latest: 1}, Cluster: "test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if gone := plan.Removed(); len(gone) != 1 || gone[0].ID != points[1].ID {
+		t.Errorf("removed %v", gone)
+	}
+	maintainNow(t, r)
+	if !bytes.Equal(readPoint(t, reader, points[0]), want[0]) {
+		t.Error("the leased point reads back different")
+	}
+	if err := l.Close(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if plan, err = Prune(ctx, r, PruneOptions{Policy: Policy{Latest: 1}, Cluster: "test"}); err != nil || len(plan.Removed()) != 1 {
+		t.Errorf("prune after the lease: %v, %v", plan, err)
+	}
+	if _, err := AcquireLease(ctx, reader, points[0], "serve"); !errors.Is(err, ErrNoSuchPoint) {
+		t.Errorf("lease on a deleted point: %v", err)
+	}
+	if held, err := Leases(ctx, r); err != nil || len(held) != 0 {
+		t.Errorf("leases %v, %v", held, err)
+	}
+}
+
+// TestLeaseDuringPrune takes a lease after the points were deleted and before
+// the prune looked for leases again: the point is put back.
+func TestLeaseDuringPrune(t *testing.T) {
+	r, conf := newRepo(t)
+	points, want := chain(t, r, testVolume, 2, 2<<20)
+	ctx := t.Context()
+	reader := openRepo(t, conf)
+	var l *Lease
+	plan, err := Prune(ctx, r, PruneOptions{Policy: Policy{Latest: 1}, Cluster: "test", step: func(s string) {
+		if s != "deleted" {
+			return
+		}
+		var err error
+		if l, err = acquire(ctx, reader, points[0].ID, "serve"); err != nil {
+			t.Error(err)
+		}
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(plan.Spared) != 1 || len(plan.Removed()) != 0 {
+		t.Errorf("spared %v, removed %v", plan.Spared, plan.Removed())
+	}
+	maintainNow(t, r)
+	p := mustList(t, reader).ByID(points[0].ID)
+	if p == nil || !bytes.Equal(readPoint(t, reader, p), want[0]) {
+		t.Error("the point is not there any more")
+	}
+	if err := l.Close(context.WithoutCancel(ctx)); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestPins(t *testing.T) {
+	r, _ := newRepo(t)
+	points, _ := chain(t, r, testVolume, 2, 1<<20)
+	ctx := t.Context()
+	p, err := Pin(ctx, r, points[0].ID, []string{"audit"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(p.Pins) != 1 || p.ID != points[0].ID {
+		t.Errorf("pins %v", p.Pins)
+	}
+	if _, err := Forget(ctx, r, []string{p.ID}, false, false); !errors.Is(err, ErrPinned) {
+		t.Errorf("forget: %v", err)
+	}
+	plan, err := Prune(ctx, r, PruneOptions{Policy: Policy{Latest: 1}, Cluster: "test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(plan.Removed()) != 0 {
+		t.Errorf("removed %v", plan.Removed())
+	}
+	if _, err := Pin(ctx, r, p.ID, nil, []string{"audit"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Forget(ctx, r, []string{p.ID}, false, false); err != nil {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,481 @@
+package backup
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strconv"
+	"testing"
+
+	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/repository"
+)
+
+// The model test plays random steps on a few volumes and a repository, and
+// holds every recovery point against a plain copy of the bytes that the disk
+// had. VARVE_MODEL_STEPS and VARVE_MODEL_SEED choose the run.
+
+const pageSize = 4096
+
+// pageDisk is a sparse disk in memory. Pages are never changed once shared, so
+// a copy costs a map.
+type pageDisk struct {
+	size  int64
+	pages map[int64][]byte
+}
+
+func (d *pageDisk) clone() *pageDisk { return &pageDisk{size: d.size, pages: maps.Clone(d.pages)} }
+
+func (d *pageDisk) Size() int64      { return d.size }
+func (d *pageDisk) CheckSize() error { return nil }
+
+func (d *pageDisk) ReadAt(p []byte, off int64) (int, error) {
+	if off >= d.size {
+		return 0, io.EOF
+	}
+	n := int(min(int64(len(p)), d.size-off))
+	for done := 0; done < n; {
+		at := off + int64(done)
+		within := at % pageSize
+		k := min(n-done, int(pageSize-within))
+		if page, ok := d.pages[at/pageSize]; ok {
+			copy(p[done:done+k], page[within:])
+		} else {
+			clear(p[done : done+k])
+		}
+		done += k
+	}
+	if n < len(p) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+// write changes [off, off+len(p)).
+func (d *pageDisk) write(p []byte, off int64) {
+	for len(p) > 0 {
+		page := make([]byte, pageSize)
+		copy(page, d.pages[off/pageSize])
+		k := copy(page[off%pageSize:], p)
+		d.pages[off/pageSize] = page
+		p, off = p[k:], off+int64(k)
+	}
+}
+
+func (d *pageDisk) resize(size int64) {
+	for n := range d.pages {
+		switch {
+		case n*pageSize >= size:
+			delete(d.pages, n)
+		case (n+1)*pageSize > size: // what is cut off must not come back by growing
+			page := bytes.Clone(d.pages[n])
+			clear(page[size-n*pageSize:])
+			d.pages[n] = page
+		}
+	}
+	d.size = size
+}
+
+// modelVolume is a volume under test.
+type modelVolume struct {
+	name   Volume
+	disk   *pageDisk
+	dirty  map[int64]bool // pages written since the latest point
+	change int            // number of the latest change ID
+	points map[string]*pageDisk
+}
+
+type model struct {
+	t       *testing.T
+	rng     *rand.Rand
+	conf    string
+	repo    *repository.Repository
+	volumes []*modelVolume
+	counts  map[string]int
+}
+
+func TestModel(t *testing.T) {
+	steps := 1500
+	if testing.Short() {
+		steps = 300
+	}
+	if s := os.Getenv("VARVE_MODEL_STEPS"); s != "" {
+		n, err := strconv.Atoi(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		steps = n
+	}
+	seed := rand.Uint64()
+	if s := os.Getenv("VARVE_MODEL_SEED"); s != "" {
+		n, err := strconv.ParseUint(s, 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		seed = n
+	}
+	t.Logf("seed %d, %d steps (VARVE_MODEL_SEED, VARVE_MODEL_STEPS)", seed, steps)
+	m := &model{t: t, rng: rand.New(rand.NewPCG(seed, 1)), counts: map[string]int{}}
+	m.repo, m.conf = newRepo(t)
+	for i := range 3 {
+		v := &modelVolume{
+			name: Volume{Namespace: "model", Name: fmt.Sprint("v", i), Cluster: "test"},
+			disk: &pageDisk{size: int64(i+1) * 300_000, pages: map[int64][]byte{}}, dirty: map[int64]bool{},
+			points: map[string]*pageDisk{},
+		}
+		if i == 2 { // around the end of a segment
+			v.disk.size = blocktree.SegmentSize + 100_000
+		}
+		m.volumes = append(m.volumes, v)
+	}
+	for range steps {
+		m.step()
+		if t.Failed() {
+			return
+		}
+	}
+	for _, v := range m.volumes {
+		for id := range v.points {
+			m.compare(v, id)
+		}
+	}
+	t.Logf("%v", m.counts)
+}
+
+func (m *model) step() {
+	v := m.volumes[m.rng.IntN(len(m.volumes))]
+	kinds := []struct {
+		weight int
+		name   string
+		do     func(*modelVolume)
+	}{
+		{60, "write", m.write},
+		{10, "zero", m.zero},
+		{3, "resize", m.resize},
+		{4, "backup compare", func(v *modelVolume) { m.backup(v, nil, false) }},
+		{1, "backup full", func(v *modelVolume) { m.backup(v, nil, true) }},
+		{6, "backup exact", func(v *modelVolume) { m.backup(v, m.listing(v, 0), false) }},
+		{3, "backup over-reported", func(v *modelVolume) { m.backup(v, m.listing(v, 20), false) }},
+		{2, "lie", m.lie},
+		{2, "crash", m.crash},
+		{6, "read", m.read},
+		{2, "delete", m.delete},
+		{1, "maintain", m.maintain},
+		{1, "reopen", m.reopen},
+	}
+	total := 0
+	for _, k := range kinds {
+		total += k.weight
+	}
+	n := m.rng.IntN(total)
+	for _, k := range kinds {
+		if n -= k.weight; n < 0 {
+			m.counts[k.name]++
+			k.do(v)
+			return
+		}
+	}
+}
+
+// somewhere returns a range of at most limit bytes, often near an edge.
+func (m *model) somewhere(v *modelVolume, limit int64) (off, length int64) {
+	length = min(1+m.rng.Int64N(limit), v.disk.size)
+	off = m.rng.Int64N(v.disk.size - length + 1)
+	switch m.rng.IntN(8) {
+	case 0:
+		off = 0
+	case 1:
+		off = v.disk.size - length
+	case 2:
+		off = max(0, min(blocktree.SegmentSize-length/2, v.disk.size-length))
+	}
+	return off, length
+}
+
+func (m *model) touch(v *modelVolume, off, length int64) {
+	for n := off / pageSize; n*pageSize < off+length; n++ {
+		v.dirty[n] = true
+	}
+}
+
+func (m *model) write(v *modelVolume) {
+	off, length := m.somewhere(v, 20_000)
+	p := make([]byte, length)
+	for i := range p {
+		p[i] = byte(m.rng.IntN(3)) // few values: blocks repeat
+	}
+	v.disk.write(p, off)
+	m.touch(v, off, length)
+}
+
+func (m *model) zero(v *modelVolume) {
+	off, length := m.somewhere(v, 200_000)
+	v.disk.write(make([]byte, length), off)
+	m.touch(v, off, length)
+}
+
+func (m *model) resize(v *modelVolume) {
+	size := max(1, v.disk.size+m.rng.Int64N(300_000)-150_000)
+	v.disk.resize(size)
+}
+
+// listing is what a tracker would say, with extra pages reported for nothing.
+func (m *model) listing(v *modelVolume, extra int) cbt.Source {
+	rep := cbt.Report{TargetChangeID: fmt.Sprint("change-", v.change+1)}
+	latest := m.latest(v)
+	if latest == nil {
+		rep.Allocated = true
+	} else {
+		rep.BaseChangeID = latest.ChangeID
+		if rep.BaseChangeID == "" {
+			return nil // the parent was made without a change ID: compare
+		}
+	}
+	pages := map[int64]bool{}
+	for n := range v.dirty {
+		pages[n] = true
+	}
+	if rep.Allocated {
+		for n := range v.disk.pages {
+			pages[n] = true
+		}
+	}
+	for range extra {
+		pages[m.rng.Int64N(v.disk.size/pageSize+1)] = true
+	}
+	var extents []cbt.Extent
+	for n := range pages {
+		off := n * pageSize
+		if off >= v.disk.size {
+			continue
+		}
+		length := min(pageSize, v.disk.size-off)
+		page, ok := v.disk.pages[n]
+		zero := !ok || isZero(page)
+		extents = append(extents, cbt.Extent{Offset: off, Length: length, Zero: zero && m.rng.IntN(2) == 0})
+	}
+	m.rng.Shuffle(len(extents), func(i, j int) { extents[i], extents[j] = extents[j], extents[i] })
+	return listSource{rep: rep, extents: extents}
+}
+
+func (m *model) options(v *modelVolume, src cbt.Source, full bool) Options {
+	return Options{
+		Volume: v.name, Disk: v.disk.clone(), Source: src, Full: full, BlockSize: m.blockSize(v, full),
+		VerifyUnchanged: []float64{0, 0.001, 1}[m.rng.IntN(3)], Workers: 1 + m.rng.IntN(4),
+	}
+}
+
+func (m *model) blockSize(v *modelVolume, full bool) int64 {
+	if full || len(v.points) == 0 {
+		return blocktree.MinBlockSize << m.rng.IntN(3)
+	}
+	return 0
+}
+
+func (m *model) backup(v *modelVolume, src cbt.Source, full bool) {
+	if full {
+		src = nil
+	}
+	p, rec, err := Run(m.t.Context(), m.repo, m.options(v, src, full))
+	if err != nil {
+		m.t.Errorf("backup of %s: %v", v.name, err)
+		return
+	}
+	v.points[p.ID] = v.disk.clone()
+	v.dirty = map[int64]bool{}
+	if rec.ChangeID != "" {
+		v.change++
+	}
+	if m.rng.IntN(4) == 0 {
+		m.compare(v, p.ID)
+	}
+}
+
+// lie hides one changed page from the backup and has everything checked.
+func (m *model) lie(v *modelVolume) {
+	latest := m.latest(v)
+	if latest == nil || latest.ChangeID == "" || latest.Size != v.disk.size {
+		return
+	}
+	was := v.points[latest.ID]
+	block := latest.BlockSize
+	for n := range v.dirty {
+		// The block of this page must differ, and no other page of it be told of.
+		first := n * pageSize / block * block
+		a, b := make([]byte, min(block, v.disk.size-first)), make([]byte, min(block, v.disk.size-first))
+		if _, err := v.disk.ReadAt(a, first); err != nil {
+			continue
+		}
+		if _, err := was.ReadAt(b, first); err != nil || bytes.Equal(a, b) {
+			continue
+		}
+		src, ok := m.listing(v, 0).(listSource)
+		if !ok {
+			return
+		}
+		src.extents = slices.DeleteFunc(src.extents, func(e cbt.Extent) bool {
+			return e.Offset < first+block && e.End() > first
+		})
+		opt := m.options(v, src, false)
+		opt.VerifyUnchanged = 1
+		if _, _, err := Run(m.t.Context(), m.repo, opt); !errors.Is(err, ErrSourceLied) {
+			m.t.Errorf("a hidden change of %s at %d: %v", v.name, first, err)
+		}
+		return
+	}
+}
+
+var errCrash = errors.New("crash")
+
+// crash ends a backup at some step, by an error of the disk or by cancelling.
+func (m *model) crash(v *modelVolume) {
+	ctx, cancel := context.WithCancelCause(m.t.Context())
+	defer cancel(nil)
+	opt := m.options(v, nil, m.rng.IntN(3) == 0)
+	left := 1 + m.rng.IntN(6)
+	opt.step = func(string) {
+		if left--; left == 0 {
+			cancel(errCrash)
+		}
+	}
+	p, _, err := Run(ctx, m.repo, opt)
+	if err == nil { // it was too late to stop it
+		v.points[p.ID] = v.disk.clone()
+		v.dirty = map[int64]bool{}
+		return
+	}
+	if !errors.Is(err, context.Canceled) && !errors.Is(err, errCrash) {
+		m.t.Errorf("cancelled backup of %s: %v", v.name, err)
+	}
+}
+
+func (m *model) catalog() *Catalog {
+	if err := m.repo.Refresh(m.t.Context()); err != nil {
+		m.t.Fatal(err)
+	}
+	cat, err := List(m.t.Context(), m.repo, ListOptions{})
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	return cat
+}
+
+func (m *model) latest(v *modelVolume) *Point { return m.catalog().Latest(v.name) }
+
+func (m *model) read(v *modelVolume) {
+	for id := range v.points {
+		m.compare(v, id)
+		return
+	}
+}
+
+// compare reads a point and holds it against the copy.
+func (m *model) compare(v *modelVolume, id string) {
+	ctx, want := m.t.Context(), v.points[id]
+	p := m.catalog().ByID(id)
+	if p == nil {
+		m.t.Errorf("point %s of %s is gone", id, v.name)
+		return
+	}
+	root, err := OpenRoot(ctx, m.repo, p)
+	if err != nil {
+		m.t.Error(err)
+		return
+	}
+	cache := image.NewCache(16 << 20)
+	defer cache.Close()
+	img, err := image.Open(m.repo, cache, root, p.Generation)
+	if err != nil {
+		m.t.Error(err)
+		return
+	}
+	if img.Size() != want.size {
+		m.t.Errorf("%s has %d bytes, want %d", p.Name(), img.Size(), want.size)
+		return
+	}
+	err = img.Extents(ctx, 0, img.Size(), func(e image.Extent) error {
+		if e.Zero {
+			for n := e.Offset / pageSize; n*pageSize < e.Offset+e.Length; n++ {
+				page, ok := want.pages[n]
+				from, to := max(n*pageSize, e.Offset), min((n+1)*pageSize, e.Offset+e.Length)
+				if ok && !isZero(page[from-n*pageSize:to-n*pageSize]) {
+					return fmt.Errorf("zero at %d, where there is data", from)
+				}
+			}
+			return nil
+		}
+		got, is := make([]byte, e.Length), make([]byte, e.Length)
+		if _, err := img.ReadAt(got, e.Offset); err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		if _, err := want.ReadAt(is, e.Offset); err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		if !bytes.Equal(got, is) {
+			return fmt.Errorf("different bytes in [%d, %d)", e.Offset, e.Offset+e.Length)
+		}
+		return nil
+	})
+	if err != nil {
+		m.t.Errorf("%s: %v", p.Name(), err)
+	}
+}
+
+func (m *model) delete(v *modelVolume) {
+	if len(v.points) < 3 {
+		return
+	}
+	for id := range v.points {
+		p := m.catalog().ByID(id)
+		if p == nil {
+			m.t.Errorf("point %s of %s is gone", id, v.name)
+			return
+		}
+		w, err := m.repo.NewWriter(m.t.Context(), "test")
+		if err != nil {
+			m.t.Fatal(err)
+		}
+		defer w.Close()
+		if err := errors.Join(w.DeleteSnapshot(m.t.Context(), p.ManifestID), w.Flush(m.t.Context())); err != nil {
+			m.t.Fatal(err)
+		}
+		delete(v.points, id)
+		if id := m.latest(v); id == nil || v.points[id.ID] == nil {
+			m.t.Errorf("latest of %s is wrong after a deletion", v.name)
+			return
+		}
+		// The next listing is relative to what is now the latest.
+		v.dirty = map[int64]bool{}
+		base := v.points[m.latest(v).ID]
+		for n := range v.disk.size/pageSize + 1 {
+			a, b := make([]byte, pageSize), make([]byte, pageSize)
+			_, _ = v.disk.ReadAt(a, n*pageSize)
+			_, _ = base.ReadAt(b, n*pageSize)
+			if !bytes.Equal(a, b) {
+				v.dirty[n] = true
+			}
+		}
+		return
+	}
+}
+
+func (m *model) maintain(*modelVolume) {}
+
+func (m *model) reopen(*modelVolume) {
+	if err := m.repo.Close(m.t.Context()); err != nil {
+		m.t.Fatal(err)
+	}
+	r, err := repository.Open(m.t.Context(), repository.OpenOptions{ConfigFile: m.conf, Password: "secret"})
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.repo = r
+}

@@ -1,0 +1,144 @@
+package repository
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+	"time"
+
+	"github.com/kopia/kopia/repo"
+	"github.com/kopia/kopia/repo/blob"
+)
+
+// Sentinel errors of Create, Connect, Open and ChangePassword. The errors
+// returned wrap one of these and read as one sentence for the user that ends in
+// what to do next; the cause stays reachable by errors.Is and errors.As.
+var (
+	// ErrNotConnected means that there is no configuration file.
+	ErrNotConnected = errors.New("not connected to a repository")
+	// ErrWrongPassword means that the password does not open the repository.
+	ErrWrongPassword = errors.New("wrong repository password")
+	// ErrUnreachable means that the storage does not answer, or refuses us.
+	ErrUnreachable = errors.New("repository storage unreachable")
+	// ErrNotInitialized means that the storage holds no repository.
+	ErrNotInitialized = errors.New("no repository there")
+	// ErrIncompleteRepository means that a create was interrupted, or that the
+	// blob which describes the repository is lost or damaged.
+	ErrIncompleteRepository = errors.New("incomplete repository")
+	// ErrNewerFormat means that newer software made the repository.
+	ErrNewerFormat = errors.New("newer repository format")
+	// ErrAlreadyExists means that Create found a finished repository.
+	ErrAlreadyExists = errors.New("repository already exists")
+	// ErrUpgradeInProgress means that a Kopia client has locked the repository
+	// to upgrade its format.
+	ErrUpgradeInProgress = errors.New("repository upgrade in progress")
+	// ErrReplaced means that another repository stands where the connected one
+	// stood.
+	ErrReplaced = errors.New("repository was replaced")
+	// ErrPasswordChangeInterrupted means that a password change ended between
+	// its two writes.
+	ErrPasswordChangeInterrupted = errors.New("password change was interrupted")
+	// ErrInvalidOptions means that options are wrong or do not fit together;
+	// nothing was touched.
+	ErrInvalidOptions = errors.New("invalid repository options")
+)
+
+// stateError is an error in words for the user.
+type stateError struct {
+	kind  error  // one of the sentinels
+	text  string // the sentence
+	cause error  // may be nil
+}
+
+func (e *stateError) Error() string { return e.text }
+
+func (e *stateError) Unwrap() []error {
+	if e.cause == nil {
+		return []error{e.kind}
+	}
+	return []error{e.kind, e.cause}
+}
+
+func invalid(format string, args ...any) error {
+	return &stateError{kind: ErrInvalidOptions, text: fmt.Sprintf(format, args...)}
+}
+
+// errNoAnswer cancels an attempt that took too long.
+var errNoAnswer = errors.New("no answer in time")
+
+// withDeadline returns a context that is cancelled when nothing has been
+// settled after limit. Call settled once the work is done: a storage may keep
+// the context, so that it lives on until release.
+func withDeadline(parent context.Context, limit time.Duration) (ctx context.Context, settled, release func()) {
+	ctx, cancel := context.WithCancelCause(parent)
+	timer := time.AfterFunc(limit, func() { cancel(errNoAnswer) })
+	return ctx, func() { timer.Stop() }, func() { cancel(context.Canceled) }
+}
+
+// explain turns what Kopia answered to an attempt at the repository in place
+// into one of the sentinels. Kopia has few errors to decide by, so the fixed
+// parts of its messages are matched (kopia repo/open.go, repo/format).
+func explain(ctx context.Context, place string, err error) error {
+	if err == nil {
+		return nil
+	}
+	var known *stateError
+	if errors.As(err, &known) {
+		return err
+	}
+	cause := context.Cause(ctx)
+	if cause != nil && !errors.Is(cause, errNoAnswer) {
+		return cause
+	}
+	say := func(kind error, format string, args ...any) error {
+		return &stateError{kind: kind, text: fmt.Sprintf(format, args...), cause: err}
+	}
+	text := err.Error()
+	has := func(parts ...string) bool {
+		for _, p := range parts {
+			if strings.Contains(text, p) {
+				return true
+			}
+		}
+		return false
+	}
+	switch {
+	case errors.Is(err, repo.ErrInvalidPassword):
+		return say(ErrWrongPassword, "wrong password for the repository in %s: give the one it was created with, or that was set last by 'varve repo change-password'", place)
+	case errors.Is(err, repo.ErrRepositoryUnavailableDueToUpgradeInProgress):
+		return say(ErrUpgradeInProgress, "the repository in %s is locked by a Kopia client that upgrades its format: wait until it has ended, or, if it was abandoned, run 'kopia repository upgrade rollback'", place)
+	case has("can't handle repositories created using version", "does not support feature", "index version"):
+		return say(ErrNewerFormat, "the repository in %s was made by a newer version of Kopia (%s): use a newer varve", place, brief(err))
+	case errors.Is(err, repo.ErrRepositoryNotInitialized), has("unable to read format blob") && errors.Is(err, blob.ErrBlobNotFound):
+		return say(ErrNotInitialized, "there is no repository in %s: check the place, or make one with 'varve repo create'", place)
+	case has("deserialize blob config"):
+		return say(ErrPasswordChangeInterrupted, "a password change of the repository in %s was interrupted: run 'varve repo change-password' again with the same old and new password to finish it", place)
+	case has("can't parse format blob", "invalid format blob", "invalid repository blobcfg blob"):
+		return say(ErrIncompleteRepository, "the blob kopia.repository in %s is damaged: put back a copy of it, without it nothing in the repository can be read", place)
+	case errors.Is(err, blob.ErrInvalidCredentials):
+		return say(ErrUnreachable, "%s refuses the credentials: check the keys of the storage and what they are allowed to do", place)
+	case has("bucket does not exist", "NoSuchBucket", "bucket not found", "container does not exist", "ContainerNotFound", "bucket doesn't exist"):
+		return say(ErrUnreachable, "%s does not exist: make it first with your storage's own tools, or check the name", place)
+	case errors.Is(cause, errNoAnswer):
+		return say(ErrUnreachable, "%s does not answer: check the address, the network and whether the storage is up (%s)", place, brief(err))
+	case errors.Is(err, fs.ErrNotExist):
+		return say(ErrUnreachable, "%s does not exist: check the path and whether the disk it is on is mounted", place)
+	default:
+		return say(ErrUnreachable, "cannot reach the repository in %s: %s; check the place, the network and the credentials", place, brief(err))
+	}
+}
+
+// brief shortens Kopia's nested errors to their last parts.
+func brief(err error) string {
+	parts := strings.Split(strings.Join(strings.Fields(err.Error()), " "), ": ")
+	if len(parts) > 3 {
+		parts = parts[len(parts)-3:]
+	}
+	s := strings.Join(parts, ": ")
+	if r := []rune(s); len(r) > 300 {
+		s = string(r[:300]) + "…"
+	}
+	return s
+}

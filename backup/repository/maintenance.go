@@ -1,0 +1,245 @@
+package repository
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/kopia/kopia/repo/maintenance"
+)
+
+// ErrNotOwner means that maintenance of this repository belongs to another
+// client, a stock Kopia one for example.
+var ErrNotOwner = errors.New("maintenance belongs to another client")
+
+// MaintenanceMode says what to run.
+type MaintenanceMode string
+
+// Maintenance modes. Quick compacts indexes and costs seconds; full reclaims
+// what no snapshot reaches; auto runs whichever is due.
+const (
+	MaintenanceAuto  MaintenanceMode = "auto"
+	MaintenanceQuick MaintenanceMode = "quick"
+	MaintenanceFull  MaintenanceMode = "full"
+)
+
+// MaintainOptions of a run.
+type MaintainOptions struct {
+	Mode MaintenanceMode
+	// NoSafety drops Kopia's safety margins (kopia repo/maintenance
+	// maintenance_safety.go): what nothing reaches is gone at once, and not in
+	// two days. Backups under way stay safe, because they hold what they use and
+	// prove it in the end; other Kopia clients must not be writing.
+	NoSafety bool
+	// Force runs although another client owns maintenance.
+	Force  bool
+	Decode DecodeIndexPiece
+	// Step is called between the phases of a run; may be nil.
+	Step func(phase string)
+}
+
+// Amount is a number of contents or packs, and the bytes they take in storage.
+type Amount struct {
+	Count int64 `json:"count"`
+	Bytes int64 `json:"bytes"`
+}
+
+func (a *Amount) add(n int64) { a.Count++; a.Bytes += n }
+
+// MaintenanceReport tells what a run did.
+type MaintenanceReport struct {
+	Mode       MaintenanceMode // quick or full; empty when nothing was due
+	Busy       bool            // another process of this host is at it
+	Start, End time.Time
+	Snapshots  int    // manifests marked from
+	InUse      Amount // contents that snapshots reach
+	Unused     Amount // contents marked deleted in this run
+	TooRecent  Amount // contents that nothing reaches, kept for their age
+	Recovered  Amount // contents in use that were marked deleted, and are not any more
+	Lost       Amount // contents in use whose pack is gone
+	Rewritten  Amount // contents moved out of packs that are mostly empty
+	NotMoved   Amount // contents that could not be read to be moved
+	Reclaimed  Amount // packs deleted
+	Damaged    []DamagedSnapshot
+}
+
+// MaintenanceState is what is known of maintenance without running it.
+type MaintenanceState struct {
+	Owner     string
+	Owned     bool // by this connection
+	LastQuick MaintenanceRun
+	LastFull  MaintenanceRun
+	NextQuick time.Time // zero when that cycle is off
+	NextFull  time.Time
+	Reclaimed int64 // bytes of packs that the recorded runs deleted
+	Indexes   int   // index blobs that an open reads
+}
+
+// MaintenanceRun is one recorded run; its End is zero when there was none.
+type MaintenanceRun struct {
+	Start, End time.Time
+	Err        string
+}
+
+// Maintain runs maintenance inside Kopia's frame: its owner, its lock, its
+// schedule, its safety margins and its record of runs, so that stock Kopia and
+// Varve can take turns. Two steps are not Kopia's. Marking visits unique indexes
+// only, and survives damage (mark.go); and a content that cannot be read does not
+// end the run, as it does in Kopia's rewrite of short packs.
+func (r *Repository) Maintain(ctx context.Context, opt MaintainOptions) (*MaintenanceReport, error) {
+	w, err := r.NewWriter(ctx, "varve maintenance")
+	if err != nil {
+		return nil, err
+	}
+	rep := &MaintenanceReport{Start: r.Now(), Busy: true}
+	if opt.Step == nil {
+		opt.Step = func(string) {}
+	}
+	err = r.maintain(ctx, w, opt, rep)
+	rep.End = r.Now()
+	return rep, errors.Join(err, w.Close())
+}
+
+func (r *Repository) maintain(ctx context.Context, w *Writer, opt MaintainOptions, rep *MaintenanceReport) error {
+	mode := maintenance.Mode(opt.Mode)
+	if opt.Mode == MaintenanceAuto {
+		// Asked here, so that "not due" can be told from "busy".
+		due, err := r.maintenanceDue(ctx)
+		if err != nil {
+			return err
+		}
+		if due == "" {
+			rep.Busy = false
+			return nil
+		}
+		mode = maintenance.Mode(due)
+	}
+	if err := w.Refresh(ctx); err != nil {
+		return err
+	}
+	err := maintenance.RunExclusive(w.ctx, w.w, mode, opt.Force, func(kctx context.Context, p maintenance.RunParameters) error {
+		rep.Busy, rep.Mode = false, MaintenanceMode(p.Mode)
+		if p.Mode == maintenance.ModeQuick {
+			return maintenance.Run(kctx, p, safetyOf(opt)) //nolint:wrapcheck // wrapped below
+		}
+		run := &fullRun{w: w, opt: opt, p: p, safety: safetyOf(opt), rep: rep, gone: map[string]bool{}}
+		return run.do(ctx)
+	})
+	var other maintenance.NotOwnedError
+	if errors.As(err, &other) {
+		return fmt.Errorf("%w: %s, and this is %s; run it there, or take it over with --force",
+			ErrNotOwner, ownerText(other.Owner), r.rep.ClientOptions().UsernameAtHost())
+	}
+	if err != nil {
+		return fmt.Errorf("maintenance: %w", err)
+	}
+	return nil
+}
+
+func ownerText(owner string) string {
+	if owner == "" {
+		return "it has no owner"
+	}
+	return "the owner is " + owner
+}
+
+func safetyOf(opt MaintainOptions) maintenance.SafetyParameters {
+	if !opt.NoSafety {
+		return maintenance.SafetyFull
+	}
+	s := maintenance.SafetyNone
+	// Packs of a write session of the last hour stay: their index entries come
+	// with the session's flush. A backup flushes each minute.
+	s.SessionExpirationAge = time.Hour
+	return s
+}
+
+// maintenanceDue returns quick or full when this connection owns maintenance
+// and the schedule says so, empty otherwise.
+func (r *Repository) maintenanceDue(ctx context.Context) (MaintenanceMode, error) {
+	st, err := r.MaintenanceState(ctx)
+	if err != nil {
+		return "", err
+	}
+	now := r.Now()
+	switch {
+	case !st.Owned:
+		return "", nil
+	case !st.NextFull.IsZero() && !now.Before(st.NextFull):
+		return MaintenanceFull, nil
+	case !st.NextQuick.IsZero() && !now.Before(st.NextQuick):
+		return MaintenanceQuick, nil
+	}
+	return "", nil
+}
+
+// MaintenanceState reads owner, schedule and history.
+func (r *Repository) MaintenanceState(ctx context.Context) (*MaintenanceState, error) {
+	if r.direct == nil {
+		return nil, errors.New("maintenance runs on the storage itself; this connection goes through a Kopia API server, which runs its own")
+	}
+	p, err := maintenance.GetParams(ctx, r.rep)
+	if err != nil {
+		return nil, fmt.Errorf("read maintenance parameters: %w", err)
+	}
+	s, err := maintenance.GetSchedule(ctx, r.direct)
+	if err != nil {
+		return nil, fmt.Errorf("read maintenance schedule: %w", err)
+	}
+	st := &MaintenanceState{
+		Owner: p.Owner, Owned: p.Owner == r.rep.ClientOptions().UsernameAtHost(),
+		LastQuick: lastRun(s.Runs[maintenance.TaskEpochAdvance]),
+		LastFull:  lastRun(s.Runs[maintenance.TaskSnapshotGarbageCollection]),
+	}
+	if p.QuickCycle.Enabled {
+		st.NextQuick = dueAt(s.NextQuickMaintenanceTime)
+	}
+	if p.FullCycle.Enabled {
+		st.NextFull = dueAt(s.NextFullMaintenanceTime)
+	}
+	for _, task := range []maintenance.TaskType{maintenance.TaskDeleteOrphanedBlobsFull, maintenance.TaskDeleteOrphanedBlobsQuick} {
+		for _, run := range s.Runs[task] {
+			st.Reclaimed += deletedBytes(run)
+		}
+	}
+	blobs, err := r.direct.IndexBlobs(ctx, false)
+	if err != nil {
+		return nil, fmt.Errorf("list index blobs: %w", err)
+	}
+	st.Indexes = len(blobs)
+	return st, nil
+}
+
+// dueAt returns a time in the past for a cycle that never ran.
+func dueAt(t time.Time) time.Time {
+	if t.IsZero() {
+		return time.Unix(1, 0).UTC()
+	}
+	return t
+}
+
+func lastRun(runs []maintenance.RunInfo) MaintenanceRun {
+	if len(runs) == 0 {
+		return MaintenanceRun{}
+	}
+	return MaintenanceRun{Start: runs[0].Start, End: runs[0].End, Err: runs[0].Error}
+}
+
+// TakeMaintenance makes this connection the owner of maintenance.
+func (r *Repository) TakeMaintenance(ctx context.Context) error {
+	w, err := r.NewWriter(ctx, "varve maintenance owner")
+	if err != nil {
+		return err
+	}
+	defer w.Close()
+	p, err := maintenance.GetParams(ctx, r.rep)
+	if err != nil {
+		return fmt.Errorf("read maintenance parameters: %w", err)
+	}
+	p.Owner = r.rep.ClientOptions().UsernameAtHost()
+	if err := maintenance.SetParams(w.ctx, w.w, p); err != nil {
+		return fmt.Errorf("write maintenance parameters: %w", err)
+	}
+	return w.Flush(ctx)
+}

@@ -1,0 +1,80 @@
+package repository
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/kopia/kopia/repo/manifest"
+	"github.com/kopia/kopia/snapshot"
+)
+
+// refreshing calls read, and once more after a refresh where it missed a blob or
+// content: maintenance elsewhere moves manifests to other packs, as it does with
+// all contents.
+func (r *Repository) refreshing(ctx context.Context, read func() error) error {
+	seq := r.seq()
+	err := read()
+	if err == nil || !isMissing(err) {
+		return err
+	}
+	if rerr := r.refreshSince(ctx, seq); rerr != nil {
+		return errors.Join(err, rerr)
+	}
+	return read()
+}
+
+// refreshing is Repository.refreshing in the view of the session.
+func (w *Writer) refreshing(read func() error) error {
+	err := read()
+	if err == nil || !isMissing(err) {
+		return err
+	}
+	if rerr := w.w.Refresh(w.ctx); rerr != nil {
+		return errors.Join(err, rerr)
+	}
+	return read()
+}
+
+func (r *Repository) findManifests(ctx context.Context, labels map[string]string) (found []*manifest.EntryMetadata, err error) {
+	err = r.refreshing(ctx, func() (err error) {
+		found, err = r.rep.FindManifests(ctx, labels)
+		return err
+	})
+	return found, err
+}
+
+func (r *Repository) loadManifest(ctx context.Context, id string) (m *snapshot.Manifest, err error) {
+	err = r.refreshing(ctx, func() (err error) {
+		m, err = snapshot.LoadSnapshot(ctx, r.rep, manifest.ID(id))
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read snapshot manifest %s: %w", id, err)
+	}
+	return m, nil
+}
+
+// SavedManifest is a whole snapshot manifest, kept aside so that its deletion
+// can be taken back. Fields that only stock Kopia uses are in it too.
+type SavedManifest struct{ m *snapshot.Manifest }
+
+// SaveManifest reads a snapshot manifest. The error is ErrSnapshotNotFound when
+// it is gone.
+func (r *Repository) SaveManifest(ctx context.Context, manifestID string) (*SavedManifest, error) {
+	m, err := r.loadManifest(ctx, manifestID)
+	if err != nil {
+		return nil, err
+	}
+	return &SavedManifest{m}, nil
+}
+
+// PutBack writes a manifest again after it was deleted. It gets a new manifest
+// ID; the recovery point's own ID, in it, is the same. Nothing is visible before
+// Flush.
+func (w *Writer) PutBack(_ context.Context, s *SavedManifest) error {
+	if _, err := snapshot.SaveSnapshot(w.ctx, w.w, s.m); err != nil {
+		return fmt.Errorf("write snapshot manifest: %w", err)
+	}
+	return nil
+}

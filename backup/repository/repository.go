@@ -1,0 +1,273 @@
+// Package repository is the only room that knows Kopia. It opens a Kopia
+// repository and gives the rest of Varve four things: contents by object ID,
+// a writer for blocks and indexes, snapshot manifests, and the frame in which
+// maintenance runs. Nothing above it imports Kopia.
+package repository
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"github.com/kopia/kopia/repo"
+	"github.com/kopia/kopia/repo/blob"
+	"github.com/kopia/kopia/repo/content"
+	"github.com/kopia/kopia/repo/object"
+)
+
+// ObjectID names an object: a content ID with "I" before it for each level of
+// indirection and "Z" where the object (not the content) is compressed.
+// Values are comparable and hold no pointers.
+type ObjectID = object.ID
+
+// ContentID names a content by the keyed hash of its bytes.
+type ContentID = content.ID
+
+// MaxContentSize bounds what one direct object may hold; Kopia packs larger
+// ones by splitting. It is the largest fixed splitter Kopia has.
+const MaxContentSize = 8 << 20
+
+// Sentinel errors that callers decide by.
+var (
+	// ErrContentMissing means that the index does not know a content, or that
+	// the pack that should hold it is gone, also after a refresh.
+	ErrContentMissing = errors.New("content missing")
+	// ErrContentCorrupt means that a content was found but its bytes failed
+	// authentication or decompression.
+	ErrContentCorrupt = errors.New("content corrupt")
+	// ErrReadOnly means that the connection may not write.
+	ErrReadOnly = errors.New("repository is connected read-only")
+)
+
+// Repository is an open repository. All methods are safe for concurrent use.
+type Repository struct {
+	rep    repo.Repository
+	direct repo.DirectRepository // nil when connected through a Kopia API server
+	config Config
+
+	place   string // where it is, for people
+	cluster string
+	foreign bool   // made by Kopia or Velero: never written to
+	release func() // frees what the storage holds, after Close
+
+	mu         sync.Mutex // guards refreshSeq and serialises refreshes
+	refreshSeq uint64
+
+	fatalMu sync.Mutex
+	fatal   error
+
+	zero zeroIDs
+}
+
+// ParseObjectID parses the textual form of an object ID.
+func ParseObjectID(s string) (ObjectID, error) {
+	oid, err := object.ParseID(s)
+	if err != nil {
+		return ObjectID{}, fmt.Errorf("object ID %q: %w", s, err)
+	}
+	return oid, nil
+}
+
+// Indirect returns the ID of the object whose index is stored as object oid.
+func Indirect(oid ObjectID) ObjectID {
+	out, err := object.ParseID("I" + oid.String())
+	if err != nil { // a valid ID with one more "I" is valid (kopia repo/object/objectid.go)
+		panic("repository: " + err.Error())
+	}
+	return out
+}
+
+// Writable reports whether this connection may write.
+func (r *Repository) Writable() bool {
+	return r.direct != nil && !r.foreign && !r.rep.ClientOptions().ReadOnly
+}
+
+// Direct reports whether the repository is read from its storage itself, not
+// through a Kopia API server.
+func (r *Repository) Direct() bool { return r.direct != nil }
+
+// Now is the repository's clock.
+func (r *Repository) Now() time.Time { return r.rep.Time() }
+
+// Close releases the repository.
+func (r *Repository) Close(ctx context.Context) error {
+	defer r.release()
+	if err := r.rep.Close(ctx); err != nil {
+		return fmt.Errorf("close repository: %w", err)
+	}
+	return nil
+}
+
+// Fatal returns the error after which Kopia declared the open repository
+// unusable (a format upgrade in progress elsewhere), or nil.
+func (r *Repository) Fatal() error {
+	r.fatalMu.Lock()
+	defer r.fatalMu.Unlock()
+	return r.fatal
+}
+
+// Refresh loads what other processes wrote since the repository was opened.
+func (r *Repository) Refresh(ctx context.Context) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.refreshLocked(ctx)
+}
+
+func (r *Repository) refreshLocked(ctx context.Context) error {
+	if err := r.rep.Refresh(ctx); err != nil {
+		return fmt.Errorf("refresh repository: %w", err)
+	}
+	r.refreshSeq++
+	return nil
+}
+
+// refreshSince refreshes unless somebody did so after seq was taken: readers
+// that miss together pay for one refresh.
+func (r *Repository) refreshSince(ctx context.Context, seq uint64) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.refreshSeq > seq {
+		return nil
+	}
+	return r.refreshLocked(ctx)
+}
+
+func (r *Repository) seq() uint64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.refreshSeq
+}
+
+// ReadObject returns the whole of a small object: a block, or a chunk of an
+// index. The caller owns the returned bytes. An object that maintenance
+// elsewhere moved to another pack is found again by one refresh; after that
+// the error wraps ErrContentMissing or ErrContentCorrupt and names the object.
+func (r *Repository) ReadObject(ctx context.Context, oid ObjectID) ([]byte, error) {
+	seq := r.seq()
+	p, err := r.readObject(ctx, oid)
+	if err == nil || !isMissing(err) {
+		return p, wrapRead(oid, err)
+	}
+	if rerr := r.refreshSince(ctx, seq); rerr != nil {
+		return nil, errors.Join(wrapRead(oid, err), rerr)
+	}
+	p, err = r.readObject(ctx, oid)
+	return p, wrapRead(oid, err)
+}
+
+func (r *Repository) readObject(ctx context.Context, oid ObjectID) ([]byte, error) {
+	if cid, compressed, ok := oid.ContentID(); ok && !compressed && r.direct != nil {
+		return r.direct.ContentReader().GetContent(ctx, cid) //nolint:wrapcheck // wrapped by ReadObject
+	}
+	// Compressed objects (format version 1), objects behind a Kopia API server
+	// and indexes that are themselves indirect go through Kopia's object reader.
+	rd, err := r.rep.OpenObject(ctx, oid)
+	if err != nil {
+		return nil, err //nolint:wrapcheck // wrapped by ReadObject
+	}
+	defer rd.Close()
+	if n := rd.Length(); n > maxIndexBytes {
+		return nil, fmt.Errorf("object is %d bytes long, more than %d", n, int64(maxIndexBytes))
+	}
+	return io.ReadAll(rd)
+}
+
+// maxIndexBytes bounds an index read into memory: a flat table of 1 MiB
+// entries takes about 75 bytes each, so this is a disk of about 14 TiB.
+const maxIndexBytes = 1 << 30
+
+func isMissing(err error) bool {
+	return errors.Is(err, content.ErrContentNotFound) ||
+		errors.Is(err, blob.ErrBlobNotFound) ||
+		errors.Is(err, object.ErrObjectNotFound)
+}
+
+func wrapRead(oid ObjectID, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return err
+	case isMissing(err):
+		return fmt.Errorf("object %v: %w: %w", oid, ErrContentMissing, err)
+	case isCorrupt(err):
+		return fmt.Errorf("object %v: %w: %w", oid, ErrContentCorrupt, err)
+	default:
+		return fmt.Errorf("object %v: %w", oid, err)
+	}
+}
+
+// ContentState tells how the index sees a content.
+type ContentState struct {
+	Found   bool
+	Deleted bool   // marked by garbage collection; its bytes may go any time
+	Pack    string // blob that holds it; empty while it waits in a writer
+	Offset  int64  // where in the pack it begins
+	Packed  int64  // bytes it takes in the pack
+	Length  int64  // bytes it decodes to
+	Written time.Time
+}
+
+// StateOf looks a content up in the index, without reading it.
+func (r *Repository) StateOf(ctx context.Context, oid ObjectID) (ContentState, error) {
+	cid, _, ok := contentOf(oid)
+	if !ok {
+		return ContentState{}, fmt.Errorf("object %v has no single content", oid)
+	}
+	info, err := r.rep.ContentInfo(ctx, cid)
+	return contentState(info, err)
+}
+
+func contentState(info content.Info, err error) (ContentState, error) {
+	if errors.Is(err, content.ErrContentNotFound) {
+		return ContentState{}, nil
+	}
+	if err != nil {
+		return ContentState{}, fmt.Errorf("look up content: %w", err)
+	}
+	return ContentState{
+		Found:   true,
+		Deleted: info.Deleted,
+		Pack:    string(info.PackBlobID),
+		Offset:  int64(info.PackOffset),
+		Packed:  int64(info.PackedLength),
+		Length:  int64(info.OriginalLength),
+		Written: info.Timestamp(),
+	}, nil
+}
+
+// contentOf returns the content that an ID of any indirection names: the data
+// itself, or the index of it.
+func contentOf(oid ObjectID) (cid ContentID, levels int, ok bool) {
+	for {
+		inner, indirect := oid.IndexObjectID()
+		if !indirect {
+			cid, _, ok = oid.ContentID()
+			return cid, levels, ok
+		}
+		oid = inner
+		levels++
+	}
+}
+
+// IsIndirect reports whether oid names an index of other objects, and returns
+// the object that holds that index.
+func IsIndirect(oid ObjectID) (index ObjectID, ok bool) { return oid.IndexObjectID() }
+
+// PackExists reports whether a pack blob is in storage.
+func (r *Repository) PackExists(ctx context.Context, pack string) (bool, error) {
+	if r.direct == nil {
+		return false, fmt.Errorf("pack %s: no direct storage access through a Kopia API server", pack)
+	}
+	_, err := r.direct.BlobReader().GetMetadata(ctx, blob.ID(pack))
+	if errors.Is(err, blob.ErrBlobNotFound) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("look up pack %s: %w", pack, err)
+	}
+	return true, nil
+}

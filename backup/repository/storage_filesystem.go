@@ -1,0 +1,32 @@
+package repository
+
+import (
+	"context"
+	"path/filepath"
+
+	"github.com/kopia/kopia/repo/blob"
+	"github.com/kopia/kopia/repo/blob/filesystem"
+)
+
+// Filesystem keeps the repository in a directory.
+type Filesystem struct {
+	Path string
+}
+
+func (s *Filesystem) validate() error {
+	if s.Path == "" {
+		return invalid("a filesystem repository needs the path of its directory")
+	}
+	if !filepath.IsAbs(s.Path) {
+		return invalid("the path of a filesystem repository must be absolute, not %q", s.Path)
+	}
+	return nil
+}
+
+func (s *Filesystem) options() *filesystem.Options {
+	return &filesystem.Options{Path: s.Path, FileMode: 0o600, DirectoryMode: 0o700}
+}
+
+func (s *Filesystem) open(ctx context.Context, create bool) (blob.Storage, error) {
+	return filesystem.New(ctx, s.options(), create) //nolint:wrapcheck // explained by the caller
+}

@@ -1,0 +1,175 @@
+package repository
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/kopia/kopia/repo"
+	"github.com/kopia/kopia/repo/compression"
+	"github.com/kopia/kopia/repo/content"
+	"github.com/kopia/kopia/repo/manifest"
+	"github.com/kopia/kopia/repo/object"
+)
+
+const (
+	indexPrefix     content.IDPrefix = "x" // indirect indexes, as in kopia repo/object/object_writer.go
+	directoryPrefix content.IDPrefix = "k" // directories, as in kopia snapshot/snapshotfs
+)
+
+// Writer is one write session. WriteBlock and WriteIndex may be called
+// concurrently; Flush waits for those under way to have been packed. What was
+// written is visible to others, and survives a crash, after a Flush only.
+type Writer struct {
+	r   *Repository
+	ctx context.Context //nolint:containedctx // Kopia binds a session's logger and spans to its context
+	w   repo.DirectRepositoryWriter
+
+	blockCompressor, indexCompressor compression.Name
+
+	uploaded  atomic.Int64
+	flushGate sync.RWMutex
+}
+
+// NewWriter opens a write session.
+func (r *Repository) NewWriter(ctx context.Context, purpose string) (*Writer, error) {
+	if !r.Writable() {
+		return nil, fmt.Errorf("%w: %s", ErrReadOnly, r.readOnlyReason())
+	}
+	w := &Writer{r: r}
+	wctx, dw, err := r.direct.NewDirectWriter(ctx, repo.WriteSessionOptions{
+		Purpose:  purpose,
+		OnUpload: func(n int64) { w.uploaded.Add(n) },
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open write session: %w", err)
+	}
+	w.ctx, w.w = wctx, dw
+	w.blockCompressor = compression.Name(r.config.Compression)
+	w.indexCompressor = indexCompression
+	return w, nil
+}
+
+// indexCompression is used for indexes, whatever was chosen for blocks: their
+// JSON halves at next to no cost.
+const indexCompression = "zstd-fastest"
+
+// Close abandons what was not flushed.
+func (w *Writer) Close() error {
+	if err := w.w.Close(context.WithoutCancel(w.ctx)); err != nil {
+		return fmt.Errorf("close write session: %w", err)
+	}
+	return nil
+}
+
+// Uploaded returns the bytes sent to storage by this session so far.
+func (w *Writer) Uploaded() int64 { return w.uploaded.Load() }
+
+// WriteBlock stores p (at most MaxContentSize bytes) as a direct object. A
+// content that the repository has already is not stored again. p may be reused
+// after the call.
+func (w *Writer) WriteBlock(ctx context.Context, p []byte) (ObjectID, error) {
+	return w.writeDirect(ctx, p, "", w.blockCompressor)
+}
+
+// WriteIndex stores p, a piece of an index, as a direct object among the
+// repository's metadata.
+func (w *Writer) WriteIndex(ctx context.Context, p []byte) (ObjectID, error) {
+	return w.writeDirect(ctx, p, indexPrefix, w.indexCompressor)
+}
+
+func (w *Writer) writeDirect(_ context.Context, p []byte, prefix content.IDPrefix, comp compression.Name) (ObjectID, error) {
+	if len(p) > MaxContentSize {
+		return ObjectID{}, fmt.Errorf("object of %d bytes does not fit one content", len(p))
+	}
+	w.flushGate.RLock()
+	defer w.flushGate.RUnlock()
+	ow := w.w.NewObjectWriter(w.ctx, object.WriterOptions{
+		Description: "varve",
+		Prefix:      prefix,
+		Compressor:  comp,
+		Splitter:    "FIXED-8M", // at least MaxContentSize: one content, one ID
+	})
+	defer ow.Close()
+	if _, err := ow.Write(p); err != nil {
+		return ObjectID{}, fmt.Errorf("write object: %w", err)
+	}
+	oid, err := ow.Result()
+	if err != nil {
+		return ObjectID{}, fmt.Errorf("write object: %w", err)
+	}
+	if _, _, ok := oid.ContentID(); !ok {
+		return ObjectID{}, fmt.Errorf("object %v of %d bytes was split", oid, len(p))
+	}
+	return oid, nil
+}
+
+// Flush packs and uploads what was written and makes it visible to others.
+func (w *Writer) Flush(ctx context.Context) error {
+	w.flushGate.Lock()
+	defer w.flushGate.Unlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := w.w.Flush(w.ctx); err != nil {
+		return fmt.Errorf("flush to storage: %w", err)
+	}
+	return nil
+}
+
+// Refresh makes the session see what others wrote and deleted meanwhile.
+func (w *Writer) Refresh(_ context.Context) error {
+	if err := w.w.Refresh(w.ctx); err != nil {
+		return fmt.Errorf("refresh repository: %w", err)
+	}
+	return nil
+}
+
+// Reader reads as this session sees the repository: with what it wrote and has
+// not flushed.
+func (w *Writer) Reader() *SessionReader { return &SessionReader{w} }
+
+// SessionReader reads what a Writer can see.
+type SessionReader struct{ w *Writer }
+
+// ReadObject is Repository.ReadObject as the session sees it.
+func (s *SessionReader) ReadObject(ctx context.Context, oid ObjectID) ([]byte, error) {
+	return s.w.ReadObject(ctx, oid)
+}
+
+// ZeroID is Repository.ZeroID.
+func (s *SessionReader) ZeroID(ctx context.Context, n int64) (ObjectID, error) {
+	return s.w.r.ZeroID(ctx, n)
+}
+
+// ReadObject is Repository.ReadObject, and sees what this session wrote.
+func (w *Writer) ReadObject(ctx context.Context, oid ObjectID) ([]byte, error) {
+	if cid, compressed, ok := oid.ContentID(); ok && !compressed {
+		p, err := w.w.ContentReader().GetContent(ctx, cid)
+		if err == nil {
+			return p, nil
+		}
+	}
+	return w.r.ReadObject(ctx, oid)
+}
+
+// StateOf is Repository.StateOf as this session sees it.
+func (w *Writer) StateOf(_ context.Context, oid ObjectID) (ContentState, error) {
+	cid, _, ok := contentOf(oid)
+	if !ok {
+		return ContentState{}, fmt.Errorf("object %v has no single content", oid)
+	}
+	info, err := w.w.ContentInfo(w.ctx, cid)
+	return contentState(info, err)
+}
+
+// deleteManifest removes a manifest; one that is gone already is no error.
+func (w *Writer) deleteManifest(id string) error {
+	if err := w.refreshing(func() error { return w.w.DeleteManifest(w.ctx, manifest.ID(id)) }); err != nil {
+		return fmt.Errorf("delete manifest %s: %w", id, err)
+	}
+	return nil
+}
+
+func directID(cid ContentID) ObjectID { return object.DirectObjectID(cid) }

@@ -1,0 +1,193 @@
+package backup
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"math"
+	"math/rand/v2"
+	"slices"
+
+	"github.com/cespare/xxhash/v2"
+
+	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/cbt"
+)
+
+// minSample is how many blocks the random part of a spot check reads at least:
+// on a small disk a thousandth is nothing.
+const minSample = 32
+
+// lieShare is the share of the unchanged blocks that a lie is taken to be about
+// when the probability of detecting it is given.
+const lieShare = 0.001
+
+// spotCheck reads some of the blocks that the source of changed blocks did not
+// report and compares them with the parent (or with zeroes, where it reported
+// zeroes or an allocated full left them out). The sample is stratified:
+// neighbours of what was reported, where rounding errors live; the tail, where
+// truncated listings do; a stripe that covers the disk in Stripes runs, so that
+// no range is out of sight for ever; and the rest at random.
+func (r *run) spotCheck(ctx context.Context, rep cbt.Report) error {
+	share := r.opt.VerifyUnchanged
+	if !rep.Exact || share <= 0 || r.lay.Blocks() == 0 || (r.base == nil && !rep.Allocated) {
+		return nil
+	}
+	share = min(share, 1)
+	candidates := r.unreported()
+	check := &blocktree.SpotCheck{Candidates: candidates, Stripes: int64(math.Ceil(1 / share))}
+	r.rec.SpotCheck = check
+	if candidates == 0 {
+		check.Probability = 1
+		return nil
+	}
+	check.Stripe = r.rec.Generation % check.Stripes
+	sample, random := r.chooseSample(check, share)
+	r.opt.Progress(Progress{Phase: "spot check", Total: int64(len(sample)) * r.lay.BlockSize})
+	for i, b := range sample {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		same, err := r.isUnchanged(ctx, b)
+		if err != nil {
+			return err
+		}
+		if !same {
+			return r.mismatch(ctx, rep, b)
+		}
+		r.opt.Progress(Progress{Phase: "spot check", Done: int64(i+1) * r.lay.BlockSize, Total: int64(len(sample)) * r.lay.BlockSize})
+	}
+	check.Blocks = int64(len(sample))
+	check.Probability = detection(candidates, int64(random))
+	slog.DebugContext(ctx, "spot check passed", "volume", r.opt.Volume.String(),
+		"blocks", check.Blocks, "candidates", candidates, "probability", check.Probability)
+	return nil
+}
+
+// detection is the probability that n blocks chosen at random out of
+// candidates, without repetition, hold one of a thousandth that changed.
+func detection(candidates, n int64) float64 {
+	bad := math.Max(1, float64(candidates)*lieShare)
+	if float64(n) > float64(candidates)-bad {
+		return 1
+	}
+	miss := 1.0
+	for i := range int64(bad) {
+		miss *= float64(candidates-n-i) / float64(candidates-i)
+	}
+	return 1 - miss
+}
+
+// checkable reports whether block b was left out of the listing, or only said
+// to be zero, and is not read anyway.
+func (r *run) checkable(b int64) bool { return !r.work.read.get(b) }
+
+func (r *run) unreported() int64 {
+	n := r.lay.Blocks()
+	read, _ := r.work.count()
+	return n - read
+}
+
+// chooseSample returns the blocks to read, in order, and how many of them were
+// drawn at random.
+func (r *run) chooseSample(check *blocktree.SpotCheck, share float64) (sample []int64, random int) {
+	blocks := r.lay.Blocks()
+	chosen := map[int64]bool{}
+	take := func(b int64) bool {
+		if b < 0 || b >= blocks || chosen[b] || !r.checkable(b) {
+			return false
+		}
+		chosen[b] = true
+		return true
+	}
+	budget := max(minSample, int64(math.Ceil(share*float64(check.Candidates))))
+
+	// At random first: the other strata must not take from it.
+	rng := rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))
+	want := min(budget, check.Candidates)
+	for tries := int64(0); int64(random) < want && tries < 64*want; tries++ {
+		if take(rng.Int64N(blocks)) {
+			random++
+		}
+	}
+	if int64(random) < want { // few candidates between many reported blocks
+		for b := int64(0); b < blocks && int64(random) < want; b++ {
+			if take(b) {
+				random++
+			}
+		}
+	}
+
+	take(blocks - 1) // the tail
+	take(blocks - 2)
+	first, end := check.Stripe*blocks/check.Stripes, (check.Stripe+1)*blocks/check.Stripes
+	for b := first; b < end; b++ {
+		take(b)
+	}
+	for b, n := r.work.read.next(0), int64(0); b < blocks && n < budget; b = r.work.read.next(b) {
+		if take(b - 1) {
+			n++
+		}
+		for b < blocks && r.work.read.get(b) {
+			b++
+		}
+		if take(b) {
+			n++
+		}
+	}
+	for b := range chosen {
+		sample = append(sample, b)
+	}
+	slices.Sort(sample)
+	return sample, random
+}
+
+// isUnchanged reads block b of the disk and compares it with what the new point
+// would hold there if the listing is right.
+func (r *run) isUnchanged(ctx context.Context, b int64) (bool, error) {
+	p := newAlignedBuffer(int(r.lay.BlockLen(b)))
+	if err := r.readDisk(p, b*r.lay.BlockSize); err != nil {
+		return false, fmt.Errorf("spot check: %w", err)
+	}
+	if r.work.isZero(b) || r.base == nil {
+		return isZero(p), nil
+	}
+	seg, err := r.base.Segment(ctx, r.lay.SegmentOfBlock(b))
+	if err != nil {
+		return false, fmt.Errorf("spot check: %w", err)
+	}
+	e := &seg.Entries[b-r.lay.FirstBlock(r.lay.SegmentOfBlock(b))]
+	switch {
+	case e.Length != int64(len(p)):
+		return false, nil
+	case r.base.IsZero(ctx, e):
+		return isZero(p), nil
+	case e.HasDigest:
+		return e.Digest == xxhash.Sum64(p), nil
+	default:
+		id, err := r.w.WriteBlock(ctx, p)
+		return id == e.Object, err
+	}
+}
+
+// mismatch ends the backup, or turns it into a compare.
+func (r *run) mismatch(ctx context.Context, rep cbt.Report, b int64) error {
+	off, end := b*r.lay.BlockSize, b*r.lay.BlockSize+r.lay.BlockLen(b)
+	base := "the parent"
+	if r.parent != nil {
+		base = r.parent.Name()
+	}
+	err := fmt.Errorf("%w: %s: bytes %d to %d of %s differ from %s, but source %q did not report them; "+
+		"the change tracking of this storage cannot be trusted: nothing was recorded; "+
+		"take a full (--full), or go on by comparing everything (--on-mismatch=full), and report it to the storage's vendor",
+		ErrSourceLied, r.opt.Volume, off, end, r.opt.Volume, base, rep.Source)
+	if r.opt.OnMismatch != FullOnMismatch {
+		return err
+	}
+	slog.ErrorContext(ctx, "changed-block source lied; comparing the whole disk instead",
+		"volume", r.opt.Volume.String(), "offset", off, "end", end, "source", rep.Source)
+	r.rec.Notes = append(r.rec.Notes, fmt.Sprintf("source %s did not report a change at %d to %d; the whole disk was compared", rep.Source, off, end))
+	r.rec.Source = "compare"
+	r.work.all()
+	return nil
+}

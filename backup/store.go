@@ -1,0 +1,284 @@
+package backup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cespare/xxhash/v2"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/varve-io/varve/backup/blocktree"
+)
+
+// segmentWork is a segment whose blocks are being stored. Each job owns the
+// entries of its own blocks; the one that ends last writes the index.
+type segmentWork struct {
+	n       int64
+	entries []blocktree.Entry
+	left    atomic.Int64 // jobs, and one for the planner until it has planned all
+	changed atomic.Bool
+}
+
+// job is a run of blocks of one segment: all to be read, or all zero.
+type job struct {
+	seg         *segmentWork
+	first, last int64 // blocks, last included
+	zero        bool
+}
+
+// store reads, compares and writes everything on the worklist. One planner
+// walks it; workers read, hash, compress, encrypt and upload side by side.
+// Memory is bounded by the workers' buffers, whatever the size of the disk.
+func (r *run) store(ctx context.Context) error {
+	read, zero := r.work.count()
+	total := min(read*r.lay.BlockSize, r.lay.Size)
+	r.opt.Progress(Progress{Phase: "backup", Total: total})
+	slog.DebugContext(ctx, "planned", "volume", r.opt.Volume.String(), "readBlocks", read, "zeroBlocks", zero)
+
+	g, gctx := errgroup.WithContext(ctx)
+	jobs := make(chan job)
+	var pending sync.WaitGroup
+	for range r.opt.Workers {
+		g.Go(func() error {
+			buf := newAlignedBuffer(readUnit)
+			for j := range jobs {
+				err := r.doJob(gctx, j, buf)
+				pending.Done()
+				if err != nil {
+					return err
+				}
+				r.opt.Progress(Progress{Phase: "backup", Done: r.counters.done.Load(), Total: total})
+			}
+			return nil
+		})
+	}
+	g.Go(func() error {
+		defer close(jobs)
+		return r.plan(gctx, func(j job) error {
+			pending.Add(1)
+			select {
+			case jobs <- j:
+				return nil
+			case <-gctx.Done():
+				pending.Done()
+				return context.Cause(gctx)
+			}
+		}, pending.Wait)
+	})
+	return g.Wait()
+}
+
+// plan cuts the worklist into jobs, segment by segment, and takes checkpoints
+// between them. drain returns when no job is under way.
+func (r *run) plan(ctx context.Context, submit func(job) error, drain func()) error {
+	blocks := r.lay.Blocks()
+	for b := r.work.next(0); b < blocks; {
+		n := r.lay.SegmentOfBlock(b)
+		end := r.lay.FirstBlock(n) + int64(r.lay.SegmentBlocks(n))
+		entries, err := r.build.Base(ctx, n)
+		if err != nil {
+			return fmt.Errorf("segment at %d: %w", n*blocktree.SegmentSize, err)
+		}
+		seg := &segmentWork{n: n, entries: entries}
+		if r.base != nil && n < segmentsOf(r.base) && segmentLen(r.base, n) != r.lay.SegmentLen(n) {
+			seg.changed.Store(true) // cut or grown: its index has another length
+		}
+		seg.left.Store(1)
+		for b < end {
+			j := job{seg: seg, first: b, zero: r.work.isZero(b)}
+			limit := min(end, b+readUnit/r.lay.BlockSize)
+			for b++; b < limit && !r.work.untouched(b) && r.work.isZero(b) == j.zero; b++ {
+			}
+			j.last = b - 1
+			seg.left.Add(1)
+			if err := submit(j); err != nil {
+				return err
+			}
+			if b < end {
+				b = min(r.work.next(b), end)
+			}
+			if r.checkpointDue() {
+				drain()
+				if err := ctx.Err(); err != nil {
+					return context.Cause(ctx)
+				}
+				if seg.changed.Load() {
+					if err := r.writeSegment(ctx, seg); err != nil {
+						return err
+					}
+				}
+				if err := r.checkpoint(ctx); err != nil {
+					return err
+				}
+			}
+		}
+		if err := r.jobDone(ctx, seg); err != nil {
+			return err
+		}
+		if b = r.work.next(b); b < blocks && r.lay.SegmentOfBlock(b) != n {
+			r.opt.step("segment")
+		}
+	}
+	return nil
+}
+
+func segmentsOf(t *blocktree.Tree) int64 { l, _ := t.Layout(); return l.Segments() }
+
+func segmentLen(t *blocktree.Tree, n int64) int64 { l, _ := t.Layout(); return l.SegmentLen(n) }
+
+func (r *run) checkpointDue() bool {
+	return r.counters.sinceCheckpoint.Load() >= checkpointContents ||
+		time.Since(r.lastCheckpoint) >= r.opt.CheckpointEvery
+}
+
+// jobDone counts a job off its segment and writes the index after the last.
+func (r *run) jobDone(ctx context.Context, seg *segmentWork) error {
+	if seg.left.Add(-1) > 0 || !seg.changed.Load() {
+		return nil
+	}
+	return r.writeSegment(ctx, seg)
+}
+
+func (r *run) writeSegment(ctx context.Context, seg *segmentWork) error {
+	r.counters.segments.Add(1)
+	r.counters.sinceCheckpoint.Add(1)
+	return r.build.SetSegment(ctx, seg.n, seg.entries)
+}
+
+func (r *run) doJob(ctx context.Context, j job, buf []byte) error {
+	if err := ctx.Err(); err != nil {
+		return context.Cause(ctx)
+	}
+	off := j.first * r.lay.BlockSize
+	length := min((j.last+1)*r.lay.BlockSize, r.lay.Size) - off
+	if j.zero || r.isHole(off, length) {
+		for b := j.first; b <= j.last; b++ {
+			if err := r.setZero(ctx, j.seg, b); err != nil {
+				return err
+			}
+		}
+	} else {
+		p := buf[:length]
+		if err := r.readDisk(p, off); err != nil {
+			return err
+		}
+		for b := j.first; b <= j.last; b++ {
+			start := (b - j.first) * r.lay.BlockSize
+			if err := r.storeBlock(ctx, j.seg, b, p[start:start+r.lay.BlockLen(b)]); err != nil {
+				return err
+			}
+		}
+	}
+	if !j.zero {
+		r.counters.done.Add(length)
+	}
+	return r.jobDone(ctx, j.seg)
+}
+
+// isHole reports whether the disk knows the range to be zeroes.
+func (r *run) isHole(off, length int64) bool {
+	h, ok := r.opt.Disk.(HoleFinder)
+	if !ok {
+		return false
+	}
+	start, _, err := h.DataRange(off)
+	return errors.Is(err, io.EOF) || (err == nil && start >= off+length)
+}
+
+// readDisk fills p. Where the policy says so, what cannot be read is zeroes,
+// narrowed down to the unit that the disk names in its error.
+func (r *run) readDisk(p []byte, off int64) error {
+	r.counters.read.Add(int64(len(p)))
+	for len(p) > 0 {
+		n, err := r.opt.Disk.ReadAt(p, off)
+		if n == len(p) {
+			return nil
+		}
+		if err == nil {
+			err = io.ErrNoProgress
+		}
+		var bad RangeError
+		if !errors.As(err, &bad) || r.opt.OnReadError != ZeroOnReadError {
+			if errors.Is(err, io.EOF) {
+				return fmt.Errorf("read source at %d: it ended %d bytes early: did it shrink?", off+int64(n), len(p)-n)
+			}
+			return fmt.Errorf("read source at %d: %w", off+int64(n), err)
+		}
+		// Skip the bad unit, which lies in [off, off+len(p)), and go on behind it.
+		badOff, badLen := bad.BadRange()
+		from := max(badOff, off)
+		to := min(badOff+badLen, off+int64(len(p)))
+		if to <= from {
+			return fmt.Errorf("read source at %d: %w", off, err)
+		}
+		if good := from - off; good > 0 {
+			if m, err := r.opt.Disk.ReadAt(p[:good], off); int64(m) != good {
+				return fmt.Errorf("read source at %d, before a bad range: %w", off, err)
+			}
+		}
+		clear(p[from-off : to-off])
+		r.readErrors.add(from, to-from)
+		p, off = p[to-off:], to
+	}
+	return nil
+}
+
+// setZero makes block b a hole.
+func (r *run) setZero(ctx context.Context, seg *segmentWork, b int64) error {
+	e := &seg.entries[b-r.lay.FirstBlock(seg.n)]
+	id, err := r.build.ZeroBlock(ctx, e.Length)
+	if err != nil {
+		return err
+	}
+	if e.Object == id {
+		return nil
+	}
+	*e = blocktree.Entry{Start: e.Start, Length: e.Length, Object: id}
+	seg.changed.Store(true)
+	r.counters.changed.Add(e.Length)
+	r.counters.zero.Add(e.Length)
+	return nil
+}
+
+// storeBlock stores what block b holds, unless it is what the parent has. The
+// object ID is a keyed hash of the bytes, so equal IDs are equal blocks.
+func (r *run) storeBlock(ctx context.Context, seg *segmentWork, b int64, p []byte) error {
+	if isZero(p) {
+		return r.setZero(ctx, seg, b)
+	}
+	e := &seg.entries[b-r.lay.FirstBlock(seg.n)]
+	id, err := r.w.WriteBlock(ctx, p)
+	if err != nil {
+		return fmt.Errorf("store block at %d: %w", b*r.lay.BlockSize, err)
+	}
+	if e.Object == id {
+		return nil
+	}
+	*e = blocktree.Entry{
+		Start: e.Start, Length: e.Length, Object: id,
+		Gen: r.rec.Generation, Digest: xxhash.Sum64(p), HasDigest: true,
+	}
+	seg.changed.Store(true)
+	r.counters.changed.Add(e.Length)
+	r.counters.newBlocks.Add(1)
+	r.counters.sinceCheckpoint.Add(1)
+	return nil
+}
+
+// rangeList collects ranges from several workers.
+type rangeList struct {
+	mu     sync.Mutex
+	ranges []blocktree.Range
+}
+
+func (l *rangeList) add(off, length int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.ranges = append(l.ranges, blocktree.Range{Offset: off, Length: length})
+}

@@ -1,0 +1,193 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/disk"
+	"github.com/varve-io/varve/internal/progress"
+)
+
+type backupFlags struct {
+	volume, parent, extents, handle string
+	full, live                      bool
+	blockSize                       byteSize
+	onReadError, onMismatch         string
+	verifyUnchanged                 string
+	workers                         int
+	checkpoint                      time.Duration
+}
+
+func newBackupCommand(a *app) *cobra.Command {
+	var f backupFlags
+	cmd := &cobra.Command{
+		Use:     "backup SOURCE --volume NAMESPACE/NAME",
+		GroupID: groupBackup,
+		Short:   "Back up a block device or an image file",
+		Long: `Back up a block device or an image file as a new recovery point of a volume.
+
+The first backup of a volume is a full, later ones are increments: they store
+the blocks that differ from the latest recovery point. Without --extents the
+whole source is read and compared with it; with --extents only what a list of
+changed extents names is read (docs/cbt-extents.md), and a sample of the rest
+is checked against the parent.
+
+Every recovery point can be read as a whole disk and can be deleted without
+touching another. An interrupted backup leaves every older point as it is, and
+the next one goes on from the last checkpoint.`,
+		Example: `  varve backup /dev/vdb --volume shop/db
+  varve backup disk.img --volume shop/db --full
+  my-tracker changes | varve backup /dev/vdb --volume shop/db --extents -`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error { return a.backup(cmd.Context(), args[0], f) },
+	}
+	fl := cmd.Flags()
+	fl.StringVar(&f.volume, "volume", "", "volume to back up, namespace/name")
+	fl.BoolVar(&f.full, "full", false, "take a full, also where an increment could be taken")
+	fl.StringVar(&f.parent, "parent", "", "recovery point to build on (default the latest of the volume)")
+	fl.StringVar(&f.extents, "extents", "", "file with the extents that changed since the parent, '-' for standard input")
+	fl.Var(&f.blockSize, "block-size", "block size of a full, 64K to 4M (default by the size of the disk)")
+	fl.BoolVar(&f.live, "live", false, "read a disk that is mounted read-write; the point is marked not crash-consistent")
+	fl.StringVar(&f.onReadError, "on-read-error", "fail", "what to do with bytes that cannot be read: fail, or zero and record them")
+	fl.StringVar(&f.onMismatch, "on-mismatch", "fail", "what to do when the extents left out a change: fail, or full (compare the whole disk)")
+	fl.StringVar(&f.verifyUnchanged, "verify-unchanged", "0.1%", "share of the blocks reported unchanged to read and compare")
+	fl.StringVar(&f.handle, "volume-handle", "", "what the storage calls the volume; a parent of another one is refused")
+	fl.IntVar(&f.workers, "workers", 0, "blocks processed at once (default by the number of CPUs)")
+	fl.DurationVar(&f.checkpoint, "checkpoint-every", time.Minute, "at most this much time between checkpoints")
+	_ = cmd.MarkFlagRequired("volume")
+	return cmd
+}
+
+// backupResult is what "varve backup -o json" prints.
+type backupResult struct {
+	Name               string               `json:"name"`
+	ID                 string               `json:"id"`
+	Kind               string               `json:"kind"`
+	Parent             string               `json:"parent,omitempty"`
+	Generation         int64                `json:"generation"`
+	Size               int64                `json:"size"`
+	BlockSize          int64                `json:"blockSize"`
+	Source             string               `json:"source"`
+	NotCrashConsistent bool                 `json:"notCrashConsistent,omitempty"`
+	ReadErrors         []blocktree.Range    `json:"readErrors,omitempty"`
+	Stats              blocktree.Stats      `json:"stats"`
+	SpotCheck          *blocktree.SpotCheck `json:"spotCheck,omitempty"`
+	Notes              []string             `json:"notes,omitempty"`
+}
+
+func (a *app) backup(ctx context.Context, path string, f backupFlags) (err error) {
+	opt, err := a.backupOptions(f)
+	if err != nil {
+		return err
+	}
+	if _, err := backup.ParseVolume(f.volume, "any"); err != nil {
+		return &usageError{err}
+	}
+	src, err := disk.Open(path, disk.Options{Live: f.live})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, src.Close()) }()
+	opt.Disk, opt.NotCrashConsistent = src, src.InUse() != ""
+	if f.extents != "" {
+		list := a.stdin
+		if f.extents != "-" {
+			file, err := os.Open(f.extents)
+			if err != nil {
+				return fmt.Errorf("open list of extents: %w", err)
+			}
+			defer file.Close()
+			list = file
+		}
+		opt.Source = cbt.NewExtents(list)
+	}
+	repo, err := a.openRepository(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
+
+	cluster := repo.Cluster()
+	if a.flags.cluster != "" {
+		cluster = a.flags.cluster
+	}
+	if opt.Volume, err = backup.ParseVolume(f.volume, cluster); err != nil {
+		return err
+	}
+	task := a.progress.Start("backup "+opt.Volume.String(), 0, progress.Bytes)
+	opt.Progress = func(p backup.Progress) {
+		task.SetPhase(p.Phase)
+		task.SetTotal(p.Total)
+		task.Set(p.Done)
+	}
+	p, rec, err := backup.Run(ctx, repo, opt)
+	task.Done()
+	if err != nil {
+		return err
+	}
+	return a.printBackup(p, rec)
+}
+
+func (a *app) backupOptions(f backupFlags) (backup.Options, error) {
+	opt := backup.Options{
+		Full: f.full, Parent: f.parent, VolumeHandle: f.handle, Workers: f.workers, BlockSize: int64(f.blockSize),
+		CheckpointEvery: f.checkpoint, ToolVersion: readVersion().Version,
+	}
+	var err error
+	if opt.VerifyUnchanged, err = parseShare(f.verifyUnchanged); err != nil {
+		return opt, usagef("--verify-unchanged: %w", err)
+	}
+	switch f.onReadError {
+	case "fail":
+	case "zero":
+		opt.OnReadError = backup.ZeroOnReadError
+	default:
+		return opt, usagef("--on-read-error is fail or zero, not %q", f.onReadError)
+	}
+	switch f.onMismatch {
+	case "fail":
+	case "full":
+		opt.OnMismatch = backup.FullOnMismatch
+	default:
+		return opt, usagef("--on-mismatch is fail or full, not %q", f.onMismatch)
+	}
+	if f.full && f.parent != "" {
+		return opt, usagef("--full takes no --parent")
+	}
+	return opt, nil
+}
+
+func (a *app) printBackup(p *backup.Point, rec *blocktree.Record) error {
+	res := backupResult{
+		Name: p.Name(), ID: p.ID, Kind: rec.Kind, Parent: rec.Parent, Generation: rec.Generation,
+		Size: rec.Size, BlockSize: rec.BlockSize, Source: rec.Source, NotCrashConsistent: rec.NotCrashConsistent,
+		ReadErrors: rec.ReadErrors, Stats: rec.Stats, SpotCheck: rec.SpotCheck, Notes: rec.Notes,
+	}
+	return a.print(res, func(t *table) {
+		st := rec.Stats
+		t.line("%s backup %s (ID %s)", rec.Kind, p.Name(), p.ShortID())
+		t.line("  read %s, changed %s, uploaded %s in %s",
+			t.bytes(st.Read), t.bytes(st.Changed), t.bytes(st.Uploaded), st.Duration.Round(time.Millisecond))
+		if c := rec.SpotCheck; c != nil {
+			t.line("  spot check: %d of %d blocks reported unchanged were read and are; a lie about one in a thousand is found with probability %.1f %%; stripe %d of %d",
+				c.Blocks, c.Candidates, 100*c.Probability, c.Stripe+1, c.Stripes)
+		}
+		if rec.NotCrashConsistent {
+			t.line("  not crash-consistent: the disk was written to while it was read")
+		}
+		for _, r := range rec.ReadErrors {
+			t.line("  could not be read, stored as zeroes: bytes %d to %d", r.Offset, r.Offset+r.Length)
+		}
+		for _, n := range rec.Notes {
+			t.line("  note: %s", n)
+		}
+	})
+}

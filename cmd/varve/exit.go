@@ -1,0 +1,76 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"strings"
+
+	"github.com/varve-io/varve/backup/repository"
+)
+
+// Exit codes. docs/exit-codes.md tells users what they mean; scripts depend on
+// them, so a code never changes its meaning.
+const (
+	exitOK          = 0
+	exitFailure     = 1   // anything without a code of its own
+	exitUsage       = 2   // wrong command, flag, argument or settings file
+	exitRepository  = 3   // the repository cannot be opened
+	exitDamaged     = 4   // verify, or a read, found data missing or corrupt
+	exitNotFound    = 5   // a name matches no recovery point or volume, or several
+	exitRefused     = 6   // a safety check said no and nothing was changed
+	exitInterrupted = 130 // by a signal
+)
+
+var errInterrupted = errors.New("interrupted")
+
+// usageError is an error in how varve was called.
+type usageError struct{ err error }
+
+func (e *usageError) Error() string { return e.err.Error() }
+func (e *usageError) Unwrap() error { return e.err }
+
+// exitCodes is the one table from errors to exit codes. The first row that
+// matches by errors.Is decides; errors of a type are matched in exitCode.
+var exitCodes = []struct {
+	is   error
+	code int
+}{
+	{errInterrupted, exitInterrupted},
+	{context.Canceled, exitInterrupted},
+	{repository.ErrInvalidOptions, exitUsage},
+	{errNoPassword, exitRepository},
+	{repository.ErrNotConnected, exitRepository},
+	{repository.ErrWrongPassword, exitRepository},
+	{repository.ErrUnreachable, exitRepository},
+	{repository.ErrNotInitialized, exitRepository},
+	{repository.ErrIncompleteRepository, exitRepository},
+	{repository.ErrNewerFormat, exitRepository},
+	{repository.ErrUpgradeInProgress, exitRepository},
+	{repository.ErrReplaced, exitRepository},
+	{repository.ErrPasswordChangeInterrupted, exitRepository},
+	{repository.ErrAlreadyExists, exitRefused},
+	{repository.ErrContentMissing, exitDamaged},
+	{repository.ErrContentCorrupt, exitDamaged},
+	{repository.ErrReadOnly, exitRefused},
+}
+
+func exitCode(err error) int {
+	if err == nil {
+		return exitOK
+	}
+	var usage *usageError
+	if errors.As(err, &usage) {
+		return exitUsage
+	}
+	for _, row := range exitCodes {
+		if errors.Is(err, row.is) {
+			return row.code
+		}
+	}
+	return exitFailure
+}
+
+// message is what a user reads of an error: one line.
+func message(err error) string {
+	return strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
+}

@@ -1,0 +1,151 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/term"
+
+	"github.com/varve-io/varve/internal/progress"
+)
+
+// print shows the result of a command: as indented JSON with -o json, else as
+// the table that write fills. Give result types stable JSON names: lower camel
+// case, sizes in bytes, times in RFC 3339.
+func (a *app) print(result any, write func(t *table)) error {
+	if a.flags.output == "json" {
+		enc := json.NewEncoder(a.stdout)
+		enc.SetIndent("", "  ")
+		enc.SetEscapeHTML(false)
+		if err := enc.Encode(result); err != nil {
+			return fmt.Errorf("print result: %w", err)
+		}
+		return nil
+	}
+	t := &table{w: tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)}
+	write(t)
+	if t.err == nil {
+		t.err = t.w.Flush()
+	}
+	if t.err != nil {
+		return fmt.Errorf("print result: %w", t.err)
+	}
+	return nil
+}
+
+// table aligns rows of cells in columns.
+type table struct {
+	w   *tabwriter.Writer
+	err error
+}
+
+// row writes one row. Control characters in a cell, which might come from a
+// stranger's repository, do not reach the terminal.
+func (t *table) row(cells ...any) {
+	line := make([]string, len(cells))
+	for i, c := range cells {
+		line[i] = printable(fmt.Sprint(c))
+	}
+	t.write(strings.Join(line, "\t"))
+}
+
+// line writes text outside of the columns.
+func (t *table) line(format string, args ...any) {
+	t.write(printable(fmt.Sprintf(format, args...)))
+}
+
+func (t *table) write(s string) {
+	if t.err == nil {
+		_, t.err = io.WriteString(t.w, strings.TrimRight(s, " ")+"\n")
+	}
+}
+
+func (t *table) bytes(n int64) string { return progress.FormatBytes(n) }
+
+// time shows a time as recovery points are named by it: UTC, to the second.
+func (t *table) time(at time.Time) string {
+	if at.IsZero() {
+		return "-"
+	}
+	return at.UTC().Format("2006-01-02T15:04:05Z")
+}
+
+// age shows how long ago something was, in its largest unit or two.
+func (t *table) age(d time.Duration) string {
+	switch {
+	case d < 0:
+		return "in " + t.age(-d)
+	case d < time.Minute:
+		return fmt.Sprintf("%ds", int(d.Seconds()))
+	case d < time.Hour:
+		return fmt.Sprintf("%dm", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%dh", int(d.Hours()))
+	default:
+		return fmt.Sprintf("%dd", int(d.Hours()/24))
+	}
+}
+
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f || (r >= 0x80 && r < 0xa0) {
+			return '\ufffd'
+		}
+		return r
+	}, s)
+}
+
+// startOutput sets up logging and progress, both on stderr.
+func (a *app) startOutput() error {
+	terminal, isTerminal := a.stderr.(*os.File)
+	isTerminal = isTerminal && term.IsTerminal(int(terminal.Fd()))
+
+	level := slog.LevelInfo
+	if isTerminal {
+		level = slog.LevelWarn // the bar tells the rest
+	}
+	if a.flags.logLevel != "" {
+		if err := level.UnmarshalText([]byte(a.flags.logLevel)); err != nil {
+			return usagef("--log-level is debug, info, warn or error, not %q", a.flags.logLevel)
+		}
+	}
+	if a.flags.verbose {
+		level = slog.LevelDebug
+	}
+	var newHandler func(io.Writer) slog.Handler
+	opt := &slog.HandlerOptions{Level: level}
+	switch a.flags.logFormat {
+	case "text":
+		newHandler = func(w io.Writer) slog.Handler { return slog.NewTextHandler(w, opt) }
+	case "json":
+		newHandler = func(w io.Writer) slog.Handler { return slog.NewJSONHandler(w, opt) }
+	default:
+		return usagef("--log-format is text or json, not %q", a.flags.logFormat)
+	}
+
+	var show progress.Options
+	switch {
+	case a.flags.noProgress:
+	case isTerminal:
+		show.Terminal = a.stderr
+		show.Width = func() int {
+			w, _, err := term.GetSize(int(terminal.Fd()))
+			if err != nil || w < 20 {
+				return 80
+			}
+			return w
+		}
+	default:
+		show.Log = slog.New(newHandler(a.stderr))
+	}
+	a.progress.Close()
+	a.progress = progress.New(show)
+	a.log = slog.New(newHandler(a.progress.Writer(a.stderr)))
+	return nil
+}

@@ -1,0 +1,201 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/pflag"
+	"golang.org/x/term"
+)
+
+// passwordPurpose tells which password is asked for, and how.
+type passwordPurpose struct {
+	prefix  string // of the settings: "" or "new-"
+	prompt  string
+	confirm bool // typed twice: nobody has proved it yet
+}
+
+var (
+	existingPassword = passwordPurpose{"", "Repository password: ", false}
+	firstPassword    = passwordPurpose{"", "Password of the new repository: ", true}
+	newPassword      = passwordPurpose{"new-", "New repository password: ", true}
+)
+
+var errNoPassword = errors.New("no repository password: give --password-file, --password-command or $VARVE_PASSWORD, or run on a terminal")
+
+// maxPassword bounds what is read as a password.
+const maxPassword = 64 << 10
+
+// addPasswordFlags adds the two ways to name a password on the command line;
+// the password itself is never there.
+func addPasswordFlags(f *pflag.FlagSet, prefix string, file, command *string) {
+	what := "the repository password"
+	if prefix != "" {
+		what = "the new repository password"
+	}
+	f.StringVar(file, prefix+"password-file", "", "file that holds "+what)
+	f.StringVar(command, prefix+"password-command", "", "shell command that prints "+what)
+	for _, name := range []string{prefix + "password-file", prefix + "password-command"} {
+		if err := f.SetAnnotation(name, appliedElsewhereKey, []string{"password"}); err != nil {
+			panic(err)
+		}
+		inSection(f, "", name)
+	}
+}
+
+// password finds a password: named on the command line, else in the
+// environment, else in the settings file, else asked for on a terminal.
+func (a *app) password(ctx context.Context, purpose passwordPurpose) (string, error) {
+	file, command := a.flags.passwordFile, a.flags.passwordCommand
+	if purpose.prefix != "" {
+		file, command = a.flags.newPasswordFile, a.flags.newPasswordCommand
+	}
+	fileName, commandName := purpose.prefix+"password-file", purpose.prefix+"password-command"
+	if file == "" && command == "" {
+		if p, ok := a.lookupEnv(environmentOf("", purpose.prefix+"password")); ok {
+			if p == "" {
+				return "", usagef("$%s is empty", environmentOf("", purpose.prefix+"password"))
+			}
+			return p, nil
+		}
+		file, _ = a.lookupEnv(environmentOf("", fileName))
+		command, _ = a.lookupEnv(environmentOf("", commandName))
+	}
+	if file == "" && command == "" && a.settings != nil {
+		if v := a.settings.global[fileName]; len(v) == 1 {
+			file = v[0]
+		}
+		if v := a.settings.global[commandName]; len(v) == 1 {
+			command = v[0]
+		}
+	}
+	switch {
+	case file != "" && command != "":
+		return "", usagef("both %s and %s are given; give one", fileName, commandName)
+	case file != "":
+		return passwordFromFile(file)
+	case command != "":
+		return a.passwordFromCommand(ctx, command)
+	default:
+		return a.passwordFromTerminal(purpose)
+	}
+}
+
+func passwordFromFile(file string) (string, error) {
+	p, err := readSecretFile(file)
+	if err != nil {
+		return "", usagef("password file: %w", err)
+	}
+	return p, nil
+}
+
+// readSecretFile reads one line from a file, without its line end.
+func readSecretFile(file string) (string, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	p, err := io.ReadAll(io.LimitReader(f, maxPassword+1))
+	if err != nil {
+		return "", err
+	}
+	s, err := oneLine(p)
+	if err != nil {
+		return "", fmt.Errorf("%s %w", file, err)
+	}
+	return s, nil
+}
+
+func oneLine(p []byte) (string, error) {
+	if len(p) > maxPassword {
+		return "", fmt.Errorf("is longer than %d bytes", maxPassword)
+	}
+	p = bytes.TrimSuffix(bytes.TrimSuffix(p, []byte("\n")), []byte("\r"))
+	if len(p) == 0 {
+		return "", errors.New("is empty")
+	}
+	if bytes.ContainsAny(p, "\n\x00") {
+		return "", errors.New("holds more than one line")
+	}
+	return string(p), nil
+}
+
+func (a *app) passwordFromCommand(ctx context.Context, command string) (string, error) {
+	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", command)
+	cmd.Stdin = a.stdin // it may ask for something itself
+	cmd.Stderr = a.stderr
+	p, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("password command: %w", err)
+	}
+	s, err := oneLine(p)
+	if err != nil {
+		return "", fmt.Errorf("what the password command printed %w", err)
+	}
+	return s, nil
+}
+
+func (a *app) passwordFromTerminal(purpose passwordPurpose) (string, error) {
+	in, ok := a.stdin.(*os.File)
+	if !ok || !term.IsTerminal(int(in.Fd())) {
+		if purpose.prefix != "" {
+			return "", usagef("no new password: give --new-password-file, --new-password-command or $VARVE_NEW_PASSWORD, or run on a terminal")
+		}
+		return "", errNoPassword
+	}
+	ask := func(prompt string) (string, error) {
+		fmt.Fprint(a.stderr, prompt)
+		p, err := term.ReadPassword(int(in.Fd()))
+		fmt.Fprintln(a.stderr)
+		if err != nil {
+			return "", fmt.Errorf("read password: %w", err)
+		}
+		return string(p), nil
+	}
+	p, err := ask(purpose.prompt)
+	if err != nil {
+		return "", err
+	}
+	if p == "" {
+		return "", errNoPassword
+	}
+	if purpose.confirm {
+		again, err := ask("The same again: ")
+		if err != nil {
+			return "", err
+		}
+		if again != p {
+			return "", usagef("the two passwords differ")
+		}
+	}
+	return p, nil
+}
+
+// configFile is where the connection to the repository is kept.
+func (a *app) configFile() (string, error) {
+	file := a.flags.config // a flag, $VARVE_CONFIG or a setting
+	if file == "" {
+		dir, ok := a.lookupEnv("XDG_CONFIG_HOME")
+		if !ok || !filepath.IsAbs(dir) {
+			home, ok := a.lookupEnv("HOME")
+			if !ok || home == "" {
+				return "", usagef("no home directory to keep the configuration in: give --config")
+			}
+			dir = filepath.Join(home, ".config")
+		}
+		file = filepath.Join(dir, "varve", "repository.config")
+	}
+	abs, err := filepath.Abs(strings.TrimSpace(file))
+	if err != nil {
+		return "", fmt.Errorf("configuration file: %w", err)
+	}
+	return abs, nil
+}

@@ -1,0 +1,194 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/progress"
+)
+
+// How to add a command
+//
+// Write cmd_<name>.go with one function, newXCommand(a *app) *cobra.Command,
+// and add it to the list in newRootCommand. In its RunE:
+//
+//	ctx := cmd.Context()                  // cancelled by the first Ctrl-C
+//	rep, err := a.openRepository(ctx)     // says what to do when it cannot
+//	if err != nil { return err }
+//	defer rep.Close(context.WithoutCancel(ctx))
+//
+//	task := a.progress.Start("backup shop/db", size, progress.Bytes)
+//	defer task.Done()                     // task.Add(n) from any goroutine
+//	a.log.Info("checkpoint", "bytes", n)  // stderr; never fmt.Print
+//
+//	return a.print(result, func(t *table) { // -o json: result as it marshals
+//		t.row("ID", "TIME", "SIZE")          // -o table: what this writes
+//		t.row(p.ID, t.time(p.Time), t.bytes(p.Size))
+//	})
+//
+// Return errors; main prints them once, and exit.go's table maps them to exit
+// codes (add a row for a new sentinel). usagef makes an error of usage. Every
+// flag can also be given by environment and settings file (settings.go),
+// without any code in the command. Its test stands beside it and calls
+// runVarve (app_test.go).
+
+// app is what one run of varve knows: its streams, global flags and output.
+type app struct {
+	stdin          io.Reader
+	stdout, stderr io.Writer
+	lookupEnv      func(string) (string, bool)
+
+	flags struct {
+		config                              string
+		settings                            string
+		passwordFile                        string // an empty one was not given on the command line
+		passwordCommand                     string // likewise
+		cluster                             string
+		output                              string
+		logLevel                            string
+		logFormat                           string
+		newPasswordFile, newPasswordCommand string
+		noProgress                          bool
+		verbose                             bool
+	}
+
+	settings *settings         // the settings file, once read
+	secrets  []*secret         // what storages keep secret (secrets.go)
+	log      *slog.Logger      // to stderr
+	progress *progress.Display // to stderr
+	started  bool              // a command's own code ran: errors are no longer about usage
+}
+
+func newApp() *app {
+	return &app{
+		stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, lookupEnv: os.LookupEnv,
+		log:      slog.New(slog.DiscardHandler),
+		progress: progress.New(progress.Options{}),
+	}
+}
+
+// run executes one command line and returns the exit code.
+func (a *app) run(ctx context.Context, args []string) int {
+	root := newRootCommand(a)
+	root.SetArgs(args)
+	cmd, err := root.ExecuteContextC(ctx)
+	a.progress.Close()
+	if err == nil {
+		return exitOK
+	}
+	if cause := context.Cause(ctx); errors.Is(cause, errInterrupted) && errors.Is(err, context.Canceled) {
+		err = cause
+	}
+	if !a.started {
+		err = &usageError{err}
+	}
+	fmt.Fprintf(a.stderr, "varve: %s\n", message(err))
+	code := exitCode(err)
+	if code == exitUsage {
+		fmt.Fprintf(a.stderr, "Run '%s --help' for usage.\n", cmd.CommandPath())
+	}
+	return code
+}
+
+func newRootCommand(a *app) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "varve",
+		Short: "Block backup into a Kopia repository, every recovery point a whole disk at once",
+		Long: `Varve backs up block volumes into a Kopia repository, as a full and then as
+changed-block increments. Every recovery point can be read at once as a whole
+disk, without being rebuilt first.
+
+Every flag can also be given by environment (shown in brackets) or in a
+settings file (--from-file, YAML or JSON). Flags win over the environment, the
+environment over the file. Secrets are never flags.`,
+		SilenceUsage:      true,
+		SilenceErrors:     true,
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return a.prepare(cmd) },
+	}
+	root.SetIn(a.stdin)
+	root.SetOut(a.stdout)
+	root.SetErr(a.stderr)
+
+	f := root.PersistentFlags()
+	f.StringVar(&a.flags.config, "config", "", "configuration file of the connected repository (default $XDG_CONFIG_HOME/varve/repository.config)")
+	f.StringVar(&a.flags.settings, "from-file", "", "YAML or JSON file of settings")
+	addPasswordFlags(f, "", &a.flags.passwordFile, &a.flags.passwordCommand)
+	f.StringVar(&a.flags.cluster, "cluster", "", "name of this cluster or machine in the repository (default what 'repo connect' stored: the host name)")
+	f.StringVarP(&a.flags.output, "output", "o", "table", "output format: table or json")
+	f.StringVar(&a.flags.logLevel, "log-level", "", "log level: debug, info, warn or error (default warn on a terminal, else info)")
+	f.StringVar(&a.flags.logFormat, "log-format", "text", "log format: text or json")
+	f.BoolVar(&a.flags.noProgress, "no-progress", false, "show no progress")
+	f.BoolVarP(&a.flags.verbose, "verbose", "v", false, "the same as --log-level=debug")
+
+	root.AddGroup(
+		&cobra.Group{ID: groupRepository, Title: "Repository:"},
+		&cobra.Group{ID: groupBackup, Title: "Backup and restore:"},
+		&cobra.Group{ID: groupRead, Title: "Reading recovery points:"},
+		&cobra.Group{ID: groupKeep, Title: "Looking after recovery points:"},
+	)
+	root.AddCommand(
+		newBackupCommand(a),
+		newRepoCommand(a),
+		newVersionCommand(a),
+	)
+	a.instrument(root)
+	return root
+}
+
+// Groups of commands in the help text.
+const (
+	groupRepository = "repository"
+	groupBackup     = "backup"
+	groupRead       = "read"
+	groupKeep       = "keep"
+)
+
+// instrument prepares every command below c: flags learn their environment
+// variables, and errors before a command's own code are told apart.
+func (a *app) instrument(c *cobra.Command) {
+	describeEnvironment(c)
+	if run := c.RunE; run != nil {
+		c.RunE = func(cmd *cobra.Command, args []string) error {
+			a.started = true
+			return run(cmd, args)
+		}
+	}
+	for _, sub := range c.Commands() {
+		a.instrument(sub)
+	}
+}
+
+// prepare runs before every command: settings, then logging and progress.
+func (a *app) prepare(cmd *cobra.Command) error {
+	if err := a.applySettings(cmd); err != nil {
+		return err
+	}
+	if a.flags.output != "table" && a.flags.output != "json" {
+		return usagef("--output is table or json, not %q", a.flags.output)
+	}
+	return a.startOutput()
+}
+
+func usagef(format string, args ...any) error {
+	return &usageError{fmt.Errorf(format, args...)}
+}
+
+// openRepository opens the connected repository. The caller closes it.
+func (a *app) openRepository(ctx context.Context) (*repository.Repository, error) {
+	config, err := a.configFile()
+	if err != nil {
+		return nil, err
+	}
+	password, err := a.password(ctx, existingPassword)
+	if err != nil {
+		return nil, err
+	}
+	return repository.Open(ctx, repository.OpenOptions{ConfigFile: config, Password: password, Log: a.log})
+}

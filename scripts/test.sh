@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# All tests of the main module with the race detector, then those of e2e beside
+# real peers. Counts the tests that were skipped and why.
+set -uo pipefail
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+rc=0
+go test -race -timeout 20m -v ./... >"$log" 2>&1 || rc=1
+grep -E '^(ok|FAIL|panic:)|^--- FAIL|^    --- FAIL|DATA RACE' "$log" || true
+if [ $rc -ne 0 ]; then
+	echo "--- what failed said:"
+	grep -vE '^(=== |--- PASS|    --- PASS|ok|\?|PASS)' "$log" | tail -n 300
+fi
+if [ -d e2e/kopia ]; then
+	(cd e2e && go test -timeout 20m -v ./kopia/... ./faults/...) >"$log.e2e" 2>&1 || rc=1
+	grep -E '^(ok|FAIL|panic:)|^--- FAIL|^    --- FAIL' "$log.e2e" || true
+	[ $rc -ne 0 ] && grep -vE '^(=== |--- PASS|    --- PASS|ok|\?|PASS)' "$log.e2e" | tail -n 300
+	cat "$log.e2e" >>"$log"
+	rm -f "$log.e2e"
+fi
+passed=$(grep -cE '^ *--- PASS' "$log")
+failed=$(grep -cE '^ *--- FAIL' "$log")
+skipped=$(grep -cE '^ *--- SKIP' "$log")
+if [ "$skipped" -gt 0 ]; then
+	echo "--- skipped:"
+	grep -A3 -E '^ *--- SKIP' "$log" | head -n 60
+fi
+echo "$passed passed, $failed failed, $skipped skipped"
+exit $rc
