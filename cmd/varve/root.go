@@ -135,6 +135,8 @@ environment over the file. Secrets are never flags.`,
 	)
 	root.AddCommand(
 		newBackupCommand(a),
+		newCatCommand(a),
+		newLsCommand(a),
 		newRepoCommand(a),
 		newVersionCommand(a),
 	)
