@@ -136,6 +136,7 @@ environment over the file. Secrets are never flags.`,
 	root.AddCommand(
 		newBackupCommand(a),
 		newRepoCommand(a),
+		newRestoreCommand(a),
 		newVersionCommand(a),
 	)
 	a.instrument(root)
