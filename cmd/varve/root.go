@@ -138,6 +138,7 @@ environment over the file. Secrets are never flags.`,
 		newCatCommand(a),
 		newLsCommand(a),
 		newRepoCommand(a),
+		newRestoreCommand(a),
 		newVersionCommand(a),
 	)
 	a.instrument(root)
