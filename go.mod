@@ -109,3 +109,5 @@ require (
 	gopkg.in/ini.v1 v1.67.2 // indirect
 	gopkg.in/kothar/go-backblaze.v0 v0.0.0-20210124194846-35409b867216 // indirect
 )
+
+require github.com/pojntfx/go-nbd v0.3.2

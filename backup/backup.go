@@ -210,7 +210,11 @@ func (r *run) prepare(ctx context.Context) error {
 		return err
 	}
 	v := r.opt.Volume
-	cat, err := List(ctx, r.repo, ListOptions{Volume: &v})
+	listed := ListOptions{Volume: &v}
+	if r.opt.Parent != "" {
+		listed.Volume = nil // a point of another volume is told from one that is not there
+	}
+	cat, err := List(ctx, r.repo, listed)
 	if err != nil {
 		return err
 	}

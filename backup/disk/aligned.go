@@ -1,17 +1,36 @@
 package disk
 
-import "unsafe"
+import (
+	"sync"
+	"unsafe"
+)
 
-// AlignedBuffer returns n bytes at an address that suits direct I/O.
+// AlignedBuffer allocates n bytes of memory aligned for direct I/O: reading into it at
+// aligned offsets needs no copy.
 func AlignedBuffer(n int) []byte {
-	raw := make([]byte, n+directAlign)
-	skip := 0
-	if rest := int(uintptr(unsafe.Pointer(&raw[0])) % directAlign); rest != 0 {
-		skip = directAlign - rest
-	}
-	return raw[skip : skip+n : skip+n]
+	b := make([]byte, n+pageSize-1)
+	skip := int(-uintptr(unsafe.Pointer(unsafe.SliceData(b))) & (pageSize - 1))
+
+	return b[skip : skip+n : skip+n]
 }
 
 func aligned(p []byte) bool {
-	return len(p) > 0 && uintptr(unsafe.Pointer(&p[0]))%directAlign == 0
+	return uintptr(unsafe.Pointer(unsafe.SliceData(p)))&(pageSize-1) == 0
+}
+
+// bounceSize is the size of the buffers through which unaligned memory is read and
+// written; larger requests take several turns. It is a multiple of every block size.
+const bounceSize = 1 << 20
+
+var bouncePool = sync.Pool{New: func() any {
+	b := AlignedBuffer(bounceSize)
+	return &b
+}}
+
+// withBounce lends an aligned buffer of bounceSize bytes.
+func withBounce(use func(buffer []byte) error) error {
+	b := bouncePool.Get().(*[]byte)
+	defer bouncePool.Put(b)
+
+	return use(*b)
 }

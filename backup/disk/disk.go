@@ -1,80 +1,55 @@
-// Package disk reads and writes the disks of this machine: block devices and
-// image files. It opens them with direct I/O where that works, refuses to read
-// what is being written to or to overwrite what is in use, and tells precisely
-// which sectors are bad. It knows nothing of backups.
+// Package disk reads and writes the disks of this machine: block devices and image
+// files.
+//
+// Open gives a Source for a backup, OpenTarget a Target for a restore. Both use
+// direct I/O where the device or file system can, so that a disk of terabytes does
+// not push everything else out of the page cache, and ordinary I/O for what is not
+// aligned and where direct I/O does not exist. Offsets and sizes are bytes, of any
+// value: alignment is this package's business.
+//
+// A disk that somebody else writes to is refused: a source because its backup would be
+// a mixture of moments, a target because both would be destroyed. See Use for what is
+// recognised.
+//
+// Linux only.
 package disk
 
 import (
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-
-	"golang.org/x/sys/unix"
 )
 
-// Errors that callers decide by. The text around them names the disk and says
-// what to do.
+// Reasons to refuse a disk. Test with errors.Is; the text of the error around them
+// names the disk and says what to do.
 var (
-	// ErrMounted: the disk is mounted read-write, or is swap, or a file system
-	// or mapping stands on a part of it.
-	ErrMounted = errors.New("in use")
-	// ErrTooSmall: the target is smaller than the disk to be written.
-	ErrTooSmall = errors.New("too small")
-	// ErrSizeChanged: the disk is not the size it was opened with.
-	ErrSizeChanged = errors.New("size changed")
+	// ErrMounted: the disk is in use: mounted, swapped to, part of another device, or
+	// opened exclusively by somebody. The error is an *InUseError.
+	ErrMounted = errors.New("the disk is in use")
+	// ErrTooSmall: the target has less bytes than the disk to be written.
+	ErrTooSmall = errors.New("the target is too small")
+	// ErrReadOnly: the target is a write-protected device.
+	ErrReadOnly = errors.New("the disk is write-protected")
 	// ErrNotADisk: neither a block device nor a regular file.
-	ErrNotADisk = errors.New("neither a block device nor a regular file")
+	ErrNotADisk = errors.New("neither a block device nor an image file")
+	// ErrSizeChanged: the disk grew or shrank while it was open.
+	ErrSizeChanged = errors.New("the disk changed its size")
 )
 
-// ReadError is a read that the disk refused.
+// ReadError is a range that the disk cannot read.
 type ReadError struct {
-	Path           string
-	Offset, Length int64 // the bad bytes, narrowed down to logical blocks
+	Path string
+	// Offset and Length, in bytes, of the first unreadable unit: a logical block of a
+	// device, a page of a file. Everything before it in the request was read.
+	Offset, Length int64
 	Err            error
 }
 
 func (e *ReadError) Error() string {
-	return fmt.Sprintf("%s: cannot read %d bytes at %d: %v", e.Path, e.Length, e.Offset, e.Err)
+	return fmt.Sprintf("%s: cannot read the %d bytes at offset %d: %v", e.Path, e.Length, e.Offset, e.Err)
 }
 
+// Unwrap gives the error of the system.
 func (e *ReadError) Unwrap() error { return e.Err }
 
 // BadRange returns the bytes that cannot be read.
 func (e *ReadError) BadRange() (offset, length int64) { return e.Offset, e.Length }
-
-// info is what the kernel tells of an open disk.
-type info struct {
-	device bool
-	rdev   uint64 // of a device; st_dev of a file
-	inode  uint64 // of a file
-	size   int64  // bytes
-	sector int64  // logical block size in bytes; 512 for a file
-}
-
-func inspect(f *os.File) (info, error) {
-	st, err := f.Stat()
-	if err != nil {
-		return info{}, fmt.Errorf("inspect %s: %w", f.Name(), err)
-	}
-	var sys unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &sys); err != nil {
-		return info{}, fmt.Errorf("inspect %s: %w", f.Name(), err)
-	}
-	switch {
-	case st.Mode().IsRegular():
-		return info{rdev: sys.Dev, inode: sys.Ino, size: st.Size(), sector: 512}, nil
-	case st.Mode()&fs.ModeDevice != 0 && st.Mode()&fs.ModeCharDevice == 0:
-		size, err := deviceSize(f)
-		if err != nil {
-			return info{}, err
-		}
-		sector, err := unix.IoctlGetInt(int(f.Fd()), unix.BLKSSZGET)
-		if err != nil {
-			return info{}, fmt.Errorf("logical block size of %s: %w", f.Name(), err)
-		}
-		return info{device: true, rdev: sys.Rdev, size: size, sector: int64(sector)}, nil
-	default:
-		return info{}, fmt.Errorf("%s: %w", f.Name(), ErrNotADisk)
-	}
-}

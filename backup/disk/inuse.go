@@ -2,177 +2,476 @@ package disk
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// writtenTo says how a disk is in use by something that may write to it: a
-// read-write mount of it or of one of its partitions, a mapping that stands on
-// it, swap, or for a file a loop device. It is empty for an idle disk.
-func writtenTo(i info) (string, error) { return usage(i, false) }
+// UseKind is a way in which a disk is used.
+type UseKind string
 
-// inUse is writtenTo, and counts read-only uses too: what is mounted read-only
-// must not be overwritten either.
-func inUse(i info) (string, error) { return usage(i, true) }
+// The uses that are recognised.
+const (
+	// Mounted: a file system on the disk is mounted.
+	Mounted UseKind = "mounted"
+	// Swap: the kernel swaps to it.
+	Swap UseKind = "swap"
+	// Held: another device stands on it (LVM, RAID, dm-crypt, bcache). What that
+	// device is used for is listed too.
+	Held UseKind = "held"
+	// Looped: a loop device stands on the image file.
+	Looped UseKind = "looped"
+	// Claimed: somebody has it open exclusively, and nothing above explains it: a
+	// mount in another mount namespace (another container), ZFS, a program.
+	Claimed UseKind = "claimed"
+)
 
-func usage(i info, readOnlyToo bool) (string, error) {
-	if !i.device {
-		return fileUsage(i, readOnlyToo)
-	}
-	devs := familyOf(i.rdev)
-	mounts, err := readMounts()
-	if err != nil {
-		return "", err
-	}
-	for _, m := range mounts {
-		if devs[m.dev] && (readOnlyToo || !m.readOnly) {
-			return fmt.Sprintf("%s is mounted on %s", m.source, m.point), nil
-		}
-	}
-	if s := swapOn(devs); s != "" {
-		return s, nil
-	}
-	for dev := range devs {
-		names, _ := filepath.Glob(fmt.Sprintf("/sys/dev/block/%d:%d/holders/*", unix.Major(dev), unix.Minor(dev)))
-		for _, name := range names {
-			return fmt.Sprintf("%s stands on it", filepath.Base(name)), nil
-		}
-	}
-	return "", nil
+// Use is one way in which a disk, a partition of it or a device on top of it is used.
+type Use struct {
+	Kind UseKind
+	// Device is the name of the device used, which may be a partition of the disk.
+	Device string
+	// By is the mount point, the holder or the loop device.
+	By string
+	// ReadOnly is set if nothing is written through this use.
+	ReadOnly bool
 }
 
-// familyOf returns a device and its partitions, by number.
-func familyOf(dev uint64) map[uint64]bool {
-	out := map[uint64]bool{dev: true}
-	dir := fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(dev), unix.Minor(dev))
-	parts, _ := filepath.Glob(filepath.Join(dir, "*", "partition"))
-	for _, p := range parts {
-		if d, ok := readDevNumber(filepath.Join(filepath.Dir(p), "dev")); ok {
-			out[d] = true
-		}
+func (u Use) String() string {
+	how := ""
+	if u.ReadOnly {
+		how = " read-only"
 	}
-	// A mounted whole disk shows through each of its partitions, and the other
-	// way round; the whole disk of a partition counts only as itself.
-	return out
+
+	switch u.Kind {
+	case Mounted:
+		return fmt.Sprintf("%s is mounted%s at %s", u.Device, how, u.By)
+	case Swap:
+		return fmt.Sprintf("%s is swapped to", u.Device)
+	case Held, Looped:
+		return fmt.Sprintf("%s carries %s", u.Device, u.By)
+	default:
+		return fmt.Sprintf("%s is open exclusively by another program or container", u.Device)
+	}
 }
 
-func readDevNumber(path string) (uint64, bool) {
-	b, err := os.ReadFile(path)
+// InUseError refuses a disk because of its uses.
+type InUseError struct {
+	Path string
+	Uses []Use
+	// Advice says what to do.
+	Advice string
+}
+
+func (e *InUseError) Error() string {
+	uses := make([]string, len(e.Uses))
+	for i, u := range e.Uses {
+		uses[i] = u.String()
+	}
+
+	return fmt.Sprintf("%s: %v: %s; %s", e.Path, ErrMounted, strings.Join(uses, ", "), e.Advice)
+}
+
+// Unwrap gives ErrMounted.
+func (e *InUseError) Unwrap() error { return ErrMounted }
+
+// Uses lists how the disk at path is used, as far as this mount namespace and sysfs
+// tell. It opens a device exclusively for a moment, to see whether others have.
+func Uses(path string) ([]Use, error) {
+	info, err := checkKind(path)
 	if err != nil {
+		return nil, err
+	}
+
+	s := newSurvey()
+	if err := s.disk(path, info); err != nil {
+		return nil, fmt.Errorf("find out how %s is used: %w", path, err)
+	}
+
+	if len(s.uses) == 0 && info.Mode()&fs.ModeDevice != 0 && claimed(path) {
+		s.add(Use{Kind: Claimed, Device: path})
+	}
+
+	return s.uses, nil
+}
+
+// claimed says whether somebody has a device open exclusively, as a mount does. The
+// way to know is to try, which is a claim itself for a moment: a few tries, so that two
+// who ask at once do not take each other for a user.
+func claimed(path string) bool {
+	for try := range 5 {
+		if try > 0 {
+			time.Sleep(time.Duration(try) * 10 * time.Millisecond)
+		}
+
+		f, err := os.OpenFile(path, os.O_RDONLY|unix.O_EXCL, 0)
+		if err == nil {
+			return f.Close() != nil
+		}
+
+		if !errors.Is(err, unix.EBUSY) {
+			return false // whoever opens it will be told
+		}
+	}
+
+	return true
+}
+
+// survey gathers uses. The tables of the kernel are read once.
+type survey struct {
+	proc, sys string
+	uses      []Use
+	seen      map[uint64]bool // devices looked at
+}
+
+func newSurvey() *survey { return &survey{proc: "/proc", sys: "/sys", seen: map[uint64]bool{}} }
+
+func (s *survey) add(u Use) { s.uses = append(s.uses, u) }
+
+func (s *survey) disk(path string, info fs.FileInfo) error {
+	if info.Mode()&fs.ModeDevice == 0 {
+		return s.file(path, info)
+	}
+
+	number, ok := rdevOf(info)
+	if !ok {
+		return fmt.Errorf("%s has no device number", path)
+	}
+
+	return s.device(number, path)
+}
+
+// rdevOf is the number of the block device that info is about.
+func rdevOf(info fs.FileInfo) (uint64, bool) {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || info.Mode()&fs.ModeDevice == 0 || info.Mode()&fs.ModeCharDevice != 0 {
 		return 0, false
 	}
-	return parseDevNumber(strings.TrimSpace(string(b)))
+
+	return uint64(st.Rdev), true //nolint:unconvert // its type depends on the architecture
 }
 
-func parseDevNumber(s string) (uint64, bool) {
-	maj, minor, ok := strings.Cut(s, ":")
-	a, err1 := strconv.ParseUint(maj, 10, 32)
+// device looks at a device, the partitions of it, the disk it is a partition of, and
+// the devices on top.
+func (s *survey) device(number uint64, name string) error {
+	if s.seen[number] {
+		return nil
+	}
+
+	s.seen[number] = true
+
+	if err := s.mounts(number, name); err != nil {
+		return err
+	}
+
+	if err := s.swaps(func(info fs.FileInfo) bool { n, ok := rdevOf(info); return ok && n == number }, name); err != nil {
+		return err
+	}
+
+	dir := filepath.Join(s.sys, "dev/block", fmt.Sprintf("%d:%d", unix.Major(number), unix.Minor(number)))
+
+	real, err := filepath.EvalSymlinks(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // no sysfs in this container
+	} else if err != nil {
+		return err
+	}
+
+	if err := s.btrfs(filepath.Base(real), name); err != nil {
+		return err
+	}
+
+	holders, err := readDir(filepath.Join(real, "holders"))
+	if err != nil {
+		return err
+	}
+
+	for _, holder := range holders {
+		s.add(Use{Kind: Held, Device: name, By: "/dev/" + holder})
+
+		if err := s.named(filepath.Join(real, "holders", holder), holder); err != nil {
+			return err
+		}
+	}
+
+	entries, err := readDir(real)
+	if err != nil {
+		return err
+	}
+
+	for _, entry := range entries {
+		if exists(filepath.Join(real, entry, "partition")) {
+			if err := s.named(filepath.Join(real, entry), entry); err != nil {
+				return err
+			}
+		}
+	}
+
+	if exists(filepath.Join(real, "partition")) {
+		// A file system or holder on the whole disk covers this partition too; its
+		// other partitions do not.
+		return s.wholeDisk(filepath.Dir(real))
+	}
+
+	return nil
+}
+
+func (s *survey) wholeDisk(dir string) error {
+	number, err := readDeviceNumber(dir)
+	if err != nil || s.seen[number] {
+		return err
+	}
+
+	name := "/dev/" + filepath.Base(dir)
+	if err := s.mounts(number, name); err != nil {
+		return err
+	}
+
+	holders, err := readDir(filepath.Join(dir, "holders"))
+	for _, holder := range holders {
+		s.add(Use{Kind: Held, Device: name, By: "/dev/" + holder})
+	}
+
+	return err
+}
+
+// named looks at the device that sysfs describes in dir.
+func (s *survey) named(dir, name string) error {
+	number, err := readDeviceNumber(dir)
+	if err != nil {
+		return err
+	}
+
+	return s.device(number, "/dev/"+name)
+}
+
+func readDeviceNumber(dir string) (uint64, error) {
+	text, err := os.ReadFile(filepath.Join(dir, "dev"))
+	if err != nil {
+		return 0, err
+	}
+
+	number, ok := parseDeviceNumber(strings.TrimSpace(string(text)))
+	if !ok {
+		return 0, fmt.Errorf("%s/dev holds %q", dir, text)
+	}
+
+	return number, nil
+}
+
+func parseDeviceNumber(text string) (uint64, bool) {
+	major, minor, ok := strings.Cut(text, ":")
+	if !ok {
+		return 0, false
+	}
+
+	a, err1 := strconv.ParseUint(major, 10, 32)
 	b, err2 := strconv.ParseUint(minor, 10, 32)
-	if !ok || errors.Join(err1, err2) != nil {
-		return 0, false
+
+	return unix.Mkdev(uint32(a), uint32(b)), err1 == nil && err2 == nil
+}
+
+// mounts looks for the device in /proc/self/mountinfo (proc(5)), by number and, since
+// btrfs and others mount under an anonymous number, by the name of the source.
+func (s *survey) mounts(number uint64, name string) error {
+	text, err := os.ReadFile(filepath.Join(s.proc, "self/mountinfo"))
+	if err != nil {
+		return err
 	}
-	return unix.Mkdev(uint32(a), uint32(b)), true
+
+	mounts, err := parseMountinfo(bytes.NewReader(text))
+	if err != nil {
+		return err
+	}
+
+	for _, m := range mounts {
+		match := m.device == number
+		if !match && unix.Major(m.device) == 0 && strings.HasPrefix(m.source, "/") {
+			if info, err := os.Stat(m.source); err == nil {
+				n, ok := rdevOf(info)
+				match = ok && n == number
+			}
+		}
+
+		if match {
+			s.add(Use{Kind: Mounted, Device: name, By: m.point, ReadOnly: m.readOnly})
+		}
+	}
+
+	return nil
 }
 
 type mount struct {
-	dev           uint64
-	readOnly      bool
+	device        uint64
 	point, source string
+	readOnly      bool // the file system, not only this mount of it
 }
 
-// readMounts reads /proc/self/mountinfo (proc(5)). A mount counts as read-only
-// if the file system itself is: a read-only bind mount of a writable one does
-// not keep it from changing.
-func readMounts() ([]mount, error) {
-	f, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return nil, fmt.Errorf("list mounts: %w", err)
-	}
-	defer f.Close()
-	var out []mount
-	sc := bufio.NewScanner(f)
-	sc.Buffer(nil, 1<<20)
-	for sc.Scan() {
-		fields := strings.Fields(sc.Text())
-		sep := -1
-		for i, s := range fields {
-			if s == "-" && i >= 6 {
-				sep = i
-				break
-			}
-		}
-		if sep < 0 || len(fields) < sep+4 {
+func parseMountinfo(r io.Reader) ([]mount, error) {
+	var mounts []mount
+
+	lines := bufio.NewScanner(r)
+	lines.Buffer(nil, 1<<20) // overlay mounts have very long options
+
+	for lines.Scan() {
+		// ID parent major:minor root point options [optional...] - type source superoptions
+		before, after, ok := strings.Cut(lines.Text(), " - ")
+		left, right := strings.Fields(before), strings.Fields(after)
+
+		if !ok || len(left) < 6 || len(right) < 2 {
 			continue
 		}
-		dev, ok := parseDevNumber(fields[2])
+
+		number, ok := parseDeviceNumber(left[2])
 		if !ok {
 			continue
 		}
-		out = append(out, mount{
-			dev: dev, point: unescapeMount(fields[4]), source: unescapeMount(fields[sep+2]),
-			readOnly: strings.HasPrefix(fields[sep+3]+",", "ro,"),
-		})
+
+		m := mount{device: number, point: unescape(left[4]), source: unescape(right[1])}
+
+		// A mount may be read-only and its file system still writable elsewhere, so
+		// the options of the superblock decide.
+		if len(right) > 2 {
+			first, _, _ := strings.Cut(right[2], ",")
+			m.readOnly = first == "ro"
+		}
+
+		mounts = append(mounts, m)
 	}
-	if err := sc.Err(); err != nil {
-		return nil, fmt.Errorf("list mounts: %w", err)
-	}
-	return out, nil
+
+	return mounts, lines.Err()
 }
 
-// unescapeMount undoes the octal escapes of blanks in mountinfo.
-func unescapeMount(s string) string {
-	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
+// unescape undoes the octal escapes of mountinfo and swaps.
+func unescape(s string) string {
+	var out []byte
+
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) {
+			if c, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				out = append(out, byte(c))
+				i += 3
+
+				continue
+			}
+		}
+
+		out = append(out, s[i])
+	}
+
+	return string(out)
 }
 
-func swapOn(devs map[uint64]bool) string {
-	b, err := os.ReadFile("/proc/swaps")
-	if err != nil {
-		return ""
+// swaps looks through /proc/swaps.
+func (s *survey) swaps(match func(fs.FileInfo) bool, name string) error {
+	text, err := os.ReadFile(filepath.Join(s.proc, "swaps"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // a kernel without swap
+	} else if err != nil {
+		return err
 	}
-	for i, line := range strings.Split(string(b), "\n") {
+
+	for i, line := range strings.Split(string(text), "\n") {
 		fields := strings.Fields(line)
 		if i == 0 || len(fields) == 0 {
 			continue
 		}
-		var st unix.Stat_t
-		if unix.Stat(fields[0], &st) == nil && devs[st.Rdev] && st.Rdev != 0 {
-			return fields[0] + " is swap"
+
+		if info, err := os.Stat(unescape(fields[0])); err == nil && match(info) {
+			s.add(Use{Kind: Swap, Device: name, By: "the kernel"})
 		}
 	}
-	return ""
+
+	return nil
 }
 
-// fileUsage finds loop devices over an image file.
-func fileUsage(i info, readOnlyToo bool) (string, error) {
-	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+// btrfs looks whether the device is a member of a mounted btrfs, of which mountinfo
+// names only one device.
+func (s *survey) btrfs(base, name string) error {
+	members, err := filepath.Glob(filepath.Join(s.sys, "fs/btrfs/*/devices", base))
 	if err != nil {
-		return "", fmt.Errorf("list loop devices: %w", err)
+		return err
 	}
-	for _, name := range files {
-		b, err := os.ReadFile(name)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
+
+	for _, u := range s.uses {
+		if u.Kind == Mounted && u.Device == name {
+			return nil // said already
 		}
+	}
+
+	for _, m := range members {
+		s.add(Use{Kind: Mounted, Device: name, By: "btrfs " + filepath.Base(filepath.Dir(filepath.Dir(m)))})
+	}
+
+	return nil
+}
+
+// file looks for loop devices on an image file, what they are used for, and swap.
+func (s *survey) file(path string, file fs.FileInfo) error {
+	if err := s.swaps(func(info fs.FileInfo) bool { return os.SameFile(info, file) }, path); err != nil {
+		return err
+	}
+
+	loops, err := filepath.Glob(filepath.Join(s.sys, "block/*/loop/backing_file"))
+	if err != nil {
+		return err
+	}
+
+	for _, attribute := range loops {
+		dir := filepath.Dir(filepath.Dir(attribute))
+
+		backing, err := os.ReadFile(attribute)
 		if err != nil {
-			continue // being torn down
+			continue // detached in this moment
 		}
-		backing := strings.TrimSuffix(string(b), "\n")
-		var st unix.Stat_t
-		if unix.Stat(backing, &st) != nil || st.Dev != i.rdev || st.Ino != i.inode {
+
+		info, err := os.Stat(strings.TrimSuffix(string(backing), "\n"))
+		if err != nil || !os.SameFile(info, file) {
 			continue
 		}
-		dir := filepath.Dir(filepath.Dir(name))
-		if ro, err := os.ReadFile(filepath.Join(dir, "ro")); err == nil && strings.TrimSpace(string(ro)) == "1" && !readOnlyToo {
-			continue
+
+		loop := filepath.Base(dir)
+		readOnly, _ := os.ReadFile(filepath.Join(dir, "ro"))
+		s.add(Use{Kind: Looped, Device: path, By: "/dev/" + loop, ReadOnly: strings.TrimSpace(string(readOnly)) == "1"})
+
+		before := len(s.uses)
+		if err := s.named(dir, loop); err != nil {
+			return err
 		}
-		return "/dev/" + filepath.Base(dir) + " is a loop device over it", nil
+
+		if len(s.uses) == before && claimed("/dev/"+loop) {
+			s.add(Use{Kind: Claimed, Device: "/dev/" + loop})
+		}
 	}
-	return "", nil
+
+	return nil
+}
+
+func readDir(dir string) ([]string, error) {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+
+	names := make([]string, len(entries))
+	for i, e := range entries {
+		names[i] = e.Name()
+	}
+
+	return names, err
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
 }

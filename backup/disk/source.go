@@ -1,168 +1,151 @@
 package disk
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"os"
-
-	"golang.org/x/sys/unix"
+	"strings"
 )
 
-// Options tell how to open a source.
+// Options for Open.
 type Options struct {
-	// Live allows a disk that is mounted read-write.
+	// Live accepts a disk that is being written to. The backup is then a mixture of
+	// moments; see Source.InUse.
 	Live bool
+	// Buffered does without direct I/O.
+	Buffered bool
 }
 
-// Source is a disk open for reading. All methods are safe for concurrent use.
+// Source is a disk open for reading. Safe for concurrent use, but for Close.
 type Source struct {
-	path   string
-	buf    *os.File // through the page cache
-	direct *os.File // with O_DIRECT; nil where that does not work
-	info   info
-	live   string // how it is in use; empty if it is not
-
+	*handle
+	live []Use
 }
 
-// directAlign is the address and length alignment that direct I/O gets: enough
-// for any logical block size there is.
-const directAlign = 4096
-
-// Open opens a device or an image file for reading. Unless opt.Live it refuses
-// one that is in use by something that may write to it.
-func Open(path string, opt Options) (*Source, error) {
-	f, err := os.Open(path)
+// Open opens the block device or image file at path. It refuses one that may be written
+// to while it is read, with an *InUseError, unless o.Live: one mounted read-write or
+// swapped to, itself, in a partition or in a device on top; and a device that somebody
+// has open exclusively without it being visible why. A disk mounted read-only is read
+// as it is.
+func Open(path string, o Options) (*Source, error) {
+	info, err := checkKind(path)
 	if err != nil {
 		return nil, fmt.Errorf("open source: %w", err)
 	}
-	s := &Source{path: path, buf: f}
-	if s.info, err = inspect(f); err != nil {
-		return nil, errors.Join(err, f.Close())
+
+	uses, err := Uses(path)
+	if err != nil {
+		return nil, fmt.Errorf("open source: %w", err)
 	}
-	if s.live, err = writtenTo(s.info); err != nil {
-		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), f.Close())
+
+	var live []Use
+
+	for _, u := range uses {
+		if (u.Kind == Mounted || u.Kind == Swap || u.Kind == Claimed) && !u.ReadOnly {
+			live = append(live, u)
+		}
 	}
-	if s.live != "" && !opt.Live {
-		return nil, errors.Join(fmt.Errorf("%s: %w: %s: unmount it or mount it read-only, back up a snapshot of it, "+
-			"or read it as it is with --live (the recovery point is then marked as not crash-consistent)",
-			path, ErrMounted, s.live), f.Close())
+
+	if len(live) > 0 && !o.Live {
+		return nil, &InUseError{Path: path, Uses: live, Advice: "back up a snapshot of it, unmount it or mount it read-only; " +
+			"--live backs it up as it is, and the recovery point is marked as not crash-consistent"}
 	}
-	if d, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECT, 0); err == nil {
-		s.direct = d
+
+	h, err := openHandle(path, os.O_RDONLY, o.Buffered, info)
+	if err != nil {
+		return nil, fmt.Errorf("open source: %w", err)
 	}
-	return s, nil
+
+	return &Source{handle: h, live: live}, nil
 }
 
 // Close closes the disk.
-func (s *Source) Close() error {
-	err := s.buf.Close()
-	if s.direct != nil {
-		err = errors.Join(err, s.direct.Close())
-	}
-	return err
-}
+func (s *Source) Close() error { return s.close() }
 
-// Path returns the path the disk was opened by.
+// Path is the name it was opened by.
 func (s *Source) Path() string { return s.path }
 
-// Size returns the size of the disk in bytes when it was opened.
-func (s *Source) Size() int64 { return s.info.size }
+// Size in bytes, as it was when the disk was opened.
+func (s *Source) Size() int64 { return s.size }
 
-// SectorSize returns the logical block size in bytes.
-func (s *Source) SectorSize() int64 { return s.info.sector }
+// Device says whether it is a block device, else it is a file.
+func (s *Source) Device() bool { return s.device }
 
-// InUse says how the disk is in use by something that may write to it; empty
-// if it is not.
-func (s *Source) InUse() string { return s.live }
+// SectorSize is the logical block size in bytes: the unit of read errors, and the
+// alignment at which reads are cheapest. For a file it is what direct I/O needs.
+func (s *Source) SectorSize() int64 { return s.block }
 
-// CheckSize fails with ErrSizeChanged when the disk is not the size any more
-// that it had when it was opened.
-func (s *Source) CheckSize() error {
-	now, err := inspect(s.buf)
-	if err != nil {
-		return err
+// Direct says whether reads go past the page cache.
+func (s *Source) Direct() bool { return s.usesDirect() }
+
+// InUse says in one line how the disk was being written to when it was opened with
+// Options.Live; empty if nobody seemed to. Uses has the details.
+func (s *Source) InUse() string {
+	uses := make([]string, len(s.live))
+	for i, u := range s.live {
+		uses[i] = u.String()
 	}
-	if now.size != s.info.size {
-		return fmt.Errorf("%s: %w from %d to %d bytes while it was read; nothing was recorded, back it up again",
-			s.path, ErrSizeChanged, s.info.size, now.size)
-	}
-	return nil
+
+	return strings.Join(uses, ", ")
 }
 
-// ReadAt reads at byte off, with direct I/O where p's address, its length and
-// off allow it. What the disk refuses fails as a *ReadError; n is the number of
-// bytes before it.
-func (s *Source) ReadAt(p []byte, off int64) (n int, err error) {
-	if off >= s.info.size {
+// ReadAt implements io.ReaderAt for any offset and length. Reads are cheapest at
+// multiples of SectorSize into memory of AlignedBuffer. A part of the disk that cannot be read
+// gives a *ReadError with its place, after everything before it was read; a disk that
+// became shorter an error that is ErrSizeChanged.
+func (s *Source) ReadAt(p []byte, offset int64) (int, error) {
+	if offset < 0 {
+		return 0, fmt.Errorf("read %s: negative offset %d", s.path, offset)
+	}
+
+	if offset >= s.size {
+		if len(p) == 0 {
+			return 0, nil
+		}
+
 		return 0, io.EOF
 	}
-	f := s.buf
-	whole := p
-	if s.direct != nil && off%directAlign == 0 && aligned(p) {
-		// The unaligned rest at the end of a disk goes through the page cache.
-		if k := len(p) &^ (directAlign - 1); k > 0 {
-			n, err = s.direct.ReadAt(p[:k], off)
-			if n == k {
-				p, off = p[k:], off+int64(k)
-			} else if errors.Is(err, unix.EINVAL) {
-				n = 0 // the file system accepts O_DIRECT but not this request
-			} else if errors.Is(err, io.EOF) || err == nil {
-				p, off = p[n:], off+int64(n)
-			} else {
-				return n, s.readError(off+int64(n), int64(k-n), err)
-			}
-			if len(p) == 0 {
-				return len(whole), nil
-			}
+
+	end := error(nil)
+	if int64(len(p)) > s.size-offset {
+		p = p[:s.size-offset]
+		end = io.EOF
+	}
+
+	n, err := s.readAt(p, offset)
+	if err == nil {
+		return n, end
+	}
+
+	if isMediaError(err) {
+		// A failing device that was cut short says EIO too.
+		if changed := s.CheckSize(); changed != nil {
+			return n, changed
 		}
+
+		var m int
+		if m, err = s.narrow(p[n:], offset+int64(n), err); err == nil {
+			return n + m, end
+		}
+
+		n += m
 	}
-	m, err := f.ReadAt(p, off)
-	n += m
-	if err != nil && !errors.Is(err, io.EOF) {
-		return n, s.readError(off+int64(m), int64(len(p)-m), err)
-	}
-	return n, err //nolint:wrapcheck // io.EOF or nil
+
+	return n, err
 }
 
-// readError narrows a failed read down to the first logical block that cannot
-// be read: a request fails as a whole for one bad sector in it.
-func (s *Source) readError(off, length int64, cause error) error {
-	sector := s.info.sector
-	buf := make([]byte, sector)
-	for at := off / sector * sector; at < off+length; at += sector {
-		want := min(sector, s.info.size-at)
-		if n, err := s.buf.ReadAt(buf[:want], at); int64(n) < want {
-			if err == nil || errors.Is(err, io.EOF) {
-				err = cause
-			}
-			return &ReadError{Path: s.path, Offset: at, Length: want, Err: err}
-		}
+// CheckSize says whether the disk still has the size that it had when it was opened.
+// The error is ErrSizeChanged.
+func (s *Source) CheckSize() error {
+	size, err := sizeOf(s.buffered, s.device)
+	if err != nil {
+		return fmt.Errorf("check the size of %s: %w", s.path, err)
 	}
-	// It reads now: a passing fault. The caller decides on the range as it was.
-	return &ReadError{Path: s.path, Offset: off, Length: length, Err: cause}
-}
 
-// DataRange returns the next range at or behind off that may hold data, in
-// bytes, from the file system's map of a sparse file; io.EOF when the rest is
-// a hole. A device has no such map: all of it may hold data.
-func (s *Source) DataRange(off int64) (start, end int64, err error) {
-	if off >= s.info.size {
-		return 0, 0, io.EOF
+	if size != s.size {
+		return fmt.Errorf("%s had %d bytes when it was opened and has %d now: %w; back it up again when nobody resizes it",
+			s.path, s.size, size, ErrSizeChanged)
 	}
-	if s.info.device {
-		return off, s.info.size, nil
-	}
-	start, err = unix.Seek(int(s.buf.Fd()), off, unix.SEEK_DATA)
-	if errors.Is(err, unix.ENXIO) {
-		return 0, 0, io.EOF
-	}
-	if err != nil {
-		return off, s.info.size, nil // no map: nothing is known to be a hole
-	}
-	end, err = unix.Seek(int(s.buf.Fd()), start, unix.SEEK_HOLE)
-	if err != nil {
-		end = s.info.size
-	}
-	return start, end, nil
+
+	return nil
 }

@@ -6,196 +6,393 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
 
 // TargetOptions tell how to open a target.
 type TargetOptions struct {
-	Size int64 // bytes the disk to be written has
-	// Force overwrites a target that is mounted or in use.
+	// Size is that of the disk to be written, in bytes. An image file gets exactly
+	// this size; a device must have at least as much.
+	Size int64
+	// Force overwrites a target that is mounted or in use otherwise.
 	Force bool
 	// Keep leaves an existing file's content and only changes what is written;
 	// without it a file is emptied first, so that zeroes need no writing.
 	Keep bool
+	// Buffered does without direct I/O.
+	Buffered bool
 }
 
-// Target is a disk open for writing. WriteAt, ZeroRange and ReadAt may be
-// called concurrently.
+// Target is a disk open for writing. Safe for concurrent use, but for Close; writes
+// that overlap each other leave either's bytes.
 type Target struct {
-	path   string
-	f      *os.File
-	direct *os.File // reads back past the page cache; nil where that does not work
-	info   info
-	fresh  bool
+	*handle
+	fresh    bool
+	created  bool
+	id       string
+	written  *writtenMap  // of a fresh file; nil otherwise
+	zeroing  atomic.Int32 // a zeroMethod
+	unsynced atomic.Bool  // the page cache may hold what the disk does not
+
+	// edge keeps direct and buffered writes apart: an unaligned write goes through the
+	// page cache, which writes back whole pages and could put old bytes over what a
+	// direct write left beside it. Direct writes share the lock, unaligned ones own it.
+	edge sync.RWMutex
 }
 
-// OpenTarget opens a device, or makes or opens an image file, for writing.
-func OpenTarget(path string, opt TargetOptions) (*Target, error) {
-	st, err := os.Stat(path)
-	exists := err == nil
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("open target: %w", err)
+// OpenTarget opens a device, or makes or opens an image file, for writing. It refuses a
+// target that is used in any way (Uses), even read-only, with an *InUseError unless
+// o.Force, and a device smaller than o.Size with ErrTooSmall. A device stays claimed
+// (O_EXCL) until Close, so that nobody mounts it meanwhile. When OpenTarget fails, an
+// existing target is as it was, and none was made.
+func OpenTarget(path string, o TargetOptions) (*Target, error) {
+	if o.Size < 0 {
+		return nil, fmt.Errorf("open target %s: negative size %d", path, o.Size)
 	}
-	flags := os.O_RDWR
-	device := exists && st.Mode()&fs.ModeDevice != 0
+
+	info, err := checkKind(path)
+
 	switch {
-	case device && !opt.Force:
-		flags |= unix.O_EXCL // the kernel refuses a device that is in use
-	case strings.HasPrefix(path, "/dev/") && !exists:
-		return nil, fmt.Errorf("open target: %s does not exist: is the device attached?", path)
-	case !exists:
-		flags |= os.O_CREATE | os.O_EXCL
-	}
-	f, err := os.OpenFile(path, flags, 0o600)
-	if errors.Is(err, unix.EBUSY) {
-		return nil, fmt.Errorf("%s: %w: the kernel holds it open (a mount, a mapping, swap): release it, or overwrite it with --force", path, ErrMounted)
-	}
-	if err != nil {
+	case errors.Is(err, fs.ErrNotExist):
+		return createTarget(path, o)
+	case err != nil:
 		return nil, fmt.Errorf("open target: %w", err)
 	}
-	t := &Target{path: path, f: f}
-	if err := t.prepare(opt, exists); err != nil {
-		err = errors.Join(err, f.Close())
-		if !exists {
-			err = errors.Join(err, os.Remove(path))
+
+	device := info.Mode()&fs.ModeDevice != 0
+	flags := os.O_RDWR
+
+	if !o.Force {
+		uses, err := Uses(path)
+		if err != nil {
+			return nil, fmt.Errorf("open target: %w", err)
 		}
-		return nil, err
+
+		if len(uses) > 0 {
+			return nil, inUseTarget(path, uses)
+		}
+
+		if device {
+			flags |= unix.O_EXCL
+		}
 	}
-	if d, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECT, 0); err == nil {
-		t.direct = d
+
+	h, err := openHandle(path, flags, o.Buffered, info)
+
+	switch {
+	case errors.Is(err, unix.EBUSY) && !o.Force: // in use only now
+		return nil, inUseTarget(path, []Use{{Kind: Claimed, Device: path}})
+	case err != nil:
+		return nil, fmt.Errorf("open target: %w", err)
 	}
+
+	t := &Target{handle: h}
+	if err := t.prepare(o); err != nil {
+		return nil, errors.Join(err, h.close())
+	}
+
 	return t, nil
 }
 
-func (t *Target) prepare(opt TargetOptions, existed bool) error {
-	var err error
-	if t.info, err = inspect(t.f); err != nil {
-		return err
-	}
-	if !opt.Force {
-		used, err := inUse(t.info)
-		if err != nil {
-			return fmt.Errorf("%s: %w", t.path, err)
-		}
-		if used != "" {
-			return fmt.Errorf("%s: %w: %s: release it, or overwrite it with --force", t.path, ErrMounted, used)
-		}
-	}
-	if t.info.device {
-		if t.info.size < opt.Size {
-			return fmt.Errorf("%s: %w: it has %d bytes, the disk %d: use a larger target", t.path, ErrTooSmall, t.info.size, opt.Size)
-		}
-		return nil
-	}
-	if !opt.Keep && existed {
-		if err := t.f.Truncate(0); err != nil {
-			return fmt.Errorf("empty target: %w", err)
-		}
-	}
-	if err := t.f.Truncate(opt.Size); err != nil {
-		return fmt.Errorf("size target: %w", err)
-	}
-	t.fresh = !opt.Keep || !existed
-	t.info.size = opt.Size
-	return nil
+func inUseTarget(path string, uses []Use) error {
+	return &InUseError{Path: path, Uses: uses, Advice: "release it (umount, swapoff, losetup -d, ...) or choose another target; " +
+		"--force overwrites it all the same, and whoever uses it will read or write garbage"}
 }
 
-// Close closes the target. Sync first.
-func (t *Target) Close() error {
-	err := t.f.Close()
-	if t.direct != nil {
-		err = errors.Join(err, t.direct.Close())
-	}
-	return err
-}
-
-// Path returns the path the target was opened by.
-func (t *Target) Path() string { return t.path }
-
-// Size returns the size of the target in bytes.
-func (t *Target) Size() int64 { return t.info.size }
-
-// SectorSize returns the logical block size in bytes.
-func (t *Target) SectorSize() int64 { return t.info.sector }
-
-// Fresh reports whether all of the target reads as zeroes by itself.
-func (t *Target) Fresh() bool { return t.fresh }
-
-// Device reports whether the target is a block device.
-func (t *Target) Device() bool { return t.info.device }
-
-// Identity names the target itself, not its path, so that a journal of a
-// restore can be bound to it: a device by number and size, a file by its file
-// system and inode.
-func (t *Target) Identity() string {
-	if t.info.device {
-		return fmt.Sprintf("device %d:%d %d", unix.Major(t.info.rdev), unix.Minor(t.info.rdev), t.info.size)
-	}
-	return fmt.Sprintf("file %d:%d %d", t.info.rdev, t.info.inode, t.info.size)
-}
-
-// WriteAt writes at byte off.
-func (t *Target) WriteAt(p []byte, off int64) (int, error) {
-	n, err := t.f.WriteAt(p, off)
-	if errors.Is(err, unix.ENOSPC) {
-		return n, fmt.Errorf("write %s at %d: %w: free some space and run the restore again, it goes on where it stopped", t.path, off, err)
-	}
+// createTarget makes an image file; it reads as zeroes.
+func createTarget(path string, o TargetOptions) (*Target, error) {
+	full, err := filepath.Abs(path)
 	if err != nil {
-		return n, fmt.Errorf("write %s at %d: %w", t.path, off, err)
+		return nil, fmt.Errorf("open target: %w", err)
 	}
-	return n, nil
+
+	// A mistyped device name would become a file in memory.
+	if strings.HasPrefix(full, "/dev/") && !strings.HasPrefix(full, "/dev/shm/") {
+		return nil, fmt.Errorf("open target: %s: %w: is the device attached? (lsblk lists them)", path, fs.ErrNotExist)
+	}
+
+	h, err := openHandle(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, o.Buffered, nil)
+	if err != nil {
+		return nil, fmt.Errorf("make target: %w", err)
+	}
+
+	t := &Target{handle: h, created: true}
+	if err := t.prepare(o); err != nil {
+		return nil, errors.Join(err, h.close(), os.Remove(path))
+	}
+
+	return t, nil
 }
 
-// ZeroRange makes a range read as zeroes by the cheapest way the target has:
-// nothing on a fresh file, a hole in another, BLKZEROOUT on a device, and
-// writing where all else is refused.
-func (t *Target) ZeroRange(off, length int64) error {
-	if length == 0 || t.fresh {
-		return nil
-	}
-	var err error
-	if t.info.device {
-		if off%t.info.sector == 0 && length%t.info.sector == 0 {
-			if err = zeroOut(t.f, off, length); err == nil {
-				return nil
-			}
-		}
-	} else if err = unix.Fallocate(int(t.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, length); err == nil {
-		return nil
-	}
-	zeroes := make([]byte, min(length, 1<<20))
-	for length > 0 {
-		n, err := t.WriteAt(zeroes[:min(length, int64(len(zeroes)))], off)
+func (t *Target) prepare(o TargetOptions) error {
+	if t.device {
+		readOnly, err := t.writeProtected()
 		if err != nil {
 			return err
 		}
-		off, length = off+int64(n), length-int64(n)
-	}
-	return nil
-}
 
-// Sync makes everything written so far survive a power cut.
-func (t *Target) Sync() error {
-	if err := t.f.Sync(); err != nil {
-		return fmt.Errorf("sync %s: %w", t.path, err)
-	}
-	return nil
-}
+		if readOnly {
+			return fmt.Errorf("target %s: %w; see blockdev --setrw", t.path, ErrReadOnly)
+		}
 
-// ReadAt reads what is on the target, past the page cache where that works
-// (p's address and length and off are multiples of 4096), so that a check reads
-// what was really written. Sync first.
-func (t *Target) ReadAt(p []byte, off int64) (int, error) {
-	if t.direct != nil && off%directAlign == 0 && len(p)%directAlign == 0 && aligned(p) {
-		if n, err := t.direct.ReadAt(p, off); err == nil || (errors.Is(err, io.EOF) && n > 0) {
-			return n, err //nolint:wrapcheck // io.EOF or nil
+		if t.size < o.Size {
+			return fmt.Errorf("target %s: %w: it has %d bytes, the disk %d; use a device of at least that size", t.path, ErrTooSmall, t.size, o.Size)
+		}
+
+		t.zeroing.Store(int32(zeroByIoctl))
+	} else {
+		t.fresh = !o.Keep || t.size == 0
+		t.zeroing.Store(int32(zeroByHole))
+
+		if !o.Keep && t.size > 0 {
+			if err := t.buffered.Truncate(0); err != nil {
+				return fmt.Errorf("empty target: %w", err)
+			}
+		}
+
+		if err := t.buffered.Truncate(o.Size); err != nil {
+			return fmt.Errorf("set the size of the target to %d: %w", o.Size, err)
+		}
+
+		t.size = o.Size
+		if t.fresh {
+			t.written = newWrittenMap(t.size)
 		}
 	}
-	n, err := t.f.ReadAt(p, off)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return n, fmt.Errorf("read back %s at %d: %w", t.path, off+int64(n), err)
+
+	id, err := t.identity()
+	t.id = id
+
+	return err
+}
+
+// writeProtected asks BLKROGET: opening a protected device for writing succeeds, and
+// only the writes fail.
+func (t *Target) writeProtected() (bool, error) {
+	var answer int
+
+	err := control(t.buffered, func(fd int) (err error) {
+		answer, err = unix.IoctlGetInt(fd, unix.BLKROGET)
+		return err
+	})
+	if err != nil {
+		return false, fmt.Errorf("ask %s whether it is write-protected: %w", t.path, err)
 	}
-	return n, err //nolint:wrapcheck // io.EOF or nil
+
+	return answer != 0, nil
+}
+
+// Close closes the target, and does not make anything safe: Sync first.
+func (t *Target) Close() error { return t.close() }
+
+// Path is the name it was opened by.
+func (t *Target) Path() string { return t.path }
+
+// Size in bytes; of a device, it may be more than was asked for.
+func (t *Target) Size() int64 { return t.size }
+
+// SectorSize is the logical block size in bytes; for a file what direct I/O needs.
+func (t *Target) SectorSize() int64 { return t.block }
+
+// Fresh says that the target read as zeroes when it was opened, because the file was
+// made or emptied then.
+func (t *Target) Fresh() bool { return t.fresh }
+
+// Device says whether the target is a block device.
+func (t *Target) Device() bool { return t.device }
+
+// Direct says whether aligned reads and writes go past the page cache.
+func (t *Target) Direct() bool { return t.usesDirect() }
+
+// Identity names the target itself, not its path, so that a journal of a restore can be
+// bound to it: a device by number, size and serial number, a file by its file system,
+// inode and creation. To be compared only.
+func (t *Target) Identity() string { return t.id }
+
+// WriteAt writes p at byte offset, all of it or an error; a write that reaches beyond
+// the end is refused whole. It is fastest at multiples of 4096 (and of SectorSize) from
+// memory of AlignedBuffer; an unaligned write to a target with direct I/O waits for
+// the disk.
+func (t *Target) WriteAt(p []byte, offset int64) (int, error) {
+	if err := t.checkRange("write", offset, int64(len(p))); err != nil {
+		return 0, err
+	}
+
+	t.written.mark(offset, int64(len(p)))
+
+	done := 0
+	for done < len(p) {
+		n, err := t.writeSome(p[done:], offset+int64(done))
+		done += n
+
+		if err != nil {
+			return done, t.writeError(err, offset+int64(done))
+		}
+	}
+
+	return done, nil
+}
+
+func (t *Target) writeError(err error, offset int64) error {
+	err = unwrapPath(err)
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		return fmt.Errorf("write %s at %d: %w; free some space and restore again", t.path, offset, err)
+	}
+
+	return fmt.Errorf("write %s at %d: %w", t.path, offset, err)
+}
+
+// grain is the alignment of direct writes: of the disk and of the page cache.
+func (t *Target) grain() int64 { return max(t.block, pageSize) }
+
+// writeSome writes the head of p: whole pages directly, else through the page cache.
+func (t *Target) writeSome(p []byte, offset int64) (int, error) {
+	if !t.usesDirect() {
+		t.unsynced.Store(true)
+		return t.buffered.WriteAt(p, offset)
+	}
+
+	grain := t.grain()
+
+	if into := offset & (grain - 1); into != 0 {
+		return t.writeEdge(p[:min(int64(len(p)), grain-into)], offset)
+	}
+
+	whole := int64(len(p)) &^ (grain - 1)
+	if whole == 0 {
+		return t.writeEdge(p, offset)
+	}
+
+	if aligned(p) {
+		return t.writeDirect(p[:whole], offset)
+	}
+
+	var n int
+
+	err := withBounce(func(buffer []byte) (err error) {
+		n, err = t.writeDirect(buffer[:copy(buffer, p[:whole])], offset)
+		return err
+	})
+
+	return n, err
+}
+
+func (t *Target) writeDirect(p []byte, offset int64) (int, error) {
+	t.edge.RLock()
+	defer t.edge.RUnlock()
+
+	n, err := t.direct.WriteAt(p, offset)
+	if n == 0 && errors.Is(err, unix.EINVAL) {
+		t.noDirect.Store(true)
+		t.unsynced.Store(true)
+
+		return t.buffered.WriteAt(p, offset)
+	}
+
+	return n, err
+}
+
+// writeEdge writes part of a page, alone, and to the disk before anything else goes on.
+func (t *Target) writeEdge(p []byte, offset int64) (int, error) {
+	t.edge.Lock()
+	defer t.edge.Unlock()
+
+	n, err := t.buffered.WriteAt(p, offset)
+	if err != nil {
+		return n, err
+	}
+
+	return n, control(t.buffered, unix.Fdatasync)
+}
+
+// Sync makes everything written so far survive a power cut, the name of a new file
+// included.
+func (t *Target) Sync() error {
+	t.unsynced.Store(false)
+
+	if err := t.buffered.Sync(); err != nil {
+		return fmt.Errorf("sync %s: %w", t.path, unwrapPath(err))
+	}
+
+	if !t.created {
+		return nil
+	}
+
+	dir, err := os.Open(filepath.Dir(t.path))
+	if err != nil {
+		return fmt.Errorf("sync the directory of %s: %w", t.path, err)
+	}
+
+	if err := errors.Join(dir.Sync(), dir.Close()); err != nil && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("sync the directory of %s: %w", t.path, err)
+	}
+
+	return nil
+}
+
+// ReadAt reads what the disk holds, not what the page cache holds, so that a check
+// checks what was written: directly, or after writing back and dropping the cached
+// pages. A file system in memory has nothing else to read. It is io.ReaderAt; a failing
+// range is a *ReadError.
+func (t *Target) ReadAt(p []byte, offset int64) (int, error) {
+	if offset < 0 {
+		return 0, fmt.Errorf("read back %s: negative offset %d", t.path, offset)
+	}
+
+	if offset >= t.size {
+		return 0, io.EOF
+	}
+
+	end := error(nil)
+	if int64(len(p)) > t.size-offset {
+		p = p[:t.size-offset]
+		end = io.EOF
+	}
+
+	whole := t.size &^ (t.block - 1)
+	if !t.usesDirect() || offset+int64(len(p)) > whole {
+		if err := t.dropCache(offset, int64(len(p))); err != nil {
+			return 0, err
+		}
+	}
+
+	n, err := t.readAt(p, offset)
+	if err != nil && isMediaError(err) {
+		var m int
+		m, err = t.narrow(p[n:], offset+int64(n), err)
+		n += m
+	}
+
+	if err == nil {
+		return n, end
+	}
+
+	return n, err
+}
+
+// cacheUnit is the largest run of memory that the page cache keeps as one; part of one
+// cannot be dropped.
+const cacheUnit = 2 << 20
+
+// dropCache forgets the cached pages of a range, written back before.
+func (t *Target) dropCache(offset, length int64) error {
+	if t.unsynced.Swap(false) {
+		if err := control(t.buffered, unix.Fdatasync); err != nil {
+			return fmt.Errorf("sync %s: %w", t.path, err)
+		}
+	}
+
+	start := offset &^ (cacheUnit - 1)
+	end := (offset + length + cacheUnit - 1) &^ (cacheUnit - 1)
+
+	if err := control(t.buffered, func(fd int) error { return unix.Fadvise(fd, start, end-start, unix.FADV_DONTNEED) }); err != nil {
+		return fmt.Errorf("drop the cached pages of %s: %w", t.path, err)
+	}
+
+	return nil
 }

@@ -47,7 +47,8 @@ func (opt *ConnectOptions) validate() error {
 	if strings.ContainsAny(opt.Cluster, "@:/\\ \t\r\n") {
 		return invalid("the cluster name %q may not contain '@', ':', slashes or blanks", opt.Cluster)
 	}
-	return opt.Limits.validate()
+	_, local := opt.Storage.(*Filesystem)
+	return errors.Join(opt.Cache.validate(local), opt.Limits.validate())
 }
 
 // Connect connects to a repository and writes the configuration file, which

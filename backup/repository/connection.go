@@ -149,6 +149,33 @@ const (
 	DefaultMetadataCacheBytes = 2 << 30
 )
 
+func (c Cache) validate(local bool) error {
+	if c.Directory != "" && !filepath.IsAbs(c.Directory) {
+		return invalid("the cache directory must be an absolute path, not %q", c.Directory)
+	}
+	// Kopia 0.23 crashes on a cache directory with room for one kind only
+	// (internal/cache/content_cache.go, fetchBlobInternal).
+	if contents, metadata := c.sizes(local); (contents == 0) != (metadata == 0) {
+		return invalid("a cache holds contents and metadata: give sizes for both, or for neither")
+	}
+	return nil
+}
+
+// sizes applies the defaults.
+func (c Cache) sizes(local bool) (contents, metadata int64) {
+	size := func(asked, normal int64) int64 {
+		switch {
+		case asked < 0, asked == 0 && local:
+			return 0
+		case asked == 0:
+			return normal
+		default:
+			return asked
+		}
+	}
+	return size(c.ContentBytes, DefaultContentCacheBytes), size(c.MetadataBytes, DefaultMetadataCacheBytes)
+}
+
 const cacheMarker = "varve-cache" // a file in a cache directory that we may delete
 
 // caching makes Kopia's options. The directory is named after the repository's
@@ -165,25 +192,7 @@ func (c Cache) caching(configFile, uniqueID string, local bool) (*content.Cachin
 		}
 		base = filepath.Join(dir, "varve")
 	}
-	if !filepath.IsAbs(base) {
-		return nil, invalid("the cache directory must be an absolute path, not %q", base)
-	}
-	size := func(asked, normal int64) int64 {
-		switch {
-		case asked < 0, asked == 0 && local:
-			return 0
-		case asked == 0:
-			return normal
-		default:
-			return asked
-		}
-	}
-	contents, metadata := size(c.ContentBytes, DefaultContentCacheBytes), size(c.MetadataBytes, DefaultMetadataCacheBytes)
-	if (contents == 0) != (metadata == 0) {
-		// Kopia 0.23 crashes on a cache directory with room for one kind only
-		// (internal/cache/content_cache.go, fetchBlobInternal).
-		return nil, invalid("a cache holds contents and metadata: give sizes for both, or for neither")
-	}
+	contents, metadata := c.sizes(local)
 	if contents == 0 {
 		return &content.CachingOptions{}, nil
 	}

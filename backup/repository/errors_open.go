@@ -119,6 +119,8 @@ func explain(ctx context.Context, place string, err error) error {
 		return say(ErrIncompleteRepository, "the blob kopia.repository in %s is damaged: put back a copy of it, without it nothing in the repository can be read", place)
 	case errors.Is(err, blob.ErrInvalidCredentials):
 		return say(ErrUnreachable, "%s refuses the credentials: check the keys of the storage and what they are allowed to do", place)
+	case has("bucket does not exist", "NoSuchBucket", "bucket not found", "container does not exist", "ContainerNotFound", "bucket doesn't exist"):
+		return say(ErrUnreachable, "%s does not exist: make it first with your storage's own tools, or check the name", place)
 	case errors.Is(cause, errNoAnswer):
 		return say(ErrUnreachable, "%s does not answer: check the address, the network and whether the storage is up (%s)", place, brief(err))
 	case errors.Is(err, fs.ErrNotExist):

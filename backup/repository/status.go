@@ -31,13 +31,13 @@ type Status struct {
 	Splitter     string `json:"splitter,omitempty"` // of stock Kopia's files
 	PasswordMove bool   `json:"passwordChangeable"`
 
-	Retention   RetentionStatus   `json:"objectLock"`
-	Epoch       EpochStatus       `json:"epoch"`
-	IndexBlobs  int               `json:"indexBlobs"`
-	Capacity    *CapacityStatus   `json:"capacity,omitempty"` // where the storage tells
-	Cache       CacheStatus       `json:"cache"`
-	Limits      Limits            `json:"limits"`
-	Maintenance MaintenanceStatus `json:"maintenance"`
+	Retention   RetentionStatus `json:"objectLock"`
+	Epoch       EpochStatus     `json:"epoch"`
+	IndexBlobs  int             `json:"indexBlobs"`
+	Capacity    *CapacityStatus `json:"capacity,omitempty"` // where the storage tells
+	Cache       CacheStatus     `json:"cache"`
+	Limits      Limits          `json:"limits"`
+	Maintenance OwnerStatus     `json:"maintenance"`
 }
 
 // RetentionStatus tells how blobs are locked.
@@ -67,9 +67,9 @@ type CacheStatus struct {
 	Used          int64  `json:"usedBytes"`
 }
 
-// MaintenanceStatus tells who maintains the repository and when next. The
+// OwnerStatus tells who maintains the repository and when next. The
 // times are zero before the first run.
-type MaintenanceStatus struct {
+type OwnerStatus struct {
 	Owner     string    `json:"owner"`
 	Here      bool      `json:"ownedByThisClient"`
 	NextQuick time.Time `json:"nextQuick,omitzero"`

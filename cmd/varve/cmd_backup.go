@@ -19,7 +19,7 @@ import (
 type backupFlags struct {
 	volume, parent, extents, handle string
 	full, live                      bool
-	blockSize                       string
+	blockSize                       byteSize
 	onReadError, onMismatch         string
 	verifyUnchanged                 string
 	workers                         int
@@ -54,7 +54,7 @@ the next one goes on from the last checkpoint.`,
 	fl.BoolVar(&f.full, "full", false, "take a full, also where an increment could be taken")
 	fl.StringVar(&f.parent, "parent", "", "recovery point to build on (default the latest of the volume)")
 	fl.StringVar(&f.extents, "extents", "", "file with the extents that changed since the parent, '-' for standard input")
-	fl.StringVar(&f.blockSize, "block-size", "", "block size of a full, 64K to 4M (default by the size of the disk)")
+	fl.Var(&f.blockSize, "block-size", "block size of a full, 64K to 4M (default by the size of the disk)")
 	fl.BoolVar(&f.live, "live", false, "read a disk that is mounted read-write; the point is marked not crash-consistent")
 	fl.StringVar(&f.onReadError, "on-read-error", "fail", "what to do with bytes that cannot be read: fail, or zero and record them")
 	fl.StringVar(&f.onMismatch, "on-mismatch", "fail", "what to do when the extents left out a change: fail, or full (compare the whole disk)")
@@ -88,6 +88,9 @@ func (a *app) backup(ctx context.Context, path string, f backupFlags) (err error
 	if err != nil {
 		return err
 	}
+	if _, err := backup.ParseVolume(f.volume, "any"); err != nil {
+		return &usageError{err}
+	}
 	src, err := disk.Open(path, disk.Options{Live: f.live})
 	if err != nil {
 		return err
@@ -112,6 +115,13 @@ func (a *app) backup(ctx context.Context, path string, f backupFlags) (err error
 	}
 	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
 
+	cluster := repo.Cluster()
+	if a.flags.cluster != "" {
+		cluster = a.flags.cluster
+	}
+	if opt.Volume, err = backup.ParseVolume(f.volume, cluster); err != nil {
+		return err
+	}
 	task := a.progress.Start("backup "+opt.Volume.String(), 0, progress.Bytes)
 	opt.Progress = func(p backup.Progress) {
 		task.SetPhase(p.Phase)
@@ -128,21 +138,10 @@ func (a *app) backup(ctx context.Context, path string, f backupFlags) (err error
 
 func (a *app) backupOptions(f backupFlags) (backup.Options, error) {
 	opt := backup.Options{
-		Full: f.full, Parent: f.parent, VolumeHandle: f.handle, Workers: f.workers,
+		Full: f.full, Parent: f.parent, VolumeHandle: f.handle, Workers: f.workers, BlockSize: int64(f.blockSize),
 		CheckpointEvery: f.checkpoint, ToolVersion: readVersion().Version,
 	}
-	cluster, err := a.clusterName()
-	if err != nil {
-		return opt, err
-	}
-	if opt.Volume, err = backup.ParseVolume(f.volume, cluster); err != nil {
-		return opt, &usageError{err}
-	}
-	if f.blockSize != "" {
-		if opt.BlockSize, err = parseBytes(f.blockSize); err != nil {
-			return opt, usagef("--block-size: %w", err)
-		}
-	}
+	var err error
 	if opt.VerifyUnchanged, err = parseShare(f.verifyUnchanged); err != nil {
 		return opt, usagef("--verify-unchanged: %w", err)
 	}

@@ -11,6 +11,10 @@ func newRepoCommand(a *app) *cobra.Command {
 	}
 	cmd.AddCommand(
 		newRepoCreateCommand(a),
+		newRepoConnectCommand(a),
+		newRepoStatusCommand(a),
+		newRepoChangePasswordCommand(a),
+		newRepoDisconnectCommand(a),
 	)
 	return cmd
 }

@@ -190,5 +190,5 @@ func (a *app) openRepository(ctx context.Context) (*repository.Repository, error
 	if err != nil {
 		return nil, err
 	}
-	return repository.Open(ctx, repository.OpenOptions{ConfigFile: config, Password: password})
+	return repository.Open(ctx, repository.OpenOptions{ConfigFile: config, Password: password, Log: a.log})
 }

@@ -299,4 +299,3 @@ func (p fixed) Reader() io.ReadSeekCloser { return nopCloser{bytes.NewReader(p)}
 type nopCloser struct{ io.ReadSeeker }
 
 func (nopCloser) Close() error { return nil }
-

@@ -254,4 +254,3 @@ func (r *Repo) blobPath(t testing.TB, id string) string {
 	}
 	return path
 }
-

@@ -1,0 +1,228 @@
+// Package overlay is a copy-on-write layer over an image: writes go to a local
+// sparse scratch file, reads see them over the image, and the image stays as
+// it is. It knows nothing of how the result is presented.
+//
+// An overlay is a directory with two files:
+//
+//	data   sparse, as long as the image; a written granule lies at its offset
+//	map    a log that says which granules are in data, and which are zero
+//
+// The unit is a granule of 4 KiB. Flush makes everything written before it
+// durable: first data, then the map; a crash at any moment, of the process or
+// of the machine, loses nothing flushed. An overlay kept after Close can be
+// opened again over the same image, known by its base identity.
+package overlay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Granule is the unit of copy-on-write in bytes.
+const Granule = 4096
+
+// Base is the image under an overlay. Its methods are called from many
+// goroutines at once.
+type Base interface {
+	// Size is the image's length in bytes; it never changes.
+	Size() int64
+	// ReadAt fills p from off, both within Size.
+	ReadAt(ctx context.Context, p []byte, off int64) (int, error)
+	// Extents tells the runs of a range in order and without gaps, until
+	// yield returns false; the last may reach beyond the range.
+	Extents(ctx context.Context, off, length int64, yield func(length int64, hole, zero bool) bool) error
+}
+
+// Options say where an overlay lives and what it may use.
+type Options struct {
+	// Dir holds the overlay's two files and nothing else. It is made if it
+	// does not exist, and removed by Close unless Keep is set.
+	Dir string
+	// BaseID identifies the image's content, such as a recovery point's ID. An
+	// overlay is refused over any other image. At most 4096 bytes.
+	BaseID string
+	// Limit is the most bytes of scratch data; zero means no limit. At the
+	// limit, writes to new places fail with ENOSPC.
+	Limit int64
+	// Keep leaves the overlay on disk at Close.
+	Keep bool
+}
+
+var (
+	// ErrOtherBase is the refusal to use an overlay over another image.
+	ErrOtherBase = errors.New("this overlay belongs to another image: choose another directory, or remove it to start afresh")
+	// ErrInUse is the refusal to open an overlay twice.
+	ErrInUse = errors.New("this overlay is in use by another process")
+	// ErrNotFast is Zero's answer when only a slow way is left. It is
+	// EOPNOTSUPP.
+	ErrNotFast = fmt.Errorf("zeroing here would be no faster than writing: %w", syscall.EOPNOTSUPP)
+)
+
+// Overlay is an image with local changes. All methods may be called from many
+// goroutines at once.
+type Overlay struct {
+	base Base
+	opt  Options
+	size int64
+	data *os.File
+	log  *journal
+
+	// gate is held for reading by changes, and for writing while nothing may
+	// change.
+	gate     sync.RWMutex
+	segments []atomic.Pointer[segment]
+	used     atomic.Int64 // granules in data
+
+	flushing sync.Mutex
+	failed   atomic.Pointer[error] // a sync failed: nothing can be promised any more
+}
+
+// Open opens the overlay in opt.Dir over base, or starts a new one there.
+func Open(base Base, opt Options) (*Overlay, error) {
+	size := base.Size()
+	if size < 0 || size > math.MaxInt64-segmentSize {
+		return nil, fmt.Errorf("overlay over an image of %d bytes", size)
+	}
+	if len(opt.BaseID) > maxBaseID {
+		return nil, fmt.Errorf("overlay: the base identity has %d bytes, more than %d", len(opt.BaseID), maxBaseID)
+	}
+	if err := os.MkdirAll(opt.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make the overlay's directory: %w", err)
+	}
+	o := &Overlay{base: base, opt: opt, size: size,
+		segments: make([]atomic.Pointer[segment], (size+segmentSize-1)/segmentSize)}
+	var err error
+	if o.data, err = os.OpenFile(filepath.Join(opt.Dir, "data"), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+		return nil, fmt.Errorf("open the overlay's data: %w", err)
+	}
+	if err := o.load(); err != nil {
+		_ = o.data.Close()
+		return nil, err
+	}
+	return o, nil
+}
+
+// load locks the overlay and reads its map.
+func (o *Overlay) load() error {
+	if err := unix.Flock(int(o.data.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return fmt.Errorf("overlay %s: %w", o.opt.Dir, ErrInUse)
+		}
+		return fmt.Errorf("lock the overlay: %w", err)
+	}
+	var err error
+	o.log, err = openJournal(filepath.Join(o.opt.Dir, "map"), header{size: o.size, baseID: o.opt.BaseID}, func(r stateRun) {
+		o.used.Add(o.apply(r))
+	})
+	if err != nil {
+		return fmt.Errorf("overlay %s: %w", o.opt.Dir, err)
+	}
+	// Only now is it known that the data belongs to this image.
+	if err := o.data.Truncate(o.size); err != nil {
+		_ = o.log.close()
+		return fmt.Errorf("size the overlay's data: %w", err)
+	}
+	return nil
+}
+
+// Close ends the use of the overlay: flushed if it is kept, else removed.
+func (o *Overlay) Close() error {
+	var err error
+	if o.opt.Keep {
+		err = o.Flush(context.Background())
+	}
+	err = errors.Join(err, o.log.close(), o.data.Close())
+	if !o.opt.Keep {
+		err = errors.Join(err, os.Remove(filepath.Join(o.opt.Dir, "data")),
+			os.Remove(filepath.Join(o.opt.Dir, "map")), os.Remove(o.opt.Dir))
+	}
+	return err
+}
+
+// Size is the image's length in bytes.
+func (o *Overlay) Size() int64 { return o.size }
+
+// Used is the scratch space taken, in bytes.
+func (o *Overlay) Used() int64 { return o.used.Load() * Granule }
+
+// ReadAt fills p from off: changed granules from the overlay, others from the
+// image.
+func (o *Overlay) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	if err := o.checkRange(off, int64(len(p))); err != nil {
+		return 0, err
+	}
+	done := 0
+	var err error
+	o.runs(off, int64(len(p)), func(s state, at, n int64) bool {
+		part := p[done : done+int(n)]
+		k := len(part)
+		switch s {
+		case inBase:
+			k, err = o.base.ReadAt(ctx, part, at)
+		case inData:
+			k, err = o.data.ReadAt(part, at)
+		case isZero:
+			clear(part)
+		}
+		done += k
+		return err == nil
+	})
+	return done, err
+}
+
+// checkRange validates a range given by a caller.
+func (o *Overlay) checkRange(off, length int64) error {
+	if off < 0 || length < 0 || off > o.size || length > o.size-off {
+		return fmt.Errorf("range %d+%d of an overlay of %d bytes: %w", off, length, o.size, syscall.EINVAL)
+	}
+	return nil
+}
+
+// Flush makes all changes that have returned durable.
+func (o *Overlay) Flush(context.Context) error {
+	o.flushing.Lock()
+	defer o.flushing.Unlock()
+	if e := o.failed.Load(); e != nil {
+		return *e
+	}
+	// A change is in the log only after its bytes are in data.
+	pending := o.log.take()
+	if err := unix.Fdatasync(int(o.data.Fd())); err != nil {
+		return o.fail(fmt.Errorf("sync the overlay's data: %w", err))
+	}
+	if err := o.log.append(pending); errors.Is(err, syscall.ENOSPC) && !errors.Is(err, errSync) {
+		o.log.restore(pending) // room may come
+		return fmt.Errorf("write the overlay's map: %w", err)
+	} else if err != nil {
+		return o.fail(fmt.Errorf("write the overlay's map: %w", err))
+	}
+	if !o.log.wantsRewrite() {
+		return nil
+	}
+	o.gate.Lock()
+	defer o.gate.Unlock()
+	o.log.take() // is in the states
+	if err := unix.Fdatasync(int(o.data.Fd())); err != nil {
+		return o.fail(fmt.Errorf("sync the overlay's data: %w", err))
+	}
+	if err := o.log.rewrite(o.allRuns); err != nil {
+		return o.fail(fmt.Errorf("rewrite the overlay's map: %w", err))
+	}
+	return nil
+}
+
+// fail remembers that what the kernel holds is unknown from now on: after a
+// failed sync, a later one may succeed without the lost pages.
+func (o *Overlay) fail(err error) error {
+	o.failed.Store(&err)
+	return err
+}

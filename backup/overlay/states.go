@@ -1,0 +1,246 @@
+package overlay
+
+import (
+	"context"
+	"sync"
+)
+
+// state says where a granule's bytes are.
+type state uint8
+
+const (
+	inBase state = iota // unchanged
+	inData              // in the scratch file
+	isZero              // trimmed or zeroed; takes no space
+)
+
+const (
+	segmentSize     = 16 << 20
+	segmentGranules = segmentSize / Granule
+)
+
+// segment holds the states of 16 MiB, two bits each. It exists once anything
+// in it has changed.
+type segment struct {
+	mu     sync.RWMutex
+	states [segmentGranules / 4]byte
+}
+
+func (s *segment) get(i int64) state { return state(s.states[i/4] >> (i % 4 * 2) & 3) }
+
+func (s *segment) set(i int64, v state) {
+	sh := i % 4 * 2
+	s.states[i/4] = s.states[i/4]&^(3<<sh) | byte(v)<<sh
+}
+
+// stateRun is a run of granules in one state.
+type stateRun struct {
+	start, count int64 // granules
+	state        state
+}
+
+// segment returns a segment, making it if need be.
+func (o *Overlay) segment(i int64) *segment {
+	if s := o.segments[i].Load(); s != nil {
+		return s
+	}
+	o.segments[i].CompareAndSwap(nil, new(segment))
+	return o.segments[i].Load()
+}
+
+// apply sets the states of a run that a log tells, without logging it, and
+// returns by how many granules the scratch data grows.
+func (o *Overlay) apply(r stateRun) (grown int64) {
+	for g := r.start; g < r.start+r.count; g++ {
+		s := o.segment(g / segmentGranules)
+		old := s.get(g % segmentGranules)
+		if old == inData {
+			grown--
+		}
+		if r.state == inData {
+			grown++
+		}
+		s.set(g%segmentGranules, r.state)
+	}
+	return grown
+}
+
+// change sets the states of the granules [from, to) of a segment whose lock is
+// held, and logs those that differ.
+func (o *Overlay) change(s *segment, base, from, to int64, v state) {
+	for i := from; i < to; i++ {
+		old := s.get(i)
+		if old == v {
+			continue
+		}
+		j := i + 1
+		for j < to && s.get(j) == old {
+			j++
+		}
+		for k := i; k < j; k++ {
+			s.set(k, v)
+		}
+		switch {
+		case old == inData:
+			o.used.Add(i - j)
+		case v == inData:
+			o.used.Add(j - i)
+		}
+		o.log.add(stateRun{start: base + i, count: j - i, state: v})
+		i = j - 1
+	}
+}
+
+// runs calls fn for the runs of equal state in a range, in bytes, until it
+// returns false. It holds no lock meanwhile: a change under way may be told or
+// not.
+func (o *Overlay) runs(off, length int64, fn func(s state, off, n int64) bool) {
+	end := off + length
+	start, cur := off, inBase
+	for pos := off; pos < end; {
+		seg := pos / segmentSize
+		segEnd := min((seg+1)*segmentSize, end)
+		s := o.segments[seg].Load()
+		if s == nil {
+			if cur != inBase && pos > start {
+				if !fn(cur, start, pos-start) {
+					return
+				}
+				start = pos
+			}
+			cur, pos = inBase, segEnd
+			continue
+		}
+		s.mu.RLock()
+		states := s.states
+		s.mu.RUnlock()
+		copied := segment{states: states}
+		for pos < segEnd {
+			v := copied.get(pos / Granule % segmentGranules)
+			if v != cur && pos > start {
+				if !fn(cur, start, pos-start) {
+					return
+				}
+				start = pos
+			}
+			cur = v
+			pos = min((pos/Granule+1)*Granule, segEnd)
+		}
+	}
+	if end > start {
+		fn(cur, start, end-start)
+	}
+}
+
+// allRuns calls fn for every changed run. Nothing changes meanwhile.
+func (o *Overlay) allRuns(fn func(stateRun)) {
+	o.runs(0, o.size, func(s state, off, n int64) bool {
+		if s != inBase {
+			fn(stateRun{start: off / Granule, count: (n + Granule - 1) / Granule, state: s})
+		}
+		return true
+	})
+}
+
+// Dirty calls yield for each changed run in order, until it returns false;
+// zero: the run reads as zeroes. An image that takes over these runs equals the
+// overlay. A change under way may be told or not.
+func (o *Overlay) Dirty(yield func(off, length int64, zero bool) bool) {
+	o.runs(0, o.size, func(s state, off, n int64) bool {
+		return s == inBase || yield(off, n, s == isZero)
+	})
+}
+
+// Extents tells overlay data as data, trimmed and zeroed ranges as holes, and
+// the image's own runs elsewhere.
+func (o *Overlay) Extents(ctx context.Context, off, length int64, yield func(length int64, hole, zero bool) bool) error {
+	if err := o.checkRange(off, length); err != nil {
+		return err
+	}
+	var err error
+	o.runs(off, length, func(s state, at, n int64) bool {
+		if s != inBase {
+			return yield(n, s == isZero, s == isZero)
+		}
+		told, more := int64(0), true
+		err = o.base.Extents(ctx, at, n, func(l int64, hole, zero bool) bool {
+			l = min(l, n-told)
+			told += l
+			more = yield(l, hole, zero)
+			return more && told < n
+		})
+		return err == nil && more
+	})
+	return err
+}
+
+// reporter is a base with metadata contexts, as an NBD server tells them.
+type reporter interface {
+	Contexts(ctx context.Context) ([]string, error)
+	HasContext(ctx context.Context, name string) bool
+	Status(ctx context.Context, name string, off, length int64, yield func(length int64, flags uint32) bool) error
+}
+
+// allocationDepth counts layers: 1 is the overlay, the base's own come after.
+const allocationDepth = "qemu:allocation-depth"
+
+// Contexts lists the base's metadata contexts.
+func (o *Overlay) Contexts(ctx context.Context) ([]string, error) {
+	if r, ok := o.base.(reporter); ok {
+		return r.Contexts(ctx)
+	}
+	return nil, nil
+}
+
+// HasContext tells whether the base has the context.
+func (o *Overlay) HasContext(ctx context.Context, name string) bool {
+	r, ok := o.base.(reporter)
+	return ok && r.HasContext(ctx, name)
+}
+
+// Status tells a context's flags over the overlay. What the overlay changed
+// has flag 1: depth 1, or dirty. The base's depths grow by one.
+func (o *Overlay) Status(ctx context.Context, name string, off, length int64, yield func(length int64, flags uint32) bool) error {
+	if err := o.checkRange(off, length); err != nil {
+		return err
+	}
+	var err error
+	o.runs(off, length, func(s state, at, n int64) bool {
+		if s != inBase {
+			return yield(n, 1)
+		}
+		told, more := int64(0), true
+		err = o.base.(reporter).Status(ctx, name, at, n, func(l int64, flags uint32) bool {
+			l = min(l, n-told)
+			told += l
+			if name == allocationDepth && flags > 0 {
+				flags++
+			}
+			more = yield(l, flags)
+			return more && told < n
+		})
+		return err == nil && more
+	})
+	return err
+}
+
+// Prefetch passes the hint to the base, if it takes hints, where it is seen.
+func (o *Overlay) Prefetch(ctx context.Context, off, length int64) error {
+	p, ok := o.base.(interface {
+		Prefetch(ctx context.Context, off, length int64) error
+	})
+	if !ok {
+		return nil
+	}
+	if err := o.checkRange(off, length); err != nil {
+		return err
+	}
+	var err error
+	o.runs(off, length, func(s state, at, n int64) bool {
+		if s == inBase {
+			err = p.Prefetch(ctx, at, n)
+		}
+		return err == nil
+	})
+	return err
+}

@@ -1,0 +1,136 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// newBackupEnv is a user with a repository and an image file of 1 MiB.
+func newBackupEnv(t *testing.T) (env testEnv, disk string) {
+	t.Helper()
+	env = newTestEnv(t)
+	mustRun(t, env, "repo", "create", "filesystem", "--path", filepath.Join(env["HOME"], "repo"))
+	disk = filepath.Join(env["HOME"], "disk.img")
+	data := make([]byte, 1<<20)
+	for i := range data {
+		data[i] = byte(i >> 10)
+	}
+	if err := os.WriteFile(disk, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return env, disk
+}
+
+func changeByte(t *testing.T, path string, off int64) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt([]byte("changed"), off); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func backupJSON(t *testing.T, env testEnv, args ...string) backupResult {
+	t.Helper()
+	var res backupResult
+	out := mustRun(t, env, append([]string{"backup", "-o", "json"}, args...)...).stdout
+	if err := json.Unmarshal([]byte(out), &res); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return res
+}
+
+func TestBackupTakesAFullThenIncrements(t *testing.T) {
+	env, disk := newBackupEnv(t)
+	first := backupJSON(t, env, disk, "--volume", "shop/db", "--block-size", "64K")
+	if first.Kind != "full" || first.Generation != 1 || first.Stats.Changed == 0 {
+		t.Errorf("first backup: %+v", first)
+	}
+	changeByte(t, disk, 300_000)
+	second := backupJSON(t, env, disk, "--volume", "shop/db")
+	if second.Kind != "incremental" || second.Parent != first.ID || second.Stats.Changed != 64<<10 {
+		t.Errorf("second backup: %+v", second)
+	}
+	third := backupJSON(t, env, disk, "--volume", "shop/db", "--full")
+	if third.Kind != "full" || third.Generation != 3 || third.Stats.Uploaded > 64<<10 {
+		t.Errorf("third backup: %+v", third)
+	}
+}
+
+func TestBackupFromExtents(t *testing.T) {
+	env, disk := newBackupEnv(t)
+	list := filepath.Join(env["HOME"], "changes")
+	write := func(base, target string, lines ...string) {
+		t.Helper()
+		if base == "" {
+			base = "null"
+		} else {
+			base = strconv.Quote(base)
+		}
+		head := fmt.Sprintf(`{"format":"varve-extents/1","base":%s,"target":%q,"size":%d}`, base, target, 1<<20)
+		tail := fmt.Sprintf(`{"end":true,"count":%d}`, len(lines))
+		text := strings.Join(append(append([]string{head}, lines...), tail), "\n") + "\n"
+		if err := os.WriteFile(list, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("", "snap-1", `{"offset":0,"length":1048576}`)
+	mustRun(t, env, "backup", disk, "--volume", "shop/db", "--extents", list)
+
+	changeByte(t, disk, 500_000)
+	write("snap-0", "snap-2", `{"offset":499712,"length":4096}`)
+	r := runVarve(t, env, "backup", disk, "--volume", "shop/db", "--extents", list)
+	if r.code == exitOK || !strings.Contains(r.stderr, "snap-0") || !strings.Contains(r.stderr, "snap-1") {
+		t.Errorf("a list with another base: exit code %d\n%s", r.code, r.stderr)
+	}
+
+	write("snap-1", "snap-2", `{"offset":499712,"length":4096}`)
+	res := backupJSON(t, env, disk, "--volume", "shop/db", "--extents", list)
+	if res.Source != "extents" || res.Stats.Reported != 4096 || res.SpotCheck == nil {
+		t.Errorf("backup from extents: %+v", res)
+	}
+
+	changeByte(t, disk, 100)
+	write("snap-2", "snap-3", `{"offset":499712,"length":4096}`)
+	r = runVarve(t, env, "backup", disk, "--volume", "shop/db", "--extents", list)
+	if r.code == exitOK || !strings.Contains(r.stderr, "did not report") {
+		t.Errorf("a list that leaves out a change: exit code %d\n%s", r.code, r.stderr)
+	}
+	res = backupJSON(t, env, disk, "--volume", "shop/db", "--extents", list, "--on-mismatch=full")
+	if res.Source != "compare" || len(res.Notes) != 1 {
+		t.Errorf("backup after a lie: %+v", res)
+	}
+}
+
+func TestBackupRefusals(t *testing.T) {
+	env, disk := newBackupEnv(t)
+	backupJSON(t, env, disk, "--volume", "shop/db")
+	for _, c := range []struct {
+		name string
+		args []string
+		want string
+		code int
+	}{
+		{"no volume", []string{disk}, "volume", exitUsage},
+		{"bad volume", []string{disk, "--volume", "shop"}, "namespace/name", exitUsage},
+		{"missing source", []string{disk + "x", "--volume", "shop/db"}, "no such file", exitFailure},
+		{"parent of another volume", []string{disk, "--volume", "shop/web", "--parent", "shop/db@latest"}, "is a point of", exitFailure},
+		{"another block size", []string{disk, "--volume", "shop/db", "--block-size", "1M"}, "take a new full", exitFailure},
+		{"a directory", []string{env["HOME"], "--volume", "shop/db"}, "neither a block device", exitFailure},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := runVarve(t, env, append([]string{"backup"}, c.args...)...)
+			if r.code != c.code || !strings.Contains(r.stderr, c.want) {
+				t.Errorf("exit code %d, want %d\n%s", r.code, c.code, r.stderr)
+			}
+		})
+	}
+}

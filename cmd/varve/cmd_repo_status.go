@@ -1,0 +1,116 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/varve-io/varve/backup/repository"
+)
+
+func newRepoStatusCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use:   "status",
+		Short: "Show the connected repository: where, what format, who maintains it",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			rep, err := a.openRepository(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return a.showStatus(cmd.Context(), rep)
+		},
+	}
+}
+
+// printStatus opens what was just connected and shows it.
+func (a *app) printStatus(ctx context.Context, password string) error {
+	config, err := a.configFile()
+	if err != nil {
+		return err
+	}
+	rep, err := repository.Open(ctx, repository.OpenOptions{ConfigFile: config, Password: password, Log: a.log})
+	if err != nil {
+		return err
+	}
+	return a.showStatus(ctx, rep)
+}
+
+// showStatus shows and closes rep.
+func (a *app) showStatus(ctx context.Context, rep *repository.Repository) error {
+	s, err := rep.Status(ctx)
+	if err == nil {
+		err = a.print(s, func(t *table) { writeStatus(t, s) })
+	}
+	return errors.Join(err, rep.Close(context.WithoutCancel(ctx)))
+}
+
+func writeStatus(t *table, s *repository.Status) {
+	t.row("Repository:", s.Place)
+	if s.UniqueID != "" {
+		t.row("Unique ID:", s.UniqueID)
+	}
+	if s.Writable {
+		t.row("Access:", "read and write")
+	} else {
+		t.row("Access:", "read-only: "+s.ReadOnly)
+	}
+	t.row("Cluster:", s.Cluster)
+	t.row("Kopia client:", s.Client)
+	if s.UniqueID == "" {
+		return
+	}
+	t.row("Format:", s.Format)
+	t.row("Hash:", s.Hash)
+	t.row("Encryption:", s.Encryption)
+	if s.Compression != "" {
+		t.row("Compression:", s.Compression)
+	}
+	if s.ECCPercent > 0 {
+		t.row("Error correction:", s.ECCPercent, "% added")
+	}
+	if s.Retention.Mode != "" {
+		period := days(time.Duration(s.Retention.PeriodSeconds) * time.Second)
+		text := s.Retention.Mode + " for " + period.String()
+		if s.Retention.Extended {
+			text += ", extended by maintenance"
+		} else {
+			text += ", NOT extended by maintenance"
+		}
+		t.row("Object lock:", text)
+	}
+	t.row("Index blobs:", s.IndexBlobs)
+	if s.Capacity != nil {
+		t.row("Space left:", t.bytes(s.Capacity.Free)+" of "+t.bytes(s.Capacity.Size))
+	}
+	if s.Cache.Directory == "" {
+		t.row("Disk cache:", "none")
+	} else {
+		t.row("Disk cache:", t.bytes(s.Cache.Used)+" of "+t.bytes(s.Cache.ContentLimit+s.Cache.MetadataLimit)+" in "+s.Cache.Directory)
+	}
+	if s.Limits.UploadBytesPerSecond > 0 {
+		t.row("Upload limit:", t.bytes(int64(s.Limits.UploadBytesPerSecond))+"/s")
+	}
+	if s.Limits.DownloadBytesPerSecond > 0 {
+		t.row("Download limit:", t.bytes(int64(s.Limits.DownloadBytesPerSecond))+"/s")
+	}
+	owner := s.Maintenance.Owner
+	switch {
+	case owner == "":
+		owner = "nobody: it never runs"
+	case s.Maintenance.Here:
+		owner += " (this client)"
+	}
+	t.row("Maintenance owner:", owner)
+	t.row("Next quick run:", due(t, s.Maintenance.NextQuick))
+	t.row("Next full run:", due(t, s.Maintenance.NextFull))
+}
+
+func due(t *table, at time.Time) string {
+	if at.IsZero() {
+		return "never ran"
+	}
+	return t.time(at)
+}

@@ -1,0 +1,84 @@
+// Command bench measures Varve beside its peers on one machine and writes the
+// table of docs/benchmarks.md. Every row runs both sides in turn, several
+// times, and gives medians; a peer is also run against itself, and a row whose
+// peer does not repeat within ten percent is marked. It needs root, for it makes
+// and mounts a real file system.
+package main
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+type config struct {
+	varve, kopia string
+	dir          string
+	runs         int
+	rows         map[string]bool // empty for all
+}
+
+func main() {
+	var cfg config
+	out := flag.String("out", "", "file to write the table to (default standard output)")
+	rows := flag.String("rows", "", "comma-separated rows to run (default all)")
+	flag.StringVar(&cfg.varve, "varve", os.Getenv("VARVE"), "varve binary")
+	flag.StringVar(&cfg.kopia, "kopia", os.Getenv("KOPIA"), "stock kopia binary")
+	flag.StringVar(&cfg.dir, "dir", "", "scratch directory with 20 GiB free (default below $TMPDIR or /var/tmp)")
+	flag.IntVar(&cfg.runs, "runs", 5, "runs of each side")
+	flag.Parse()
+	cfg.rows = map[string]bool{}
+	for r := range strings.SplitSeq(*rows, ",") {
+		if r != "" {
+			cfg.rows[r] = true
+		}
+	}
+	if err := run(cfg, *out); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func run(cfg config, out string) error {
+	if cfg.varve == "" || cfg.kopia == "" {
+		return fmt.Errorf("name the binaries with -varve and -kopia, or run \"make bench\"")
+	}
+	if cfg.dir == "" {
+		base := os.Getenv("TMPDIR")
+		if base == "" {
+			base = "/var/tmp"
+		}
+		dir, err := os.MkdirTemp(base, "varve-bench-*")
+		if err != nil {
+			return err
+		}
+		defer os.RemoveAll(dir)
+		cfg.dir = dir
+	}
+	b := &bench{cfg: cfg}
+	if err := b.prepare(); err != nil {
+		return err
+	}
+	for _, row := range allRows {
+		if len(cfg.rows) > 0 && !cfg.rows[row.id] {
+			continue
+		}
+		fmt.Fprintf(os.Stderr, "== %s\n", row.id)
+		results, err := row.run(b)
+		if err != nil {
+			return fmt.Errorf("%s: %w", row.id, err)
+		}
+		for _, r := range results {
+			fmt.Fprintf(os.Stderr, "   %s: %s (peer %s): %s\n", r.work, r.varve, r.peer, r.ratio)
+		}
+		b.results = append(b.results, results...)
+	}
+	text := b.report()
+	if out == "" {
+		_, err := os.Stdout.WriteString(text)
+		return err
+	}
+	return os.WriteFile(filepath.Clean(out), []byte(text), 0o644)
+}

@@ -1,0 +1,4 @@
+// Package kopia proves, with the two binaries and nothing else, that stock Kopia
+// and Varve read and keep each other's data. VARVE_TEST_KOPIA names a kopia
+// binary of the version that Varve is built with; "make test" builds it.
+package kopia

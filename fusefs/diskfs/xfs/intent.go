@@ -1,0 +1,388 @@
+package xfs
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"sort"
+	"syscall"
+)
+
+// intent is an operation that the log says has begun, and not that it is done.
+type intent struct {
+	kind  uint16
+	id    uint64
+	bytes []byte
+	rest  [][]byte
+}
+
+// doneOf gives the intent that a done item ends.
+var doneOf = map[uint16]uint16{itemBUD: itemBUI, itemATTRD: itemATTRI, itemXMD: itemXMI}
+
+// All intents begin with type, number of regions, 4 bytes and an id, by which the done
+// item names them.
+const intentOffID = 8
+
+func (rp *replay) begin(it *logItem) error {
+	b := it.regions[0]
+	if len(b) < 16 {
+		return corrupt("log", "intent of %d bytes", len(b))
+	}
+	rp.intents = append(rp.intents, &intent{kind: it.kind, id: le64(b, intentOffID), bytes: b, rest: it.regions[1:]})
+	return nil
+}
+
+func (rp *replay) done(it *logItem) error {
+	b := it.regions[0]
+	if len(b) < 16 {
+		return corrupt("log", "done item of %d bytes", len(b))
+	}
+	kind, id := doneOf[it.kind], le64(b, intentOffID)
+	// Its intent is mostly among the last; it can also lie before the tail.
+	for j := len(rp.intents) - 1; j >= 0; j-- {
+		if in := rp.intents[j]; in.kind == kind && in.id == id {
+			rp.intents = append(rp.intents[:j], rp.intents[j+1:]...)
+			break
+		}
+	}
+	return nil
+}
+
+// pendingEdits are the ends of operations that were cut short. A mount would carry them
+// out on disk; here they are laid over what is read of the inodes concerned. They do
+// not change after Open.
+type pendingEdits struct {
+	forks    map[uint64][]extent // data forks of regular files, whole
+	sizes    map[uint64]int64    // of files
+	blocks   map[uint64]int64    // that files gained or lost, in blocks
+	newOwner map[uint64]bool     // inodes whose trees bear another's number
+	attrs    map[uint64][]attrEdit
+}
+
+// attrEdit sets an attribute, or removes it.
+type attrEdit struct {
+	remove bool
+	attr   rawAttr
+}
+
+func (p *pendingEdits) setNewOwner(ino uint64) {
+	if p.newOwner == nil {
+		p.newOwner = map[uint64]bool{}
+	}
+	p.newOwner[ino] = true
+}
+
+// applyAttrs gives the attributes of an inode as they are after the pending edits.
+func (p *pendingEdits) applyAttrs(ino uint64, attrs []rawAttr) []rawAttr {
+	for _, e := range p.attrs[ino] {
+		kept := attrs[:0]
+		for _, a := range attrs {
+			if a.name != e.attr.name || a.flags&attrNamespace != e.attr.flags&attrNamespace {
+				kept = append(kept, a)
+			}
+		}
+		attrs = kept
+		if !e.remove {
+			attrs = append(attrs, e.attr)
+		}
+	}
+	return attrs
+}
+
+// finishIntents completes what was begun, in the order in which it was logged.
+func (rp *replay) finishIntents() error {
+	p := &rp.f.pending
+	p.forks, p.sizes = map[uint64][]extent{}, map[uint64]int64{}
+	p.blocks, p.attrs = map[uint64]int64{}, map[uint64][]attrEdit{}
+	for _, in := range rp.intents {
+		var err error
+		switch in.kind {
+		case itemBUI:
+			err = rp.finishMapping(in)
+		case itemATTRI:
+			err = rp.finishAttr(in)
+		case itemXMI:
+			err = rp.finishExchange(in)
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			err = corrupt("log", "%v", err)
+		}
+		if err != nil {
+			return fmt.Errorf("unfinished operation %s: %w", itemName(in.kind), err)
+		}
+	}
+	return nil
+}
+
+// maxEditedExtents bounds the memory for a file with a pending edit.
+const maxEditedExtents = 4 << 20
+
+// mapping gives the data fork of a regular file as it is after the edits so far.
+func (rp *replay) mapping(ino uint64) ([]extent, error) {
+	i, err := rp.f.inode(ino)
+	if err != nil {
+		return nil, err
+	}
+	if !i.is(syscall.S_IFREG) {
+		return nil, unsupported("an unfinished change of the mapping of inode %d, which is no regular file,", ino)
+	}
+	exts, err := i.data.all(maxEditedExtents)
+	return append([]extent(nil), exts...), err
+}
+
+func (rp *replay) setMapping(ino uint64, old, exts []extent) error {
+	k := fork{fs: rp.f, ino: ino}
+	var prev uint64
+	for _, e := range exts {
+		if err := k.checkExtent(e, prev); err != nil {
+			return err
+		}
+		prev = e.end()
+	}
+	for _, e := range exts {
+		rp.f.pending.blocks[ino] += int64(e.n)
+	}
+	for _, e := range old {
+		rp.f.pending.blocks[ino] -= int64(e.n)
+	}
+	rp.f.pending.forks[ino] = exts
+	return nil
+}
+
+// File mapping intents (BUI) follow sharing and unsharing of blocks: number of extents,
+// id, and for each owner, block on the volume, block in the file, length and flags.
+const (
+	mapExtentSize = 32
+
+	bmapMap       = 1
+	bmapUnmap     = 2
+	bmapTypeMask  = 0xff
+	bmapAttrFork  = 1 << 31
+	bmapUnwritten = 1 << 30
+	bmapRealtime  = 1 << 29
+)
+
+func (rp *replay) finishMapping(in *intent) error {
+	n := le32(in.bytes, 4)
+	if uint64(n)*mapExtentSize > uint64(len(in.bytes)-16) {
+		return corrupt("log", "%d extents in %d bytes", n, len(in.bytes))
+	}
+	for j := range int(n) {
+		b := in.bytes[16+j*mapExtentSize:]
+		ino, flags := le64(b, 0), le32(b, 28)
+		e := extent{start: le64(b, 8), off: le64(b, 16), n: uint64(le32(b, 24)), unwritten: flags&bmapUnwritten != 0}
+		switch {
+		case flags&bmapRealtime != 0:
+			continue // the content of such files is not read
+		case flags&bmapAttrFork != 0:
+			return unsupported("an unfinished change of the mapping of an attribute fork")
+		case e.n == 0 || e.off > maxFileBlock:
+			return corrupt("log", "extent of %d blocks at %d", e.n, e.off)
+		}
+		exts, err := rp.mapping(ino)
+		if err != nil {
+			return err
+		}
+		edited := cut(exts, e.off, e.end())
+		switch flags & bmapTypeMask {
+		case bmapMap:
+			if covered(exts, e.off, e.end()) {
+				return corrupt("log", "blocks %d to %d of inode %d are mapped already", e.off, e.end(), ino)
+			}
+			edited = insert(edited, e)
+		case bmapUnmap:
+		default:
+			return unsupported("an unfinished change of a mapping of type %d", flags&bmapTypeMask)
+		}
+		if err := rp.setMapping(ino, exts, edited); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// cut gives exts without the blocks from off to end.
+func cut(exts []extent, off, end uint64) []extent {
+	var out []extent
+	for _, e := range exts {
+		if e.off < off {
+			left := e
+			left.n = min(e.end(), off) - e.off
+			out = append(out, left)
+		}
+		if e.end() > end {
+			right := e
+			if e.off < end {
+				right.off, right.start, right.n = end, e.start+(end-e.off), e.end()-end
+			}
+			out = append(out, right)
+		}
+	}
+	return out
+}
+
+// covered reports whether any block from off to end is mapped.
+func covered(exts []extent, off, end uint64) bool {
+	for _, e := range exts {
+		if e.off < end && e.end() > off {
+			return true
+		}
+	}
+	return false
+}
+
+// insert puts e, which overlaps none of exts, among them.
+func insert(exts []extent, e extent) []extent {
+	j := sort.Search(len(exts), func(j int) bool { return exts[j].off >= e.off })
+	exts = append(exts, extent{})
+	copy(exts[j+1:], exts[j:])
+	exts[j] = e
+	return exts
+}
+
+// Exchange intents (XMI): id, two inodes, their generations, a block in each, number of
+// blocks, flags, and the sizes that the files shall have. As the exchange goes on
+// step by step, the log has an intent for what is left.
+const (
+	exchangeSize = 88
+
+	exchangeAttrFork   = 1 << 0
+	exchangeSetSizes   = 1 << 1
+	exchangeWritten    = 1 << 2 // leave alone what is a hole or unwritten in file 1
+	exchangeReflink1   = 1 << 3 // these two change flags that nobody sees here
+	exchangeReflink2   = 1 << 4
+	exchangeKnownFlags = exchangeSetSizes | exchangeWritten | exchangeReflink1 | exchangeReflink2
+)
+
+func (rp *replay) finishExchange(in *intent) error {
+	b := in.bytes
+	if len(b) < exchangeSize {
+		return corrupt("log", "XMI item of %d bytes", len(b))
+	}
+	ino1, ino2 := le64(b, 16), le64(b, 24)
+	off1, off2, n, flags := le64(b, 40), le64(b, 48), le64(b, 56), le64(b, 64)
+	size1, size2 := int64(le64(b, 72)), int64(le64(b, 80))
+	switch {
+	case flags&exchangeAttrFork != 0:
+		return unsupported("an unfinished exchange of attribute forks")
+	case flags&^exchangeKnownFlags != 0:
+		return unsupported("an unfinished exchange with flags %#x", flags)
+	case off1 > maxFileBlock || off2 > maxFileBlock || n > maxFileBlock:
+		return corrupt("log", "exchange of %d blocks at %d and %d", n, off1, off2)
+	case ino1 == ino2:
+		return unsupported("an unfinished exchange within inode %d", ino1)
+	}
+	exts1, err := rp.mapping(ino1)
+	if err != nil {
+		return err
+	}
+	exts2, err := rp.mapping(ino2)
+	if err != nil {
+		return err
+	}
+	new1, new2 := exts1, exts2
+	for _, part := range exchanged(exts1, off1, n, flags&exchangeWritten != 0) {
+		from1, from2 := part[0], part[0]-off1+off2
+		moved1 := slide(clip(exts1, part[0], part[1]), from1, from2)
+		moved2 := slide(clip(exts2, from2, from2+part[1]-part[0]), from2, from1)
+		new1 = cut(new1, part[0], part[1])
+		new2 = cut(new2, from2, from2+part[1]-part[0])
+		for _, e := range moved2 {
+			new1 = insert(new1, e)
+		}
+		for _, e := range moved1 {
+			new2 = insert(new2, e)
+		}
+	}
+	if err := rp.setMapping(ino1, exts1, new1); err != nil {
+		return err
+	}
+	if err := rp.setMapping(ino2, exts2, new2); err != nil {
+		return err
+	}
+	if flags&exchangeSetSizes != 0 {
+		if size1 < 0 || size2 < 0 {
+			return corrupt("log", "exchange to sizes %d and %d", size1, size2)
+		}
+		rp.f.pending.sizes[ino1], rp.f.pending.sizes[ino2] = size1, size2
+	}
+	return nil
+}
+
+// exchanged gives the ranges of file 1, [from, to), that are exchanged: all of n blocks
+// from off, or just those that are written.
+func exchanged(exts []extent, off, n uint64, writtenOnly bool) [][2]uint64 {
+	if !writtenOnly {
+		return [][2]uint64{{off, off + n}}
+	}
+	var parts [][2]uint64
+	for _, e := range clip(exts, off, off+n) {
+		if !e.unwritten {
+			parts = append(parts, [2]uint64{e.off, e.end()})
+		}
+	}
+	return parts
+}
+
+// clip gives what of exts lies between off and end.
+func clip(exts []extent, off, end uint64) []extent {
+	var out []extent
+	for _, e := range exts {
+		from, to := max(e.off, off), min(e.end(), end)
+		if from < to {
+			out = append(out, extent{off: from, start: e.start + (from - e.off), n: to - from, unwritten: e.unwritten})
+		}
+	}
+	return out
+}
+
+// slide moves exts in the file.
+func slide(exts []extent, from, to uint64) []extent {
+	for j := range exts {
+		exts[j].off = exts[j].off - from + to
+	}
+	return exts
+}
+
+// Attribute intents (ATTRI): id, inode, operation, lengths of name and value, flags;
+// then name and value in regions of their own.
+const (
+	attriSize = 40
+
+	attriSet     = 1
+	attriRemove  = 2
+	attriReplace = 3
+	// 4 to 6 are the same for parent pointers, which are not shown.
+	attriLastParent = 6
+)
+
+func (rp *replay) finishAttr(in *intent) error {
+	b := in.bytes
+	if len(b) < attriSize {
+		return corrupt("log", "ATTRI item of %d bytes", len(b))
+	}
+	ino, op := le64(b, 16), le32(b, 24)
+	nameLen, valueLen, flags := le32(b, 28), le32(b, 32), le32(b, 36)
+	if op > attriReplace && op <= attriLastParent {
+		return nil
+	}
+	if op < attriSet || op > attriReplace {
+		return unsupported("an unfinished change of an attribute of type %d", op)
+	}
+	if nameLen == 0 || nameLen > 255 || valueLen > maxAttrValue || len(in.rest) < 1 || uint64(len(in.rest[0])) < uint64(nameLen) {
+		return corrupt("log", "ATTRI item of inode %d with a name of %d bytes", ino, nameLen)
+	}
+	edit := attrEdit{
+		remove: op == attriRemove,
+		attr:   rawAttr{flags: byte(flags) & attrNamespace, name: string(in.rest[0][:nameLen]), value: []byte{}},
+	}
+	if !edit.remove && valueLen > 0 {
+		if len(in.rest) < 2 || uint64(len(in.rest[1])) < uint64(valueLen) {
+			return corrupt("log", "ATTRI item of inode %d without its value of %d bytes", ino, valueLen)
+		}
+		edit.attr.value = in.rest[1][:valueLen]
+	}
+	p := &rp.f.pending
+	p.attrs[ino] = append(p.attrs[ino], edit)
+	return nil
+}

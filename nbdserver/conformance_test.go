@@ -1,0 +1,136 @@
+package nbdserver_test
+
+import (
+	"bytes"
+	"context"
+	"net"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/varve-io/varve/nbdserver"
+	"github.com/varve-io/varve/nbdserver/nbdtest"
+)
+
+// serve runs a server on a unix socket for the test and returns its address.
+func serve(t testing.TB, cfg nbdserver.Config) (*nbdserver.Server, string) {
+	t.Helper()
+	srv, err := nbdserver.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "nbd")
+	l, err := nbdserver.Listen("unix:" + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(l) }()
+	t.Cleanup(func() {
+		srv.Close()
+		if err := <-served; err != nbdserver.ErrServerClosed {
+			t.Errorf("Serve returned %v", err)
+		}
+	})
+	return srv, path
+}
+
+func dialUnix(t testing.TB, path string) net.Conn {
+	t.Helper()
+	c, err := net.DialTimeout("unix", path, 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// plain hides every capability but the write side, so that the slow paths are
+// tested, too.
+type plain struct{ nbdserver.Export }
+
+type plainWriter struct {
+	nbdserver.Export
+	nbdserver.Writer
+}
+
+// lender lends a writable disk by copying into memory of its own.
+type lender struct {
+	plainWriter
+	d *nbdtest.Disk
+}
+
+type copied []byte
+
+func (copied) Release() {}
+
+func (l lender) Lend(ctx context.Context, dst []nbdserver.Piece, off int64, n int, _ bool) ([]nbdserver.Piece, error) {
+	b := make(copied, n)
+	if _, err := l.d.ReadAt(ctx, b, off); err != nil {
+		return dst, err
+	}
+	for len(b) > 0 { // as a cache would: block by block, zeroes told
+		k := min(len(b), nbdtest.BlockSize)
+		if bytes.Equal(b[:k], make([]byte, k)) {
+			dst = append(dst, nbdserver.Piece{Zeroes: k})
+		} else {
+			dst = append(dst, nbdserver.Piece{Data: b[:k], Owner: b})
+		}
+		b = b[k:]
+	}
+	return dst, nil
+}
+
+func TestConformance(t *testing.T) {
+	contexts := map[string]func(int64) uint32{
+		"qemu:allocation-depth":        func(b int64) uint32 { return uint32(b % 3) },
+		"qemu:dirty-bitmap:shop/db@t0": func(b int64) uint32 { return uint32(b / 16 % 2) },
+	}
+	for name, mk := range map[string]func() (e nbdserver.Export, writable bool){
+		"read-only": func() (nbdserver.Export, bool) {
+			d := nbdtest.NewDisk(nbdtest.Image())
+			d.Extra = contexts
+			return d.ReadOnly(), false
+		},
+		"lent": func() (nbdserver.Export, bool) {
+			d := nbdtest.NewDisk(nbdtest.Image())
+			d.Lends = true
+			return d.ReadOnly(), false
+		},
+		"plain": func() (nbdserver.Export, bool) {
+			return plain{nbdtest.NewDisk(nbdtest.Image()).ReadOnly()}, false
+		},
+		"padded": func() (nbdserver.Export, bool) {
+			return nbdserver.Pad(nbdtest.NewDisk(nbdtest.Image()[:nbdtest.ImageSize-7]).ReadOnly(), 512), false
+		},
+		"writable": func() (nbdserver.Export, bool) {
+			d := nbdtest.NewDisk(nbdtest.Image())
+			d.Extra = contexts
+			return d.Writable(), true
+		},
+		"plain-writable": func() (nbdserver.Export, bool) {
+			w := nbdtest.NewDisk(nbdtest.Image()).Writable()
+			return plainWriter{w, w.(nbdserver.Writer)}, true
+		},
+		"lent-writable": func() (nbdserver.Export, bool) {
+			d := nbdtest.NewDisk(nbdtest.Image())
+			w := d.Writable()
+			return lender{plainWriter{w, w.(nbdserver.Writer)}, d}, true
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			nbdtest.Run(t, func(t *testing.T) nbdtest.Target {
+				e, writable := mk()
+				_, path := serve(t, nbdserver.Config{Catalog: nbdserver.NewStatic(nbdserver.Opened{
+					Name: "shop/db@2026-11-20T10:00:00Z", Description: "a disk", Export: e,
+				}), ReadAhead: 1 << 20})
+				return nbdtest.Target{
+					Dial:     func(t testing.TB) net.Conn { return dialUnix(t, path) },
+					Export:   "shop/db@2026-11-20T10:00:00Z",
+					Writable: writable,
+					Strict:   true,
+				}
+			})
+		})
+	}
+}

@@ -1,0 +1,204 @@
+package nbdserver
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+
+	"github.com/varve-io/varve/nbdserver/proto"
+)
+
+// readBuffer holds the requests a client has sent ahead: about 580 of them.
+const readBuffer = 16 << 10
+
+// headerStyle is how transmission messages look.
+type headerStyle uint8
+
+const (
+	styleSimple headerStyle = iota
+	styleStructured
+	styleExtended
+)
+
+// selectedContext is a metadata context with the ID the client knows it by.
+type selectedContext struct {
+	id   uint32
+	name string
+}
+
+// conn is one client. Its goroutine (serve) negotiates, then reads requests.
+type conn struct {
+	srv    *Server
+	socket net.Conn // as accepted
+	nc     net.Conn // what is spoken on: socket, or TLS over it
+	br     *bufio.Reader
+	client Client
+	local  bool
+	log    *slog.Logger
+
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+
+	// Set by negotiation.
+	noZeroes    bool
+	style       headerStyle
+	opened      *Opened
+	openedAs    string
+	contexts    []selectedContext
+	contextsFor string
+
+	// Transmission.
+	size    int64
+	writer  Writer
+	lender  Lender
+	stat    Statuser
+	ahead   *readAhead
+	flags   proto.TransmissionFlags
+	out     *outbox
+	mem     budget
+	slots   chan struct{} // requests that wait for the export
+	workers sync.WaitGroup
+	busy    atomic.Int64 // requests at workers
+	counted ExportMetrics
+	lent    []Piece    // scratch of the reading goroutine
+	replies []outgoing // scratch of the reading goroutine
+
+	deadlines sync.Mutex // orders read deadlines with shutdown
+	closing   atomic.Bool
+	talking   bool // in transmission; guarded by deadlines
+}
+
+func newConn(s *Server, nc net.Conn, local bool) *conn {
+	c := &conn{srv: s, socket: nc, nc: nc, local: local}
+	addr := nc.RemoteAddr().String()
+	if addr == "" || addr == "@" { // an unnamed unix socket: name ours
+		addr = nc.LocalAddr().String()
+	}
+	c.client.Addr = addr
+	c.log = s.log.With("client", addr)
+	c.ctx, c.cancel = context.WithCancelCause(s.ctx)
+	c.br = bufio.NewReaderSize(nc, readBuffer)
+	c.mem.own = semaphore.NewWeighted(s.cfg.ConnectionMemory)
+	c.mem.shared = s.memory
+	c.slots = make(chan struct{}, s.cfg.MaxRequests)
+	return c
+}
+
+// errDone ends a connection the way the protocol means it to end.
+var errDone = errors.New("connection done")
+
+// serve runs the connection to its end.
+func (c *conn) serve() {
+	defer c.srv.forget(c)
+	defer c.cancel(nil)
+	c.setReadDeadline(time.Now().Add(c.srv.cfg.NegotiationTimeout))
+	_ = c.socket.SetWriteDeadline(time.Now().Add(c.srv.cfg.NegotiationTimeout))
+	err := c.negotiate()
+	if err == nil {
+		_ = c.socket.SetWriteDeadline(time.Time{})
+		err = c.transmit()
+	}
+	c.closeExport()
+	_ = c.nc.Close()
+	if c.nc != c.socket {
+		_ = c.socket.Close() // tls.Conn.Close may have failed before it
+	}
+	switch {
+	case err == nil, errors.Is(err, errDone), errors.Is(err, io.EOF), errors.Is(err, net.ErrClosed):
+		c.log.Debug("client left")
+	case c.closing.Load():
+		c.log.Debug("client disconnected for shutdown")
+	default:
+		c.log.Info("client dropped", "err", err)
+	}
+}
+
+// setReadDeadline sets when a read gives up, unless shutdown has done so.
+func (c *conn) setReadDeadline(t time.Time) {
+	c.deadlines.Lock()
+	defer c.deadlines.Unlock()
+	if !c.closing.Load() {
+		_ = c.socket.SetReadDeadline(t)
+	}
+}
+
+// shutdown makes the connection end as soon as it has nothing in flight. It
+// does not wait.
+func (c *conn) shutdown() {
+	c.deadlines.Lock()
+	defer c.deadlines.Unlock()
+	c.closing.Store(true)
+	switch {
+	case !c.talking: // let an option under way be answered
+		_ = c.socket.SetReadDeadline(time.Now().Add(time.Second))
+	case c.busy.Load() == 0:
+		_ = c.socket.SetReadDeadline(time.Unix(1, 0))
+	}
+}
+
+// settle is called when the last request in flight has been answered.
+func (c *conn) settle() {
+	if c.closing.Load() {
+		c.deadlines.Lock()
+		_ = c.socket.SetReadDeadline(time.Unix(1, 0))
+		c.deadlines.Unlock()
+	}
+}
+
+// use opens the export of a name for this connection, or returns the one that
+// is open if the name is the same.
+func (c *conn) use(name string) (*Opened, error) {
+	if c.opened != nil && c.openedAs == name {
+		return c.opened, nil
+	}
+	c.closeExport()
+	o, err := c.srv.cfg.Catalog.Open(c.ctx, name, c.client)
+	if err != nil {
+		return nil, err
+	}
+	c.opened, c.openedAs = o, name
+	return o, nil
+}
+
+func (c *conn) closeExport() {
+	if c.opened != nil {
+		c.opened.close()
+		c.opened = nil
+	}
+}
+
+// startTLS upgrades the connection and drops what was negotiated in the clear.
+func (c *conn) startTLS() error {
+	// Bytes sent ahead in the clear would be taken for protected ones.
+	if c.br.Buffered() > 0 {
+		return errors.New("client sent data before the TLS handshake")
+	}
+	t := tls.Server(c.socket, c.srv.cfg.TLS)
+	if err := t.HandshakeContext(c.ctx); err != nil {
+		return err
+	}
+	c.nc = t
+	c.br.Reset(t)
+	c.client.TLS = true
+	c.client.Names = clientNames(t.ConnectionState())
+	if len(c.client.Names) > 0 {
+		c.log = c.log.With("name", c.client.Names[0])
+	}
+	c.closeExport()
+	c.style = styleSimple
+	c.contexts, c.contextsFor = nil, ""
+	return nil
+}
+
+// timedOut tells whether a read ended by its deadline.
+func timedOut(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) }

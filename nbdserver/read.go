@@ -1,0 +1,251 @@
+package nbdserver
+
+import (
+	"bytes"
+	"errors"
+
+	"github.com/varve-io/varve/nbdserver/proto"
+)
+
+// minHole is the shortest run of zeroes worth a chunk of its own.
+const minHole = 4096
+
+// zeroPage stands for zeroes that must be sent as data.
+var zeroPage [64 << 10]byte
+
+// readLent answers a read at once if the export lends all its bytes without
+// waiting. It runs on the reading goroutine.
+func (c *conn) readLent(r *request) bool {
+	if r.length == 0 {
+		c.sendDone(r)
+		return true
+	}
+	pieces, err := c.lender.Lend(c.ctx, c.lent[:0], int64(r.offset), int(r.length), false)
+	if err != nil {
+		return false
+	}
+	c.lent = pieces
+	c.replies = c.sendPieces(r, pieces, nil, c.replies[:0])
+	clear(c.lent)
+	clear(c.replies)
+	return true
+}
+
+// read answers a read on a worker.
+func (c *conn) read(r *request) {
+	if r.length == 0 {
+		c.sendDone(r)
+		return
+	}
+	if c.lender != nil {
+		pieces, err := c.lender.Lend(c.ctx, nil, int64(r.offset), int(r.length), true)
+		oe := (*OffsetError)(nil)
+		switch {
+		case errors.Is(err, ErrNotCached): // nothing to lend: read
+		case err != nil && (!errors.As(err, &oe) || len(pieces) == 0):
+			c.exportError(r, err, int64(r.offset))
+			return
+		default:
+			c.sendPieces(r, pieces, err, nil)
+			return
+		}
+	}
+	buf := getBuffer(int(r.length))
+	pieces, err := c.fill(r, buf)
+	// The buffer is released with the last reply.
+	if n := len(pieces); n == 0 {
+		buf.Release()
+		c.exportError(r, err, int64(r.offset))
+		return
+	}
+	pieces[len(pieces)-1].Owner = buf
+	c.sendPieces(r, pieces, err, nil)
+}
+
+// fill reads the request's range into buf and tells which parts of it are
+// zeroes. With an error the pieces are what was read before it.
+func (c *conn) fill(r *request, buf *buffer) ([]Piece, error) {
+	off := int64(r.offset)
+	if len(buf.b) > 64<<10 {
+		if pieces, ok := c.fillByExtents(off, buf.b); ok {
+			return pieces, nil
+		}
+	}
+	n, err := c.opened.ReadAt(c.ctx, buf.b, off)
+	if err != nil {
+		n = min(max(n, 0), len(buf.b)-1)
+		if n == 0 {
+			return nil, at(err, off)
+		}
+		return []Piece{{Data: buf.b[:n]}}, at(err, off+int64(n))
+	}
+	if isZero(buf.b) {
+		return []Piece{{Zeroes: len(buf.b)}}, nil
+	}
+	return []Piece{{Data: buf.b}}, nil
+}
+
+// fillByExtents reads only what is not known to be zero. It gives up, for a
+// plain read to tell what is wrong, on any error.
+func (c *conn) fillByExtents(off int64, b []byte) ([]Piece, bool) {
+	var pieces []Piece
+	pos := 0
+	err := c.opened.Extents(c.ctx, off, int64(len(b)), func(n int64, _, zero bool) bool {
+		l := int(min(n, int64(len(b)-pos)))
+		if l <= 0 {
+			return false
+		}
+		last := len(pieces) - 1
+		switch {
+		case zero && l >= minHole:
+			pieces = append(pieces, Piece{Zeroes: l})
+		case last >= 0 && pieces[last].Data != nil:
+			d := &pieces[last]
+			d.Data = b[pos-len(d.Data) : pos+l]
+		default:
+			pieces = append(pieces, Piece{Data: b[pos : pos+l]})
+		}
+		pos += l
+		return pos < len(b)
+	})
+	if err != nil || pos < len(b) {
+		return nil, false
+	}
+	pos = 0
+	for _, p := range pieces {
+		if p.Data != nil {
+			if _, err := c.opened.ReadAt(c.ctx, p.Data, off+int64(pos)); err != nil {
+				return nil, false
+			}
+		}
+		pos += len(p.Data) + p.Zeroes
+	}
+	return pieces, true
+}
+
+// at says where an error happened, unless it says so itself.
+func at(err error, off int64) error {
+	var oe *OffsetError
+	if errors.As(err, &oe) {
+		return err
+	}
+	return &OffsetError{Offset: off, Err: err}
+}
+
+// isZero tells whether b holds zeroes only.
+func isZero(b []byte) bool {
+	for len(b) > len(zeroPage) {
+		if !bytes.Equal(b[:len(zeroPage)], zeroPage[:]) {
+			return false
+		}
+		b = b[len(zeroPage):]
+	}
+	return bytes.Equal(b, zeroPage[:len(b)])
+}
+
+// sendPieces answers a read with what the export gave, in order; err is what
+// went wrong after the last piece. scratch is reused for the replies.
+func (c *conn) sendPieces(r *request, pieces []Piece, err error, scratch []outgoing) []outgoing {
+	switch {
+	case c.style == styleSimple && err != nil:
+		// The header says whether data follows: too late for an error after it.
+		release(pieces)
+		c.exportError(r, err, int64(r.offset))
+		return scratch
+	case c.style == styleSimple:
+		scratch = c.simpleRead(r, pieces, scratch)
+	case r.flags&proto.CmdFlagDF != 0 && err != nil:
+		release(pieces)
+		c.exportError(r, err, int64(r.offset))
+		return scratch
+	default:
+		scratch = c.structuredRead(r, pieces, err, scratch)
+	}
+	c.count(r, errnoOf(err))
+	c.out.push(scratch...)
+	return scratch
+}
+
+func release(pieces []Piece) {
+	for _, p := range pieces {
+		if p.Owner != nil {
+			p.Owner.Release()
+		}
+	}
+}
+
+// simpleRead is a header and all bytes.
+func (c *conn) simpleRead(r *request, pieces []Piece, out []outgoing) []outgoing {
+	out = append(out, outgoing{})
+	putSimple(&out[0], 0, r.cookie)
+	for _, p := range pieces {
+		out = appendBytes(out, p)
+	}
+	out[len(out)-1].granted = r.mem
+	return out
+}
+
+// appendBytes adds a piece as bytes, zeroes written out.
+func appendBytes(out []outgoing, p Piece) []outgoing {
+	for z := p.Zeroes; p.Data == nil && z > 0; {
+		n := min(z, len(zeroPage))
+		out = appendData(out, zeroPage[:n])
+		z -= n
+	}
+	if p.Data != nil {
+		out = appendData(out, p.Data)
+	}
+	if p.Owner != nil {
+		out[len(out)-1].owner = p.Owner
+	}
+	return out
+}
+
+// appendData adds bytes to the last entry if it has none, else as a new one.
+func appendData(out []outgoing, b []byte) []outgoing {
+	if last := &out[len(out)-1]; last.data == nil && last.owner == nil {
+		last.data = b
+		return out
+	}
+	return append(out, outgoing{data: b})
+}
+
+// structuredRead is a chunk for each run of data and each hole.
+func (c *conn) structuredRead(r *request, pieces []Piece, err error, out []outgoing) []outgoing {
+	pos := r.offset
+	head := 0 // where the current chunk begins in out
+	// Don't fragment: one chunk, zeroes written out.
+	whole := r.flags&proto.CmdFlagDF != 0 && len(pieces) > 1
+	isHole := func(p Piece) bool {
+		return p.Data == nil && !whole && (p.Zeroes >= minHole || len(pieces) == 1)
+	}
+	for i := 0; i < len(pieces); {
+		head = len(out)
+		out = append(out, outgoing{})
+		if p := pieces[i]; isHole(p) {
+			c.putHole(&out[head], r, pos, uint32(p.Zeroes))
+			out[head].owner = p.Owner
+			pos += uint64(p.Zeroes)
+			i++
+			continue
+		}
+		n := 0
+		for ; i < len(pieces) && !isHole(pieces[i]); i++ {
+			if p := pieces[i]; p.Data != nil {
+				n += len(p.Data)
+			} else {
+				n += p.Zeroes
+			}
+			out = appendBytes(out, pieces[i])
+		}
+		c.putData(&out[head], r, pos, n)
+		pos += uint64(n)
+	}
+	if err != nil {
+		out = append(out, c.errorChunk(r, errnoOf(err), err.Error(), offsetOf(err, int64(r.offset))))
+	} else {
+		setDone(&out[head])
+	}
+	out[len(out)-1].granted = r.mem
+	return out
+}

@@ -1,0 +1,278 @@
+package nbdserver
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+
+	"github.com/varve-io/varve/nbdserver/proto"
+)
+
+// Defaults of Config.
+const (
+	DefaultConnectionMemory   = 64 << 20
+	DefaultTotalMemory        = 1 << 30
+	DefaultMaxConnections     = 4096
+	DefaultMaxRequests        = 64
+	DefaultNegotiationTimeout = 30 * time.Second
+	DefaultStallTimeout       = 60 * time.Second
+)
+
+// Config says what a Server serves and within which limits. Zero limits mean
+// the defaults above.
+type Config struct {
+	Catalog Catalog
+
+	// TLS enables STARTTLS; see LoadTLS. With it, clients must use TLS unless
+	// PlainLocal lets those of unix sockets and loopback addresses choose.
+	TLS        *tls.Config
+	PlainLocal bool
+	// Insecure allows to listen beyond the machine without TLS.
+	Insecure bool
+
+	// ConnectionMemory and TotalMemory bound the bytes of requests in flight,
+	// per connection (at least one request of 32 MiB) and in all.
+	ConnectionMemory int64
+	TotalMemory      int64
+	// MaxConnections is the number of clients served at once; more are closed.
+	MaxConnections int
+	// MaxRequests is the number of requests of one connection that wait for
+	// the export at once.
+	MaxRequests int
+
+	// NegotiationTimeout bounds the time from connecting to transmission.
+	NegotiationTimeout time.Duration
+	// StallTimeout ends a connection whose client takes no replies, or stops
+	// in the middle of a message, for that long.
+	StallTimeout time.Duration
+	// IdleTimeout ends a connection without requests; zero means never.
+	IdleTimeout time.Duration
+	// ReadAhead is how many bytes a sequential stream is fetched ahead, for
+	// exports that are Prefetchers; zero means not at all.
+	ReadAhead int64
+
+	Metrics Metrics // may be nil
+	Logger  *slog.Logger
+}
+
+// Server serves a Catalog to any number of clients. Make one with New.
+type Server struct {
+	cfg    Config
+	log    *slog.Logger
+	memory *semaphore.Weighted
+
+	ctx    context.Context // ends when Shutdown gives up waiting, or Close
+	cancel context.CancelFunc
+
+	mu        sync.Mutex
+	listeners map[net.Listener]struct{}
+	conns     map[*conn]struct{}
+	closing   bool
+	done      sync.WaitGroup // connections
+}
+
+// ErrServerClosed is what Serve returns after Shutdown or Close.
+var ErrServerClosed = errors.New("NBD server closed")
+
+// ErrNeedsTLS is the refusal to listen beyond the machine in the clear.
+var ErrNeedsTLS = errors.New("serving disks beyond this machine needs TLS: give a certificate and key, or allow it in the clear with --insecure")
+
+// New checks the configuration and returns a server; it holds no resources
+// until it serves.
+func New(cfg Config) (*Server, error) {
+	if cfg.Catalog == nil {
+		return nil, errors.New("an NBD server needs a catalogue of exports")
+	}
+	def := func(v *int64, d int64) {
+		if *v == 0 {
+			*v = d
+		}
+	}
+	def(&cfg.ConnectionMemory, DefaultConnectionMemory)
+	def(&cfg.TotalMemory, DefaultTotalMemory)
+	if cfg.ConnectionMemory < proto.MaxPayload || cfg.TotalMemory < proto.MaxPayload {
+		return nil, fmt.Errorf("the memory limits must allow one request of %d MiB", proto.MaxPayload>>20)
+	}
+	if cfg.MaxConnections == 0 {
+		cfg.MaxConnections = DefaultMaxConnections
+	}
+	if cfg.MaxRequests == 0 {
+		cfg.MaxRequests = DefaultMaxRequests
+	}
+	if cfg.NegotiationTimeout == 0 {
+		cfg.NegotiationTimeout = DefaultNegotiationTimeout
+	}
+	if cfg.StallTimeout == 0 {
+		cfg.StallTimeout = DefaultStallTimeout
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	return &Server{
+		cfg: cfg, log: cfg.Logger,
+		memory:    semaphore.NewWeighted(cfg.TotalMemory),
+		ctx:       ctx,
+		cancel:    cancel,
+		listeners: map[net.Listener]struct{}{},
+		conns:     map[*conn]struct{}{},
+	}, nil
+}
+
+// Serve accepts connections until the listener fails, or until Shutdown or
+// Close, when it returns ErrServerClosed. It closes the listener.
+func (s *Server) Serve(l net.Listener) error {
+	defer func() { _ = l.Close() }()
+	if s.cfg.TLS == nil && !s.cfg.Insecure && !IsLocal(l.Addr()) {
+		return fmt.Errorf("listen on %s: %w", l.Addr(), ErrNeedsTLS)
+	}
+	s.mu.Lock()
+	if s.closing {
+		s.mu.Unlock()
+		return ErrServerClosed
+	}
+	s.listeners[l] = struct{}{}
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.listeners, l)
+		s.mu.Unlock()
+	}()
+	backoff := 5 * time.Millisecond
+	for {
+		nc, err := l.Accept()
+		if err != nil {
+			s.mu.Lock()
+			closing := s.closing
+			s.mu.Unlock()
+			if closing {
+				return ErrServerClosed
+			}
+			if isTemporary(err) { // out of descriptors: others may leave
+				s.log.Warn("cannot accept a client for now", "listener", l.Addr().String(), "err", err)
+				select {
+				case <-time.After(backoff):
+				case <-s.ctx.Done():
+					return ErrServerClosed
+				}
+				backoff = min(2*backoff, time.Second)
+				continue
+			}
+			return fmt.Errorf("accept NBD clients on %s: %w", l.Addr(), err)
+		}
+		backoff = 5 * time.Millisecond
+		c, ok := s.admit(nc, IsLocal(l.Addr()))
+		if !ok {
+			_ = nc.Close()
+			continue
+		}
+		go func() {
+			defer s.done.Done()
+			c.serve()
+		}()
+	}
+}
+
+// ServeConn serves one connection, such as Stdio's, until it ends. local says
+// whether it counts as one from this machine.
+func (s *Server) ServeConn(nc net.Conn, local bool) error {
+	if s.cfg.TLS == nil && !s.cfg.Insecure && !local {
+		_ = nc.Close()
+		return ErrNeedsTLS
+	}
+	c, ok := s.admit(nc, local)
+	if !ok {
+		_ = nc.Close()
+		return ErrServerClosed
+	}
+	defer s.done.Done()
+	c.serve()
+	return nil
+}
+
+// admit registers a connection unless there are too many.
+func (s *Server) admit(nc net.Conn, local bool) (*conn, bool) {
+	c := newConn(s, nc, local)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closing {
+		return nil, false
+	}
+	if len(s.conns) >= s.cfg.MaxConnections {
+		s.log.Warn("too many NBD clients; closing a new one", "limit", s.cfg.MaxConnections, "client", c.client.Addr)
+		return nil, false
+	}
+	s.conns[c] = struct{}{}
+	s.done.Add(1)
+	return c, true
+}
+
+func (s *Server) forget(c *conn) {
+	s.mu.Lock()
+	delete(s.conns, c)
+	s.mu.Unlock()
+}
+
+// Connections returns the number of clients connected now.
+func (s *Server) Connections() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.conns)
+}
+
+// Shutdown stops accepting clients, answers new requests with ESHUTDOWN, lets
+// requests in flight finish and closes each connection after its last one. If
+// ctx ends first, what is left is cut off and ctx's error returned.
+func (s *Server) Shutdown(ctx context.Context) error {
+	s.stop()
+	idle := make(chan struct{})
+	go func() {
+		s.done.Wait()
+		close(idle)
+	}()
+	select {
+	case <-idle:
+		s.cancel()
+		return nil
+	case <-ctx.Done():
+		s.cut()
+		return ctx.Err()
+	}
+}
+
+// Close ends all connections at once and waits for their goroutines.
+func (s *Server) Close() {
+	s.stop()
+	s.cut()
+	s.done.Wait()
+}
+
+// stop ends accepting and tells the connections.
+func (s *Server) stop() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closing = true
+	for l := range s.listeners {
+		_ = l.Close()
+	}
+	for c := range s.conns {
+		c.shutdown()
+	}
+}
+
+// cut ends everything that still runs.
+func (s *Server) cut() {
+	s.cancel()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := range s.conns {
+		_ = c.socket.Close()
+	}
+}

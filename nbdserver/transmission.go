@@ -1,0 +1,457 @@
+package nbdserver
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/varve-io/varve/nbdserver/proto"
+)
+
+// request is one command of a client, with the memory it may use.
+type request struct {
+	cmd    proto.Command
+	flags  uint16
+	cookie uint64
+	offset uint64
+	length uint64  // of the export's range
+	data   *buffer // payload of a write
+	only   []uint32
+	start  time.Time
+	mem    grant // moves to the last reply
+}
+
+// transmit reads requests until the client leaves. Replies under way are sent
+// before it returns.
+func (c *conn) transmit() error {
+	c.out = newOutbox(c.nc, c.srv.cfg.StallTimeout, &c.mem, func(err error) {
+		c.cancel(fmt.Errorf("send replies: %w", err))
+		_ = c.socket.Close() // ends the reading side, too
+	})
+	if p, ok := c.opened.Export.(Prefetcher); ok && c.srv.cfg.ReadAhead > 0 {
+		c.ahead = newReadAhead(c, p, c.srv.cfg.ReadAhead)
+	}
+	if c.srv.cfg.Metrics != nil {
+		c.counted = c.srv.cfg.Metrics.Connected(c.opened.Name)
+		defer c.counted.Disconnected()
+	}
+	c.log.Debug("client connected", "flags", fmt.Sprintf("%#x", uint16(c.flags)))
+	_ = c.socket.SetReadDeadline(time.Time{})
+	c.deadlines.Lock()
+	c.talking = true
+	if c.closing.Load() {
+		_ = c.socket.SetReadDeadline(time.Unix(1, 0))
+	}
+	c.deadlines.Unlock()
+
+	err := c.readRequests()
+	if !errors.Is(err, errDone) && !errors.Is(err, io.EOF) && !timedOut(err) {
+		c.cancel(err) // what is in flight has nobody to answer to
+	}
+	if c.ahead != nil {
+		c.ahead.stop()
+	}
+	c.workers.Wait()
+	c.out.close()
+	return err
+}
+
+// readRequests is the loop of the connection's goroutine.
+func (c *conn) readRequests() error {
+	size := proto.RequestSize
+	if c.style == styleExtended {
+		size = proto.ExtendedRequestSize
+	}
+	for {
+		h, err := c.nextHeader(size)
+		if err != nil {
+			return err
+		}
+		var r request
+		magic := binary.BigEndian.Uint32(h)
+		r.flags = binary.BigEndian.Uint16(h[4:])
+		r.cmd = proto.Command(binary.BigEndian.Uint16(h[6:]))
+		r.cookie = binary.BigEndian.Uint64(h[8:])
+		r.offset = binary.BigEndian.Uint64(h[16:])
+		want := proto.MagicRequest
+		if c.style == styleExtended {
+			want = proto.MagicExtendedRequest
+			r.length = binary.BigEndian.Uint64(h[24:])
+		} else {
+			r.length = uint64(binary.BigEndian.Uint32(h[24:]))
+		}
+		if magic != want {
+			return fmt.Errorf("client sent request magic %#x", magic)
+		}
+		if _, err := c.br.Discard(size); err != nil {
+			return err
+		}
+		if c.counted != nil {
+			r.start = time.Now()
+		}
+		if r.cmd == proto.CmdDisconnect {
+			return errDone
+		}
+		if err := c.handle(&r); err != nil {
+			return err
+		}
+	}
+}
+
+// nextHeader returns the next request's header without consuming it. Before
+// it waits for the client, it sends the replies that are ready.
+func (c *conn) nextHeader(size int) ([]byte, error) {
+	for {
+		want, stalled := size, false
+		switch have := c.br.Buffered(); {
+		case have >= size:
+		case have > 0: // the rest must not take long
+			c.out.flush()
+			stalled = true
+			c.setReadDeadline(time.Now().Add(c.srv.cfg.StallTimeout))
+		default:
+			c.out.flush()
+			want = 1
+			if c.srv.cfg.IdleTimeout > 0 {
+				c.setReadDeadline(time.Now().Add(c.srv.cfg.IdleTimeout))
+			}
+		}
+		h, err := c.br.Peek(want)
+		switch {
+		case err == nil && stalled:
+			c.setReadDeadline(time.Time{})
+			return h, nil
+		case err == nil && want == size:
+			return h, nil
+		case err == nil:
+			continue
+		case !timedOut(err):
+			if errors.Is(err, io.EOF) && len(h) > 0 {
+				return nil, io.ErrUnexpectedEOF
+			}
+			return nil, err
+		case c.closing.Load():
+			return nil, err
+		case stalled:
+			return nil, errStalled
+		case c.busy.Load() == 0:
+			return nil, err
+		}
+		// Requests in flight are not idleness.
+	}
+}
+
+// hasPayload tells whether the client sends r.length bytes with the request.
+func (c *conn) hasPayload(r *request) bool {
+	if c.style == styleExtended {
+		return r.flags&proto.CmdFlagPayloadLen != 0
+	}
+	return r.cmd == proto.CmdWrite
+}
+
+// handle validates one request and answers it or starts its work. An error
+// ends the connection.
+func (c *conn) handle(r *request) error {
+	payload := c.hasPayload(r)
+	if payload && r.length > proto.MaxPayload {
+		// Stay in step with a client that is a little off, but do not swallow
+		// gigabytes for it; with extended headers the protocol says hang up.
+		if c.style == styleExtended || r.length > 4*proto.MaxPayload {
+			return fmt.Errorf("client sends a payload of %d bytes", r.length)
+		}
+		if err := c.discardPayload(r.length); err != nil {
+			return err
+		}
+		return c.refuse(r, proto.EINVAL, "payload is larger than 32 MiB")
+	}
+	errno, text := c.check(r, payload)
+	if errno != 0 {
+		if payload {
+			if err := c.discardPayload(r.length); err != nil {
+				return err
+			}
+		}
+		return c.refuse(r, errno, text)
+	}
+	if err := c.takeMemory(r); err != nil {
+		return err
+	}
+	if payload {
+		if err := c.readPayload(r); err != nil {
+			c.mem.release(r.mem)
+			return err
+		}
+		if r.cmd == proto.CmdBlockStatus && !c.filterStatus(r) {
+			r.data.Release()
+			return c.refuse(r, proto.EINVAL, "list of metadata contexts is malformed")
+		}
+	}
+	if r.cmd == proto.CmdRead {
+		if c.ahead != nil {
+			c.ahead.saw(int64(r.offset), int64(r.length))
+		}
+		if c.lender != nil && c.readLent(r) {
+			return nil
+		}
+	}
+	return c.dispatch(r)
+}
+
+// check validates a request against the protocol and the export.
+func (c *conn) check(r *request, payload bool) (proto.Errno, string) {
+	if c.closing.Load() {
+		return proto.ESHUTDOWN, "server is shutting down"
+	}
+	allowed := uint16(0)
+	switch r.cmd {
+	case proto.CmdRead:
+		if c.flags&proto.FlagSendDF != 0 {
+			allowed = proto.CmdFlagDF
+		}
+	case proto.CmdWrite:
+		if c.style == styleExtended {
+			allowed = proto.CmdFlagPayloadLen
+			if !payload {
+				return proto.EINVAL, "write without payload"
+			}
+		}
+	case proto.CmdFlush, proto.CmdTrim, proto.CmdCache:
+	case proto.CmdWriteZeroes:
+		allowed = proto.CmdFlagNoHole | proto.CmdFlagFastZero
+	case proto.CmdBlockStatus:
+		allowed = proto.CmdFlagReqOne
+		if c.flags&proto.FlagBlockStatusPayload != 0 {
+			allowed |= proto.CmdFlagPayloadLen
+		}
+	default:
+		return proto.EINVAL, "unknown command"
+	}
+	if c.flags&proto.FlagSendFUA != 0 {
+		allowed |= proto.CmdFlagFUA
+	}
+	if bad := r.flags &^ allowed; bad != 0 {
+		switch {
+		case c.writer == nil && (r.cmd == proto.CmdWrite || r.cmd == proto.CmdTrim || r.cmd == proto.CmdWriteZeroes):
+			return proto.EPERM, "export is read-only"
+		case r.cmd == proto.CmdRead && bad == proto.CmdFlagDF:
+			return proto.EINVAL, "DF flag without structured replies"
+		}
+		return proto.EINVAL, fmt.Sprintf("command flags %#x are not valid here", bad)
+	}
+	if r.cmd == proto.CmdBlockStatus && payload {
+		return c.checkStatusPayload(r)
+	}
+	return c.checkRange(r)
+}
+
+// checkRange validates where a request points.
+func (c *conn) checkRange(r *request) (proto.Errno, string) {
+	switch r.cmd {
+	case proto.CmdFlush:
+		if r.offset != 0 || r.length != 0 {
+			return proto.EINVAL, "flush takes no range"
+		}
+		return 0, ""
+	case proto.CmdWrite, proto.CmdTrim, proto.CmdWriteZeroes:
+		if c.writer == nil {
+			return proto.EPERM, "export is read-only"
+		}
+	case proto.CmdBlockStatus:
+		if len(c.contexts) == 0 {
+			return proto.EINVAL, "no metadata context was selected"
+		}
+		if r.length == 0 {
+			return proto.EINVAL, "block status of no bytes"
+		}
+	}
+	size := uint64(c.size)
+	if r.offset > size || r.length > size-r.offset {
+		if r.cmd == proto.CmdWrite || r.cmd == proto.CmdWriteZeroes {
+			return proto.ENOSPC, "request goes beyond the end of the export"
+		}
+		return proto.EINVAL, "request goes beyond the end of the export"
+	}
+	if r.cmd == proto.CmdRead && r.length > proto.MaxPayload {
+		if c.style == styleSimple {
+			return proto.EINVAL, "read is larger than 32 MiB"
+		}
+		return proto.EOVERFLOW, "read is larger than 32 MiB"
+	}
+	return 0, ""
+}
+
+// takeMemory waits until the request's memory is free. Replies that hold some
+// are sent before waiting.
+func (c *conn) takeMemory(r *request) error {
+	n := int64(minRequestCost)
+	switch r.cmd {
+	case proto.CmdRead, proto.CmdWrite:
+		if r.length > 0 {
+			n += bufferCost(int(r.length))
+		}
+	case proto.CmdBlockStatus:
+		n += statusMemory
+	}
+	n = min(n, c.srv.cfg.ConnectionMemory, c.srv.cfg.TotalMemory)
+	if g, ok := c.mem.try(n); ok {
+		r.mem = g
+		return nil
+	}
+	c.out.flush()
+	g, err := c.mem.acquire(c.ctx, n)
+	r.mem = g
+	return err
+}
+
+// readPayload reads a request's payload into a buffer.
+func (c *conn) readPayload(r *request) error {
+	r.data = getBuffer(int(r.length))
+	if err := c.readFull(r.data.b); err != nil {
+		r.data.Release()
+		return err
+	}
+	return nil
+}
+
+// readFull reads from the client, which must not stall in between.
+func (c *conn) readFull(p []byte) error {
+	n := c.br.Buffered()
+	if n >= len(p) {
+		_, err := io.ReadFull(c.br, p)
+		return err
+	}
+	c.out.flush()
+	for len(p) > 0 {
+		c.setReadDeadline(time.Now().Add(c.srv.cfg.StallTimeout))
+		n, err := c.br.Read(p)
+		p = p[n:]
+		if err != nil && len(p) > 0 {
+			if errors.Is(err, io.EOF) {
+				err = io.ErrUnexpectedEOF
+			}
+			if timedOut(err) {
+				return errStalled
+			}
+			return err
+		}
+	}
+	c.setReadDeadline(time.Time{})
+	return nil
+}
+
+var errStalled = errors.New("client stopped in the middle of a message")
+
+// discardPayload reads a payload that nobody wants.
+func (c *conn) discardPayload(n uint64) error {
+	b := getBuffer(64 << 10)
+	defer b.Release()
+	for n > 0 {
+		part := b.b[:min(n, uint64(len(b.b)))]
+		if err := c.readFull(part); err != nil {
+			return err
+		}
+		n -= uint64(len(part))
+	}
+	return nil
+}
+
+// refuse answers a request with an error at once.
+func (c *conn) refuse(r *request, errno proto.Errno, text string) error {
+	if r.mem.n == 0 {
+		if err := c.takeMemoryFor(r, minRequestCost); err != nil {
+			return err
+		}
+	}
+	c.sendError(r, errno, text, -1)
+	return nil
+}
+
+func (c *conn) takeMemoryFor(r *request, n int64) error {
+	g, ok := c.mem.try(n)
+	if !ok {
+		c.out.flush()
+		var err error
+		if g, err = c.mem.acquire(c.ctx, n); err != nil {
+			return err
+		}
+	}
+	r.mem = g
+	return nil
+}
+
+// dispatch hands a request to a worker, waiting while too many are busy.
+func (c *conn) dispatch(r *request) error {
+	select {
+	case c.slots <- struct{}{}:
+	default:
+		c.out.flush()
+		select {
+		case c.slots <- struct{}{}:
+		case <-c.ctx.Done():
+			if r.data != nil {
+				r.data.Release()
+			}
+			c.mem.release(r.mem)
+			return c.ctx.Err()
+		}
+	}
+	c.busy.Add(1)
+	c.workers.Add(1)
+	w := *r
+	go func() {
+		defer c.workers.Done()
+		c.work(&w)
+		c.out.flush()
+		<-c.slots
+		if c.busy.Add(-1) == 0 {
+			c.settle()
+		}
+	}()
+	return nil
+}
+
+// work carries out a request that may wait for the export.
+func (c *conn) work(r *request) {
+	off, length := int64(r.offset), int64(r.length)
+	var err error
+	switch r.cmd {
+	case proto.CmdRead:
+		c.read(r)
+		return
+	case proto.CmdBlockStatus:
+		c.blockStatus(r)
+		return
+	case proto.CmdWrite:
+		if length > 0 {
+			_, err = c.writer.WriteAt(c.ctx, r.data.b, off)
+		}
+		r.data.Release()
+	case proto.CmdTrim:
+		if length > 0 {
+			err = c.writer.Trim(c.ctx, off, length)
+		}
+	case proto.CmdWriteZeroes:
+		if length > 0 {
+			err = c.writer.Zero(c.ctx, off, length,
+				r.flags&proto.CmdFlagNoHole != 0, r.flags&proto.CmdFlagFastZero != 0)
+		}
+	case proto.CmdFlush:
+		if c.writer != nil {
+			err = c.writer.Flush(c.ctx)
+		}
+	case proto.CmdCache:
+		if p, ok := c.opened.Export.(Prefetcher); ok && length > 0 {
+			err = p.Prefetch(c.ctx, off, length)
+		}
+	}
+	if err == nil && r.flags&proto.CmdFlagFUA != 0 && c.writer != nil && r.cmd != proto.CmdFlush {
+		err = c.writer.Flush(c.ctx)
+	}
+	if err != nil {
+		c.exportError(r, err, off)
+		return
+	}
+	c.sendDone(r)
+}
