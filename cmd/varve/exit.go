@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 
+	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/repository"
 )
 
@@ -49,6 +50,13 @@ var exitCodes = []struct {
 	{repository.ErrReplaced, exitRepository},
 	{repository.ErrPasswordChangeInterrupted, exitRepository},
 	{repository.ErrAlreadyExists, exitRefused},
+	{backup.ErrNoSuchPoint, exitNotFound},
+	{backup.ErrAmbiguous, exitNotFound},
+	{backup.ErrLeased, exitRefused},
+	{backup.ErrPinned, exitRefused},
+	{backup.ErrEmptyPolicy, exitUsage},
+	{repository.ErrNotOwner, exitRefused},
+	{backup.ErrDamaged, exitDamaged},
 	{repository.ErrContentMissing, exitDamaged},
 	{repository.ErrContentCorrupt, exitDamaged},
 	{repository.ErrReadOnly, exitRefused},

@@ -135,7 +135,15 @@ environment over the file. Secrets are never flags.`,
 	)
 	root.AddCommand(
 		newBackupCommand(a),
+		newForgetCommand(a),
+		newListCommand(a),
+		newMaintenanceCommand(a),
+		newPinCommand(a),
+		newPruneCommand(a),
 		newRepoCommand(a),
+		newShowCommand(a),
+		newUnpinCommand(a),
+		newVerifyCommand(a),
 		newVersionCommand(a),
 	)
 	a.instrument(root)
