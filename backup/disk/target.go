@@ -171,6 +171,26 @@ func (t *Target) prepare(o TargetOptions) error {
 	return err
 }
 
+// Empty has a file read as zeroes again, so that zeroes need no writing from here on:
+// for a caller who learns only from the target's Identity whether to keep it. It does
+// nothing to a device. Not to be called while the target is written to.
+func (t *Target) Empty() error {
+	if t.device {
+		return nil
+	}
+
+	for _, size := range []int64{0, t.size} {
+		if err := t.buffered.Truncate(size); err != nil {
+			return fmt.Errorf("empty target: %w", err)
+		}
+	}
+
+	t.fresh = true
+	t.written = newWrittenMap(t.size)
+
+	return nil
+}
+
 // writeProtected asks BLKROGET: opening a protected device for writing succeeds, and
 // only the writes fail.
 func (t *Target) writeProtected() (bool, error) {

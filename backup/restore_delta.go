@@ -1,0 +1,237 @@
+package backup
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"sync/atomic"
+
+	"github.com/cespare/xxhash/v2"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/varve-io/varve/backup/image"
+)
+
+const (
+	// spotUnit is how much one sample of the spot check reads, in bytes.
+	spotUnit = 128 << 10
+	// minSpots is how many samples there are at least, and maxNeighbours how
+	// many changed ranges have theirs looked at.
+	minSpots      = 64
+	maxNeighbours = 256
+)
+
+// delta writes what differs between the base, which the target is known to
+// hold, and the point.
+func (r *restore) delta(ctx context.Context) error {
+	var ranges []image.Range
+	if err := image.Diff(ctx, r.base, r.img, func(e image.Extent) error {
+		ranges = append(ranges, image.Range{Offset: e.Offset, Length: e.Length})
+		return nil
+	}); err != nil {
+		return fmt.Errorf("compare with the base %s: %w", r.opt.Base.Name(), err)
+	}
+	for _, c := range r.opt.Changed {
+		if c.Offset < 0 || c.Length < 0 || c.Offset > math.MaxInt64-c.Length {
+			return fmt.Errorf("changed range of %d bytes at %d makes no sense", c.Length, c.Offset)
+		}
+		if c.Offset < r.img.Size() { // what lies behind the point's end stays
+			ranges = append(ranges, image.Range{Offset: c.Offset, Length: min(c.Length, r.img.Size()-c.Offset)})
+		}
+	}
+	ranges = mergeRanges(ranges)
+	same := subtractRanges([]image.Range{{Length: r.img.Size()}}, ranges)
+	r.unchanged.Store(total(same))
+	if err := r.spotCheck(ctx, ranges, same); err != nil {
+		return err
+	}
+	if _, err := r.openJournal(ranges); err != nil {
+		return err
+	}
+	return r.write(ctx, ranges)
+}
+
+// spotCheck reads some of what is taken for unchanged from the target, before
+// anything is written: neighbours of what changed, the first and the last
+// bytes, and samples spread at random.
+func (r *restore) spotCheck(ctx context.Context, changed, same []image.Range) error {
+	if r.opt.SpotCheck <= 0 || len(same) == 0 {
+		return nil
+	}
+	var spots []image.Range
+	add := func(off int64) {
+		off = off / spotUnit * spotUnit
+		spots = append(spots, image.Range{Offset: off, Length: min(spotUnit, r.img.Size()-off)})
+	}
+	step := max(1, len(changed)/maxNeighbours)
+	for i := rand.IntN(step); i < len(changed); i += step {
+		add(max(0, changed[i].Offset-1))
+		add(changed[i].Offset + changed[i].Length)
+	}
+	add(same[0].Offset)
+	last := same[len(same)-1]
+	add(last.Offset + last.Length - 1)
+	n := max(minSpots, int64(math.Ceil(math.Min(r.opt.SpotCheck, 1)*float64(total(same))/spotUnit)))
+	stride := max(1, total(same)/n)
+	at, behind := 0, int64(0) // same[at] begins behind bytes into the unchanged ones
+	for start := int64(0); start < total(same); start += stride {
+		pick := start + rand.Int64N(min(stride, total(same)-start))
+		for pick >= behind+same[at].Length {
+			behind += same[at].Length
+			at++
+		}
+		add(same[at].Offset + pick - behind)
+	}
+	spots = subtractRanges(mergeRanges(spots), changed) // only what is unchanged of each
+	buf := newAlignedBuffer(restoreUnit)
+	all := total(spots)
+	for _, s := range spots {
+		for _, part := range cutRange(s) {
+			bad, err := r.differs(ctx, part, buf, nil)
+			if err != nil {
+				return err
+			}
+			if len(bad) > 0 {
+				return fmt.Errorf("%w %s: bytes %d to %d are not what it has there, and nothing was reported to have changed them; nothing was written: "+
+					"restore with --delta alone, which compares all of the target, or in full",
+					ErrNotBase, r.opt.Base.Name(), bad[0].Offset, bad[0].Offset+bad[0].Length)
+			}
+			r.res.Checked += part.Length
+			r.opt.Progress(Progress{Phase: "spot check", Done: r.res.Checked, Total: all})
+		}
+	}
+	return nil
+}
+
+// cutRange cuts a range at the borders of units.
+func cutRange(r image.Range) []image.Range {
+	var out []image.Range
+	for off, end := r.Offset, r.Offset+r.Length; off < end; {
+		stop := min((off/restoreUnit+1)*restoreUnit, end)
+		out = append(out, image.Range{Offset: off, Length: stop - off})
+		off = stop
+	}
+	return out
+}
+
+// compare reads the target and writes what differs from the point.
+func (r *restore) compare(ctx context.Context) error {
+	return r.units(ctx, "compare", func(ctx context.Context, unit image.Range, buf []byte) error {
+		scratch := make([]byte, 0, restoreUnit)
+		bad, err := r.differs(ctx, unit, buf, scratch)
+		if err != nil {
+			return err
+		}
+		for _, b := range bad {
+			if err := r.overwrite(ctx, b, buf); err != nil {
+				return err
+			}
+		}
+		r.unchanged.Add(unit.Length - total(bad))
+		return nil
+	})
+}
+
+// overwrite writes a range of at most a unit.
+func (r *restore) overwrite(ctx context.Context, part image.Range, buf []byte) error {
+	return r.img.Pieces(ctx, part.Offset, part.Length, func(p image.Piece) error {
+		if p.Zero {
+			return r.put(p.Offset, nil, p.Length)
+		}
+		if err := r.img.ReadOnce(ctx, buf[:p.Length], p.Offset); err != nil {
+			return err
+		}
+		return r.put(p.Offset, buf[:p.Length], p.Length)
+	})
+}
+
+// verify reads the target back and compares it with the point.
+func (r *restore) verify(ctx context.Context) error {
+	return r.units(ctx, "verify", func(ctx context.Context, unit image.Range, buf []byte) error {
+		bad, err := r.differs(ctx, unit, buf, nil)
+		if err != nil {
+			return err
+		}
+		if len(bad) > 0 {
+			return fmt.Errorf("%w: bytes %d to %d read back different: the disk or something that writes to it is at fault; restore again, to another target if it stays so",
+				ErrVerify, bad[0].Offset, bad[0].Offset+bad[0].Length)
+		}
+		r.verified.Add(unit.Length)
+		return nil
+	})
+}
+
+// units calls fn for all units of the disk on all workers, each with an
+// aligned buffer of a unit.
+func (r *restore) units(ctx context.Context, phase string, fn func(ctx context.Context, unit image.Range, buf []byte) error) error {
+	var next, done atomic.Int64
+	size := r.img.Size()
+	g, ctx := errgroup.WithContext(ctx)
+	for range r.opt.Workers {
+		g.Go(func() error {
+			buf := newAlignedBuffer(restoreUnit)
+			for {
+				off := (next.Add(1) - 1) * restoreUnit
+				if off >= size {
+					return nil
+				}
+				if err := ctx.Err(); err != nil {
+					return err
+				}
+				unit := image.Range{Offset: off, Length: min(restoreUnit, size-off)}
+				if err := fn(ctx, unit, buf); err != nil {
+					return err
+				}
+				r.opt.Progress(Progress{Phase: phase, Done: done.Add(unit.Length), Total: size})
+			}
+		})
+	}
+	return g.Wait()
+}
+
+// differs returns the pieces of a range, at most a unit, that the target holds
+// differently from the point. Where the backup recorded a block's digest, the
+// target's bytes are compared by it and the block is not decoded: 64 bits tell
+// any difference that is not made on purpose, and somebody who can write to the
+// target on purpose needs no collision.
+func (r *restore) differs(ctx context.Context, part image.Range, buf, scratch []byte) ([]image.Range, error) {
+	have := buf[:part.Length]
+	if n, err := r.target.ReadAt(have, part.Offset); int64(n) < part.Length {
+		if err == nil || errors.Is(err, io.EOF) {
+			err = io.ErrUnexpectedEOF
+		}
+		return nil, fmt.Errorf("read target at %d: %w", part.Offset+int64(n), err)
+	}
+	var bad []image.Range
+	err := r.img.Pieces(ctx, part.Offset, part.Length, func(p image.Piece) error {
+		mine := have[p.Offset-part.Offset:][:p.Length]
+		same := false
+		switch {
+		case p.Zero: // a run of any length, of which little may differ
+			for at := int64(0); at < p.Length; at += spotUnit {
+				if n := min(spotUnit, p.Length-at); !isZero(mine[at : at+n]) {
+					bad = append(bad, image.Range{Offset: p.Offset + at, Length: n})
+				}
+			}
+			return nil
+		case p.HasDigest:
+			same = xxhash.Sum64(mine) == p.Digest
+		default:
+			scratch = slices.Grow(scratch[:0], int(p.Length))[:p.Length]
+			if err := r.img.ReadOnce(ctx, scratch, p.Offset); err != nil {
+				return err
+			}
+			same = bytes.Equal(mine, scratch)
+		}
+		if !same {
+			bad = append(bad, image.Range{Offset: p.Offset, Length: p.Length})
+		}
+		return nil
+	})
+	return mergeRanges(bad), err
+}
