@@ -135,6 +135,7 @@ environment over the file. Secrets are never flags.`,
 	)
 	root.AddCommand(
 		newBackupCommand(a),
+		newDiffCommand(a),
 		newForgetCommand(a),
 		newListCommand(a),
 		newMaintenanceCommand(a),
