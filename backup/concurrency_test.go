@@ -71,7 +71,9 @@ func interfere(t *testing.T, step string, prepare func(t *testing.T, r *reposito
 	other := openRepo(t, conf)
 	met := false
 	opt.BlockSize = 64 << 10
-	opt.CheckpointEvery = time.Nanosecond // a checkpoint after each job
+	if step == "checkpoint" {
+		opt.CheckpointEvery = time.Nanosecond // after each job
+	}
 	opt.step = func(s string) {
 		if s != step || met {
 			return
