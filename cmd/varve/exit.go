@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/disk"
 	"github.com/varve-io/varve/backup/repository"
 )
 
@@ -60,6 +61,14 @@ var exitCodes = []struct {
 	{repository.ErrContentMissing, exitDamaged},
 	{repository.ErrContentCorrupt, exitDamaged},
 	{repository.ErrReadOnly, exitRefused},
+	{backup.ErrNoSuchPoint, exitNotFound},
+	{backup.ErrAmbiguous, exitNotFound},
+	{backup.ErrVerify, exitDamaged},
+	{backup.ErrNotBase, exitRefused},
+	{backup.ErrOtherRestore, exitRefused},
+	{backup.ErrTargetTooSmall, exitRefused},
+	{disk.ErrMounted, exitRefused},
+	{disk.ErrTooSmall, exitRefused},
 }
 
 func exitCode(err error) int {

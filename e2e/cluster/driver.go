@@ -48,7 +48,9 @@ func (c *Cluster) sidecars(d *Driver) []supervisor.Process {
 	}
 	// Backed off retries would make tests wait for what has long become possible.
 	retry := []string{"--leader-election=false", "--http-endpoint=", "--timeout=60s", "--retry-interval-start=500ms", "--retry-interval-max=5s"}
-	provisioner := append([]string{"--extra-create-metadata", "--default-fstype=ext4"}, retry...)
+	provisioner := append([]string{"--extra-create-metadata", "--default-fstype=ext4",
+		// A snapshot whose finalizer could not be removed at once waits for this.
+		"--snapshot-orphan-sweep-interval=2s"}, retry...)
 	if d.Options.NodeLocal {
 		// The selected node or none: a source that lies elsewhere is an error.
 		provisioner = append(provisioner, "--strict-topology")

@@ -144,8 +144,6 @@ func TestMetadataVices(t *testing.T) {
 
 // A base snapshot that has been deleted serves some drivers and not others.
 func TestDeletedBase(t *testing.T) {
-	f := framework.New(t)
-	d := defaultDriver(f)
 	for _, c := range []struct {
 		name string
 		keep bool
@@ -153,6 +151,7 @@ func TestDeletedBase(t *testing.T) {
 	}{{"required", false, codes.NotFound}, {"not required", true, codes.OK}} {
 		t.Run(c.name, func(t *testing.T) {
 			f := framework.New(t)
+			d := defaultDriver(f)
 			f.SetDriver(d, csidriver.Options{Metadata: csidriver.MetadataOptions{BaseNotRequired: c.keep}})
 			first, second := twoSnapshots(f, "")
 			base := f.Handle(first)

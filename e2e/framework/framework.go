@@ -169,11 +169,18 @@ func (f *F) clear() {
 	for _, kinds := range []string{
 		"deployments,statefulsets,daemonsets,jobs,cronjobs",
 		"pods",
-		"volumesnapshots.snapshot.storage.k8s.io,volumegroupsnapshots.groupsnapshot.storage.k8s.io",
-		"persistentvolumeclaims",
+		// A pending claim holds the snapshot it comes from, and a snapshot being taken
+		// its claim: they go together.
+		"persistentvolumeclaims,volumesnapshots.snapshot.storage.k8s.io,volumegroupsnapshots.groupsnapshot.storage.k8s.io",
 	} {
-		_, err := f.Cluster.Kubectl(ctx, nil, "delete", kinds, "--all", "-n", f.Namespace, "--ignore-not-found", "--timeout=120s", "--grace-period=1")
-		errs = append(errs, err)
+		_, err := f.Cluster.Kubectl(ctx, nil, "delete", kinds, "--all", "-n", f.Namespace, "--ignore-not-found", "--grace-period=1", "--wait=false")
+		errs = append(errs, err, f.Await(ctx, kinds+" to be gone", func(ctx context.Context) error {
+			left, err := f.Cluster.Kubectl(ctx, nil, "get", kinds, "-n", f.Namespace, "-o", "name")
+			if err == nil && left != "" {
+				err = fmt.Errorf("left: %s", strings.Join(strings.Fields(left), ", "))
+			}
+			return err
+		}))
 	}
 	errs = append(errs, f.Await(ctx, "the namespace's volumes to be gone", func(ctx context.Context) error {
 		var pvs corev1.PersistentVolumeList

@@ -10,9 +10,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
-	"github.com/varve-io/varve/e2e/csidriver"
-
 	"github.com/varve-io/varve/e2e/cluster"
+	"github.com/varve-io/varve/e2e/csidriver"
 )
 
 // Volume modes, for those who need a pointer less.
@@ -96,6 +95,14 @@ func (f *F) LastEvent(ctx context.Context, name string) string {
 // Snapshot takes a snapshot of a claim and waits until it can be used.
 func (f *F) Snapshot(name, claim, class string) *snapshotv1.VolumeSnapshot {
 	f.T.Helper()
+	f.CreateSnapshot(name, claim, class)
+	return f.WaitSnapshot(name)
+}
+
+// CreateSnapshot asks for a snapshot of a claim and does not wait for it. An empty
+// class is the driver's default one.
+func (f *F) CreateSnapshot(name, claim, class string) *snapshotv1.VolumeSnapshot {
+	f.T.Helper()
 	s := &snapshotv1.VolumeSnapshot{
 		ObjectMeta: metav1.ObjectMeta{Namespace: f.Namespace, Name: name},
 		Spec:       snapshotv1.VolumeSnapshotSpec{Source: snapshotv1.VolumeSnapshotSource{PersistentVolumeClaimName: &claim}},
@@ -104,7 +111,7 @@ func (f *F) Snapshot(name, claim, class string) *snapshotv1.VolumeSnapshot {
 		s.Spec.VolumeSnapshotClassName = &class
 	}
 	f.Create(s)
-	return f.WaitSnapshot(name)
+	return s
 }
 
 // WaitSnapshot waits until a snapshot is bound and ready.

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Runs the tests that stand on package framework, in one cluster brought up for them
+# (or in the one that is up), and takes it down. RUN chooses tests by regexp; counts
+# what was skipped and why.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export CGO_ENABLED=0
+log=$(mktemp)
+own=
+finish() {
+	rc=$?
+	if [ -n "$own" ]; then
+		go run ./cluster/cmd/e2e-cluster down || rc=1
+	fi
+	rm -f "$log"
+	exit $rc
+}
+trap finish EXIT
+trap 'exit 130' INT TERM
+if ! go run ./cluster/cmd/e2e-cluster exec true 2>/dev/null; then
+	own=yes
+	go run ./cluster/cmd/e2e-cluster up || exit 1
+fi
+# Those packages need a cluster; one at a time, as they share it.
+mapfile -t packages < <(go list -f '{{range .XTestImports}}{{if eq . "github.com/varve-io/varve/e2e/framework"}}{{$.ImportPath}}{{end}}{{end}}' ./... | sort -u)
+rc=0
+go test -p 1 -count=1 -timeout 60m -v -run "${RUN:-.}" "${packages[@]}" >"$log" 2>&1 || rc=1
+grep -E '^(ok|FAIL|panic:)|^ *--- (FAIL|PASS)' "$log"
+if [ $rc -ne 0 ]; then
+	echo "--- what failed said:"
+	grep -vE '^(=== |--- PASS| *--- PASS|ok|\?|PASS)' "$log" | tail -n 200
+fi
+passed=$(grep -cE '^ *--- PASS' "$log")
+failed=$(grep -cE '^ *--- FAIL' "$log")
+skipped=$(grep -cE '^ *--- SKIP' "$log")
+grep -A3 -E '^ *--- SKIP' "$log"
+echo "e2e: $passed passed, $failed failed, $skipped skipped"
+exit $rc

@@ -1,0 +1,38 @@
+# The end-to-end tests, included by the project's Makefile. docs/e2e.md tells what
+# each part is for.
+
+E2E     := $(CURDIR)/e2e
+IMAGE   ?= localhost/varve:$(or $(VERSION),dev)
+# What dates the image: the commit, so that it is the same wherever it is built.
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
+
+.PHONY: e2e-setup
+e2e-setup: ## Install the Debian packages that the test cluster uses (needs root)
+	@e2e/cluster/setup.sh
+
+.PHONY: e2e-build
+e2e-build: e2e-setup ## Build the test cluster's parts, once for each version (cold: about 10 minutes)
+	cd e2e && CGO_ENABLED=0 $(GO) run ./cluster/cmd/e2e-cluster build
+
+.PHONY: e2e-cluster
+e2e-cluster: e2e-setup ## Bring up a real Kubernetes on this machine (VARVE_E2E_NODES=2 for two nodes)
+	cd e2e && CGO_ENABLED=0 $(GO) run ./cluster/cmd/e2e-cluster up
+
+.PHONY: e2e-cluster-down
+e2e-cluster-down: ## Take it down without a trace
+	cd e2e && CGO_ENABLED=0 $(GO) run ./cluster/cmd/e2e-cluster down
+
+.PHONY: e2e
+e2e: e2e-setup ## The end-to-end tests in a cluster of their own (RUN=regexp to choose)
+	@e2e/cluster/test.sh
+
+.PHONY: e2e-ci
+e2e-ci: ## make e2e if the cluster is built already or there is time; else say why not
+	@e2e/cluster/ci.sh
+
+.PHONY: image
+image: ## Build Varve's container image as an OCI archive: bin/image/varve.tar
+	@mkdir -p $(BIN)/image
+	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -tags timetzdata -ldflags '$(LDFLAGS) -buildid=' -o $(BIN)/image/varve ./cmd/varve
+	cd e2e && CGO_ENABLED=0 $(GO) run ./cluster/cmd/mkimage -binary $(CURDIR)/$(BIN)/image/varve -name $(IMAGE) -version $(or $(VERSION),dev) \
+		-o $(CURDIR)/$(BIN)/image/varve.tar -sbom $(CURDIR)/$(BIN)/image/varve.spdx.json
