@@ -115,7 +115,7 @@ func interfere(t *testing.T, step string, prepare func(t *testing.T, r *reposito
 	opt.step = nil
 	p, _ = mustBackup(t, fresh, opt)
 	maintainNow(t, fresh)
-	if !bytes.Equal(readPoint(t, openFresh(t, conf), p), want) {
+	if !bytes.Equal(readPoint(t, other, p), want) {
 		t.Error("the next point reads back different")
 	}
 }
