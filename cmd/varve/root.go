@@ -148,6 +148,7 @@ environment over the file. Secrets are never flags.`,
 		newShowCommand(a),
 		newUnpinCommand(a),
 		newVerifyCommand(a),
+		newServeCommand(a),
 		newVersionCommand(a),
 	)
 	a.instrument(root)
