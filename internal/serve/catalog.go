@@ -2,7 +2,6 @@ package serve
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -186,9 +185,6 @@ func (c *Catalog) Open(ctx context.Context, name string, _ nbdserver.Client) (*n
 	}
 	p := l.points[i]
 	e, err := c.acquire(ctx, p, l.names[i])
-	if errors.Is(err, backup.ErrNoSuchPoint) {
-		return nil, nbdserver.ErrUnknownExport // deleted since the last refresh
-	}
 	if err != nil {
 		c.log.WarnContext(ctx, "cannot open a recovery point", "export", l.names[i], "err", err)
 		return nil, err
@@ -196,6 +192,7 @@ func (c *Catalog) Open(ctx context.Context, name string, _ nbdserver.Client) (*n
 	return &nbdserver.Opened{
 		Export: e.export, Name: l.names[i], Description: description(p),
 		ReadOnly: c.opt.Writable == nil,
+		Enter:    func(ctx context.Context) error { return c.enter(ctx, e, p, l.names[i]) },
 		Close:    sync.OnceFunc(func() { c.release(e) }),
 	}, nil
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/varve-io/varve/backup"
@@ -23,7 +24,10 @@ type entry struct {
 	err     error
 	export  nbdserver.Export
 	overlay *overlay.Overlay // nil for a read-only one
-	lease   *backup.Lease    // nil where none could be had
+
+	entering sync.Mutex
+	entered  atomic.Bool   // a client stayed
+	lease    *backup.Lease // nil before, and where none could be had
 
 	users  int         // guarded by Catalog.mu
 	linger *time.Timer // runs while there are none
@@ -67,23 +71,9 @@ func (c *Catalog) acquire(ctx context.Context, p *backup.Point, name string) (*e
 
 var errClosed = errors.New("the server is shutting down")
 
-// fill opens the point: lease first, so that nothing is pruned under it.
-func (c *Catalog) fill(ctx context.Context, e *entry, p *backup.Point, name string) (err error) {
-	defer func() {
-		if err != nil && e.lease != nil {
-			err = errors.Join(err, e.lease.Close(ctx))
-			e.lease = nil
-		}
-	}()
-	if c.repo.Writable() {
-		e.lease, err = backup.AcquireLease(ctx, c.repo, p, "serve")
-		if errors.Is(err, backup.ErrNoSuchPoint) {
-			return err
-		}
-		if err != nil && !errors.Is(err, repository.ErrReadOnly) {
-			c.log.WarnContext(ctx, "no lease: prune elsewhere may delete this point while it is read", "export", name, "err", err)
-		}
-	}
+// fill opens the point. Nothing is pruned under those who only ask about it
+// that they would miss: the lease comes with the first who stays.
+func (c *Catalog) fill(ctx context.Context, e *entry, p *backup.Point, name string) error {
 	img, err := c.openImage(ctx, p)
 	if err != nil {
 		return err
@@ -99,10 +89,32 @@ func (c *Catalog) fill(ctx context.Context, e *entry, p *backup.Point, name stri
 	if c.opt.Writable == nil {
 		return nil
 	}
-	if e.overlay, err = c.opt.Writable.open(e.export, p.ID); err != nil {
+	e.overlay, err = c.opt.Writable.open(e.export, p.ID)
+	if err != nil {
 		return err
 	}
 	e.export = e.overlay
+	return nil
+}
+
+// enter takes the lease of a point for its first client.
+func (c *Catalog) enter(ctx context.Context, e *entry, p *backup.Point, name string) error {
+	e.entering.Lock()
+	defer e.entering.Unlock()
+	if e.entered.Load() {
+		return nil
+	}
+	if c.repo.Writable() {
+		lease, err := backup.AcquireLease(context.WithoutCancel(ctx), c.repo, p, "serve")
+		if errors.Is(err, backup.ErrNoSuchPoint) {
+			return nbdserver.ErrUnknownExport // deleted since the last refresh
+		}
+		if err != nil && !errors.Is(err, repository.ErrReadOnly) {
+			c.log.WarnContext(ctx, "no lease: prune elsewhere may delete this point while it is read", "export", name, "err", err)
+		}
+		e.lease = lease
+	}
+	e.entered.Store(true)
 	return nil
 }
 
@@ -135,7 +147,7 @@ func (c *Catalog) release(e *entry) {
 	switch {
 	case e.err != nil:
 		delete(c.open, e.id)
-	case e.overlay != nil:
+	case e.overlay != nil && e.entered.Load():
 	default:
 		e.linger = time.AfterFunc(c.opt.Linger, func() { c.drop(e) })
 	}
