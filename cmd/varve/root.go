@@ -134,8 +134,10 @@ environment over the file. Secrets are never flags.`,
 		&cobra.Group{ID: groupKeep, Title: "Looking after recovery points:"},
 	)
 	root.AddCommand(
+		newAttachCommand(a),
 		newBackupCommand(a),
 		newCatCommand(a),
+		newDetachCommand(a),
 		newDiffCommand(a),
 		newForgetCommand(a),
 		newListCommand(a),
