@@ -155,7 +155,7 @@ func deadRun(ctx context.Context, repo *repository.Repository, p *Point) (bool, 
 	}
 	pid, err := strconv.Atoi(s.Tags[tagRunPID])
 	if err != nil || pid <= 0 {
-		return false, nil
+		return false, nil //nolint:nilerr // not written by us: left alone until it is stale
 	}
 	return !processAlive(pid), nil
 }

@@ -15,9 +15,8 @@ import (
 )
 
 const (
-	// DiskFile and RecordFile are the names in a recovery point's directory.
-	DiskFile   = "disk.img"
-	RecordFile = "varve.json"
+	DiskFile   = "disk.img"   // DiskFile is the name of the disk in a point's directory.
+	RecordFile = "varve.json" // RecordFile is the name of the record beside it.
 
 	// FormatMajor is the version of the format this code writes. A reader
 	// accepts any minor version and refuses another major one.
