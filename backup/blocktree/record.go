@@ -15,8 +15,10 @@ import (
 )
 
 const (
-	DiskFile   = "disk.img"   // DiskFile is the name of the disk in a point's directory.
-	RecordFile = "varve.json" // RecordFile is the name of the record beside it.
+	// DiskFile is the name of the disk in a point's directory.
+	DiskFile = "disk.img"
+	// RecordFile is the name of the record beside it.
+	RecordFile = "varve.json"
 
 	// FormatMajor is the version of the format this code writes. A reader
 	// accepts any minor version and refuses another major one.
