@@ -259,8 +259,11 @@ func (c *Catalog) ofNamed(vol string) ([]*Point, error) {
 
 func matchesVolume(p *Point, text string) bool {
 	v := p.Volume
-	if p.Foreign != "" && text == v.Namespace+"@"+v.Cluster+":/"+v.Name {
-		return true
+	if p.Foreign != "" {
+		// As Kopia writes a source; Velero's paths have no slash before them.
+		if path, ok := strings.CutPrefix(text, v.Namespace+"@"+v.Cluster+":"); ok && strings.TrimPrefix(path, "/") == v.Name {
+			return true
+		}
 	}
 	return text == v.String() || text == v.Cluster+":"+v.String()
 }
