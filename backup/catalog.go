@@ -52,7 +52,9 @@ func List(ctx context.Context, r *repository.Repository, opt ListOptions) (*Cata
 		switch {
 		case errors.Is(err, repository.ErrSnapshotNotFound), errors.Is(err, errNotAPoint):
 			continue // deleted since the list was made, or not ours
-		case err != nil && ctx.Err() != nil:
+		case err != nil && ctx.Err() != nil, errors.Is(err, repository.ErrStorageFailed):
+			// Not to be left out: a point that is only out of reach for a moment
+			// would not be the parent of the next, and prune would count wrongly.
 			return nil, err
 		case err != nil:
 			// One damaged point must not hide all others.

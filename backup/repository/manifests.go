@@ -74,7 +74,7 @@ func (r *Repository) SaveManifest(ctx context.Context, manifestID string) (*Save
 // Flush.
 func (w *Writer) PutBack(_ context.Context, s *SavedManifest) error {
 	if _, err := snapshot.SaveSnapshot(w.ctx, w.w, s.m); err != nil {
-		return fmt.Errorf("write snapshot manifest: %w", err)
+		return fmt.Errorf("write snapshot manifest: %w", explainWrite(err))
 	}
 	return nil
 }
