@@ -38,7 +38,7 @@ type Problem struct {
 }
 
 func (p Problem) String() string {
-	return fmt.Sprintf("bytes %d to %d: object %v: %v", p.Offset, p.Offset+p.Length, p.Object, p.Err)
+	return fmt.Sprintf("bytes %d to %d: %v", p.Offset, p.Offset+p.Length, p.Err) // which names the object
 }
 
 func (w *Walker) first(oid repository.ObjectID) bool {
