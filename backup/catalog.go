@@ -52,7 +52,9 @@ func List(ctx context.Context, r *repository.Repository, opt ListOptions) (*Cata
 		switch {
 		case errors.Is(err, repository.ErrSnapshotNotFound), errors.Is(err, errNotAPoint):
 			continue // deleted since the list was made, or not ours
-		case err != nil && ctx.Err() != nil:
+		case err != nil && ctx.Err() != nil, errors.Is(err, repository.ErrStorageFailed):
+			// Not to be left out: a point that is only out of reach for a moment
+			// would not be the parent of the next, and prune would count wrongly.
 			return nil, err
 		case err != nil:
 			// One damaged point must not hide all others.
@@ -262,8 +264,11 @@ func (c *Catalog) ofNamed(vol string) ([]*Point, error) {
 
 func matchesVolume(p *Point, text string) bool {
 	v := p.Volume
-	if p.Foreign != "" && text == v.Namespace+"@"+v.Cluster+":/"+v.Name {
-		return true
+	if p.Foreign != "" {
+		// As Kopia writes a source; Velero's paths have no slash before them.
+		if path, ok := strings.CutPrefix(text, v.Namespace+"@"+v.Cluster+":"); ok && strings.TrimPrefix(path, "/") == v.Name {
+			return true
+		}
 	}
 	return text == v.String() || text == v.Cluster+":"+v.String()
 }

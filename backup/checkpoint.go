@@ -122,7 +122,7 @@ func (r *run) writeIncomplete(ctx context.Context, partial *blocktree.Root) erro
 // salvage keeps what an interrupted run has stored, so that the next one need
 // not upload it again. It is best effort: the cause is what the user sees.
 func (r *run) salvage(ctx context.Context, cause error) {
-	if r.counters.sinceCheckpoint.Load() == 0 {
+	if r.counters.sinceCheckpoint.Load() == 0 || errors.Is(cause, repository.ErrStorageFull) {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
