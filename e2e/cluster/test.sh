@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests that stand on package framework, in one cluster brought up for them
+# Runs the tests that stand on package framework, and those of the cluster itself, in one cluster brought up for them
 # (or in the one that is up), and takes it down. RUN chooses tests by regexp; counts
 # what was skipped and why.
 set -uo pipefail
@@ -28,7 +28,7 @@ export VARVE_E2E_IMAGE=localhost/varve:e2e
 # Those packages need a cluster; one at a time, as they share it.
 mapfile -t packages < <(go list -f '{{range .XTestImports}}{{if eq . "github.com/varve-io/varve/e2e/framework"}}{{$.ImportPath}}{{end}}{{end}}' ./... | sort -u)
 rc=0
-VARVE_E2E_UP=1 go test -p 1 -count=1 -timeout 60m -v -run "${RUN:-.}" ./cluster "${packages[@]}" 2>&1 | tee "$log" |
+VARVE_E2E_UP=1 go test -p 1 -count=1 -timeout 60m -v -run "${RUN:-.}" ./cluster/... ./csidriver/... "${packages[@]}" 2>&1 | tee "$log" |
 	grep --line-buffered -E '^(ok|FAIL|panic:)|^ *--- (FAIL|PASS)'
 [ "${PIPESTATUS[0]}" -eq 0 ] || rc=1
 if [ $rc -ne 0 ]; then
