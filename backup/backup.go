@@ -67,6 +67,10 @@ type Options struct {
 	Full bool
 	// Parent is the name of the point to build on; empty for the latest.
 	Parent string
+	// Branch allows a Parent of another volume: the new point begins, or goes
+	// on with, a volume that shares the parent's blocks. What the parent's
+	// storage calls it is no business of the new volume.
+	Branch bool
 	// BlockSize in bytes; 0 for the parent's, or for the default of the size.
 	BlockSize int64
 	// NotCrashConsistent marks a disk that was written to while it was read.
@@ -264,7 +268,7 @@ func (r *run) chooseParent(cat *Catalog, quarantined map[string]Quarantine) erro
 		if err != nil {
 			return fmt.Errorf("%w: %w", ErrWrongParent, err)
 		}
-		if p.Volume != v {
+		if p.Volume != v && !r.opt.Branch {
 			return fmt.Errorf("%w: %s is a point of %s:%s, not of %s:%s", ErrWrongParent, p.Name(), p.Volume.Cluster, p.Volume, v.Cluster, v)
 		}
 		if q, bad := quarantined[p.ID]; bad {
