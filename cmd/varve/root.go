@@ -137,8 +137,10 @@ environment over the file. Secrets are never flags.`,
 		newBackupCommand(a),
 		newCatCommand(a),
 		newLsCommand(a),
+		newMountCommand(a),
 		newRepoCommand(a),
 		newRestoreCommand(a),
+		newUmountCommand(a),
 		newVersionCommand(a),
 	)
 	a.instrument(root)
