@@ -373,5 +373,21 @@ func OpenRoot(ctx context.Context, r *repository.Repository, p *Point) (blocktre
 	if err != nil {
 		return blocktree.Root{}, err
 	}
+	files, err := r.ReadDirectory(ctx, p.root)
+	if err != nil {
+		return blocktree.Root{}, fmt.Errorf("%s: %w", p.Name(), err)
+	}
+	for _, f := range files {
+		if f.Name != blocktree.DiskFile || f.Dir || f.Object.String() == rec.Root {
+			continue
+		}
+		// "kopia snapshot migrate" reads the disk and writes it again into another
+		// repository, as Kopia itself cuts it: the bytes are the same, the objects
+		// that the record names stayed behind.
+		if f.Size != rec.Size {
+			return blocktree.Root{}, fmt.Errorf("%s: %s has %d bytes, its record says %d", p.Name(), f.Name, f.Size, rec.Size)
+		}
+		return blocktree.Root{Object: f.Object, Size: rec.Size}, nil
+	}
 	return rec.OpenRoot()
 }
