@@ -48,9 +48,7 @@ func TestBadSectors(t *testing.T) {
 	opt := s.options()
 	opt.Disk = disk
 	for i, r := range disk.bad {
-		one := *disk
-		one.bad = disk.bad[i : i+1]
-		opt.Disk = &one
+		opt.Disk = &badDisk{memDisk{data: s.data}, disk.bad[i : i+1]}
 		_, _, err := Run(t.Context(), s.clean, opt)
 		if !errors.Is(err, syscall.EIO) || !strings.Contains(err.Error(), fmt.Sprintf("offset %d", r.Offset)) {
 			t.Errorf("bad from %d: %v", r.Offset, err)
