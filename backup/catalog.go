@@ -90,6 +90,9 @@ func loadPoint(ctx context.Context, r *repository.Repository, info repository.Sn
 		return nil, err
 	}
 	p := pointFromSnapshot(s)
+	if p.Incomplete != "" && s.Tags[tagRunPID] != "" {
+		return p, nil // what a run of ours holds: it has neither ID nor record
+	}
 	if err := p.fillFromTags(s.Tags); err == nil {
 		return p, nil
 	}

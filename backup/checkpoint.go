@@ -78,6 +78,9 @@ func (r *run) writeIncomplete(ctx context.Context, partial *blocktree.Root) erro
 	s := &repository.Snapshot{
 		Source: r.opt.Volume.source(), Start: r.rec.Start, End: now,
 		Description: "Varve backup under way", Incomplete: incompleteReason,
+		// Stock Kopia's "snapshot expire" removes incomplete snapshots that are older
+		// than a complete one, whatever the policy says, but none that is pinned.
+		Pins: []string{"varve-backup"},
 		Tags: map[string]string{tagRunHost: host, tagRunPID: strconv.Itoa(os.Getpid()), tagRunBoot: bootID()},
 	}
 	if err := r.w.SaveSnapshot(ctx, s, files); err != nil {
@@ -155,7 +158,7 @@ func deadRun(ctx context.Context, repo *repository.Repository, p *Point) (bool, 
 	}
 	pid, err := strconv.Atoi(s.Tags[tagRunPID])
 	if err != nil || pid <= 0 {
-		return false, nil
+		return false, nil //nolint:nilerr // not written by us: left alone until it is stale
 	}
 	return !processAlive(pid), nil
 }

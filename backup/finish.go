@@ -152,6 +152,9 @@ func (r *run) findLost(ctx context.Context, of blocktree.Root) (blocks int64, ro
 	if err := p.walk(whole); err != nil {
 		return 0, false, err
 	}
+	if p.holes {
+		r.build.ForgetHoles()
+	}
 	n, _ := p.lost.count()
 	if err := r.w.Flush(ctx); err != nil { // contents that were forgotten
 		return 0, false, err
@@ -191,6 +194,7 @@ type prover struct {
 	tree  *blocktree.Tree
 	packs map[string]bool // looked up already
 	lost  *worklist
+	holes bool // what stands for holes is lost
 }
 
 // root reports whether a piece of the root index is lost. Also one that this run
@@ -214,53 +218,74 @@ func (p *prover) root() (lost bool, err error) {
 	return lost, nil
 }
 
-// walk looks up the segments that this run wrote, or all of them.
+// walk looks up the segments that this run wrote or made holes of, or all of
+// them. The others are the living parent's.
 func (p *prover) walk(whole bool) error {
 	lay := p.run.lay
+	holes := map[repository.ObjectID]bool{} // looked up already; a sparse disk has many of one
 	for n := range lay.Segments() {
 		if err := p.ctx.Err(); err != nil {
 			return err
 		}
 		written := p.run.build.Written(n)
-		if !whole && !written {
+		inherited := !written && p.run.base != nil && n < segmentsOf(p.run.base)
+		if inherited && !whole {
 			continue
 		}
 		oid, err := p.tree.SegmentID(p.ctx, n)
 		if err != nil {
 			return err
 		}
-		ok, err := p.present(oid)
+		if !written && !inherited {
+			if holes[oid] {
+				continue
+			}
+			holes[oid] = true
+		}
+		lost, err := p.segment(n, oid, whole)
 		if err != nil {
 			return err
 		}
-		if !ok {
+		switch {
+		case !lost:
+		case written || inherited:
 			p.loseSegment(n)
-			continue
-		}
-		seg, err := p.tree.Segment(p.ctx, n)
-		if errors.Is(err, repository.ErrContentMissing) {
-			p.loseSegment(n)
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		for i := range seg.Entries {
-			e := &seg.Entries[i]
-			if !whole && e.Gen != p.run.rec.Generation && e.HasDigest {
-				continue // the living parent's
-			}
-			ok, err := p.present(e.Object)
-			if err != nil {
-				return err
-			}
-			if !ok {
-				p.lost.read.set(lay.FirstBlock(n) + int64(i))
-				p.run.build.ForgetZero(e.Length)
-			}
+		default:
+			p.holes = true
 		}
 	}
 	return nil
+}
+
+// segment looks up a segment. lost is set when its index is; lost blocks go on
+// the list.
+func (p *prover) segment(n int64, oid repository.ObjectID, whole bool) (lost bool, err error) {
+	ok, err := p.present(oid)
+	if err != nil || !ok {
+		return !ok, err
+	}
+	seg, err := p.tree.Segment(p.ctx, n)
+	if errors.Is(err, repository.ErrContentMissing) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	for i := range seg.Entries {
+		e := &seg.Entries[i]
+		if !whole && e.Gen != p.run.rec.Generation && e.HasDigest {
+			continue // the living parent's
+		}
+		ok, err := p.present(e.Object)
+		if err != nil {
+			return false, err
+		}
+		if !ok {
+			p.lost.read.set(p.run.lay.FirstBlock(n) + int64(i))
+			p.run.build.ForgetZero(e.Length)
+		}
+	}
+	return false, nil
 }
 
 func (p *prover) loseSegment(n int64) {

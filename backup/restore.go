@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"runtime"
 	"sync/atomic"
 	"time"
@@ -155,8 +156,15 @@ func newRestore(ctx context.Context, repo *repository.Repository, p *Point, targ
 		opt.Delta = true
 	}
 	r := &restore{opt: opt, point: p, target: target}
+	leases, err := holdPoints(ctx, repo, "restore", p, opt.Base)
+	if err != nil {
+		return nil, nil, err
+	}
 	cache := image.NewCacheWithWorkers(restoreCache, 1)
-	var err error
+	release := func() {
+		cache.Close()
+		leases()
+	}
 	if r.img, err = openPoint(ctx, repo, cache, p); err == nil && opt.Base != nil {
 		r.base, err = openPoint(ctx, repo, cache, opt.Base)
 	}
@@ -164,11 +172,41 @@ func newRestore(ctx context.Context, repo *repository.Repository, p *Point, targ
 		err = fmt.Errorf("%s: %w: it has %d bytes, %s %d", target.Path(), ErrTargetTooSmall, target.Size(), p.Name(), r.img.Size())
 	}
 	if err != nil {
-		cache.Close()
+		release()
 		return nil, nil, err
 	}
 	r.res.Size = r.img.Size()
-	return r, cache.Close, nil
+	return r, release, nil
+}
+
+// holdPoints takes leases on the points that are not nil. Where none can be
+// written (a read-only connection, storage that is full) the reading goes on
+// without: a restore must not depend on writing to the repository.
+func holdPoints(ctx context.Context, repo *repository.Repository, purpose string, points ...*Point) (release func(), err error) {
+	var held []*Lease
+	release = func() {
+		for _, l := range held {
+			if err := l.Close(context.WithoutCancel(ctx)); err != nil {
+				slog.WarnContext(ctx, "cannot give a lease back; it will expire", "error", err)
+			}
+		}
+	}
+	for _, p := range points {
+		if p == nil || p.Foreign != "" {
+			continue
+		}
+		l, err := AcquireLease(ctx, repo, p, purpose)
+		switch {
+		case err == nil:
+			held = append(held, l)
+		case errors.Is(err, ErrNoSuchPoint), ctx.Err() != nil:
+			release()
+			return nil, err
+		default:
+			slog.InfoContext(ctx, "reading without a lease: a prune at the same time may delete what is read", "point", p.Name(), "error", err)
+		}
+	}
+	return release, nil
 }
 
 func openPoint(ctx context.Context, repo *repository.Repository, cache *image.Cache, p *Point) (*image.Image, error) {
@@ -299,6 +337,11 @@ func RestoreTo(ctx context.Context, repo *repository.Repository, p *Point, w io.
 	if opt.Progress == nil {
 		opt.Progress = func(Progress) {}
 	}
+	leases, err := holdPoints(ctx, repo, "restore", p)
+	if err != nil {
+		return res, err
+	}
+	defer leases()
 	cache := image.NewCacheWithWorkers(restoreCache, 1)
 	defer cache.Close()
 	img, err := openPoint(ctx, repo, cache, p)

@@ -210,7 +210,7 @@ func (r *restore) differs(ctx context.Context, part image.Range, buf, scratch []
 	var bad []image.Range
 	err := r.img.Pieces(ctx, part.Offset, part.Length, func(p image.Piece) error {
 		mine := have[p.Offset-part.Offset:][:p.Length]
-		same := false
+		var same bool
 		switch {
 		case p.Zero: // a run of any length, of which little may differ
 			for at := int64(0); at < p.Length; at += spotUnit {

@@ -186,6 +186,7 @@ size=2m
 iodepth=16
 verify=crc32c
 do_verify=1
+verify_state_save=0
 fsync=32
 `, uri("rw"))), 0o600); err != nil {
 		t.Fatal(err)

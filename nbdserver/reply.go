@@ -76,6 +76,9 @@ func (c *conn) sendDone(r *request) {
 func (c *conn) exportError(r *request, err error, off int64) {
 	errno := errnoOf(err)
 	off = offsetOf(err, off)
+	if errno == proto.ENOTSUP && r.flags&proto.CmdFlagFastZero == 0 {
+		errno = proto.EIO // the protocol has it for FAST_ZERO only
+	}
 	if c.ctx.Err() == nil && errno != proto.ENOTSUP {
 		c.log.Warn("request failed", "cmd", r.cmd.String(), "offset", off, "err", err)
 	}
@@ -151,6 +154,8 @@ func errnoOf(err error) proto.Errno {
 			return proto.ENOMEM
 		case syscall.EINVAL:
 			return proto.EINVAL
+		case syscall.EOPNOTSUPP:
+			return proto.ENOTSUP
 		}
 	}
 	return proto.EIO

@@ -107,6 +107,8 @@ func explain(ctx context.Context, place string, err error) error {
 	switch {
 	case errors.Is(err, repo.ErrInvalidPassword):
 		return say(ErrWrongPassword, "wrong password for the repository in %s: give the one it was created with, or that was set last by 'varve repo change-password'", place)
+	case has("code = PermissionDenied", "code = Unauthenticated"): // of a Kopia server
+		return say(ErrWrongPassword, "%s refuses user or password: give the password of that user on the server, and check that the user exists there", place)
 	case errors.Is(err, repo.ErrRepositoryUnavailableDueToUpgradeInProgress):
 		return say(ErrUpgradeInProgress, "the repository in %s is locked by a Kopia client that upgrades its format: wait until it has ended, or, if it was abandoned, run 'kopia repository upgrade rollback'", place)
 	case has("can't handle repositories created using version", "does not support feature", "index version"):
@@ -126,7 +128,7 @@ func explain(ctx context.Context, place string, err error) error {
 	case errors.Is(err, fs.ErrNotExist):
 		return say(ErrUnreachable, "%s does not exist: check the path and whether the disk it is on is mounted", place)
 	default:
-		return say(ErrUnreachable, "cannot reach the repository in %s: %s; check the place, the network and the credentials", place, brief(err))
+		return say(ErrUnreachable, "cannot reach %s: %s; check the place, the network and the credentials", place, brief(err))
 	}
 }
 

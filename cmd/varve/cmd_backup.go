@@ -133,7 +133,11 @@ func (a *app) backup(ctx context.Context, path string, f backupFlags) (err error
 	if err != nil {
 		return err
 	}
-	return a.printBackup(p, rec)
+	if err := a.printBackup(p, rec); err != nil {
+		return err
+	}
+	backup.MaybeMaintain(ctx, repo)
+	return nil
 }
 
 func (a *app) backupOptions(f backupFlags) (backup.Options, error) {

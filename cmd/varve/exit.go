@@ -5,6 +5,8 @@ import (
 	"errors"
 	"strings"
 
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/disk"
 	"github.com/varve-io/varve/backup/repository"
 )
 
@@ -49,9 +51,24 @@ var exitCodes = []struct {
 	{repository.ErrReplaced, exitRepository},
 	{repository.ErrPasswordChangeInterrupted, exitRepository},
 	{repository.ErrAlreadyExists, exitRefused},
+	{backup.ErrNoSuchPoint, exitNotFound},
+	{backup.ErrAmbiguous, exitNotFound},
+	{backup.ErrLeased, exitRefused},
+	{backup.ErrPinned, exitRefused},
+	{backup.ErrEmptyPolicy, exitUsage},
+	{repository.ErrNotOwner, exitRefused},
+	{backup.ErrDamaged, exitDamaged},
 	{repository.ErrContentMissing, exitDamaged},
 	{repository.ErrContentCorrupt, exitDamaged},
 	{repository.ErrReadOnly, exitRefused},
+	{backup.ErrNoSuchPoint, exitNotFound},
+	{backup.ErrAmbiguous, exitNotFound},
+	{backup.ErrVerify, exitDamaged},
+	{backup.ErrNotBase, exitRefused},
+	{backup.ErrOtherRestore, exitRefused},
+	{backup.ErrTargetTooSmall, exitRefused},
+	{disk.ErrMounted, exitRefused},
+	{disk.ErrTooSmall, exitRefused},
 }
 
 func exitCode(err error) int {

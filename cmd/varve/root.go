@@ -135,7 +135,19 @@ environment over the file. Secrets are never flags.`,
 	)
 	root.AddCommand(
 		newBackupCommand(a),
+		newCatCommand(a),
+		newDiffCommand(a),
+		newForgetCommand(a),
+		newListCommand(a),
+		newLsCommand(a),
+		newMaintenanceCommand(a),
+		newPinCommand(a),
+		newPruneCommand(a),
 		newRepoCommand(a),
+		newRestoreCommand(a),
+		newShowCommand(a),
+		newUnpinCommand(a),
+		newVerifyCommand(a),
 		newVersionCommand(a),
 	)
 	a.instrument(root)

@@ -7,6 +7,7 @@
 package nbdtest
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"io"
@@ -14,6 +15,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -73,7 +75,9 @@ const ImageSize = 4 << 20
 
 // Image is the disk under test: a MiB of data, a MiB of zeroes, 64 KiB of data
 // and of zeroes in turn, and a MiB of data whose last block is zero.
-func Image() []byte {
+func Image() []byte { return bytes.Clone(image()) }
+
+var image = sync.OnceValue(func() []byte {
 	b := make([]byte, ImageSize)
 	r := rand.NewChaCha8([32]byte{1})
 	fill := func(from, to int) { _, _ = r.Read(b[from:to]) }
@@ -83,7 +87,7 @@ func Image() []byte {
 	}
 	fill(3<<20, 4<<20-64<<10)
 	return b
-}
+})
 
 // timeout bounds how long a server may take for any one step; it is only
 // reached by a server that hangs.
@@ -255,7 +259,7 @@ func (r *Raw) Alive() {
 	r.t.Helper()
 	r.Request(proto.CmdRead, 0, 0xa11fe, 512, 1024)
 	r.WantSimple(0xa11fe, 0)
-	if got := r.Read(1024); !slices.Equal(got, Image()[512:1536]) {
+	if got := r.Read(1024); !bytes.Equal(got, image()[512:1536]) {
 		r.t.Fatal("connection is out of step: a read returned other bytes")
 	}
 }

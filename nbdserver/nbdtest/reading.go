@@ -84,7 +84,7 @@ func readHole(t *testing.T, s Target) {
 	// Data and holes in turn.
 	p = make([]byte, 256<<10)
 	chunks, err = e.ReadChunks(testContext(t), p, 2<<20, 0)
-	if err != nil || !bytes.Equal(p, Image()[2<<20:][:256<<10]) {
+	if err != nil || !bytes.Equal(p, image()[2<<20:][:256<<10]) {
 		t.Fatalf("read of data and holes: %v", err)
 	}
 	if !slices.ContainsFunc(chunks, func(c nbdclient.Chunk) bool { return c.Hole }) {
@@ -99,7 +99,7 @@ func readDontFragment(t *testing.T, s Target) {
 	}
 	p := make([]byte, 256<<10)
 	chunks, err := e.ReadChunks(testContext(t), p, 2<<20, proto.CmdFlagDF)
-	if err != nil || !bytes.Equal(p, Image()[2<<20:][:256<<10]) {
+	if err != nil || !bytes.Equal(p, image()[2<<20:][:256<<10]) {
 		t.Fatalf("read: %v", err)
 	}
 	if len(chunks) != 1 || chunks[0].Hole {
@@ -438,7 +438,7 @@ func extendedPayloadRefused(t *testing.T, s Target) {
 	r.Send(ExtendedRequest(4711, proto.CmdFlagPayloadLen, 2, 0, 700), make([]byte, 700))
 	r.wantExtendedError(2, proto.EINVAL)
 	r.Send(ExtendedRequest(proto.CmdRead, 0, 3, 0, 16))
-	if h := r.Read(32 + 8 + 16); !bytes.Equal(h[40:], Image()[:16]) {
+	if h := r.Read(32 + 8 + 16); !bytes.Equal(h[40:], image()[:16]) {
 		t.Errorf("connection is out of step: % x", h)
 	}
 }

@@ -193,7 +193,7 @@ func trim(t *testing.T, s Target) {
 	// The rest is untouched.
 	got := make([]byte, 65536)
 	for _, off := range []int64{0, 131072} {
-		if _, err := e.ReadAt(ctx, got, off); err != nil || !bytes.Equal(got, Image()[off:][:65536]) {
+		if _, err := e.ReadAt(ctx, got, off); err != nil || !bytes.Equal(got, image()[off:][:65536]) {
 			t.Errorf("neighbour of a trimmed range at %d: %v", off, err)
 		}
 	}
@@ -311,7 +311,7 @@ func extendedNoData(t *testing.T, s Target) {
 	r.Send(ExtendedRequest(proto.CmdWrite, 0, 1, 0, 4096))
 	r.wantExtendedError(1, proto.EINVAL)
 	r.Send(ExtendedRequest(proto.CmdRead, 0, 3, 0, 16))
-	if h := r.Read(32 + 8 + 16); !bytes.Equal(h[40:], Image()[:16]) {
+	if h := r.Read(32 + 8 + 16); !bytes.Equal(h[40:], image()[:16]) {
 		t.Errorf("bytes after a refused write: % x", h)
 	}
 }

@@ -133,6 +133,36 @@ func TestLogicalVolume(t *testing.T) {
 	}
 }
 
+// TestFormats opens an empty volume of each format that has a reader.
+func TestFormats(t *testing.T) {
+	for typ, command := range map[string]string{
+		"ext2": "mke2fs -q -F -t ext2", "ext3": "mke2fs -q -F -t ext3", "ext4": "mke2fs -q -F -t ext4",
+		"xfs": "mkfs.xfs -q -f", "vfat": "mkfs.vfat -F 32",
+	} {
+		t.Run(typ, func(t *testing.T) {
+			args := strings.Fields(command)
+			diskfstest.NeedTool(t, args[0])
+			image := diskfstest.NewImage(t, 320<<20)
+			diskfstest.Run(t, args[0], append(args[1:], image)...)
+			r, size := diskfstest.Open(t, image)
+			d, err := Open(r, size)
+			if err != nil {
+				t.Fatal(err)
+			}
+			fsys, err := d.Volumes[0].Open(diskfs.Options{})
+			if err != nil || fsys.Inodes().Info().Type != typ {
+				t.Fatalf("%s: %v", d.Volumes[0].Type, err)
+			}
+			if _, err := fsys.ReadDir("."); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	if len(formats) != 5 {
+		t.Error("a format has no test here")
+	}
+}
+
 // TestUnreadable names what cannot be read, and where to go.
 func TestUnreadable(t *testing.T) {
 	for typ, place := range map[string]struct {

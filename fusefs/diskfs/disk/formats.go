@@ -6,6 +6,7 @@ import (
 	"github.com/varve-io/varve/fusefs/diskfs"
 	"github.com/varve-io/varve/fusefs/diskfs/ext4"
 	"github.com/varve-io/varve/fusefs/diskfs/fat"
+	"github.com/varve-io/varve/fusefs/diskfs/xfs"
 )
 
 // opener opens a format's reader.
@@ -13,26 +14,23 @@ type opener func(r io.ReaderAt, size int64, opt diskfs.Options) (diskfs.Inodes, 
 
 // formats are the readers, by what Probe calls the volume.
 var formats = map[string]opener{
-	"ext2": openExt,
-	"ext3": openExt,
-	"ext4": openExt,
-	"vfat": openFAT,
+	"ext2": format(ext4.Open),
+	"ext3": format(ext4.Open),
+	"ext4": format(ext4.Open),
+	"vfat": format(fat.Open),
+	"xfs":  format(xfs.Open),
 }
 
-func openExt(r io.ReaderAt, size int64, opt diskfs.Options) (diskfs.Inodes, error) {
-	f, err := ext4.Open(r, size, opt)
-	if err != nil {
-		return nil, err // not f: a nil pointer in an interface is not nil
+// format makes an opener of a reader's Open. It must not pass on what comes with an
+// error: a nil pointer in an interface is not nil.
+func format[F diskfs.Inodes](open func(io.ReaderAt, int64, diskfs.Options) (F, error)) opener {
+	return func(r io.ReaderAt, size int64, opt diskfs.Options) (diskfs.Inodes, error) {
+		f, err := open(r, size, opt)
+		if err != nil {
+			return nil, err
+		}
+		return f, nil
 	}
-	return f, nil
-}
-
-func openFAT(r io.ReaderAt, size int64, opt diskfs.Options) (diskfs.Inodes, error) {
-	f, err := fat.Open(r, size, opt)
-	if err != nil {
-		return nil, err
-	}
-	return f, nil
 }
 
 // containers are contents that are no file systems: mounting does not help.

@@ -209,9 +209,9 @@ func FuzzImage(f *testing.F) {
 // TestCorruptImages corrupts images at random places, always the same ones.
 func TestCorruptImages(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
-	rounds := 150
+	rounds := 40
 	if testing.Short() {
-		rounds = 20
+		rounds = 10
 	}
 	for _, b := range fuzzImages(t) {
 		c := newCorruption(b)

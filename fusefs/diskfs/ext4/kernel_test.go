@@ -37,8 +37,8 @@ func mkfs(t testing.TB, image string, args ...string) {
 func TestAgainstKernel(t *testing.T) {
 	diskfstest.NeedRoot(t)
 	const mib = 1 << 20
-	acl := want{files: 300, acl: true}
-	old := want{files: 300, acl: true, old: true}
+	acl := want{files: 120, acl: true}
+	old := want{files: 120, acl: true, old: true}
 	for _, c := range []struct {
 		name  string
 		args  string
@@ -47,11 +47,11 @@ func TestAgainstKernel(t *testing.T) {
 		want  want
 	}{
 		{name: "default", args: "-t ext4", want: want{files: 5000, big: 140, acl: true}, size: 512 * mib},
-		{name: "1k", args: "-t ext4 -b 1024", want: want{files: 5000, big: 40, acl: true}},
+		{name: "1k", args: "-t ext4 -b 1024", want: want{files: 1500, big: 40, acl: true}},
 		{name: "2k", args: "-t ext4 -b 2048", want: acl},
 		{name: "ext3", args: "-t ext3", want: acl},
 		{name: "ext3-1k-128", args: "-t ext3 -b 1024 -I 128", want: old},
-		{name: "ext2", args: "-t ext2 -b 1024", want: want{files: 3000, acl: true}},
+		{name: "ext2", args: "-t ext2 -b 1024", want: want{files: 800, acl: true}},
 		{name: "ext2-128", args: "-t ext2 -I 128 -O ^dir_index,^filetype", want: old},
 		{name: "inline", args: "-t ext4 -O inline_data", want: acl},
 		{name: "inline-512", args: "-t ext4 -O inline_data -I 512 -b 1024", want: acl},
@@ -61,9 +61,9 @@ func TestAgainstKernel(t *testing.T) {
 		{name: "no-csum", args: "-t ext4 -O ^metadata_csum,^64bit,uninit_bg", want: acl},
 		{name: "no-csum-64", args: "-t ext4 -O ^metadata_csum,64bit", want: acl},
 		{name: "no-journal", args: "-t ext4 -O ^has_journal,^extent,^flex_bg,^64bit", want: acl},
-		{name: "ea_inode", args: "-t ext4 -O ea_inode", want: want{files: 300, acl: true, bigVal: true}},
-		{name: "ea_inode-inline", args: "-t ext4 -O ea_inode,inline_data", want: want{files: 300, acl: true, bigVal: true}},
-		{name: "large_dir", args: "-t ext4 -O large_dir -b 1024", want: want{files: 1500, acl: true}},
+		{name: "ea_inode", args: "-t ext4 -O ea_inode", want: want{files: 120, acl: true, bigVal: true}},
+		{name: "ea_inode-inline", args: "-t ext4 -O ea_inode,inline_data", want: want{files: 120, acl: true, bigVal: true}},
+		{name: "large_dir", args: "-t ext4 -O large_dir -b 1024", want: want{files: 800, acl: true}},
 		{name: "sparse_super2", args: "-t ext4 -O sparse_super2,meta_bg,^resize_inode -b 1024 -g 2048", want: acl},
 		{name: "no-sparse_super", args: "-t ext4 -O ^sparse_super,^resize_inode,meta_bg -b 1024 -g 8192", want: acl},
 		{name: "tea", args: "-t ext4 -b 1024 -E hash_seed=6f0fa5a0-53c1-4b3e-a4b1-1234567890ab", want: acl},

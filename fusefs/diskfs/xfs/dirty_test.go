@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -246,9 +247,9 @@ func TestReplayFreed(t *testing.T) {
 			for i := range 60 {
 				p.xattr("gone", fmt.Sprintf("user.%d", i), p.bytes(1500))
 			}
-			unix.Sync()
+			syncfs(t, dir)
 			p.must(os.RemoveAll(p.path("gone")))
-			unix.Sync()
+			syncfs(t, dir)
 			for i := range 50 {
 				name := fmt.Sprintf("data-%d-%d", round, i)
 				p.write(name, p.bytes(40_000))
@@ -339,5 +340,40 @@ func TestDamagedLog(t *testing.T) {
 	}
 	if _, err := openImage(t, img, diskfs.Options{Stale: true}); err != nil {
 		t.Errorf("opened stale: %v", err)
+	}
+}
+
+// TestSparseInodes breaks free space into pieces too small for whole chunks of inodes,
+// so that chunks with holes are made, and crashes.
+func TestSparseInodes(t *testing.T) {
+	requireKernel(t)
+	img := crashed(t, true, []string{"--unsupported", "-d", "agcount=1", "-i", "sparse=1"}, nil, func(dir string) {
+		p := newFiller(t, dir, 16)
+		f := p.open("filler")
+		run(t, "xfs_io", "-x", "-c", "resblks 0", dir) // what is kept back has room for chunks
+		var st unix.Statfs_t
+		p.must(unix.Statfs(dir, &st))
+		p.must(unix.Fallocate(int(f.Fd()), 0, 0, int64(st.Bavail-100)*st.Bsize))
+		for off := int64(0); off < 6<<20; off += 48 << 10 {
+			p.must(unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, 24<<10))
+		}
+		p.must(f.Close())
+		syncfs(t, dir)
+		p.mkdir("d")
+		for i := range 20_000 {
+			if err := os.Symlink("t", p.path(fmt.Sprintf("d/%d", i))); err != nil {
+				break // full
+			}
+		}
+	})
+	f := checkReplay(t, img)
+	kernel := copyImage(t, img)
+	mounted(t, kernel, "", func(string) {})
+	out := run(t, "xfs_db", "-r", "-c", "agi 0", "-c", "addr root", "-c", "p", kernel)
+	if !regexp.MustCompile(`\[\d+,0x[0-9a-f]+,`).MatchString(out) { // startino, holemask
+		t.Errorf("xfs_db shows no chunk with holes:\n%s", out)
+	}
+	if n := f.Info().Files; n < 1000 {
+		t.Errorf("%d inodes in use", n)
 	}
 }

@@ -14,6 +14,13 @@ type intent struct {
 	id    uint64
 	bytes []byte
 	rest  [][]byte
+	done  bool
+}
+
+// intentKey names an intent: ids are those of a type.
+type intentKey struct {
+	kind uint16
+	id   uint64
 }
 
 // doneOf gives the intent that a done item ends.
@@ -28,7 +35,9 @@ func (rp *replay) begin(it *logItem) error {
 	if len(b) < 16 {
 		return corrupt("log", "intent of %d bytes", len(b))
 	}
-	rp.intents = append(rp.intents, &intent{kind: it.kind, id: le64(b, intentOffID), bytes: b, rest: it.regions[1:]})
+	in := &intent{kind: it.kind, id: le64(b, intentOffID), bytes: b, rest: it.regions[1:]}
+	rp.intents = append(rp.intents, in)
+	rp.byID[intentKey{in.kind, in.id}] = in
 	return nil
 }
 
@@ -37,13 +46,11 @@ func (rp *replay) done(it *logItem) error {
 	if len(b) < 16 {
 		return corrupt("log", "done item of %d bytes", len(b))
 	}
-	kind, id := doneOf[it.kind], le64(b, intentOffID)
-	// Its intent is mostly among the last; it can also lie before the tail.
-	for j := len(rp.intents) - 1; j >= 0; j-- {
-		if in := rp.intents[j]; in.kind == kind && in.id == id {
-			rp.intents = append(rp.intents[:j], rp.intents[j+1:]...)
-			break
-		}
+	// Its intent can also lie before the tail.
+	key := intentKey{doneOf[it.kind], le64(b, intentOffID)}
+	if in := rp.byID[key]; in != nil {
+		*in = intent{done: true}
+		delete(rp.byID, key)
 	}
 	return nil
 }
@@ -95,6 +102,9 @@ func (rp *replay) finishIntents() error {
 	p.forks, p.sizes = map[uint64][]extent{}, map[uint64]int64{}
 	p.blocks, p.attrs = map[uint64]int64{}, map[uint64][]attrEdit{}
 	for _, in := range rp.intents {
+		if in.done {
+			continue
+		}
 		var err error
 		switch in.kind {
 		case itemBUI:
@@ -114,8 +124,12 @@ func (rp *replay) finishIntents() error {
 	return nil
 }
 
-// maxEditedExtents bounds the memory for a file with a pending edit.
-const maxEditedExtents = 4 << 20
+// maxEditedExtents bounds the memory for a file with a pending edit, and maxEdits the
+// work for all of them, in extents looked at.
+const (
+	maxEditedExtents = 4 << 20
+	maxEdits         = 64 << 20
+)
 
 // mapping gives the data fork of a regular file as it is after the edits so far.
 func (rp *replay) mapping(ino uint64) ([]extent, error) {
@@ -127,7 +141,13 @@ func (rp *replay) mapping(ino uint64) ([]extent, error) {
 		return nil, unsupported("an unfinished change of the mapping of inode %d, which is no regular file,", ino)
 	}
 	exts, err := i.data.all(maxEditedExtents)
-	return append([]extent(nil), exts...), err
+	if err != nil {
+		return nil, err
+	}
+	if rp.edits += len(exts) + 1; rp.edits > maxEdits {
+		return nil, unsupported("so many unfinished operations in the log")
+	}
+	return exts, nil
 }
 
 func (rp *replay) setMapping(ino uint64, old, exts []extent) error {
@@ -183,13 +203,13 @@ func (rp *replay) finishMapping(in *intent) error {
 		if err != nil {
 			return err
 		}
-		edited := cut(exts, e.off, e.end())
+		inside, edited := split(exts, [][2]uint64{{e.off, e.end()}})
 		switch flags & bmapTypeMask {
 		case bmapMap:
-			if covered(exts, e.off, e.end()) {
+			if len(inside) > 0 {
 				return corrupt("log", "blocks %d to %d of inode %d are mapped already", e.off, e.end(), ino)
 			}
-			edited = insert(edited, e)
+			edited = join(edited, []extent{e})
 		case bmapUnmap:
 		default:
 			return unsupported("an unfinished change of a mapping of type %d", flags&bmapTypeMask)
@@ -201,43 +221,36 @@ func (rp *replay) finishMapping(in *intent) error {
 	return nil
 }
 
-// cut gives exts without the blocks from off to end.
-func cut(exts []extent, off, end uint64) []extent {
-	var out []extent
+// split divides exts into what lies inside the given ranges of blocks, [from, to), and
+// what lies outside. Both lists are in order, and their members apart.
+func split(exts []extent, ranges [][2]uint64) (inside, outside []extent) {
 	for _, e := range exts {
-		if e.off < off {
-			left := e
-			left.n = min(e.end(), off) - e.off
-			out = append(out, left)
-		}
-		if e.end() > end {
-			right := e
-			if e.off < end {
-				right.off, right.start, right.n = end, e.start+(end-e.off), e.end()-end
+		for e.n > 0 {
+			for len(ranges) > 0 && ranges[0][1] <= e.off {
+				ranges = ranges[1:]
 			}
-			out = append(out, right)
+			until, into := e.end(), &outside
+			switch {
+			case len(ranges) == 0 || ranges[0][0] >= until:
+			case ranges[0][0] > e.off:
+				until = ranges[0][0]
+			default:
+				until, into = min(until, ranges[0][1]), &inside
+			}
+			piece := e
+			piece.n = until - e.off
+			*into = append(*into, piece)
+			e.off, e.start, e.n = until, e.start+piece.n, e.n-piece.n
 		}
 	}
-	return out
+	return inside, outside
 }
 
-// covered reports whether any block from off to end is mapped.
-func covered(exts []extent, off, end uint64) bool {
-	for _, e := range exts {
-		if e.off < end && e.end() > off {
-			return true
-		}
-	}
-	return false
-}
-
-// insert puts e, which overlaps none of exts, among them.
-func insert(exts []extent, e extent) []extent {
-	j := sort.Search(len(exts), func(j int) bool { return exts[j].off >= e.off })
-	exts = append(exts, extent{})
-	copy(exts[j+1:], exts[j:])
-	exts[j] = e
-	return exts
+// join puts two lists of extents into one, in order.
+func join(a, b []extent) []extent {
+	all := append(append([]extent(nil), a...), b...)
+	sort.Slice(all, func(i, j int) bool { return all[i].off < all[j].off })
+	return all
 }
 
 // Exchange intents (XMI): id, two inodes, their generations, a block in each, number of
@@ -280,20 +293,24 @@ func (rp *replay) finishExchange(in *intent) error {
 	if err != nil {
 		return err
 	}
-	new1, new2 := exts1, exts2
-	for _, part := range exchanged(exts1, off1, n, flags&exchangeWritten != 0) {
-		from1, from2 := part[0], part[0]-off1+off2
-		moved1 := slide(clip(exts1, part[0], part[1]), from1, from2)
-		moved2 := slide(clip(exts2, from2, from2+part[1]-part[0]), from2, from1)
-		new1 = cut(new1, part[0], part[1])
-		new2 = cut(new2, from2, from2+part[1]-part[0])
-		for _, e := range moved2 {
-			new1 = insert(new1, e)
-		}
-		for _, e := range moved1 {
-			new2 = insert(new2, e)
+	ranges1 := [][2]uint64{{off1, off1 + n}}
+	if flags&exchangeWritten != 0 {
+		inside, _ := split(exts1, ranges1)
+		ranges1 = nil
+		for _, e := range inside {
+			if !e.unwritten {
+				ranges1 = append(ranges1, [2]uint64{e.off, e.end()})
+			}
 		}
 	}
+	var ranges2 [][2]uint64
+	for _, r := range ranges1 {
+		ranges2 = append(ranges2, [2]uint64{r[0] - off1 + off2, r[1] - off1 + off2})
+	}
+	moved1, kept1 := split(exts1, ranges1)
+	moved2, kept2 := split(exts2, ranges2)
+	new1 := join(kept1, slide(moved2, off2, off1))
+	new2 := join(kept2, slide(moved1, off1, off2))
 	if err := rp.setMapping(ino1, exts1, new1); err != nil {
 		return err
 	}
@@ -307,33 +324,6 @@ func (rp *replay) finishExchange(in *intent) error {
 		rp.f.pending.sizes[ino1], rp.f.pending.sizes[ino2] = size1, size2
 	}
 	return nil
-}
-
-// exchanged gives the ranges of file 1, [from, to), that are exchanged: all of n blocks
-// from off, or just those that are written.
-func exchanged(exts []extent, off, n uint64, writtenOnly bool) [][2]uint64 {
-	if !writtenOnly {
-		return [][2]uint64{{off, off + n}}
-	}
-	var parts [][2]uint64
-	for _, e := range clip(exts, off, off+n) {
-		if !e.unwritten {
-			parts = append(parts, [2]uint64{e.off, e.end()})
-		}
-	}
-	return parts
-}
-
-// clip gives what of exts lies between off and end.
-func clip(exts []extent, off, end uint64) []extent {
-	var out []extent
-	for _, e := range exts {
-		from, to := max(e.off, off), min(e.end(), end)
-		if from < to {
-			out = append(out, extent{off: from, start: e.start + (from - e.off), n: to - from, unwritten: e.unwritten})
-		}
-	}
-	return out
 }
 
 // slide moves exts in the file.

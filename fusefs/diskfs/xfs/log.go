@@ -227,7 +227,10 @@ func (l *logRing) checkHead(head int) (logEnds, error) {
 	// further than the tail, and believe them from there up to the first whose
 	// checksum is wrong.
 	first := head
-	for {
+	for tries := 0; ; tries++ {
+		if tries > inFlightRecords*inFlightRecords {
+			return logEnds{}, corrupt("log", "no whole record among those before its head at sector %d", first)
+		}
 		if rec.bad {
 			rec.tail = rec.lsn // known by its place only; it is dropped below
 		} else if rec.tailBlk() >= l.n {

@@ -80,7 +80,13 @@ type replay struct {
 	cancelled map[bufKey]int
 	byBlkno   map[int64]int // the same by place only
 	quotaOff  uint32
-	intents   []*intent // not done, oldest first
+	intents   []*intent // oldest first
+	byID      map[intentKey]*intent
+	edits     int // see maxEdits
+}
+
+func newReplay(f *FS) *replay {
+	return &replay{f: f, cancelled: map[bufKey]int{}, byBlkno: map[int64]int{}, byID: map[intentKey]*intent{}}
 }
 
 // replay applies the log between ends: one pass to find the buffers that were freed,
@@ -91,7 +97,7 @@ func (l *logRing) replay(ends logEnds) error {
 		return unsupported("log feature bits %#x", unknown)
 	}
 	over := newOverlay(&device{r: f.dev.r, size: f.dev.size})
-	rp := &replay{f: f, cancelled: map[bufKey]int{}, byBlkno: map[int64]int{}}
+	rp := newReplay(f)
 	pass := func(commit func(*transaction) error) error {
 		a := &assembler{open: map[uint32]*transaction{}, commit: commit}
 		return l.walk(ends, a.add)
@@ -325,9 +331,8 @@ var lsnPlaces = map[uint32]struct{ lsn, uuid int }{
 }
 
 // newer reports whether the block at base already holds what a transaction changed: it
-// was written in place after it. Blocks without a sequence number are taken as older.
-// The superblock is: what the log has of it is not less than what a block of mkfs's
-// says.
+// was written in place after it. Blocks without a sequence number are taken as older,
+// and so is the superblock; that does no harm, since the log goes on to their last state.
 func (rp *replay) newer(base int64, size int, lsn uint64) (bool, error) {
 	head := make([]byte, min(size, 512))
 	if err := rp.f.dev.readAt(head, base); err != nil {

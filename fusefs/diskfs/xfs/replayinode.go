@@ -211,7 +211,7 @@ func (rp *replay) icreate(it *logItem) error {
 	}
 	ag, agbno, count, size := be32(b, 4), be32(b, 8), be32(b, 12), be32(b, 16)
 	length, gen := be32(b, 20), be32(b, 24)
-	const maxChunk = 2048 // inodes; a chunk is 64, or as many as fit a block
+	maxChunk := uint32(max(64, 1<<f.sb.inopbLog)) // inodes
 	if ag >= f.sb.agCount || int64(size) != f.sb.inodeSize || count == 0 || count > maxChunk ||
 		uint64(count)*uint64(size) != uint64(length)<<f.sb.blockLog {
 		return corrupt("log", "ICREATE item: %d inodes of %d bytes in %d blocks of group %d", count, size, length, ag)

@@ -54,7 +54,7 @@ func TestTree(t *testing.T) {
 				needFormat(t, f, "xattr-node", formatExtents)
 				for path, want := range map[string]string{
 					"dir/empty": "short", "dir/short": "short", "dir/block": "block", "dir/leaf": "leaf",
-					"dir/node": "node", "dir/thinned": "node", "frag/a": "node",
+					"dir/node": "node", "dir/thinned": "leaf", "frag/a": "node",
 				} {
 					if got := dirShape(t, f, path); got != want {
 						t.Errorf("%s is of %s form, the test needs %s", path, got, want)

@@ -105,6 +105,10 @@ func (f *FS) Info() diskfs.Info {
 // countGroups adds up free bytes and inodes in use over the headers of the
 // allocation groups ("AG Free Space Management", "AG Inode Management").
 func (f *FS) countGroups() (free int64, files uint64, err error) {
+	const maxGroups = 1 << 16 // of 1 TiB each, as large volumes have them
+	if f.sb.agCount > maxGroups {
+		return 0, 0, unsupported("counting over %d groups", f.sb.agCount)
+	}
 	var blocks uint64
 	buf := make([]byte, 512)
 	for ag := range f.sb.agCount {

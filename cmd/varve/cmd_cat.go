@@ -1,0 +1,111 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+
+	"github.com/spf13/cobra"
+
+	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/fusefs/diskfs"
+)
+
+func newCatCommand(a *app) *cobra.Command {
+	var stale bool
+	cmd := &cobra.Command{
+		Use:     "cat POINT:/PATH...",
+		GroupID: groupRead,
+		Short:   "Write files of a recovery point to standard output",
+		Long: `Write files out of a recovery point to standard output, without a mount and
+without root. Only what the files need is fetched.
+
+On a disk with partitions or logical volumes the path starts with one's name:
+shop/vm@latest:/p1/etc/fstab. "varve ls POINT:/" shows them.`,
+		Example: `  varve cat shop/db@latest:/etc/fstab
+  varve cat shop/db@2026-11-20T10:00:/var/lib/app/data.db > data.db`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error { return a.cat(cmd.Context(), args, stale) },
+	}
+	addStaleFlag(cmd, &stale)
+	return cmd
+}
+
+func addStaleFlag(cmd *cobra.Command, stale *bool) {
+	cmd.Flags().BoolVar(stale, "stale", false, "show the state on disk where the journal cannot be replayed; it may be wrong, not just old")
+}
+
+func (a *app) cat(ctx context.Context, args []string, stale bool) (err error) {
+	repo, err := a.openRepository(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
+	for _, arg := range args {
+		if err := a.catOne(ctx, repo, arg, stale); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (a *app) catOne(ctx context.Context, repo *repository.Repository, arg string, stale bool) error {
+	files, name, err := openFiles(ctx, repo, arg)
+	if err != nil {
+		return err
+	}
+	defer files.Close()
+	fsys, inside, err := files.find(name, diskfs.Options{Stale: stale})
+	if err != nil {
+		return err
+	}
+	if fsys == nil {
+		return fmt.Errorf("%s is a list of volumes, not a file", arg)
+	}
+	f, err := fsys.Open(inside)
+	if err != nil {
+		return fmt.Errorf("%s: %w", files.point.Name(), err)
+	}
+	defer f.Close()
+	if st, err := f.Stat(); err != nil {
+		return fmt.Errorf("%s: %w", files.point.Name(), err)
+	} else if !st.Mode().IsRegular() {
+		return fmt.Errorf("%s:%s is %s, not a file", files.point.Name(), name, kindOf(st.Mode()))
+	}
+	if _, err := io.Copy(a.stdout, contextReader{ctx, f}); err != nil {
+		return fmt.Errorf("%s:%s: %w", files.point.Name(), name, err)
+	}
+	return nil
+}
+
+// contextReader ends a copy when its context does.
+type contextReader struct {
+	ctx context.Context //nolint:containedctx // lives for one copy
+	r   io.Reader
+}
+
+func (c contextReader) Read(p []byte) (int, error) {
+	if err := c.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return c.r.Read(p) //nolint:wrapcheck // io.EOF must stay itself
+}
+
+func kindOf(m fs.FileMode) string {
+	switch {
+	case m.IsDir():
+		return "a directory"
+	case m&fs.ModeSymlink != 0:
+		return "a symbolic link"
+	case m&fs.ModeDevice != 0:
+		return "a device"
+	case m&fs.ModeNamedPipe != 0:
+		return "a named pipe"
+	case m&fs.ModeSocket != 0:
+		return "a socket"
+	default:
+		return "no regular file"
+	}
+}

@@ -1,0 +1,205 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/varve-io/varve/backup/repository"
+)
+
+func TestRepoLifeCycle(t *testing.T) {
+	env := newTestEnv(t)
+	dir := filepath.Join(env["HOME"], "backups")
+
+	if r := runVarve(t, env, "repo", "status"); r.code != exitRepository || !strings.Contains(r.stderr, "varve repo create") {
+		t.Errorf("not connected: %+v", r)
+	}
+	mustRun(t, env, "repo", "create", "filesystem", "--path", dir, "--compression", "off", "--cluster", "prod", "--max-upload-rate", "10MiB")
+	var s repository.Status
+	if err := json.Unmarshal([]byte(mustRun(t, env, "repo", "status", "-o", "json").stdout), &s); err != nil {
+		t.Fatal(err)
+	}
+	if !s.Writable || s.Compression != "off" || s.Cluster != "prod" || s.Limits.UploadBytesPerSecond != 10<<20 {
+		t.Errorf("status %+v", s)
+	}
+	if r := runVarve(t, env, "repo", "create", "filesystem", "--path", dir); r.code != exitRefused {
+		t.Errorf("created twice: %+v", r)
+	}
+
+	env["VARVE_NEW_PASSWORD"] = "battery staple"
+	mustRun(t, env, "repo", "change-password")
+	if r := runVarve(t, env, "repo", "status"); r.code != exitRepository || !strings.Contains(r.stderr, "wrong password") {
+		t.Errorf("old password: %+v", r)
+	}
+	env["VARVE_PASSWORD"] = "battery staple"
+	mustRun(t, env, "repo", "disconnect")
+	if r := runVarve(t, env, "repo", "disconnect"); r.code != exitRepository {
+		t.Errorf("disconnected twice: %+v", r)
+	}
+	if r := mustRun(t, env, "repo", "connect", "filesystem", "--path", dir, "--read-only"); !strings.Contains(r.stdout, "read-only") {
+		t.Errorf("read-only connection: %+v", r)
+	}
+}
+
+func TestRepoUsage(t *testing.T) {
+	env := newTestEnv(t)
+	for _, args := range []string{
+		"repo create filesystem",
+		"repo create filesystem --path %s --hash MD5",
+		"repo create filesystem --path %s --retention-mode governance --retention-period 90d",
+		"repo create filesystem --path %s --retention-period soon",
+		"repo create filesystem --path %s --max-upload-rate fast",
+		"repo create filesystem --path %s --no-cache --content-cache-size 1G",
+		"repo create s3 --bucket b --secret-access-key x",
+		"repo connect s3 --bucket bucket --access-key-id a",
+		"repo connect sftp --host h --user u --path /p",
+		"repo connect kopia-server --url http://h --user a@b",
+	} {
+		args = strings.ReplaceAll(args, "%s", filepath.Join(env["HOME"], "r"))
+		if r := runVarve(t, env, strings.Fields(args)...); r.code != exitUsage {
+			t.Errorf("varve %s: %+v", args, r)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(env["HOME"], "r", "kopia.repository.f")); !os.IsNotExist(err) {
+		t.Errorf("a repository was made: %v", err)
+	}
+}
+
+func TestSettingsComeFromFlagsThenEnvironmentThenFile(t *testing.T) {
+	env := newTestEnv(t)
+	home := env["HOME"]
+	file := filepath.Join(home, "settings.yaml")
+	write := func(text string) {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(fmt.Sprintf("output: json\ncluster: from-file\nrepo:\n  compression: pgzip\nfilesystem:\n  path: %s/from-file\n", home))
+	env["VARVE_FROM_FILE"] = file
+	status := func(args ...string) (s repository.Status) {
+		t.Helper()
+		out := mustRun(t, env, append([]string{"repo", "create", "filesystem"}, args...)...).stdout
+		if err := json.Unmarshal([]byte(out), &s); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		return s
+	}
+	if s := status(); s.Place != "directory "+home+"/from-file" || s.Compression != "pgzip" || s.Cluster != "from-file" {
+		t.Errorf("from the file: %+v", s)
+	}
+	env["VARVE_FILESYSTEM_PATH"] = home + "/from-env"
+	env["VARVE_REPO_COMPRESSION"] = "zstd"
+	if s := status(); s.Place != "directory "+home+"/from-env" || s.Compression != "zstd" {
+		t.Errorf("from the environment: %+v", s)
+	}
+	if s := status("--path", home+"/from-flag", "--compression", "off"); s.Place != "directory "+home+"/from-flag" || s.Compression != "off" {
+		t.Errorf("from flags: %+v", s)
+	}
+	for _, text := range []string{
+		"paht: x", "filesystem:\n  paht: x", "filesistem:\n  path: x", "output: [", "- a", "filesystem:\n  path: {a: b}", "cluster:",
+	} {
+		write(text)
+		if r := runVarve(t, env, "version"); r.code != exitUsage {
+			t.Errorf("settings %q: %+v", text, r)
+		}
+	}
+	write(`{"output": "json", "s3": {"secret-access-key": "x", "bucket": "b"}, "rclone": {"rclone-arg": ["a", "b"]}}`)
+	if r := mustRun(t, env, "version"); !strings.HasPrefix(r.stdout, "{") {
+		t.Errorf("JSON settings: %+v", r)
+	}
+}
+
+func TestPasswordSources(t *testing.T) {
+	env := newTestEnv(t)
+	dir := filepath.Join(env["HOME"], "backups")
+	mustRun(t, env, "repo", "create", "filesystem", "--path", dir)
+	right, wrong := filepath.Join(env["HOME"], "right"), filepath.Join(env["HOME"], "wrong")
+	for file, text := range map[string]string{right: "correct horse\n", wrong: "nonsense\n"} {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		name     string
+		env      testEnv
+		args     []string
+		code     int
+		inStderr string
+	}{
+		{"none", nil, nil, exitRepository, "--password-file"},
+		{"file", nil, []string{"--password-file", right}, 0, ""},
+		{"command", nil, []string{"--password-command", "cat " + right}, 0, ""},
+		{"file in the environment", testEnv{"VARVE_PASSWORD_FILE": right}, nil, 0, ""},
+		{"command in the environment", testEnv{"VARVE_PASSWORD_COMMAND": "cat " + right}, nil, 0, ""},
+		{"flag before environment", testEnv{"VARVE_PASSWORD": "nonsense"}, []string{"--password-file", right}, 0, ""},
+		{"wrong", testEnv{"VARVE_PASSWORD": "nonsense"}, nil, exitRepository, "wrong password"},
+		{"both", nil, []string{"--password-file", right, "--password-command", "cat"}, exitUsage, "both"},
+		{"no such file", nil, []string{"--password-file", "/nonexistent"}, exitUsage, "/nonexistent"},
+		{"empty", testEnv{"VARVE_PASSWORD": ""}, nil, exitUsage, "empty"},
+		{"command fails", nil, []string{"--password-command", "exit 3"}, exitFailure, "exit status 3"},
+		{"two lines", nil, []string{"--password-command", "echo a; echo b"}, exitFailure, "more than one line"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			e := testEnv{"HOME": env["HOME"], "VARVE_CONFIG": env["VARVE_CONFIG"]}
+			for k, v := range c.env {
+				e[k] = v
+			}
+			r := runVarve(t, e, append(c.args, "repo", "status")...)
+			if r.code != c.code || !strings.Contains(r.stderr, c.inStderr) {
+				t.Errorf("%+v", r)
+			}
+			if strings.Contains(r.stderr+r.stdout, "nonsense") || strings.Contains(r.stderr+r.stdout, "correct horse") {
+				t.Errorf("a password is in the output: %+v", r)
+			}
+		})
+	}
+}
+
+func TestSizesAndDurations(t *testing.T) {
+	for s, want := range map[string]int64{"0": 0, "4096": 4096, "1K": 1024, "64MiB": 64 << 20, "64 mib": 64 << 20, "1.5G": 3 << 29, "2TB": 2 << 40, "7E": 7 << 60} {
+		if n, err := parseSize(s); err != nil || n != want {
+			t.Errorf("size %q: %d, %v", s, n, err)
+		}
+	}
+	for _, s := range []string{"", "-1", "x", "1X", "1KK", "8E", "NaN", "Inf", "9999999999999999999", "0x10", "K"} {
+		if n, err := parseSize(s); err == nil {
+			t.Errorf("size %q: %d", s, n)
+		}
+	}
+	for s, want := range map[string]string{"30d": "30d", "2w": "14d", "36h": "36h0m0s", "48h": "2d"} {
+		var d days
+		if err := d.Set(s); err != nil || d.String() != want {
+			t.Errorf("duration %q: %v, %v", s, d.String(), err)
+		}
+	}
+	for _, s := range []string{"", "d", "-1d", "1.5d", "1y", "99999999999999w", "-1h"} {
+		if d, err := parseDays(s); err == nil {
+			t.Errorf("duration %q: %v", s, d)
+		}
+	}
+}
+
+func FuzzParseSize(f *testing.F) {
+	for _, s := range []string{"1", "1K", "1.5GiB", "8E", "-1", "1e30"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		if n, err := parseSize(s); err == nil && n < 0 {
+			t.Errorf("%q is %d", s, n)
+		}
+	})
+}
+
+func FuzzParseSettings(f *testing.F) {
+	f.Add([]byte("a: b\nc:\n  d: [e, f]\n"))
+	f.Add([]byte(`{"a": {"b": 1}}`))
+	f.Fuzz(func(t *testing.T, p []byte) {
+		if s, err := parseSettings(p); err == nil && s == nil {
+			t.Error("neither settings nor an error")
+		}
+	})
+}

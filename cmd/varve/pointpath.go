@@ -1,0 +1,145 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path"
+	"strings"
+
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/fusefs/diskfs/disk"
+)
+
+// fileCacheBytes bounds the decoded blocks that a command which reads files
+// keeps: metadata is read again and again, content once.
+const fileCacheBytes = 256 << 20
+
+// pointFiles is the files inside one recovery point.
+type pointFiles struct {
+	point *backup.Point
+	disk  *disk.Disk
+	img   *image.Image
+	cache *image.Cache
+}
+
+func (f *pointFiles) Close() { f.cache.Close() }
+
+// splitPointPath reads POINT:/PATH. Both a point's name and a path may hold
+// ":/" and '@', so the first cut whose left side names a point counts.
+func splitPointPath(cat *backup.Catalog, arg string) (*backup.Point, string, error) {
+	var first error
+	for i := 0; ; {
+		n := strings.Index(arg[i:], ":/")
+		if n < 0 {
+			break
+		}
+		i += n
+		p, err := cat.Resolve(arg[:i])
+		if err == nil {
+			return p, arg[i+1:], nil
+		}
+		if first == nil || errors.Is(err, backup.ErrAmbiguous) {
+			first = err
+		}
+		i += len(":/")
+	}
+	if first != nil {
+		return nil, "", first
+	}
+	p, err := cat.Resolve(strings.TrimSuffix(arg, ":"))
+	if err != nil {
+		return nil, "", fmt.Errorf("%w (files are named POINT:/PATH, for example shop/db@latest:/etc/fstab)", err)
+	}
+	return p, "/", nil
+}
+
+// openFiles opens the point that arg names and returns the path behind it.
+func openFiles(ctx context.Context, repo *repository.Repository, arg string) (*pointFiles, string, error) {
+	cat, err := backup.List(ctx, repo, backup.ListOptions{})
+	if err != nil {
+		return nil, "", err
+	}
+	p, name, err := splitPointPath(cat, arg)
+	if err != nil {
+		return nil, "", err
+	}
+	root, err := backup.OpenRoot(ctx, repo, p)
+	if err != nil {
+		return nil, "", err
+	}
+	cache := image.NewCache(fileCacheBytes)
+	img, err := image.Open(repo, cache, root, p.Generation)
+	if err != nil {
+		cache.Close()
+		return nil, "", fmt.Errorf("%s: %w", p.Name(), err)
+	}
+	d, err := disk.Open(img, img.Size())
+	if err != nil {
+		cache.Close()
+		return nil, "", fmt.Errorf("%s: %w", p.Name(), err)
+	}
+	return &pointFiles{point: p, disk: d, img: img, cache: cache}, path.Clean("/" + name), nil
+}
+
+// whole returns the only volume of a disk without partitions, nil otherwise.
+func (f *pointFiles) whole() *disk.Volume {
+	if f.disk.Table == nil && len(f.disk.Volumes) == 1 && f.disk.Volumes[0].Name == "" {
+		return f.disk.Volumes[0]
+	}
+	return nil
+}
+
+// find opens the file system that an absolute path lies in and returns the
+// path within it, as diskfs wants it. On a disk with partitions or logical
+// volumes the first elements name one: /p1/etc/fstab, /vg/root/etc/fstab. fsys
+// is nil for the list of volumes itself.
+func (f *pointFiles) find(name string, opt diskfs.Options) (fsys diskfs.FileSystem, inside string, err error) {
+	if v := f.whole(); v != nil {
+		fsys, err := v.Open(opt)
+		return fsys, relative(name), f.named(v, err)
+	}
+	for _, v := range f.disk.Volumes {
+		rest, ok := strings.CutPrefix(name, "/"+v.Name)
+		if v.Name != "" && ok && (rest == "" || rest[0] == '/') {
+			fsys, err := v.Open(opt)
+			return fsys, relative(rest), f.named(v, err)
+		}
+	}
+	if name == "/" {
+		return nil, ".", nil
+	}
+	return nil, "", fmt.Errorf("%s has no volume %s: it holds %s", f.point.Name(), name, strings.Join(f.volumeNames(), ", "))
+}
+
+func (f *pointFiles) volumeNames() []string {
+	var names []string
+	for _, v := range f.disk.Volumes {
+		kind := v.Type
+		if kind == "" {
+			kind = "unknown"
+		}
+		names = append(names, fmt.Sprintf("/%s (%s)", v.Name, kind))
+	}
+	return names
+}
+
+func (f *pointFiles) named(v *disk.Volume, err error) error {
+	if err == nil {
+		return nil
+	}
+	if v.Name != "" {
+		return fmt.Errorf("%s, volume %s: %w", f.point.Name(), v.Name, err)
+	}
+	return fmt.Errorf("%s: %w", f.point.Name(), err)
+}
+
+func relative(name string) string {
+	if name = strings.Trim(path.Clean("/"+name), "/"); name == "" {
+		return "."
+	}
+	return name
+}
