@@ -222,3 +222,25 @@ func TestLyingSourceIsFound(t *testing.T) {
 		t.Errorf("source %s, notes %q", rec.Source, rec.Notes)
 	}
 }
+
+// TestCheckpointsWhileResizing takes a checkpoint after every job of backups
+// that grow and shrink a disk across the end of a segment.
+func TestCheckpointsWhileResizing(t *testing.T) {
+	r, _ := newRepo(t)
+	rng := rand.New(rand.NewPCG(7, 8))
+	const seg = blocktree.SegmentSize
+	for _, size := range []int{seg + 5<<20, seg + 9<<20, 3<<20 + 1, seg, seg + 1, seg - 1, 0, seg + 77} {
+		data := make([]byte, size)
+		if size > 0 {
+			copy(data, randomBytes(rng, min(size, 1<<20)))
+			data[size-1] = 1
+		}
+		p, rec := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: data}, CheckpointEvery: 1})
+		if size > 0 && rec.Stats.Checkpoint == 0 {
+			t.Errorf("size %d: no checkpoint was taken", size)
+		}
+		if !bytes.Equal(readPoint(t, r, p), data) {
+			t.Errorf("size %d: reads back different", size)
+		}
+	}
+}

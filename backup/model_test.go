@@ -15,6 +15,7 @@ import (
 
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/disk"
 	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/backup/repository"
 )
@@ -260,7 +261,7 @@ func (m *model) listing(v *modelVolume, extra int) cbt.Source {
 		}
 		length := min(pageSize, v.disk.size-off)
 		page, ok := v.disk.pages[n]
-		zero := !ok || isZero(page)
+		zero := !ok || disk.IsZero(page)
 		extents = append(extents, cbt.Extent{Offset: off, Length: length, Zero: zero && m.rng.IntN(2) == 0})
 	}
 	m.rng.Shuffle(len(extents), func(i, j int) { extents[i], extents[j] = extents[j], extents[i] })
@@ -407,7 +408,7 @@ func (m *model) compare(v *modelVolume, id string) {
 			for n := e.Offset / pageSize; n*pageSize < e.Offset+e.Length; n++ {
 				page, ok := want.pages[n]
 				from, to := max(n*pageSize, e.Offset), min((n+1)*pageSize, e.Offset+e.Length)
-				if ok && !isZero(page[from-n*pageSize:to-n*pageSize]) {
+				if ok && !disk.IsZero(page[from-n*pageSize:to-n*pageSize]) {
 					return fmt.Errorf("zero at %d, where there is data", from)
 				}
 			}

@@ -153,7 +153,7 @@ func (w *Writer) SaveSnapshot(ctx context.Context, s *Snapshot, files []File) er
 	m.Stats.TotalDirectoryCount = int32(entry.DirSummary.TotalDirCount)
 	id, err := snapshot.SaveSnapshot(w.ctx, w.w, m)
 	if err != nil {
-		return fmt.Errorf("write snapshot manifest: %w", err)
+		return fmt.Errorf("write snapshot manifest: %w", explainWrite(err))
 	}
 	s.ManifestID, s.Root, s.RootIsDir = string(id), entry.ObjectID, true
 	return nil
@@ -290,7 +290,7 @@ func (w *Writer) PutRecord(_ context.Context, kind string, labels map[string]str
 	maps.Copy(all, labels)
 	id, err := w.w.PutManifest(w.ctx, all, payload)
 	if err != nil {
-		return "", fmt.Errorf("write %s record: %w", kind, err)
+		return "", fmt.Errorf("write %s record: %w", kind, explainWrite(err))
 	}
 	return string(id), nil
 }

@@ -32,6 +32,8 @@ type Repo struct {
 	Dir        string // of the blobs
 	ConfigFile string // of a connection without faults
 
+	veleroConfig string // of Velero's own connection
+
 	connections atomic.Int32
 	rewrites    atomic.Int64
 }
@@ -107,7 +109,12 @@ func (r *Repo) Write(t testing.TB, fn func(ctx context.Context, w repo.DirectRep
 
 func (r *Repo) writeAt(t testing.TB, now func() time.Time, fn func(ctx context.Context, w repo.DirectRepositoryWriter) error) {
 	t.Helper()
-	rep, err := repo.Open(t.Context(), r.ConfigFile, Password, &repo.Options{DisableRepositoryLog: true, TimeNowFunc: now})
+	r.with(t, r.ConfigFile, now, fn)
+}
+
+func (r *Repo) with(t testing.TB, config string, now func() time.Time, fn func(ctx context.Context, w repo.DirectRepositoryWriter) error) {
+	t.Helper()
+	rep, err := repo.Open(t.Context(), config, Password, &repo.Options{DisableRepositoryLog: true, TimeNowFunc: now})
 	if err != nil {
 		t.Fatalf("open with kopia: %v", err)
 	}
