@@ -136,6 +136,7 @@ type run struct {
 	lastCheckpoint time.Time
 	counters       counters
 	readErrors     rangeList
+	notes          []string
 }
 
 type counters struct {
@@ -243,7 +244,7 @@ func (r *run) prepare(ctx context.Context) error {
 		Start: now, Time: pointTime(now, cat.Of(v)),
 		Size: r.lay.Size, BlockSize: r.lay.BlockSize,
 		VolumeHandle: r.opt.VolumeHandle, FileSystem: r.opt.FileSystem,
-		NotCrashConsistent: r.opt.NotCrashConsistent, ToolVersion: r.opt.ToolVersion,
+		NotCrashConsistent: r.opt.NotCrashConsistent, ToolVersion: r.opt.ToolVersion, Notes: r.notes,
 	}
 	if latest != nil {
 		rec.Generation = latest.Generation + 1
@@ -299,15 +300,30 @@ func (r *run) chooseLayout(ctx context.Context) error {
 			return fmt.Errorf("%w: %s is of volume handle %q, the source is %q; if the volume was replaced take a full",
 				ErrWrongParent, r.parent.Name(), r.parent.VolumeHandle, r.opt.VolumeHandle)
 		}
-		r.lay.BlockSize = r.parent.BlockSize
 		root, err := OpenRoot(ctx, r.repo, r.parent)
 		if err != nil {
 			return fmt.Errorf("open parent: %w", err)
 		}
+		if root.Block == 0 {
+			// Migrated by stock Kopia, which cut it its own way: there are no blocks
+			// to share.
+			slog.WarnContext(ctx, "the latest recovery point was rewritten by Kopia; taking a full", "parent", r.parent.Name())
+			r.notes = append(r.notes, fmt.Sprintf("%s was rewritten by Kopia and shares no blocks: a full was taken", r.parent.Name()))
+			r.parent = nil
+			return r.fullLayout(size)
+		}
+		r.lay.BlockSize = r.parent.BlockSize
 		if r.base, err = blocktree.Open(r.repo, nil, root); err != nil {
 			return fmt.Errorf("open parent %s: %w", r.parent.Name(), err)
 		}
 	}
+	if r.parent == nil {
+		return r.fullLayout(size)
+	}
+	return r.lay.Check()
+}
+
+func (r *run) fullLayout(size int64) error {
 	if r.lay.BlockSize == 0 {
 		r.lay.BlockSize = blocktree.DefaultBlockSize(size)
 	}

@@ -60,7 +60,9 @@ func List(ctx context.Context, r *repository.Repository, opt ListOptions) (*Cata
 		switch {
 		case errors.Is(err, repository.ErrSnapshotNotFound), errors.Is(err, errNotAPoint):
 			continue // deleted since the list was made, or not ours
-		case err != nil && ctx.Err() != nil:
+		case err != nil && ctx.Err() != nil, errors.Is(err, repository.ErrStorageFailed):
+			// Not to be left out: a point that is only out of reach for a moment
+			// would not be the parent of the next, and prune would count wrongly.
 			return nil, err
 		case err != nil:
 			// One damaged point must not hide all others.
@@ -282,8 +284,11 @@ func (c *Catalog) ofNamed(vol string) ([]*Point, error) {
 
 func matchesVolume(p *Point, text string) bool {
 	v := p.Volume
-	if p.Foreign != "" && text == v.Namespace+"@"+v.Cluster+":/"+v.Name {
-		return true
+	if p.Foreign != "" {
+		// As Kopia writes a source; Velero's paths have no slash before them.
+		if path, ok := strings.CutPrefix(text, v.Namespace+"@"+v.Cluster+":"); ok && strings.TrimPrefix(path, "/") == v.Name {
+			return true
+		}
 	}
 	return text == v.String() || text == v.Cluster+":"+v.String()
 }
@@ -367,6 +372,22 @@ func OpenRoot(ctx context.Context, r *repository.Repository, p *Point) (blocktre
 	rec, err := LoadRecord(ctx, r, p)
 	if err != nil {
 		return blocktree.Root{}, err
+	}
+	files, err := r.ReadDirectory(ctx, p.root)
+	if err != nil {
+		return blocktree.Root{}, fmt.Errorf("%s: %w", p.Name(), err)
+	}
+	for _, f := range files {
+		if f.Name != blocktree.DiskFile || f.Dir || f.Object.String() == rec.Root {
+			continue
+		}
+		// "kopia snapshot migrate" reads the disk and writes it again into another
+		// repository, as Kopia itself cuts it: the bytes are the same, the objects
+		// that the record names stayed behind.
+		if f.Size != rec.Size {
+			return blocktree.Root{}, fmt.Errorf("%s: %s has %d bytes, its record says %d", p.Name(), f.Name, f.Size, rec.Size)
+		}
+		return blocktree.Root{Object: f.Object, Size: rec.Size}, nil
 	}
 	return rec.OpenRoot()
 }

@@ -101,8 +101,12 @@ func (r *run) prove(ctx context.Context, root blocktree.Root) (blocktree.Root, e
 			return root, nil
 		}
 		if attempt == maxRepairs {
-			return root, fmt.Errorf("%w: %d blocks are missing after storing them %d times; "+
-				"is a maintenance without safety margins running? Run the backup again when it is over", ErrLostData, lost, attempt)
+			what := fmt.Sprintf("%d blocks", lost)
+			if rootLost {
+				what = "pieces of the disk's index"
+			}
+			return root, fmt.Errorf("%w: %s are missing after storing them %d times; "+
+				"is a maintenance without safety margins running, or does the storage lag behind? Run the backup again when it is over", ErrLostData, what, attempt)
 		}
 		slog.WarnContext(ctx, "data this backup builds on was deleted meanwhile; storing it again",
 			"volume", r.opt.Volume.String(), "blocks", lost)

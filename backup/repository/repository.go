@@ -38,6 +38,9 @@ var (
 	// ErrContentCorrupt means that a content was found but its bytes failed
 	// authentication or decompression.
 	ErrContentCorrupt = errors.New("content corrupt")
+	// ErrStorageFailed means that the storage could not be asked for a content:
+	// nothing is known about it, and asking again may do.
+	ErrStorageFailed = errors.New("storage failed")
 	// ErrReadOnly means that the connection may not write.
 	ErrReadOnly = errors.New("repository is connected read-only")
 )
@@ -196,7 +199,7 @@ func wrapRead(oid ObjectID, err error) error {
 	case isCorrupt(err):
 		return fmt.Errorf("object %v: %w: %w", oid, ErrContentCorrupt, err)
 	default:
-		return fmt.Errorf("object %v: %w", oid, err)
+		return fmt.Errorf("object %v: %w: %w", oid, ErrStorageFailed, err)
 	}
 }
 
