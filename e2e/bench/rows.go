@@ -21,6 +21,7 @@ var allRows = []row{
 	{"restore", restoreRows},
 	{"memory", memoryRows},
 	{"chain", chainRows},
+	{"nbd", nbdRows},
 }
 
 // site is a fresh repository of each program.
