@@ -132,24 +132,39 @@ func (r *Repo) with(t testing.TB, config string, now func() time.Time, fn func(c
 	}
 }
 
-// WriteObject stores p as stock Kopia would with a splitter ("" for its
-// default, "FIXED-1M", ...) and a compressor ("" for none).
-func (r *Repo) WriteObject(t testing.TB, p []byte, splitter, compressor string) repository.ObjectID {
+// Object is bytes to be stored as stock Kopia would.
+type Object struct {
+	Data       []byte
+	Splitter   string // "" for Kopia's default, "FIXED-1M", ...
+	Compressor string // "" for none
+}
+
+// WriteObjects stores objects in one session, through Kopia's own writer.
+func (r *Repo) WriteObjects(t testing.TB, objects ...Object) []repository.ObjectID {
 	t.Helper()
-	var oid repository.ObjectID
+	var out []repository.ObjectID
 	r.Write(t, func(ctx context.Context, w repo.DirectRepositoryWriter) error {
-		ow := w.NewObjectWriter(ctx, object.WriterOptions{
-			Splitter: splitter, Compressor: compression.Name(compressor), MetadataCompressor: compression.Name(compressor),
-		})
-		defer ow.Close()
-		if _, err := ow.Write(p); err != nil {
-			return err
+		for _, o := range objects {
+			oid, err := writeObject(ctx, w, o)
+			if err != nil {
+				return err
+			}
+			out = append(out, oid)
 		}
-		var err error
-		oid, err = ow.Result()
-		return err
+		return nil
 	})
-	return oid
+	return out
+}
+
+func writeObject(ctx context.Context, w repo.DirectRepositoryWriter, o Object) (repository.ObjectID, error) {
+	ow := w.NewObjectWriter(ctx, object.WriterOptions{
+		Splitter: o.Splitter, Compressor: compression.Name(o.Compressor), MetadataCompressor: compression.Name(o.Compressor),
+	})
+	defer ow.Close()
+	if _, err := ow.Write(o.Data); err != nil {
+		return repository.ObjectID{}, err
+	}
+	return ow.Result()
 }
 
 // RewritePacks moves every content to new packs and deletes the old ones at
