@@ -134,9 +134,11 @@ environment over the file. Secrets are never flags.`,
 		&cobra.Group{ID: groupKeep, Title: "Looking after recovery points:"},
 	)
 	root.AddCommand(
+		newAttachCommand(a),
 		newBackupCommand(a),
 		newCatCommand(a),
 		newCommitCommand(a),
+		newDetachCommand(a),
 		newDiffCommand(a),
 		newForgetCommand(a),
 		newListCommand(a),
