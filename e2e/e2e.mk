@@ -19,8 +19,13 @@ e2e-cluster: e2e-setup ## Bring up a real Kubernetes on this machine (VARVE_E2E_
 e2e-cluster-down: ## Take it down without a trace
 	cd e2e && CGO_ENABLED=0 $(GO) run ./cluster/cmd/e2e-cluster down
 
+.PHONY: e2e-nbd
+e2e-nbd: setup ## NBD clients against varve serve, the Linux kernel in a virtual machine too (needs root)
+	@e2e/nbd/setup.sh
+	cd e2e && VARVE_TEST_KERNEL=1 $(GO) test -count=1 -timeout 30m -v -run "$${RUN:-.}" ./nbd
+
 .PHONY: e2e
-e2e: e2e-setup ## The end-to-end tests in a cluster of their own (RUN=regexp to choose)
+e2e: e2e-setup e2e-nbd ## The end-to-end tests in a cluster of their own (RUN=regexp to choose)
 	@e2e/cluster/test.sh
 
 .PHONY: e2e-ci

@@ -336,3 +336,5 @@ func copyExport(ctx context.Context, out io.Writer, e *nbdclient.Export, off, le
 	}
 	return bw.Flush()
 }
+
+func isReadOnly(in nbdclient.Info) bool { return in.Flags&proto.FlagReadOnly != 0 }

@@ -63,20 +63,7 @@ func TestMaintenanceElsewhere(t *testing.T) {
 	s.run("fio", "--name=p", "--filename="+pattern, "--rw=write", "--bs=64k", "--size=32M", "--verify=crc32c", "--do_verify=0", "--end_fsync=1")
 	p := s.backupFile(pattern)
 	srv := s.serve("--cache-size", "1M")
-	packs := func() map[string]bool {
-		found := map[string]bool{}
-		err := filepath.WalkDir(s.path("repo"), func(path string, d fs.DirEntry, err error) error {
-			if err == nil && strings.HasPrefix(d.Name(), "p") && !d.IsDir() {
-				found[path] = true
-			}
-			return nil
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return found
-	}
-	before := packs()
+	before := s.packs()
 	rounds := 0
 	fio := s.command("fio", "--name=p", "--ioengine=nbd", "--uri="+srv.uri(p.Name), "--rw=read", "--bs=64k", "--size=32M",
 		"--verify=crc32c", "--verify_only=0", "--do_verify=1", "--verify_fatal=1", "--iodepth=8", "--loops=3", "--rate=16m")
@@ -95,17 +82,23 @@ func TestMaintenanceElsewhere(t *testing.T) {
 				t.Errorf("fio: %v\n%s", err, out.String())
 			}
 		default:
+			// Something to collect, so that packs are rewritten.
+			s.varve("backup", s.points[rounds%3].want, "--volume", "shop/other", "--full")
+			s.varve("forget", "shop/other@latest")
 			s.varve("maintenance", "run", "--full", "--safety", "none")
 			rounds++
 		}
 	}
-	left := 0
-	for path := range packs() {
-		if before[path] {
-			left++
+	after, gone := s.packs(), 0
+	for path := range before {
+		if !after[path] {
+			gone++
 		}
 	}
-	t.Logf("%d rounds of maintenance; %d of %d packs are still the ones the server began with", rounds, left, len(before))
+	t.Logf("%d rounds of maintenance deleted %d of the %d packs the server began with", rounds, gone, len(before))
+	if gone == 0 {
+		t.Error("maintenance deleted no pack: nothing was tested")
+	}
 	s.run("nbdcopy", srv.uri(p.Name), s.path("copy"))
 	s.same(s.path("copy"), pattern)
 }
@@ -116,23 +109,7 @@ func TestMissingBlocks(t *testing.T) {
 	s := newSite(t)
 	extra := s.path("extra.img") // a last point whose changes have packs of their own
 	s.run("cp", s.latest().want, extra)
-	before := map[string]bool{}
-	each := func(fn func(path string)) {
-		matches, err := filepath.Glob(s.path("repo") + "/p*/*/p*.f")
-		if more, err2 := filepath.Glob(s.path("repo") + "/p*/*.f"); err2 == nil {
-			matches = append(matches, more...)
-		}
-		if more, err2 := filepath.Glob(s.path("repo") + "/p*/*/*.f"); err2 == nil {
-			matches = append(matches, more...)
-		}
-		if err != nil || len(matches) == 0 {
-			t.Fatalf("no packs in the repository: %v", err)
-		}
-		for _, m := range matches {
-			fn(m)
-		}
-	}
-	each(func(path string) { before[path] = true })
+	before := s.packs()
 	f, err := os.OpenFile(extra, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -145,11 +122,11 @@ func TestMissingBlocks(t *testing.T) {
 	}
 	p := s.backupFile(extra)
 	lost := []string{}
-	each(func(path string) {
+	for path := range s.packs() {
 		if !before[path] {
 			lost = append(lost, path)
 		}
-	})
+	}
 	if len(lost) == 0 {
 		t.Fatal("the backup wrote no pack")
 	}
@@ -177,4 +154,21 @@ for i in range(3):
 		t.Fatal("a missing block was read")
 	}
 	s.has(stderr, p.Name, "block at 0x1000000", "missing")
+}
+
+// packs returns the files of the repository that hold blocks.
+func (s *site) packs() map[string]bool {
+	s.t.Helper()
+	found := map[string]bool{}
+	err := filepath.WalkDir(s.path("repo"), func(path string, d fs.DirEntry, err error) error {
+		rel, _ := filepath.Rel(s.path("repo"), path)
+		if err == nil && !d.IsDir() && strings.HasPrefix(rel, "p") {
+			found[path] = true
+		}
+		return nil // a file that maintenance deletes meanwhile is none
+	})
+	if err != nil || len(found) == 0 {
+		s.t.Fatalf("packs of the repository: %d, %v", len(found), err)
+	}
+	return found
 }
