@@ -216,8 +216,7 @@ func TestBackupNoticesLostWrites(t *testing.T) {
 		{Op: repotest.Put, Prefix: "x", Count: 1, Lose: true},
 		{Op: repotest.Put, Prefix: "x", Skip: 1, Count: 1, Lose: true},
 		{Op: repotest.Put, Prefix: "x", Skip: 2, Count: 1, Lose: true},
-		{Op: repotest.Put, Prefix: "p", Count: 1, Truncate: 1000},
-		{Op: repotest.Put, Prefix: "q", Skip: 1, Count: 1, Truncate: 100},
+		{Op: repotest.Put, Prefix: "p", Count: 1, Truncate: 150_000},
 	} {
 		what := "lost"
 		if fault.Truncate > 0 {

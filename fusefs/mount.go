@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -80,7 +81,24 @@ func (f *FS) Mount(dir string) (*Mounted, error) {
 	if err := server.WaitMount(); err != nil {
 		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), Unmount(dir, true))
 	}
+	if err := refusePolls(dir); err != nil {
+		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), m.Close())
+	}
 	return m, nil
+}
+
+// refusePolls has the kernel ask once whether files can be polled, and learn that
+// they cannot. Go's runtime adds files that this process opens to epoll without
+// giving its processor away: the answer could then come never. The FUSE
+// library answers for a file of this name, and does this itself only for mounts
+// that it made.
+func refusePolls(dir string) error {
+	fd, err := unix.Open(filepath.Join(dir, ".go-fuse-epoll-hack"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open the first file: %w", err)
+	}
+	_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0) //nolint:gosec // a descriptor
+	return errors.Join(err, unix.Close(fd))
 }
 
 // mountOptions are in the words of mount(8).

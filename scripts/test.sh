@@ -5,7 +5,7 @@ set -uo pipefail
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 rc=0
-go test -race -timeout 20m -v ./... >"$log" 2>&1 || rc=1
+go test -race -timeout 40m -v ./... >"$log" 2>&1 || rc=1
 grep -E '^(ok|FAIL|panic:)|^--- FAIL|^    --- FAIL|DATA RACE' "$log" || true
 if [ $rc -ne 0 ]; then
 	echo "--- what failed said:"
@@ -15,7 +15,7 @@ packages=()
 for p in kopia faults nbd bench; do
 	[ -d "e2e/$p" ] && packages+=("./$p/...")
 done
-(cd e2e && go test -timeout 20m -v "${packages[@]}") >"$log.e2e" 2>&1 || rc=1
+(cd e2e && go test -timeout 40m -v "${packages[@]}") >"$log.e2e" 2>&1 || rc=1
 grep -E '^(ok|FAIL|panic:)|^--- FAIL|^    --- FAIL' "$log.e2e" || true
 if [ $rc -ne 0 ]; then
 	grep -vE '^(=== |--- PASS|    --- PASS|ok|\?|PASS)' "$log.e2e" | tail -n 300

@@ -22,6 +22,7 @@ func isCorrupt(err error) bool {
 		"unsupported compressor",
 		"unable to decrypt",
 		"malformed content",
+		"invalid length", // a short pack on a file system (kopia repo/blob/filesystem)
 	} {
 		if strings.Contains(err.Error(), text) {
 			return true

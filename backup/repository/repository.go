@@ -262,15 +262,22 @@ func IsIndirect(oid ObjectID) (index ObjectID, ok bool) { return oid.IndexObject
 
 // PackExists reports whether a pack blob is in storage.
 func (r *Repository) PackExists(ctx context.Context, pack string) (bool, error) {
+	_, ok, err := r.PackSize(ctx, pack)
+	return ok, err
+}
+
+// PackSize returns how many bytes a pack blob has in storage; ok is false when it
+// is not there.
+func (r *Repository) PackSize(ctx context.Context, pack string) (size int64, ok bool, err error) {
 	if r.direct == nil {
-		return false, fmt.Errorf("pack %s: no direct storage access through a Kopia API server", pack)
+		return 0, false, fmt.Errorf("pack %s: no direct storage access through a Kopia API server", pack)
 	}
-	_, err := r.direct.BlobReader().GetMetadata(ctx, blob.ID(pack))
+	md, err := r.direct.BlobReader().GetMetadata(ctx, blob.ID(pack))
 	if errors.Is(err, blob.ErrBlobNotFound) {
-		return false, nil
+		return 0, false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("look up pack %s: %w", pack, err)
+		return 0, false, fmt.Errorf("look up pack %s: %w", pack, err)
 	}
-	return true, nil
+	return md.Length, true, nil
 }

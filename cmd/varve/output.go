@@ -103,7 +103,7 @@ func (a *app) startOutput() error {
 		level = slog.LevelDebug
 	}
 	var newHandler func(io.Writer) slog.Handler
-	opt := &slog.HandlerOptions{Level: level}
+	opt := &slog.HandlerOptions{Level: level, ReplaceAttr: errorText}
 	switch a.flags.logFormat {
 	case "text":
 		newHandler = func(w io.Writer) slog.Handler { return slog.NewTextHandler(w, opt) }
@@ -131,5 +131,15 @@ func (a *app) startOutput() error {
 	a.progress.Close()
 	a.progress = progress.New(show)
 	a.log = slog.New(newHandler(a.progress.Writer(a.stderr)))
+	slog.SetDefault(a.log) // what the packages below log goes the same way
 	return nil
+}
+
+// errorText logs an error as its one line: Kopia's errors print a stack trace
+// for every frame they passed when they are formatted in full.
+func errorText(_ []string, at slog.Attr) slog.Attr {
+	if err, ok := at.Value.Any().(error); ok {
+		at.Value = slog.StringValue(message(err))
+	}
+	return at
 }

@@ -211,6 +211,19 @@ func (r *Repo) Packs(t testing.TB) []string {
 	return out
 }
 
+// Indexes lists the blobs of Kopia's index.
+func (r *Repo) Indexes(t testing.TB) []string {
+	t.Helper()
+	var out []string
+	for id := range r.blobs(t) {
+		if strings.HasPrefix(id, "x") {
+			out = append(out, id)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
 // blobs maps blob IDs to files: kopia repo/blob/sharded puts the first
 // characters into directories and ".f" behind the last.
 func (r *Repo) blobs(t testing.TB) map[string]string {
@@ -247,20 +260,21 @@ func (r *Repo) Size(t testing.TB) int64 {
 // RemoveBlob deletes a blob behind Kopia's back.
 func (r *Repo) RemoveBlob(t testing.TB, id string) {
 	t.Helper()
-	if err := os.Remove(r.blobPath(t, id)); err != nil {
+	if err := os.Remove(r.BlobPath(t, id)); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// DamageBlob flips one bit in each of a blob's 1000-byte stretches.
+// DamageBlob flips one bit in each of a blob's 1000-byte stretches, or in the
+// middle of a short one.
 func (r *Repo) DamageBlob(t testing.TB, id string) {
 	t.Helper()
-	path := r.blobPath(t, id)
+	path := r.BlobPath(t, id)
 	p, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i := 500; i < len(p); i += 1000 {
+	for i := min(500, len(p)/2); i < len(p); i += 1000 {
 		p[i] ^= 1
 	}
 	if err := os.WriteFile(path, p, 0o600); err != nil {
@@ -268,7 +282,21 @@ func (r *Repo) DamageBlob(t testing.TB, id string) {
 	}
 }
 
-func (r *Repo) blobPath(t testing.TB, id string) string {
+// TruncateBlob cuts bytes off the end of a blob.
+func (r *Repo) TruncateBlob(t testing.TB, id string, bytes int64) {
+	t.Helper()
+	path := r.BlobPath(t, id)
+	st, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(path, max(0, st.Size()-bytes)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// BlobPath is the file that holds a blob.
+func (r *Repo) BlobPath(t testing.TB, id string) string {
 	t.Helper()
 	path, ok := r.blobs(t)[id]
 	if !ok {
