@@ -21,6 +21,7 @@ var allRows = []row{
 	{"memory", memoryRows},
 	{"chain", chainRows},
 	{"crowd", crowdRows},
+	{"nbd", nbdRows},
 }
 
 const (
