@@ -172,6 +172,6 @@ func TestManyReaders(t *testing.T) {
 	m := mount(t, repo, fusefs.Options{})
 	disk := m.latest(shopDB, "disk.img")
 	diskfstest.Run(t, "fio", "--name=readers", "--filename="+disk, "--rw=randread", "--bs=4k", "--size=32m", "--numjobs=16",
-		"--verify=crc32c", "--verify_fatal=1", "--verify_header_seed=0", "--ioengine=psync", "--readonly", "--allow_file_create=0")
+		"--verify=crc32c", "--verify_fatal=1", "--ioengine=psync", "--readonly", "--allow_file_create=0")
 	checkDisk(t, disk, image)
 }
