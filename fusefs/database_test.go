@@ -122,6 +122,11 @@ func TestPostgreSQLStartsOnARecoveryPoint(t *testing.T) {
 	m := mount(t, repo, fusefs.Options{Writable: true})
 	back, unmount := diskfstest.Mount(t, m.latest(shopDB, "disk.img"), "")
 	open(back)
+	// The process of the time is not there where a disk is restored; here its number
+	// may still be taken.
+	if err := os.Remove(filepath.Join(back, "data/postmaster.pid")); err != nil {
+		t.Fatal(err)
+	}
 	stop = start(filepath.Join(back, "data"))
 	stopped = false
 	log, _ := os.ReadFile(filepath.Join(sockets, "log"))

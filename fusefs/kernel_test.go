@@ -1,12 +1,14 @@
 package fusefs_test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/repository/repotest"
 	"github.com/varve-io/varve/fusefs"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
@@ -20,7 +22,8 @@ func TestKernelMountOfADirtyJournal(t *testing.T) {
 			needFUSE(t)
 			image := crash(t, newVolume(t, 320*mib, slices.Clone(mkfs), 20))
 			repo := repotest.New(t).Open(t)
-			p := save(t, repo, shopDB, image)
+			// A name of its own: loop devices are the whole machine's.
+			p := save(t, repo, backup.Volume{Namespace: "shop", Name: fmt.Sprintf("%s-%d", name, os.Getpid()), Cluster: "test"}, image)
 			tree, err := fusefs.New(t.Context(), repo, fusefs.Options{Point: p, Writable: true})
 			if err != nil {
 				t.Fatal(err)
@@ -48,13 +51,13 @@ func TestKernelMountOfADirtyJournal(t *testing.T) {
 			if got := names(t, dir); len(got) != 0 {
 				t.Errorf("the directory still shows %q", got)
 			}
-			wait(t, func() bool { return len(loopsOver(t)) == 0 })
+			wait(t, func() bool { return len(loopsOver(t, p.Volume.String())) == 0 })
 		})
 	}
 }
 
 // loopsOver lists loop devices over the disk of a mount.
-func loopsOver(t testing.TB) []string {
+func loopsOver(t testing.TB, volume string) []string {
 	t.Helper()
 	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	if err != nil {
@@ -62,7 +65,7 @@ func loopsOver(t testing.TB) []string {
 	}
 	var out []string
 	for _, f := range files {
-		if b, err := os.ReadFile(f); err == nil && strings.Contains(string(b), "/shop/db/") {
+		if b, err := os.ReadFile(f); err == nil && strings.Contains(string(b), "/"+volume+"/") {
 			out = append(out, strings.TrimSpace(string(b)))
 		}
 	}
