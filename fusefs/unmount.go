@@ -117,25 +117,36 @@ func Unmount(dir string, lazy bool) error {
 }
 
 // mountType gives the file system type of the uppermost mount on a directory, ""
-// if there is none. See proc_pid_mountinfo(5).
+// if there is none.
 func mountType(dir string) (string, error) {
+	typ, _, err := mountAt(dir)
+	return typ, err
+}
+
+// mountSource gives what is mounted uppermost on a directory, such as a device.
+func mountSource(dir string) (string, error) {
+	_, source, err := mountAt(dir)
+	return source, err
+}
+
+// mountAt reads /proc/self/mountinfo, see proc_pid_mountinfo(5).
+func mountAt(dir string) (typ, source string, err error) {
 	b, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
-		return "", fmt.Errorf("read mounts: %w", err)
+		return "", "", fmt.Errorf("read mounts: %w", err)
 	}
-	typ := ""
 	for line := range strings.Lines(string(b)) {
 		f := strings.Fields(line)
-		for i := 6; i+1 < len(f); i++ {
+		for i := 6; i+2 < len(f); i++ {
 			if f[i] == "-" {
 				if unescapeMount(f[4]) == dir {
-					typ = f[i+1]
+					typ, source = f[i+1], f[i+2]
 				}
 				break
 			}
 		}
 	}
-	return typ, nil
+	return typ, source, nil
 }
 
 // unescapeMount undoes the octal escapes of mountinfo.

@@ -28,12 +28,14 @@ type mountFlags struct {
 	allowOther         bool
 	daemon, foreground bool
 	logFile            string
+	kernel             bool
+	partition          string
 }
 
 func newMountCommand(a *app) *cobra.Command {
 	var f mountFlags
 	cmd := &cobra.Command{
-		Use:     "mount DIR",
+		Use:     "mount DIR | mount --kernel POINT DIR",
 		GroupID: groupRead,
 		Short:   "Show recovery points as a directory tree: disks and the files on them",
 		Long: `Show recovery points as a directory tree, through FUSE:
@@ -49,12 +51,23 @@ files/ holds one directory for each. New recovery points appear by themselves.
 --writable lets disk.img be written: changes go to an overlay on this machine,
 the recovery point stays as it is.
 
+--kernel mounts the file system of one recovery point at DIR itself, read-only
+and with the driver of this machine's kernel, which knows more file systems
+(btrfs, for example). It needs root and trusts the disk: a hostile one can crash
+the kernel. Its journal is replayed into an overlay.
+
 The command serves until it is interrupted or 'varve umount DIR' is called; with
 --daemon it goes to the background as soon as the tree is there.`,
 		Example: `  varve mount /mnt/varve
   varve mount /mnt/varve --volume shop/db --daemon
-  varve mount /mnt/varve --writable --overlay-dir /var/tmp/overlays`,
-		Args: cobra.ExactArgs(1),
+  varve mount /mnt/varve --writable --overlay-dir /var/tmp/overlays
+  varve mount --kernel shop/vm@latest --partition p2 /mnt/vm`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if f.kernel {
+				return cobra.ExactArgs(2)(cmd, args)
+			}
+			return cobra.ExactArgs(1)(cmd, args)
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if f.daemon && f.foreground {
 				return usagef("--daemon and --foreground are opposites: give one of them")
@@ -64,6 +77,12 @@ The command serves until it is interrupted or 'varve umount DIR' is called; with
 			}
 			if f.daemon && !isDaemon() {
 				return a.startDaemon(cmd.Context())
+			}
+			if f.kernel {
+				return a.mountKernel(cmd.Context(), args[0], args[1], f)
+			}
+			if f.partition != "" {
+				return usagef("--partition is for --kernel: without it files/ shows all partitions")
 			}
 			return a.mount(cmd.Context(), args[0], f)
 		},
@@ -78,6 +97,8 @@ The command serves until it is interrupted or 'varve umount DIR' is called; with
 	fl.StringVar(&f.cache, "cache", "256M", "memory for decoded blocks")
 	fl.DurationVar(&f.refresh, "refresh", 15*time.Second, "time between looks for new recovery points; 0 for never")
 	fl.BoolVar(&f.allowOther, "allow-other", false, "let other users in, by the permissions of the files; needs user_allow_other in /etc/fuse.conf unless root mounts")
+	fl.BoolVar(&f.kernel, "kernel", false, "mount one recovery point's file system with the kernel; needs root")
+	fl.StringVar(&f.partition, "partition", "", "partition to mount with --kernel, such as p1")
 	fl.BoolVar(&f.daemon, "daemon", false, "go to the background when the tree is there")
 	fl.BoolVar(&f.foreground, "foreground", false, "stay in the foreground (the default)")
 	fl.StringVar(&f.logFile, "log-file", "", "where the background process logs (default nowhere)")
@@ -142,9 +163,15 @@ func (a *app) mount(ctx context.Context, dir string, f mountFlags) (err error) {
 	return waitMounted(ctx, m)
 }
 
+// served is a mount that this process answers for.
+type served interface {
+	Done() <-chan struct{}
+	Close() error
+}
+
 // waitMounted serves until the tree is unmounted or the command is interrupted,
 // which is how it is meant to end.
-func waitMounted(ctx context.Context, m *fusefs.Mounted) error {
+func waitMounted(ctx context.Context, m served) error {
 	select {
 	case <-m.Done():
 	case <-ctx.Done():

@@ -20,7 +20,11 @@ func newUmountCommand(_ *app) *cobra.Command {
 What a killed one left behind is cleaned up as well.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
-			err := fusefs.Unmount(args[0], lazy)
+			unmount := fusefs.Unmount
+			if fusefs.IsKernelMount(args[0]) {
+				unmount = fusefs.UnmountKernel
+			}
+			err := unmount(args[0], lazy)
 			if errors.Is(err, fusefs.ErrBusy) {
 				return fmt.Errorf("%w: programs have files open there. Close them ('fuser -vm %s' names them), or unmount lazily: varve umount --lazy %s", err, args[0], args[0])
 			}

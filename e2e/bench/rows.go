@@ -20,8 +20,8 @@ var allRows = []row{
 	{"restore", restoreRows},
 	{"memory", memoryRows},
 	{"chain", chainRows},
-	{"nbd", nbdRows},
 	{"crowd", crowdRows},
+	{"nbd", nbdRows},
 }
 
 const (
