@@ -8,11 +8,13 @@ import (
 )
 
 type row struct {
-	id  string
-	run func(*bench) ([]result, error)
+	id   string
+	run  func(*bench) ([]result, error)
+	disk bool // it uses the disk with files
 }
 
 var allRows = []row{
+<<<<<<< HEAD
 	{"full", fullBackup},
 	{"incremental", incrementalBackup},
 	{"stored", storedBytes},
@@ -22,6 +24,16 @@ var allRows = []row{
 	{"chain", chainRows},
 	{"crowd", crowdRows},
 	{"nbd", nbdRows},
+=======
+	{"full", fullBackup, true},
+	{"incremental", incrementalBackup, true},
+	{"stored", storedBytes, true},
+	{"metadata", metadataBytes, false},
+	{"restore", restoreRows, true},
+	{"memory", memoryRows, false},
+	{"chain", chainRows, false},
+	{"crowd", crowdRows, false},
+>>>>>>> perf
 }
 
 const (
