@@ -14,17 +14,6 @@ type row struct {
 }
 
 var allRows = []row{
-<<<<<<< HEAD
-	{"full", fullBackup},
-	{"incremental", incrementalBackup},
-	{"stored", storedBytes},
-	{"metadata", metadataBytes},
-	{"restore", restoreRows},
-	{"memory", memoryRows},
-	{"chain", chainRows},
-	{"crowd", crowdRows},
-	{"nbd", nbdRows},
-=======
 	{"full", fullBackup, true},
 	{"incremental", incrementalBackup, true},
 	{"stored", storedBytes, true},
@@ -33,7 +22,7 @@ var allRows = []row{
 	{"memory", memoryRows, false},
 	{"chain", chainRows, false},
 	{"crowd", crowdRows, false},
->>>>>>> perf
+	{"nbd", nbdRows, true},
 }
 
 const (
