@@ -71,7 +71,9 @@ func interfere(t *testing.T, step string, prepare func(t *testing.T, r *reposito
 	other := openRepo(t, conf)
 	met := false
 	opt.BlockSize = 64 << 10
-	opt.CheckpointEvery = time.Nanosecond // a checkpoint after each job
+	if step == "checkpoint" {
+		opt.CheckpointEvery = time.Nanosecond // after each job
+	}
 	opt.step = func(s string) {
 		if s != step || met {
 			return
@@ -113,7 +115,7 @@ func interfere(t *testing.T, step string, prepare func(t *testing.T, r *reposito
 	opt.step = nil
 	p, _ = mustBackup(t, fresh, opt)
 	maintainNow(t, fresh)
-	if !bytes.Equal(readPoint(t, openFresh(t, conf), p), want) {
+	if !bytes.Equal(readPoint(t, other, p), want) {
 		t.Error("the next point reads back different")
 	}
 }

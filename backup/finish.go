@@ -59,6 +59,10 @@ func (r *run) finish(ctx context.Context) (*Point, error) {
 		return nil, fmt.Errorf("recovery point %s is complete, but reading it back failed: %w", r.rec.ID, err)
 	}
 	saved, err := r.repo.LoadSnapshot(ctx, s.ManifestID)
+	if errors.Is(err, repository.ErrSnapshotNotFound) {
+		return nil, fmt.Errorf("recovery point %s was written, but the storage does not show it: it lags behind, or lost what it took; "+
+			"look again with 'varve list', and if it is not there run the backup again: %w", r.rec.ID, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("recovery point %s is complete, but reading it back failed: %w", r.rec.ID, err)
 	}
@@ -101,8 +105,12 @@ func (r *run) prove(ctx context.Context, root blocktree.Root) (blocktree.Root, e
 			return root, nil
 		}
 		if attempt == maxRepairs {
-			return root, fmt.Errorf("%w: %d blocks are missing after storing them %d times; "+
-				"is a maintenance without safety margins running? Run the backup again when it is over", ErrLostData, lost, attempt)
+			what := fmt.Sprintf("%d blocks", lost)
+			if rootLost {
+				what = "pieces of the disk's index"
+			}
+			return root, fmt.Errorf("%w: %s are missing after storing them %d times; "+
+				"is a maintenance without safety margins running, or does the storage lag behind? Run the backup again when it is over", ErrLostData, what, attempt)
 		}
 		slog.WarnContext(ctx, "data this backup builds on was deleted meanwhile; storing it again",
 			"volume", r.opt.Volume.String(), "blocks", lost)
@@ -139,7 +147,7 @@ func (r *run) findLost(ctx context.Context, of blocktree.Root) (blocks int64, ro
 		}
 		whole = !alive
 	}
-	p := &prover{run: r, ctx: ctx, tree: tree, packs: map[string]bool{}, lost: newWorklist(r.lay)}
+	p := &prover{run: r, ctx: ctx, tree: tree, packs: map[string]int64{}, lost: newWorklist(r.lay)}
 	r.work = p.lost
 	if root, err = p.root(); err != nil {
 		return 0, false, err
@@ -151,6 +159,9 @@ func (r *run) findLost(ctx context.Context, of blocktree.Root) (blocks int64, ro
 	}
 	if err := p.walk(whole); err != nil {
 		return 0, false, err
+	}
+	if p.holes {
+		r.build.ForgetHoles()
 	}
 	n, _ := p.lost.count()
 	if err := r.w.Flush(ctx); err != nil { // contents that were forgotten
@@ -189,8 +200,9 @@ type prover struct {
 	run   *run
 	ctx   context.Context //nolint:containedctx // lives for one call
 	tree  *blocktree.Tree
-	packs map[string]bool // looked up already
+	packs map[string]int64 // bytes of those looked up already; -1 for none
 	lost  *worklist
+	holes bool // what stands for holes is lost
 }
 
 // root reports whether a piece of the root index is lost. Also one that this run
@@ -214,53 +226,74 @@ func (p *prover) root() (lost bool, err error) {
 	return lost, nil
 }
 
-// walk looks up the segments that this run wrote, or all of them.
+// walk looks up the segments that this run wrote or made holes of, or all of
+// them. The others are the living parent's.
 func (p *prover) walk(whole bool) error {
 	lay := p.run.lay
+	holes := map[repository.ObjectID]bool{} // looked up already; a sparse disk has many of one
 	for n := range lay.Segments() {
 		if err := p.ctx.Err(); err != nil {
 			return err
 		}
 		written := p.run.build.Written(n)
-		if !whole && !written {
+		inherited := !written && p.run.base != nil && n < segmentsOf(p.run.base)
+		if inherited && !whole {
 			continue
 		}
 		oid, err := p.tree.SegmentID(p.ctx, n)
 		if err != nil {
 			return err
 		}
-		ok, err := p.present(oid)
+		if !written && !inherited {
+			if holes[oid] {
+				continue
+			}
+			holes[oid] = true
+		}
+		lost, err := p.segment(n, oid, whole)
 		if err != nil {
 			return err
 		}
-		if !ok {
+		switch {
+		case !lost:
+		case written || inherited:
 			p.loseSegment(n)
-			continue
-		}
-		seg, err := p.tree.Segment(p.ctx, n)
-		if errors.Is(err, repository.ErrContentMissing) {
-			p.loseSegment(n)
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		for i := range seg.Entries {
-			e := &seg.Entries[i]
-			if !whole && e.Gen != p.run.rec.Generation && e.HasDigest {
-				continue // the living parent's
-			}
-			ok, err := p.present(e.Object)
-			if err != nil {
-				return err
-			}
-			if !ok {
-				p.lost.read.set(lay.FirstBlock(n) + int64(i))
-				p.run.build.ForgetZero(e.Length)
-			}
+		default:
+			p.holes = true
 		}
 	}
 	return nil
+}
+
+// segment looks up a segment. lost is set when its index is; lost blocks go on
+// the list.
+func (p *prover) segment(n int64, oid repository.ObjectID, whole bool) (lost bool, err error) {
+	ok, err := p.present(oid)
+	if err != nil || !ok {
+		return !ok, err
+	}
+	seg, err := p.tree.Segment(p.ctx, n)
+	if errors.Is(err, repository.ErrContentMissing) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	for i := range seg.Entries {
+		e := &seg.Entries[i]
+		if !whole && e.Gen != p.run.rec.Generation && e.HasDigest {
+			continue // the living parent's
+		}
+		ok, err := p.present(e.Object)
+		if err != nil {
+			return false, err
+		}
+		if !ok {
+			p.lost.read.set(p.run.lay.FirstBlock(n) + int64(i))
+			p.run.build.ForgetZero(e.Length)
+		}
+	}
+	return false, nil
 }
 
 func (p *prover) loseSegment(n int64) {
@@ -270,7 +303,7 @@ func (p *prover) loseSegment(n int64) {
 }
 
 // present reports whether a content is in the index, not marked deleted, and
-// its pack in storage. One whose pack is gone is marked deleted: while the index
+// its pack in storage, long enough. One whose pack is not is marked deleted: while the index
 // has it, it would not be stored again.
 func (p *prover) present(oid repository.ObjectID) (bool, error) {
 	st, err := p.run.w.StateOf(p.ctx, oid)
@@ -280,17 +313,23 @@ func (p *prover) present(oid repository.ObjectID) (bool, error) {
 	if !st.Found || st.Deleted {
 		return false, nil
 	}
-	if st.Pack == "" || p.packs[st.Pack] {
+	if st.Pack == "" {
 		return true, nil
 	}
-	ok, err := p.run.repo.PackExists(p.ctx, st.Pack)
-	if err != nil {
-		return false, err
+	size, known := p.packs[st.Pack]
+	if !known {
+		var ok bool
+		if size, ok, err = p.run.repo.PackSize(p.ctx, st.Pack); err != nil {
+			return false, err
+		}
+		if !ok {
+			size = -1
+		}
+		p.packs[st.Pack] = size
 	}
-	if !ok {
-		slog.WarnContext(p.ctx, "a pack is gone; what the backup needs of it is stored again", "pack", st.Pack, "object", oid.String())
-		return false, p.run.w.ForgetContent(p.ctx, oid)
+	if st.Offset+st.Packed <= size {
+		return true, nil
 	}
-	p.packs[st.Pack] = true
-	return true, nil
+	slog.WarnContext(p.ctx, "a pack is gone or cut; what the backup needs of it is stored again", "pack", st.Pack, "object", oid.String())
+	return false, p.run.w.ForgetContent(p.ctx, oid)
 }

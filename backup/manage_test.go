@@ -8,9 +8,11 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
+	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/repository"
 )
 
@@ -404,5 +406,74 @@ func TestPins(t *testing.T) {
 	}
 	if _, err := Forget(ctx, r, []string{p.ID}, false, false); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestOneMaintenanceAtATime starts a second run, from another connection with a
+// configuration file and so a local lock of its own, inside the first.
+func TestOneMaintenanceAtATime(t *testing.T) {
+	r, conf := newRepo(t)
+	chain(t, r, testVolume, 1, 100_000)
+	other := openFresh(t, conf)
+	met := false
+	_, err := Maintain(t.Context(), r, MaintainOptions{Mode: repository.MaintenanceFull, step: func(s string) {
+		if s != "marked" {
+			return
+		}
+		met = true
+		res, err := Maintain(t.Context(), other, MaintainOptions{Mode: repository.MaintenanceFull})
+		if err != nil || !res.Busy {
+			t.Errorf("the second run: %+v, %v", *res.MaintenanceReport, err)
+		}
+	}})
+	if err != nil || !met {
+		t.Fatalf("the first run: %v", err)
+	}
+	if res, err := Maintain(t.Context(), other, MaintainOptions{Mode: repository.MaintenanceQuick}); err != nil || res.Busy || res.Mode != repository.MaintenanceQuick {
+		t.Errorf("afterwards: %+v, %v", *res.MaintenanceReport, err)
+	}
+}
+
+// TestDeadRunsAreCleared removes what a killed run left and keeps what a living
+// one holds.
+func TestDeadRunsAreCleared(t *testing.T) {
+	r, _ := newRepo(t)
+	ctx := t.Context()
+	chain(t, r, testVolume, 1, 300_000)
+	w, err := r.NewWriter(ctx, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	id, err := w.WriteBlock(ctx, bytes.Repeat([]byte("left by a killed run"), 5000))
+	if err != nil {
+		t.Fatal(err)
+	}
+	host, _ := os.Hostname()
+	for pid, boot := range map[string]string{"1": "another boot", "2": bootID()} {
+		s := &repository.Snapshot{
+			Source: testVolume.source(), Start: r.Now(), End: r.Now(), Incomplete: incompleteReason,
+			Tags: map[string]string{tagRunHost: host, tagRunPID: pid, tagRunBoot: boot},
+		}
+		if pid == "2" {
+			s.Tags[tagRunPID] = strconv.Itoa(os.Getpid()) // lives
+		}
+		files := []repository.File{{Name: blocktree.DiskFile, Size: 100_000, ModTime: r.Now(), Mode: 0o600, Object: id}}
+		if err := w.SaveSnapshot(ctx, s, files); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Flush(ctx); err != nil {
+		t.Fatal(err)
+	}
+	res := maintainNow(t, r)
+	if res.DeadRuns != 1 {
+		t.Errorf("%d dead runs were cleared", res.DeadRuns)
+	}
+	if n := len(mustList(t, r).Incomplete()); n != 1 {
+		t.Errorf("%d incomplete manifests are left", n)
+	}
+	if st, err := r.StateOf(ctx, id); err != nil || !st.Found || st.Deleted {
+		t.Errorf("what a living run holds: %+v, %v", st, err)
 	}
 }

@@ -171,6 +171,16 @@ func (b *Builder) ForgetRoot() {
 	b.newRoot = true
 }
 
+// ForgetHoles makes the next Root write again what stands for holes, and the
+// root index over it, because some of it was lost.
+func (b *Builder) ForgetHoles() {
+	b.ForgetRoot()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	clear(b.zero)
+	clear(b.zeroSeg)
+}
+
 // segmentID returns what the root lists for segment n.
 func (b *Builder) segmentID(ctx context.Context, n int64) (repository.ObjectID, error) {
 	if id, ok := b.segs[n]; ok {

@@ -21,8 +21,9 @@ type bench struct {
 	changed string // the same, after 1 % of it changed
 	extents string // the list of what changed, in bytes
 	really  int64  // bytes of pages that differ
+	maker   string // program that makes many points
+	load    string // before the run
 	results []result
-	fillers int
 }
 
 const (
@@ -36,6 +37,12 @@ func (b *bench) prepare() error {
 	b.disk = filepath.Join(b.cfg.dir, "disk.img")
 	b.changed = filepath.Join(b.cfg.dir, "changed.img")
 	b.extents = filepath.Join(b.cfg.dir, "extents.jsonl")
+	b.maker = filepath.Join(b.cfg.dir, "makepoints")
+	build := exec.Command("go", "build", "-o", b.maker, "./internal/makepoints")
+	build.Dir = b.cfg.root
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("build makepoints: %w: %s", err, out)
+	}
 	if err := b.mkfs(); err != nil {
 		return err
 	}

@@ -16,7 +16,9 @@ import (
 type config struct {
 	varve, kopia string
 	dir          string
+	root         string // of the source tree
 	runs         int
+	crowd        int             // points of the crowded repository
 	rows         map[string]bool // empty for all
 }
 
@@ -27,7 +29,9 @@ func main() {
 	flag.StringVar(&cfg.varve, "varve", os.Getenv("VARVE"), "varve binary")
 	flag.StringVar(&cfg.kopia, "kopia", os.Getenv("KOPIA"), "stock kopia binary")
 	flag.StringVar(&cfg.dir, "dir", "", "scratch directory with 20 GiB free (default below $TMPDIR or /var/tmp)")
+	flag.StringVar(&cfg.root, "root", "..", "source tree of Varve, to build the maker of many recovery points from")
 	flag.IntVar(&cfg.runs, "runs", 5, "runs of each side")
+	flag.IntVar(&cfg.crowd, "crowd", 10000, "recovery points in the crowded repository")
 	flag.Parse()
 	cfg.rows = map[string]bool{}
 	for r := range strings.SplitSeq(*rows, ",") {
@@ -57,7 +61,7 @@ func run(cfg config, out string) error {
 		defer os.RemoveAll(dir)
 		cfg.dir = dir
 	}
-	b := &bench{cfg: cfg}
+	b := &bench{cfg: cfg, load: load()}
 	if err := b.prepare(); err != nil {
 		return err
 	}
@@ -71,7 +75,8 @@ func run(cfg config, out string) error {
 			return fmt.Errorf("%s: %w", row.id, err)
 		}
 		for _, r := range results {
-			fmt.Fprintf(os.Stderr, "   %s: %s (peer %s): %s\n", r.work, r.varve, r.peer, r.ratio)
+			fmt.Fprintf(os.Stderr, "   %s: %s (%s %s): %s; CPU %s; %s reached=%v %s\n",
+				r.work, r.varve, r.peerName, r.peer, r.ratio, r.cpu, r.goal.text, r.reached, r.note)
 		}
 		b.results = append(b.results, results...)
 	}

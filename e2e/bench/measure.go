@@ -22,7 +22,7 @@ type sample struct {
 // env is what both programs get; passwords stay out of their arguments.
 func (b *bench) env() []string {
 	return []string{
-		"HOME=" + b.cfg.dir, "PATH=" + os.Getenv("PATH"), "VARVE_PASSWORD=bench", "KOPIA_PASSWORD=bench",
+		"HOME=" + b.cfg.dir, "PATH=" + os.Getenv("PATH"), "XDG_STATE_HOME=" + b.cfg.dir, "VARVE_PASSWORD=bench", "KOPIA_PASSWORD=bench",
 		"KOPIA_CHECK_FOR_UPDATES=false",
 	}
 }
@@ -53,14 +53,8 @@ func (b *bench) kopia(conf string, args ...string) (sample, error) {
 	return b.exec(b.cfg.kopia, append([]string{"--config-file=" + conf, "--no-progress"}, args...)...)
 }
 
-func median(s []time.Duration) time.Duration {
-	s = slices.Clone(s)
-	slices.Sort(s)
-	return s[len(s)/2]
-}
-
-// pair runs ours and the peer in turn and returns the walls of each.
-func (b *bench) pair(ours, peer func() (time.Duration, error)) (a, p []time.Duration, err error) {
+// pair runs ours and the peer in turn, so that both meet the same noise.
+func (b *bench) pair(ours, peer func() (sample, error)) (a, p []sample, err error) {
 	for range b.cfg.runs {
 		x, err := ours()
 		if err != nil {
@@ -75,30 +69,97 @@ func (b *bench) pair(ours, peer func() (time.Duration, error)) (a, p []time.Dura
 	return a, p, nil
 }
 
+// synced counts the time until path is on the disk to the run: one program may
+// sync what it wrote, and another leave it to the system.
+func synced(s sample, err error, path string) (sample, error) {
+	if err != nil {
+		return s, err
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return s, err
+	}
+	defer f.Close()
+	start := time.Now()
+	if err := f.Sync(); err != nil {
+		return s, err
+	}
+	s.wall += time.Since(start)
+	return s, nil
+}
+
+func medianOf(all []sample, of func(sample) float64) float64 {
+	v := make([]float64, len(all))
+	for i, s := range all {
+		v[i] = of(s)
+	}
+	slices.Sort(v)
+	return v[len(v)/2]
+}
+
+func wallOf(s sample) float64 { return s.wall.Seconds() }
+func cpuOf(s sample) float64  { return s.cpu.Seconds() }
+
+// goal is what a row is to reach.
+type goal struct {
+	text  string
+	limit float64
+	most  bool // at most limit; else at least
+}
+
+func atLeast(x float64, text string) goal { return goal{text: text, limit: x} }
+func atMost(x float64, text string) goal  { return goal{text: text, limit: x, most: true} }
+
+func (g goal) reached(x float64) bool {
+	if g.most {
+		return x <= g.limit
+	}
+	return x >= g.limit
+}
+
 // result is a line of the table.
 type result struct {
 	work, peerName     string
 	varve, peer, ratio string
-	goal               string
+	cpu                string // seconds, ours and the peer's
+	goal               goal
+	reached            bool
 	note               string
+	why                string // for a goal that is not reached
 }
 
-// timed makes a row out of two series: how many times faster ours is.
-func timed(work, peerName, goal string, ours, peer []time.Duration) result {
-	a, p := median(ours), median(peer)
+// faster makes a row out of two series: how many times faster ours is.
+func faster(work, peerName string, g goal, why string, ours, peer []sample) result {
+	return compared(work, peerName, g, why, ours, peer, func(a, p float64) float64 { return p / a }, "%.1f x faster")
+}
+
+// slower is faster the other way round: how many times the peer's time ours takes.
+func slower(work, peerName string, g goal, why string, ours, peer []sample) result {
+	return compared(work, peerName, g, why, ours, peer, func(a, p float64) float64 { return a / p }, "%.2f x its time")
+}
+
+func compared(work, peerName string, g goal, why string, ours, peer []sample, ratio func(a, p float64) float64, format string) result {
+	a, p := medianOf(ours, wallOf), medianOf(peer, wallOf)
+	x := ratio(a, p)
 	r := result{
-		work: work, peerName: peerName, goal: goal,
-		varve: seconds(a), peer: seconds(p), ratio: fmt.Sprintf("%.2f x faster", p.Seconds()/a.Seconds()),
+		work: work, peerName: peerName, goal: g, why: why, varve: seconds(a), peer: seconds(p),
+		ratio: fmt.Sprintf(format, x), reached: g.reached(x),
+		cpu: fmt.Sprintf("%.2f / %.2f", medianOf(ours, cpuOf), medianOf(peer, cpuOf)),
 	}
 	if lo, hi := halves(peer); hi > lo*1.1 {
-		r.note = fmt.Sprintf("noisy: the peer against itself %.2f x", hi/lo)
+		r.note = fmt.Sprintf("noisy (A/A %.2f x)", hi/lo)
 	}
 	return r
 }
 
+// single makes a row of one figure that has no peer.
+func single(work, figure string, x float64, g goal, why string) result {
+	return result{work: work, peerName: "none", varve: figure, goal: g, why: why, reached: g.reached(x)}
+}
+
 // halves is the A/A check: the medians of every other run of the peer.
-func halves(s []time.Duration) (lo, hi float64) {
-	var a, b []time.Duration
+func halves(s []sample) (lo, hi float64) {
+	var a, b []sample
 	for i, d := range s {
 		if i%2 == 0 {
 			a = append(a, d)
@@ -109,15 +170,19 @@ func halves(s []time.Duration) (lo, hi float64) {
 	if len(a) == 0 || len(b) == 0 {
 		return 1, 1
 	}
-	x, y := median(a).Seconds(), median(b).Seconds()
+	x, y := medianOf(a, wallOf), medianOf(b, wallOf)
 	return min(x, y), max(x, y)
 }
 
-func seconds(d time.Duration) string {
-	if d < time.Second {
-		return fmt.Sprintf("%.0f ms", float64(d)/1e6)
+func seconds(s float64) string {
+	switch {
+	case s < 0.01:
+		return fmt.Sprintf("%.2f ms", s*1e3)
+	case s < 1:
+		return fmt.Sprintf("%.0f ms", s*1e3)
+	default:
+		return fmt.Sprintf("%.2f s", s)
 	}
-	return fmt.Sprintf("%.2f s", d.Seconds())
 }
 
 func megabytes(n int64) string { return fmt.Sprintf("%.1f MB", float64(n)/1e6) }
@@ -133,3 +198,5 @@ func du(dir string) (int64, error) {
 	})
 	return n, err
 }
+
+func secondsOf(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }

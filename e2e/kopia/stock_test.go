@@ -163,6 +163,9 @@ func (s *site) checkMount(t *testing.T, points map[string][]byte) {
 // checkCopy copies the repository with sync-to and reads the copy with Varve.
 func (s *site) checkCopy(t *testing.T, names map[string]string, points map[string][]byte) {
 	copied := filepath.Join(s.dir, "copy")
+	if err := os.MkdirAll(copied, 0o700); err != nil {
+		t.Fatal(err)
+	}
 	s.kopia("repository", "sync-to", "filesystem", "--path="+copied, "--delete")
 	conf := filepath.Join(s.dir, "copy.config")
 	s.varve("--config", conf, "repo", "connect", "filesystem", "--path", copied)

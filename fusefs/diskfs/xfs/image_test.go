@@ -67,7 +67,17 @@ func newImage(t testing.TB, mb int64, mkfs ...string) string {
 func mounted(t testing.TB, img, opts string, do func(dir string)) {
 	t.Helper()
 	dir := t.TempDir()
-	run(t, "mount", "-t", "xfs", "-o", "loop,"+opts, img, dir)
+	// Other tests on this machine look for free loop devices too, and one may take the
+	// one that mount(8) found.
+	for tries := 0; ; tries++ {
+		out, err := exec.Command("mount", "-t", "xfs", "-o", "loop,"+opts, img, dir).CombinedOutput()
+		if err == nil {
+			break
+		}
+		if tries == 20 || !bytes.Contains(out, []byte("busy")) && !bytes.Contains(out, []byte("loop device")) {
+			t.Fatalf("mount %s: %v\n%s", img, err, out)
+		}
+	}
 	up := true
 	down := func() {
 		if up {

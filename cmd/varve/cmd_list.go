@@ -1,0 +1,79 @@
+package main
+
+import (
+	"context"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/repository"
+)
+
+func newListCommand(a *app) *cobra.Command {
+	var volume string
+	var foreign bool
+	cmd := &cobra.Command{
+		Use:     "list",
+		Aliases: []string{"ls-points"},
+		GroupID: groupKeep,
+		Short:   "List the recovery points",
+		Long: `List the recovery points of a volume, or of all, oldest first.
+
+The name in the first column, or the beginning of the ID, is what other commands
+take. @latest, @latest~1 and the beginning of a time (@2026-11-20) work too.`,
+		Example: `  varve list
+  varve list --volume shop/db -o json`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx := cmd.Context()
+			return a.withRepository(ctx, func(repo *repository.Repository) error { return a.list(ctx, repo, volume, foreign) })
+		},
+	}
+	cmd.Flags().StringVar(&volume, "volume", "", "only this volume, namespace/name")
+	cmd.Flags().BoolVar(&foreign, "all", false, "also disk images that Velero or stock Kopia saved")
+	return cmd
+}
+
+func (a *app) list(ctx context.Context, repo *repository.Repository, volume string, foreign bool) error {
+	opt := backup.ListOptions{Foreign: foreign}
+	if volume != "" {
+		v, err := backup.ParseVolume(volume, a.clusterOf(repo))
+		if err != nil {
+			return &usageError{err}
+		}
+		opt.Volume = &v
+	}
+	cat, err := backup.List(ctx, repo, opt)
+	if err != nil {
+		return err
+	}
+	n, err := loadNotes(ctx, repo)
+	if err != nil {
+		return err
+	}
+	views := make([]pointView, 0, len(cat.Points()))
+	clusters := map[string]bool{}
+	for _, p := range cat.Points() {
+		views = append(views, n.view(p))
+		clusters[p.Volume.Cluster] = true
+	}
+	return a.print(views, func(t *table) {
+		if len(views) == 0 {
+			t.line("No recovery points. Make one with: varve backup SOURCE --volume NAMESPACE/NAME")
+			return
+		}
+		t.row("NAME", "ID", "KIND", "GEN", "SIZE", "PARENT", "PINS", "STATE")
+		for _, v := range views {
+			name := v.Name
+			if len(clusters) > 1 && v.Program == "" {
+				name = v.Cluster + ":" + name
+			}
+			kind := v.Kind
+			if v.Program != "" {
+				kind += " (" + v.Program + ")"
+			}
+			t.row(name, shortID(v.ID), kind, v.Generation, t.bytes(v.Size), shortID(v.Parent), strings.Join(v.Pins, ","), v.state())
+		}
+	})
+}
