@@ -61,7 +61,8 @@ type FS struct {
 	gid   uint32
 
 	view    atomic.Pointer[view]
-	mu      sync.Mutex // guards points, overlays
+	mu      sync.Mutex // guards points, scratch, closed
+	closed  bool
 	points  map[string]*point
 	scratch string // temporary directory of overlays, once there is one
 	numbers numbers
@@ -92,13 +93,16 @@ func New(ctx context.Context, repo *repository.Repository, opt Options) (*FS, er
 	}
 	f.cache = image.NewCache(opt.CacheBytes)
 	f.ctx, f.stop = context.WithCancel(context.WithoutCancel(ctx))
-	f.done.Go(f.run)
+	f.background(f.run)
 	return f, nil
 }
 
 // Close stops what runs in the background, gives leases back and closes overlays.
 // Nothing may be mounted any more.
 func (f *FS) Close() error {
+	f.mu.Lock()
+	f.closed = true
+	f.mu.Unlock()
 	f.stop()
 	f.done.Wait()
 	f.mu.Lock()
@@ -112,6 +116,15 @@ func (f *FS) Close() error {
 		errs = append(errs, os.RemoveAll(f.scratch))
 	}
 	return errors.Join(errs...)
+}
+
+// background runs fn in a goroutine that Close waits for.
+func (f *FS) background(fn func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.closed {
+		f.done.Go(fn)
+	}
 }
 
 // Refresh reads the catalogue again.

@@ -72,13 +72,13 @@ func (c *countingStore) ZeroID(ctx context.Context, n int64) (repository.ObjectI
 // use notes that the point is being read, and sees that it has a lease.
 func (p *point) use() {
 	p.used.Store(time.Now().UnixNano())
-	if p.leased.Load() || !p.fs.repo.Writable() || p.leased.Swap(true) || p.fs.ctx.Err() != nil {
+	if p.leased.Load() || !p.fs.repo.Writable() || p.leased.Swap(true) {
 		return
 	}
 	// Not waited for: a lease is written to the storage, and readers would wait
 	// for nothing. What is deleted in that moment fails to read, as it would have
 	// a moment later.
-	p.fs.done.Go(func() {
+	p.fs.background(func() {
 		l, err := backup.AcquireLease(p.fs.ctx, p.fs.repo, p.info, "mount")
 		if err != nil {
 			if p.fs.ctx.Err() == nil {
@@ -106,6 +106,7 @@ func (p *point) releaseIdle() {
 	p.lease = nil
 	p.mu.Unlock()
 	if l == nil {
+		p.leased.Store(false) // one that could not be had is tried again
 		return
 	}
 	if err := l.Close(p.fs.ctx); err != nil && p.fs.ctx.Err() == nil {

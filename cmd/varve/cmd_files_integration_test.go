@@ -130,7 +130,7 @@ func start(t *testing.T, env testEnv, program string, args ...string) *exec.Cmd 
 	return cmd
 }
 
-func waitFor(t *testing.T, what string, cond func() bool) {
+func waitUntil(t *testing.T, what string, cond func() bool) {
 	t.Helper()
 	for range 6000 {
 		if cond() {
@@ -170,7 +170,7 @@ func TestMountCommand(t *testing.T) {
 
 	// In the foreground: a signal unmounts.
 	cmd := start(t, env, program, "mount", dir, "--volume", "shop/db")
-	waitFor(t, "the tree appears", func() bool { return !isEmpty(dir) })
+	waitUntil(t, "the tree appears", func() bool { return !isEmpty(dir) })
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
@@ -208,7 +208,7 @@ func TestKernelMountSurvivesNothing(t *testing.T) {
 		return n
 	}
 	cmd := start(t, env, program, "mount", "--kernel", volume+"@latest", dir)
-	waitFor(t, "the file system appears", func() bool { _, err := os.Stat(conf); return err == nil })
+	waitUntil(t, "the file system appears", func() bool { _, err := os.Stat(conf); return err == nil })
 	if b, err := os.ReadFile(conf); err != nil || string(b) != "port=1\n" {
 		t.Errorf("the file holds %q, %v", b, err)
 	}
@@ -219,13 +219,13 @@ func TestKernelMountSurvivesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = cmd.Wait()
-	waitFor(t, "the killed process's mount goes", func() bool { return isEmpty(dir) && loops() == 0 && !fusefs.IsKernelMount(dir) })
+	waitUntil(t, "the killed process's mount goes", func() bool { return isEmpty(dir) && loops() == 0 && !fusefs.IsKernelMount(dir) })
 
 	cmd = start(t, env, program, "mount", "--kernel", volume+"@latest", dir)
-	waitFor(t, "the file system appears", func() bool { _, err := os.Stat(conf); return err == nil })
+	waitUntil(t, "the file system appears", func() bool { _, err := os.Stat(conf); return err == nil })
 	mustRun(t, env, "umount", dir)
 	if err := cmd.Wait(); err != nil {
 		t.Errorf("after umount: %v", err)
 	}
-	waitFor(t, "the loop device goes", func() bool { return isEmpty(dir) && loops() == 0 })
+	waitUntil(t, "the loop device goes", func() bool { return isEmpty(dir) && loops() == 0 })
 }
