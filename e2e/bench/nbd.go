@@ -25,7 +25,7 @@ type chain struct {
 
 // newChain makes the disk and 15 increments of 300 scattered pages each.
 func (b *bench) newChain() (*chain, error) {
-	s, err := b.newSite("")
+	s, err := b.newSite()
 	if err != nil {
 		return nil, err
 	}
@@ -186,7 +186,7 @@ func nbdRows(b *bench) ([]result, error) {
 	if err != nil {
 		return nil, err
 	}
-	out = append(out, times("NBD sequential read of a whole point, nothing cached (nbdcopy, 4 connections)", chainName, atMost(0.7, "<= 0.7 x its time"), a, p))
+	out = append(out, times("NBD sequential read of a whole point, nothing cached (nbdcopy, 4 connections)", chainName, atMost(0.5, "<= 0.5 x its time"), a, p))
 
 	second := func(uri string) (time.Duration, error) {
 		if _, err := copyToNull(uri); err != nil {
