@@ -67,6 +67,10 @@ type Options struct {
 	Full bool
 	// Parent is the name of the point to build on; empty for the latest.
 	Parent string
+	// Branch allows a Parent of another volume: the new point begins, or goes
+	// on with, a volume that shares the parent's blocks. What the parent's
+	// storage calls it is no business of the new volume.
+	Branch bool
 	// BlockSize in bytes; 0 for the parent's, or for the default of the size.
 	BlockSize int64
 	// NotCrashConsistent marks a disk that was written to while it was read.
@@ -132,6 +136,7 @@ type run struct {
 	lastCheckpoint time.Time
 	counters       counters
 	readErrors     rangeList
+	notes          []string
 }
 
 type counters struct {
@@ -239,7 +244,7 @@ func (r *run) prepare(ctx context.Context) error {
 		Start: now, Time: pointTime(now, cat.Of(v)),
 		Size: r.lay.Size, BlockSize: r.lay.BlockSize,
 		VolumeHandle: r.opt.VolumeHandle, FileSystem: r.opt.FileSystem,
-		NotCrashConsistent: r.opt.NotCrashConsistent, ToolVersion: r.opt.ToolVersion,
+		NotCrashConsistent: r.opt.NotCrashConsistent, ToolVersion: r.opt.ToolVersion, Notes: r.notes,
 	}
 	if latest != nil {
 		rec.Generation = latest.Generation + 1
@@ -264,7 +269,7 @@ func (r *run) chooseParent(cat *Catalog, quarantined map[string]Quarantine) erro
 		if err != nil {
 			return fmt.Errorf("%w: %w", ErrWrongParent, err)
 		}
-		if p.Volume != v {
+		if p.Volume != v && !r.opt.Branch {
 			return fmt.Errorf("%w: %s is a point of %s:%s, not of %s:%s", ErrWrongParent, p.Name(), p.Volume.Cluster, p.Volume, v.Cluster, v)
 		}
 		if q, bad := quarantined[p.ID]; bad {
@@ -295,15 +300,30 @@ func (r *run) chooseLayout(ctx context.Context) error {
 			return fmt.Errorf("%w: %s is of volume handle %q, the source is %q; if the volume was replaced take a full",
 				ErrWrongParent, r.parent.Name(), r.parent.VolumeHandle, r.opt.VolumeHandle)
 		}
-		r.lay.BlockSize = r.parent.BlockSize
 		root, err := OpenRoot(ctx, r.repo, r.parent)
 		if err != nil {
 			return fmt.Errorf("open parent: %w", err)
 		}
+		if root.Block == 0 {
+			// Migrated by stock Kopia, which cut it its own way: there are no blocks
+			// to share.
+			slog.WarnContext(ctx, "the latest recovery point was rewritten by Kopia; taking a full", "parent", r.parent.Name())
+			r.notes = append(r.notes, fmt.Sprintf("%s was rewritten by Kopia and shares no blocks: a full was taken", r.parent.Name()))
+			r.parent = nil
+			return r.fullLayout(size)
+		}
+		r.lay.BlockSize = r.parent.BlockSize
 		if r.base, err = blocktree.Open(r.repo, nil, root); err != nil {
 			return fmt.Errorf("open parent %s: %w", r.parent.Name(), err)
 		}
 	}
+	if r.parent == nil {
+		return r.fullLayout(size)
+	}
+	return r.lay.Check()
+}
+
+func (r *run) fullLayout(size int64) error {
 	if r.lay.BlockSize == 0 {
 		r.lay.BlockSize = blocktree.DefaultBlockSize(size)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -32,6 +33,9 @@ type ListOptions struct {
 	// Foreign includes snapshots that other programs wrote and that hold one
 	// disk image. Each costs a read of its directory.
 	Foreign bool
+	// Known is a catalogue read before: what it has is taken over rather than
+	// read again, so that following a repository costs what is new in it.
+	Known *Catalog
 }
 
 // List reads the catalogue.
@@ -47,12 +51,18 @@ func List(ctx context.Context, r *repository.Repository, opt ListOptions) (*Cata
 	}
 	c := &Catalog{}
 	seen := map[string]*Point{}
+	known := opt.Known.byManifest()
 	for _, info := range infos {
-		p, err := loadPoint(ctx, r, info, opt.Foreign)
+		p, err := known[info.ManifestID], error(nil)
+		if p == nil {
+			p, err = loadPoint(ctx, r, info, opt.Foreign)
+		}
 		switch {
 		case errors.Is(err, repository.ErrSnapshotNotFound), errors.Is(err, errNotAPoint):
 			continue // deleted since the list was made, or not ours
-		case err != nil && ctx.Err() != nil:
+		case err != nil && ctx.Err() != nil, errors.Is(err, repository.ErrStorageFailed):
+			// Not to be left out: a point that is only out of reach for a moment
+			// would not be the parent of the next, and prune would count wrongly.
 			return nil, err
 		case err != nil:
 			// One damaged point must not hide all others.
@@ -66,13 +76,13 @@ func List(ctx context.Context, r *repository.Repository, opt ListOptions) (*Cata
 		// While a pin is changed a point has two manifests for a moment.
 		if other, dup := seen[p.ID]; dup {
 			if p.ManifestID > other.ManifestID {
-				*other = *p
+				seen[p.ID] = p // points are shared between catalogues: none is changed
 			}
 			continue
 		}
 		seen[p.ID] = p
-		c.points = append(c.points, p)
 	}
+	c.points = slices.Collect(maps.Values(seen))
 	slices.SortFunc(c.points, comparePoints)
 	return c, nil
 }
@@ -134,6 +144,18 @@ func comparePoints(a, b *Point) int {
 		return n
 	}
 	return strings.Compare(a.ID, b.ID)
+}
+
+// byManifest returns the points by their manifests. A nil catalogue has none.
+func (c *Catalog) byManifest() map[string]*Point {
+	if c == nil {
+		return nil
+	}
+	m := make(map[string]*Point, len(c.points))
+	for _, p := range slices.Concat(c.points, c.incomplete) {
+		m[p.ManifestID] = p
+	}
+	return m
 }
 
 // Points returns all points, by volume and generation.
@@ -262,8 +284,11 @@ func (c *Catalog) ofNamed(vol string) ([]*Point, error) {
 
 func matchesVolume(p *Point, text string) bool {
 	v := p.Volume
-	if p.Foreign != "" && text == v.Namespace+"@"+v.Cluster+":/"+v.Name {
-		return true
+	if p.Foreign != "" {
+		// As Kopia writes a source; Velero's paths have no slash before them.
+		if path, ok := strings.CutPrefix(text, v.Namespace+"@"+v.Cluster+":"); ok && strings.TrimPrefix(path, "/") == v.Name {
+			return true
+		}
 	}
 	return text == v.String() || text == v.Cluster+":"+v.String()
 }
@@ -347,6 +372,22 @@ func OpenRoot(ctx context.Context, r *repository.Repository, p *Point) (blocktre
 	rec, err := LoadRecord(ctx, r, p)
 	if err != nil {
 		return blocktree.Root{}, err
+	}
+	files, err := r.ReadDirectory(ctx, p.root)
+	if err != nil {
+		return blocktree.Root{}, fmt.Errorf("%s: %w", p.Name(), err)
+	}
+	for _, f := range files {
+		if f.Name != blocktree.DiskFile || f.Dir || f.Object.String() == rec.Root {
+			continue
+		}
+		// "kopia snapshot migrate" reads the disk and writes it again into another
+		// repository, as Kopia itself cuts it: the bytes are the same, the objects
+		// that the record names stayed behind.
+		if f.Size != rec.Size {
+			return blocktree.Root{}, fmt.Errorf("%s: %s has %d bytes, its record says %d", p.Name(), f.Name, f.Size, rec.Size)
+		}
+		return blocktree.Root{Object: f.Object, Size: rec.Size}, nil
 	}
 	return rec.OpenRoot()
 }

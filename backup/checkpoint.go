@@ -44,6 +44,9 @@ func (r *run) protect(ctx context.Context) error {
 // checkpoint makes everything stored so far findable and protected. A run
 // killed later uploads only what came after it again. No worker is active.
 func (r *run) checkpoint(ctx context.Context) error {
+	if err := r.settleTail(ctx); err != nil {
+		return fmt.Errorf("checkpoint: %w", err)
+	}
 	root, err := r.build.Root(ctx)
 	if err != nil {
 		return fmt.Errorf("checkpoint: %w", err)
@@ -56,6 +59,24 @@ func (r *run) checkpoint(ctx context.Context) error {
 	r.counters.checkpoints++
 	r.opt.step("checkpoint")
 	return nil
+}
+
+// settleTail sets the one segment that a change of the disk's size cut or
+// extended, if the run has not come to it yet: a root cannot list the parent's,
+// which has another length. The run sets it again when it gets there.
+func (r *run) settleTail(ctx context.Context) error {
+	if r.base == nil {
+		return nil
+	}
+	n := min(segmentsOf(r.base), r.lay.Segments()) - 1
+	if n < 0 || segmentLen(r.base, n) == r.lay.SegmentLen(n) || r.build.Written(n) {
+		return nil
+	}
+	entries, err := r.build.Base(ctx, n)
+	if err != nil {
+		return err
+	}
+	return r.build.SetSegment(ctx, n, entries)
 }
 
 func (r *run) writeIncomplete(ctx context.Context, partial *blocktree.Root) error {
@@ -78,6 +99,9 @@ func (r *run) writeIncomplete(ctx context.Context, partial *blocktree.Root) erro
 	s := &repository.Snapshot{
 		Source: r.opt.Volume.source(), Start: r.rec.Start, End: now,
 		Description: "Varve backup under way", Incomplete: incompleteReason,
+		// Stock Kopia's "snapshot expire" removes incomplete snapshots that are older
+		// than a complete one, whatever the policy says, but none that is pinned.
+		Pins: []string{"varve-backup"},
 		Tags: map[string]string{tagRunHost: host, tagRunPID: strconv.Itoa(os.Getpid()), tagRunBoot: bootID()},
 	}
 	if err := r.w.SaveSnapshot(ctx, s, files); err != nil {
@@ -98,7 +122,7 @@ func (r *run) writeIncomplete(ctx context.Context, partial *blocktree.Root) erro
 // salvage keeps what an interrupted run has stored, so that the next one need
 // not upload it again. It is best effort: the cause is what the user sees.
 func (r *run) salvage(ctx context.Context, cause error) {
-	if r.counters.sinceCheckpoint.Load() == 0 {
+	if r.counters.sinceCheckpoint.Load() == 0 || errors.Is(cause, repository.ErrStorageFull) {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
@@ -155,7 +179,7 @@ func deadRun(ctx context.Context, repo *repository.Repository, p *Point) (bool, 
 	}
 	pid, err := strconv.Atoi(s.Tags[tagRunPID])
 	if err != nil || pid <= 0 {
-		return false, nil
+		return false, nil //nolint:nilerr // not written by us: left alone until it is stale
 	}
 	return !processAlive(pid), nil
 }

@@ -59,6 +59,10 @@ func (r *run) finish(ctx context.Context) (*Point, error) {
 		return nil, fmt.Errorf("recovery point %s is complete, but reading it back failed: %w", r.rec.ID, err)
 	}
 	saved, err := r.repo.LoadSnapshot(ctx, s.ManifestID)
+	if errors.Is(err, repository.ErrSnapshotNotFound) {
+		return nil, fmt.Errorf("recovery point %s was written, but the storage does not show it: it lags behind, or lost what it took; "+
+			"look again with 'varve list', and if it is not there run the backup again: %w", r.rec.ID, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("recovery point %s is complete, but reading it back failed: %w", r.rec.ID, err)
 	}
@@ -101,8 +105,12 @@ func (r *run) prove(ctx context.Context, root blocktree.Root) (blocktree.Root, e
 			return root, nil
 		}
 		if attempt == maxRepairs {
-			return root, fmt.Errorf("%w: %d blocks are missing after storing them %d times; "+
-				"is a maintenance without safety margins running? Run the backup again when it is over", ErrLostData, lost, attempt)
+			what := fmt.Sprintf("%d blocks", lost)
+			if rootLost {
+				what = "pieces of the disk's index"
+			}
+			return root, fmt.Errorf("%w: %s are missing after storing them %d times; "+
+				"is a maintenance without safety margins running, or does the storage lag behind? Run the backup again when it is over", ErrLostData, what, attempt)
 		}
 		slog.WarnContext(ctx, "data this backup builds on was deleted meanwhile; storing it again",
 			"volume", r.opt.Volume.String(), "blocks", lost)
@@ -139,7 +147,7 @@ func (r *run) findLost(ctx context.Context, of blocktree.Root) (blocks int64, ro
 		}
 		whole = !alive
 	}
-	p := &prover{run: r, ctx: ctx, tree: tree, packs: map[string]bool{}, zero: map[repository.ObjectID]bool{}, lost: newWorklist(r.lay)}
+	p := &prover{run: r, ctx: ctx, tree: tree, packs: map[string]int64{}, zero: map[repository.ObjectID]bool{}, lost: newWorklist(r.lay)}
 	r.work = p.lost
 	if root, err = p.root(); err != nil {
 		return 0, false, err
@@ -192,7 +200,7 @@ type prover struct {
 	run   *run
 	ctx   context.Context //nolint:containedctx // lives for one call
 	tree  *blocktree.Tree
-	packs map[string]bool              // looked up already
+	packs map[string]int64             // bytes of those looked up already; -1 for none
 	zero  map[repository.ObjectID]bool // holes looked up already: whether they are there
 	lost  *worklist
 	holes bool // what stands for holes is lost
@@ -303,7 +311,7 @@ func (p *prover) loseSegment(n int64) {
 }
 
 // present reports whether a content is in the index, not marked deleted, and
-// its pack in storage. One whose pack is gone is marked deleted: while the index
+// its pack in storage, long enough. One whose pack is not is marked deleted: while the index
 // has it, it would not be stored again.
 func (p *prover) present(oid repository.ObjectID) (bool, error) {
 	st, err := p.run.w.StateOf(p.ctx, oid)
@@ -313,17 +321,23 @@ func (p *prover) present(oid repository.ObjectID) (bool, error) {
 	if !st.Found || st.Deleted {
 		return false, nil
 	}
-	if st.Pack == "" || p.packs[st.Pack] {
+	if st.Pack == "" {
 		return true, nil
 	}
-	ok, err := p.run.repo.PackExists(p.ctx, st.Pack)
-	if err != nil {
-		return false, err
+	size, known := p.packs[st.Pack]
+	if !known {
+		var ok bool
+		if size, ok, err = p.run.repo.PackSize(p.ctx, st.Pack); err != nil {
+			return false, err
+		}
+		if !ok {
+			size = -1
+		}
+		p.packs[st.Pack] = size
 	}
-	if !ok {
-		slog.WarnContext(p.ctx, "a pack is gone; what the backup needs of it is stored again", "pack", st.Pack, "object", oid.String())
-		return false, p.run.w.ForgetContent(p.ctx, oid)
+	if st.Offset+st.Packed <= size {
+		return true, nil
 	}
-	p.packs[st.Pack] = true
-	return true, nil
+	slog.WarnContext(p.ctx, "a pack is gone or cut; what the backup needs of it is stored again", "pack", st.Pack, "object", oid.String())
+	return false, p.run.w.ForgetContent(p.ctx, oid)
 }

@@ -37,5 +37,8 @@ func foreignPoint(ctx context.Context, r *repository.Repository, s *repository.S
 		}
 		p.Size, p.Foreign = n, "velero"
 	}
+	if p.Size < 0 {
+		return nil, fmt.Errorf("snapshot %s: its file has a size of %d bytes", s.ManifestID, p.Size)
+	}
 	return p, nil
 }

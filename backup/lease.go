@@ -88,14 +88,24 @@ func AcquireLease(ctx context.Context, r *repository.Repository, p *Point, purpo
 	}
 	// The lease is visible now. Whoever deletes a point looks for leases before;
 	// so if the point is still there, it is held.
+	if err := stillThere(ctx, r, p); err != nil {
+		return nil, errors.Join(err, l.Close(context.WithoutCancel(ctx)))
+	}
+	return l, nil
+}
+
+// stillThere fails with ErrNoSuchPoint for a point that was deleted.
+func stillThere(ctx context.Context, r *repository.Repository, p *Point) error {
+	_, err := r.LoadSnapshot(ctx, p.ManifestID)
+	if !errors.Is(err, repository.ErrSnapshotNotFound) {
+		return err
+	}
+	// A change of its pins gives it another manifest.
 	cat, err := List(ctx, r, ListOptions{Volume: &p.Volume, Foreign: p.Foreign != ""})
 	if err == nil && cat.ByID(p.ID) == nil {
 		err = fmt.Errorf("%w: %s was deleted meanwhile", ErrNoSuchPoint, p.Name())
 	}
-	if err != nil {
-		return nil, errors.Join(err, l.Close(context.WithoutCancel(ctx)))
-	}
-	return l, nil
+	return err
 }
 
 // acquire writes a lease. That of maintenance is exclusive: whoever finds one

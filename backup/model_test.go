@@ -15,6 +15,7 @@ import (
 
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/disk"
 	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/backup/repository"
 )
@@ -103,7 +104,7 @@ type model struct {
 }
 
 func TestModel(t *testing.T) {
-	steps := 1500
+	steps := 1000
 	if testing.Short() {
 		steps = 300
 	}
@@ -168,6 +169,7 @@ func (m *model) step() {
 		{2, "crash", m.crash},
 		{6, "read", m.read},
 		{2, "delete", m.delete},
+		{1, "prune", m.prune},
 		{1, "maintain", m.maintain},
 		{1, "reopen", m.reopen},
 	}
@@ -259,7 +261,7 @@ func (m *model) listing(v *modelVolume, extra int) cbt.Source {
 		}
 		length := min(pageSize, v.disk.size-off)
 		page, ok := v.disk.pages[n]
-		zero := !ok || isZero(page)
+		zero := !ok || disk.IsZero(page)
 		extents = append(extents, cbt.Extent{Offset: off, Length: length, Zero: zero && m.rng.IntN(2) == 0})
 	}
 	m.rng.Shuffle(len(extents), func(i, j int) { extents[i], extents[j] = extents[j], extents[i] })
@@ -406,7 +408,7 @@ func (m *model) compare(v *modelVolume, id string) {
 			for n := e.Offset / pageSize; n*pageSize < e.Offset+e.Length; n++ {
 				page, ok := want.pages[n]
 				from, to := max(n*pageSize, e.Offset), min((n+1)*pageSize, e.Offset+e.Length)
-				if ok && !isZero(page[from-n*pageSize:to-n*pageSize]) {
+				if ok && !disk.IsZero(page[from-n*pageSize:to-n*pageSize]) {
 					return fmt.Errorf("zero at %d, where there is data", from)
 				}
 			}
@@ -429,45 +431,90 @@ func (m *model) compare(v *modelVolume, id string) {
 	}
 }
 
+// delete forgets a point, any of them.
 func (m *model) delete(v *modelVolume) {
 	if len(v.points) < 3 {
 		return
 	}
 	for id := range v.points {
-		p := m.catalog().ByID(id)
-		if p == nil {
-			m.t.Errorf("point %s of %s is gone", id, v.name)
+		if _, err := Forget(m.t.Context(), m.repo, []string{id}, false, false); err != nil {
+			m.t.Errorf("forget %s: %v", id, err)
 			return
-		}
-		w, err := m.repo.NewWriter(m.t.Context(), "test")
-		if err != nil {
-			m.t.Fatal(err)
-		}
-		defer w.Close()
-		if err := errors.Join(w.DeleteSnapshot(m.t.Context(), p.ManifestID), w.Flush(m.t.Context())); err != nil {
-			m.t.Fatal(err)
 		}
 		delete(v.points, id)
-		if id := m.latest(v); id == nil || v.points[id.ID] == nil {
-			m.t.Errorf("latest of %s is wrong after a deletion", v.name)
-			return
-		}
-		// The next listing is relative to what is now the latest.
-		v.dirty = map[int64]bool{}
-		base := v.points[m.latest(v).ID]
-		for n := range v.disk.size/pageSize + 1 {
-			a, b := make([]byte, pageSize), make([]byte, pageSize)
-			_, _ = v.disk.ReadAt(a, n*pageSize)
-			_, _ = base.ReadAt(b, n*pageSize)
-			if !bytes.Equal(a, b) {
-				v.dirty[n] = true
-			}
-		}
+		m.rebase(v)
 		return
 	}
 }
 
-func (m *model) maintain(*modelVolume) {}
+// prune keeps the latest few and expects exactly those to stay.
+func (m *model) prune(v *modelVolume) {
+	keep := 2 + m.rng.IntN(4)
+	_, err := Prune(m.t.Context(), m.repo, PruneOptions{
+		Policy: Policy{Latest: keep}, Volumes: []Volume{v.name}, Cluster: v.name.Cluster,
+	})
+	if err != nil {
+		m.t.Errorf("prune %s: %v", v.name, err)
+		return
+	}
+	left := m.catalog().Of(v.name)
+	if want := min(keep, len(v.points)); len(left) != want {
+		m.t.Errorf("prune of %s to %d of %d left %d", v.name, keep, len(v.points), len(left))
+		return
+	}
+	stays := map[string]*pageDisk{}
+	for _, p := range left {
+		if v.points[p.ID] == nil {
+			m.t.Errorf("after a prune %s has an unknown point %s", v.name, p.ID)
+			return
+		}
+		stays[p.ID] = v.points[p.ID]
+	}
+	v.points = stays
+	if len(stays) > 0 {
+		m.rebase(v)
+	}
+}
+
+// rebase finds what a tracker would say since the point that is the latest now.
+func (m *model) rebase(v *modelVolume) {
+	latest := m.latest(v)
+	if latest == nil || v.points[latest.ID] == nil {
+		m.t.Errorf("latest of %s is wrong after a deletion", v.name)
+		return
+	}
+	v.dirty = map[int64]bool{}
+	base := v.points[latest.ID]
+	a, b := make([]byte, pageSize), make([]byte, pageSize)
+	for n := range v.disk.size/pageSize + 1 {
+		if v.disk.pages[n] == nil && base.pages[n] == nil {
+			continue
+		}
+		clear(a)
+		clear(b)
+		_, _ = v.disk.ReadAt(a, n*pageSize)
+		_, _ = base.ReadAt(b, n*pageSize)
+		if !bytes.Equal(a, b) {
+			v.dirty[n] = true
+		}
+	}
+}
+
+// maintain collects what no point reaches, without safety margins, and reads
+// a point of each volume.
+func (m *model) maintain(*modelVolume) {
+	mode := repository.MaintenanceFull
+	if m.rng.IntN(3) == 0 {
+		mode = repository.MaintenanceQuick
+	}
+	if _, err := Maintain(m.t.Context(), m.repo, MaintainOptions{Mode: mode, NoSafety: true}); err != nil {
+		m.t.Errorf("maintenance: %v", err)
+		return
+	}
+	for _, v := range m.volumes {
+		m.read(v)
+	}
+}
 
 func (m *model) reopen(*modelVolume) {
 	if err := m.repo.Close(m.t.Context()); err != nil {

@@ -14,6 +14,7 @@ import (
 	"github.com/cespare/xxhash/v2"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/varve-io/varve/backup/disk"
 	"github.com/varve-io/varve/backup/image"
 )
 
@@ -88,7 +89,7 @@ func (r *restore) spotCheck(ctx context.Context, changed, same []image.Range) er
 		add(same[at].Offset + pick - behind)
 	}
 	spots = subtractRanges(mergeRanges(spots), changed) // only what is unchanged of each
-	buf := newAlignedBuffer(restoreUnit)
+	buf := disk.AlignedBuffer(restoreUnit)
 	all := total(spots)
 	for _, s := range spots {
 		for _, part := range cutRange(s) {
@@ -174,7 +175,7 @@ func (r *restore) units(ctx context.Context, phase string, fn func(ctx context.C
 	g, ctx := errgroup.WithContext(ctx)
 	for range r.opt.Workers {
 		g.Go(func() error {
-			buf := newAlignedBuffer(restoreUnit)
+			buf := disk.AlignedBuffer(restoreUnit)
 			for {
 				off := (next.Add(1) - 1) * restoreUnit
 				if off >= size {
@@ -210,11 +211,11 @@ func (r *restore) differs(ctx context.Context, part image.Range, buf, scratch []
 	var bad []image.Range
 	err := r.img.Pieces(ctx, part.Offset, part.Length, func(p image.Piece) error {
 		mine := have[p.Offset-part.Offset:][:p.Length]
-		same := false
+		var same bool
 		switch {
 		case p.Zero: // a run of any length, of which little may differ
 			for at := int64(0); at < p.Length; at += spotUnit {
-				if n := min(spotUnit, p.Length-at); !isZero(mine[at : at+n]) {
+				if n := min(spotUnit, p.Length-at); !disk.IsZero(mine[at : at+n]) {
 					bad = append(bad, image.Range{Offset: p.Offset + at, Length: n})
 				}
 			}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/disk"
 )
 
 // minSample is how many blocks the random part of a spot check reads at least:
@@ -145,12 +146,12 @@ func (r *run) chooseSample(check *blocktree.SpotCheck, share float64) (sample []
 // isUnchanged reads block b of the disk and compares it with what the new point
 // would hold there if the listing is right.
 func (r *run) isUnchanged(ctx context.Context, b int64) (bool, error) {
-	p := newAlignedBuffer(int(r.lay.BlockLen(b)))
+	p := disk.AlignedBuffer(int(r.lay.BlockLen(b)))
 	if err := r.readDisk(p, b*r.lay.BlockSize); err != nil {
 		return false, fmt.Errorf("spot check: %w", err)
 	}
-	if r.work.isZero(b) || r.base == nil {
-		return isZero(p), nil
+	if r.work.knownZero(b) || r.base == nil {
+		return disk.IsZero(p), nil
 	}
 	seg, err := r.base.Segment(ctx, r.lay.SegmentOfBlock(b))
 	if err != nil {
@@ -161,7 +162,7 @@ func (r *run) isUnchanged(ctx context.Context, b int64) (bool, error) {
 	case e.Length != int64(len(p)):
 		return false, nil
 	case r.base.IsZero(ctx, e):
-		return isZero(p), nil
+		return disk.IsZero(p), nil
 	case e.HasDigest:
 		return e.Digest == xxhash.Sum64(p), nil
 	default:

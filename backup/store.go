@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/disk"
 )
 
 // segmentWork is a segment whose blocks are being stored. Each job owns the
@@ -46,7 +47,7 @@ func (r *run) store(ctx context.Context) error {
 	var pending sync.WaitGroup
 	for range r.opt.Workers {
 		g.Go(func() error {
-			buf := newAlignedBuffer(readUnit)
+			buf := disk.AlignedBuffer(readUnit)
 			for j := range jobs {
 				err := r.doJob(gctx, j, buf)
 				pending.Done()
@@ -91,9 +92,9 @@ func (r *run) plan(ctx context.Context, submit func(job) error, drain func()) er
 		}
 		seg.left.Store(1)
 		for b < end {
-			j := job{seg: seg, first: b, zero: r.work.isZero(b)}
+			j := job{seg: seg, first: b, zero: r.work.knownZero(b)}
 			limit := min(end, b+readUnit/r.lay.BlockSize)
-			for b++; b < limit && !r.work.untouched(b) && r.work.isZero(b) == j.zero; b++ {
+			for b++; b < limit && !r.work.untouched(b) && r.work.knownZero(b) == j.zero; b++ {
 			}
 			j.last = b - 1
 			seg.left.Add(1)
@@ -249,7 +250,7 @@ func (r *run) setZero(ctx context.Context, seg *segmentWork, b int64) error {
 // storeBlock stores what block b holds, unless it is what the parent has. The
 // object ID is a keyed hash of the bytes, so equal IDs are equal blocks.
 func (r *run) storeBlock(ctx context.Context, seg *segmentWork, b int64, p []byte) error {
-	if isZero(p) {
+	if disk.IsZero(p) {
 		return r.setZero(ctx, seg, b)
 	}
 	e := &seg.entries[b-r.lay.FirstBlock(seg.n)]

@@ -14,6 +14,7 @@ import (
 	"github.com/cespare/xxhash/v2"
 
 	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/disk"
 	"github.com/varve-io/varve/backup/repository"
 )
 
@@ -340,7 +341,7 @@ func (v *verifier) readBlock(ctx context.Context, t *blocktree.Tree, e *blocktre
 	if e.HasDigest && xxhash.Sum64(p) != e.Digest {
 		return fmt.Errorf("object %v: %w: digest %016x, not %016x", e.Object, errDigest, xxhash.Sum64(p), e.Digest)
 	}
-	if !e.HasDigest && t.IsZero(ctx, e) && !isZero(p) {
+	if !e.HasDigest && t.IsZero(ctx, e) && !disk.IsZero(p) {
 		return fmt.Errorf("object %v: %w: a hole that is not zero", e.Object, errDigest)
 	}
 	return nil

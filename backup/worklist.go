@@ -75,8 +75,8 @@ func (l *worklist) all() {
 	clear(l.zero.words)
 }
 
-// isZero reports whether block i need not be read.
-func (l *worklist) isZero(i int64) bool { return l.zero.get(i) && !l.read.get(i) }
+// knownZero reports whether block i need not be read.
+func (l *worklist) knownZero(i int64) bool { return l.zero.get(i) && !l.read.get(i) }
 
 // untouched reports whether block i was not reported at all.
 func (l *worklist) untouched(i int64) bool { return !l.zero.get(i) && !l.read.get(i) }

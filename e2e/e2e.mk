@@ -1,10 +1,7 @@
 # The end-to-end tests, included by the project's Makefile. docs/e2e.md tells what
 # each part is for.
 
-E2E     := $(CURDIR)/e2e
-IMAGE   ?= localhost/varve:$(or $(VERSION),dev)
-# What dates the image: the commit, so that it is the same wherever it is built.
-export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
+IMAGE ?= localhost/varve:$(or $(VERSION),dev)
 
 .PHONY: e2e-setup
 e2e-setup: ## Install the Debian packages that the test cluster uses (needs root)
@@ -22,8 +19,13 @@ e2e-cluster: e2e-setup ## Bring up a real Kubernetes on this machine (VARVE_E2E_
 e2e-cluster-down: ## Take it down without a trace
 	cd e2e && CGO_ENABLED=0 $(GO) run ./cluster/cmd/e2e-cluster down
 
+.PHONY: e2e-nbd
+e2e-nbd: setup ## NBD clients against varve serve, the Linux kernel in a virtual machine too (needs root)
+	@e2e/nbd/setup.sh
+	cd e2e && VARVE_TEST_KERNEL=1 $(GO) test -count=1 -timeout 30m -v -run "$${RUN:-.}" ./nbd
+
 .PHONY: e2e
-e2e: e2e-setup ## The end-to-end tests in a cluster of their own (RUN=regexp to choose)
+e2e: e2e-setup e2e-nbd ## The end-to-end tests in a cluster of their own (RUN=regexp to choose)
 	@e2e/cluster/test.sh
 
 .PHONY: e2e-ci
@@ -34,5 +36,8 @@ e2e-ci: ## make e2e if the cluster is built already or there is time; else say w
 image: ## Build Varve's container image as an OCI archive: bin/image/varve.tar
 	@mkdir -p $(BIN)/image
 	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -tags timetzdata -ldflags '$(LDFLAGS) -buildid=' -o $(BIN)/image/varve ./cmd/varve
-	cd e2e && CGO_ENABLED=0 $(GO) run ./cluster/cmd/mkimage -binary $(CURDIR)/$(BIN)/image/varve -name $(IMAGE) -version $(or $(VERSION),dev) \
+	# Dated as the commit, so that it is the same wherever it is built; the tool itself
+	# runs here, whatever GOARCH the binary is for.
+	cd e2e && SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 0)} CGO_ENABLED=0 GOOS= GOARCH= \
+		$(GO) run ./cluster/cmd/mkimage -binary $(CURDIR)/$(BIN)/image/varve -name $(IMAGE) -version $(or $(VERSION),dev) \
 		-o $(CURDIR)/$(BIN)/image/varve.tar -sbom $(CURDIR)/$(BIN)/image/varve.spdx.json

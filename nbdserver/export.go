@@ -130,6 +130,10 @@ type Opened struct {
 	PreferredBlock uint32
 	// ReadOnly refuses writes although the export is a Writer.
 	ReadOnly bool
+	// Enter is called when the client stays with the export, before anything
+	// is read from it; a client that only asks about it never gets there. An
+	// error refuses the client, as one of Catalog.Open does. It may be nil.
+	Enter func(ctx context.Context) error
 	// Close is called once, when the connection no longer uses the export. It
 	// may be nil.
 	Close func()
@@ -142,6 +146,13 @@ func (o *Opened) writer() Writer {
 	}
 	w, _ := o.Export.(Writer)
 	return w
+}
+
+func (o *Opened) begin(ctx context.Context) error {
+	if o.Enter == nil {
+		return nil
+	}
+	return o.Enter(ctx)
 }
 
 func (o *Opened) close() {

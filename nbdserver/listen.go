@@ -67,7 +67,7 @@ func Activated() ([]net.Listener, error) {
 		return nil, nil
 	}
 	if p, err := strconv.Atoi(pid); err != nil || p != os.Getpid() {
-		return nil, nil // meant for another process
+		return nil, nil //nolint:nilerr // meant for another process
 	}
 	n, err := strconv.Atoi(fds)
 	if err != nil || n < 1 || n > 1024 {

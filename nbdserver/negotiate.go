@@ -233,6 +233,9 @@ func (n *negotiator) exportName(length uint32) (bool, error) {
 		return false, errDone
 	}
 	o, err := n.use(string(name))
+	if err == nil {
+		err = o.begin(n.ctx)
+	}
 	if err != nil {
 		return false, fmt.Errorf("open export %q: %w", name, err)
 	}
@@ -274,6 +277,9 @@ func (n *negotiator) info(name string, rest []byte) (bool, error) {
 		return false, n.refuse(proto.RepErrInvalid, "list of information requests does not fit the option")
 	}
 	o, err := n.use(name)
+	if err == nil && n.opt == proto.OptGo {
+		err = o.begin(n.ctx)
+	}
 	if err != nil {
 		return false, n.refuseOpen(name, err)
 	}

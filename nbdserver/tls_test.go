@@ -133,7 +133,6 @@ type afterTLS struct {
 	config *tls.Config
 	tls    *tls.Conn
 	hello  []byte
-	flags  int // bytes of client flags still to swallow
 }
 
 func (a *afterTLS) Read(p []byte) (int, error) {

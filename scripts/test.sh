@@ -5,19 +5,23 @@ set -uo pipefail
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 rc=0
-go test -race -timeout 20m -v ./... >"$log" 2>&1 || rc=1
+go test -race -timeout 40m -v ./... >"$log" 2>&1 || rc=1
 grep -E '^(ok|FAIL|panic:)|^--- FAIL|^    --- FAIL|DATA RACE' "$log" || true
 if [ $rc -ne 0 ]; then
 	echo "--- what failed said:"
 	grep -vE '^(=== |--- PASS|    --- PASS|ok|\?|PASS)' "$log" | tail -n 300
 fi
-if [ -d e2e/kopia ]; then
-	(cd e2e && go test -timeout 20m -v ./kopia/... ./faults/...) >"$log.e2e" 2>&1 || rc=1
-	grep -E '^(ok|FAIL|panic:)|^--- FAIL|^    --- FAIL' "$log.e2e" || true
-	[ $rc -ne 0 ] && grep -vE '^(=== |--- PASS|    --- PASS|ok|\?|PASS)' "$log.e2e" | tail -n 300
-	cat "$log.e2e" >>"$log"
-	rm -f "$log.e2e"
+packages=()
+for p in kopia faults nbd bench; do
+	[ -d "e2e/$p" ] && packages+=("./$p/...")
+done
+(cd e2e && go test -timeout 40m -v "${packages[@]}") >"$log.e2e" 2>&1 || rc=1
+grep -E '^(ok|FAIL|panic:)|^--- FAIL|^    --- FAIL' "$log.e2e" || true
+if [ $rc -ne 0 ]; then
+	grep -vE '^(=== |--- PASS|    --- PASS|ok|\?|PASS)' "$log.e2e" | tail -n 300
 fi
+cat "$log.e2e" >>"$log"
+rm -f "$log.e2e"
 passed=$(grep -cE '^ *--- PASS' "$log")
 failed=$(grep -cE '^ *--- FAIL' "$log")
 skipped=$(grep -cE '^ *--- SKIP' "$log")

@@ -16,8 +16,9 @@ const (
 	// segments stay this small whatever the volume.
 	SegmentSize = 64 << 20
 
-	// MinBlockSize and MaxBlockSize bound the block size in bytes.
+	// MinBlockSize is the smallest block size in bytes.
 	MinBlockSize = 64 << 10
+	// MaxBlockSize is the largest block size in bytes.
 	MaxBlockSize = 4 << 20
 
 	defaultBlockSize = 128 << 10

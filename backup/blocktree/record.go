@@ -15,8 +15,9 @@ import (
 )
 
 const (
-	// DiskFile and RecordFile are the names in a recovery point's directory.
-	DiskFile   = "disk.img"
+	// DiskFile is the name of the disk in a point's directory.
+	DiskFile = "disk.img"
+	// RecordFile is the name of the record beside it.
 	RecordFile = "varve.json"
 
 	// FormatMajor is the version of the format this code writes. A reader

@@ -306,7 +306,7 @@ func (t *Tree) loadChunkIDs(ctx context.Context) ([]Entry, error) {
 // the last closes it, the others start with a separator.
 func (t *Tree) decodeChunk(n int64, p []byte) (*Segment, error) {
 	first, last := n == 0, n == t.lay.chunks()-1
-	ok := true
+	var ok bool
 	if first {
 		p, ok = cut(p, indexHead)
 	} else {

@@ -188,7 +188,7 @@ func (w *Walker) Locate(ctx context.Context, t *Tree, badBlock func(repository.O
 		return l.segment(emptySegment(t)), nil
 	}
 	if err := w.bad[t.root.Object]; err != nil {
-		return []Problem{{Length: t.root.Size, Object: t.root.Object, Err: err}}, nil
+		return []Problem{{Length: t.root.Size, Object: t.root.Object, Err: err}}, nil //nolint:nilerr // the damage is the result
 	}
 	if !t.own {
 		return l.foreign(ctx)
@@ -247,7 +247,7 @@ func (l *locator) chunk(ctx context.Context, n int64, piece repository.ObjectID)
 // index returns the problems below an entry that is an index.
 func (l *locator) index(ctx context.Context, e *Entry, load func(context.Context) (*Segment, error)) ([]Problem, error) {
 	if err := l.w.bad[e.Object]; err != nil {
-		return []Problem{{Offset: e.Start, Length: e.Length, Object: e.Object, Err: err}}, nil
+		return []Problem{{Offset: e.Start, Length: e.Length, Object: e.Object, Err: err}}, nil //nolint:nilerr // the damage is the result
 	}
 	found, ok := l.w.located[e.Object]
 	if !ok {

@@ -139,6 +139,15 @@ func (c *Cache) Stats() CacheStats {
 // Segment implements blocktree.SegmentCache.
 func (c *Cache) Segment(ctx context.Context, oid repository.ObjectID, load func(context.Context) (*blocktree.Segment, error)) (*blocktree.Segment, error) {
 	s := c.pick(c.indexes, oid)
+	if _, only := ctx.(cachedOnly); only {
+		s.mu.Lock()
+		e, ok := s.lru.Get(oid)
+		s.mu.Unlock()
+		if !ok {
+			return nil, ErrNotCached
+		}
+		return e.index, nil
+	}
 	e, err := s.get(ctx, oid, nil, func(ctx context.Context) (entry, error) {
 		c.indexMisses.Add(1)
 		index, err := load(ctx)

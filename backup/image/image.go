@@ -17,6 +17,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync/atomic"
 
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/repository"
@@ -34,6 +35,7 @@ type Image struct {
 	size    int64
 	gen     int64
 	streams streams
+	warmed  atomic.Bool // a read succeeded, so the tree holds what is not in the cache
 }
 
 var _ io.ReaderAt = (*Image)(nil)
@@ -111,7 +113,7 @@ func (m *Image) Blocks(ctx context.Context, off, length int64, yield func(off in
 	m.readAhead(off, length)
 	end := off + length
 	asked := false // the rest of the range was handed to the workers
-	return m.walk(ctx, off, end, func(p piece) error {
+	err := m.walk(ctx, off, end, func(p piece) error {
 		if p.zero {
 			return yield(p.off, nil, p.end-p.off)
 		}
@@ -135,6 +137,10 @@ func (m *Image) Blocks(ctx context.Context, off, length int64, yield func(off in
 		}
 		return yield(p.off, data[p.off-p.start:p.end-p.start], p.end-p.off)
 	})
+	if err == nil && length > 0 && !m.warmed.Load() {
+		m.warmed.Store(true)
+	}
+	return err
 }
 
 func (m *Image) checkRange(off, length int64) error {

@@ -144,6 +144,10 @@ func checkDiff(t *testing.T, from, to *Image, a, b *blocktreetest.Disk) {
 		t.Fatal(err)
 	}
 	for off := int64(0); off < b.Layout.Size; off += grain {
+		if off%mib == 0 && off+mib <= min(a.Layout.Size, b.Layout.Size) && bytes.Equal(a.Bytes(off, mib), b.Bytes(off, mib)) {
+			off += mib - grain
+			continue
+		}
 		n := min(grain, b.Layout.Size-off)
 		same := off+n <= a.Layout.Size && bytes.Equal(a.Bytes(off, n), b.Bytes(off, n))
 		if !same && !covered[off/grain] {

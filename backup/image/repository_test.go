@@ -62,6 +62,7 @@ func writeTree(t *testing.T, r *repository.Repository, data []byte, blockSize in
 // someData is half random, a quarter text and a quarter zeroes.
 func someData(seed uint64, n int64) []byte {
 	rng := rand.New(rand.NewPCG(seed, 1))
+	noise := rand.NewChaCha8([32]byte{byte(seed)})
 	p := make([]byte, n)
 	for i := int64(0); i < n; {
 		run := min(n-i, 1+rng.Int64N(300<<10))
@@ -70,9 +71,7 @@ func someData(seed uint64, n int64) []byte {
 		case 1:
 			copy(p[i:i+run], bytes.Repeat(fmt.Appendf(nil, "line %d\n", i), int(run/8)+1))
 		default:
-			for j := range run {
-				p[i+j] = byte(rng.Uint32())
-			}
+			_, _ = noise.Read(p[i : i+run])
 		}
 		i += run
 	}
@@ -106,27 +105,24 @@ func checkSame(t *testing.T, m *image.Image, want []byte) {
 func TestObjectsOfStockKopia(t *testing.T) {
 	repo := repotest.New(t)
 	data := someData(1, 11*mib+777)
-	type object struct {
-		name string
-		root blocktree.Root
-	}
-	var objects []object
+	var objects []repotest.Object
 	for _, splitter := range []string{"", "FIXED-1M", "FIXED-128K", "DYNAMIC-128K-BUZHASH"} {
 		for _, comp := range []string{"", "zstd-fastest"} {
 			for _, size := range []int{len(data), 700} {
-				oid := repo.WriteObject(t, data[:size], splitter, comp)
-				objects = append(objects, object{splitter + " " + comp, blocktree.Root{Object: oid, Size: int64(size)}})
+				objects = append(objects, repotest.Object{Data: data[:size], Splitter: splitter, Compressor: comp})
 			}
 		}
 	}
+	objects = append(objects, repotest.Object{Data: make([]byte, 3*mib), Splitter: "FIXED-1M"})
+	ids := repo.WriteObjects(t, objects...)
 	r := repo.Open(t)
-	for _, o := range objects {
-		t.Run(o.name, func(t *testing.T) { checkSame(t, open(t, r, o.root), data[:o.root.Size]) })
+	for i, o := range objects {
+		t.Run(fmt.Sprintf("%s %s %d", o.Splitter, o.Compressor, len(o.Data)), func(t *testing.T) {
+			checkSame(t, open(t, r, blocktree.Root{Object: ids[i], Size: int64(len(o.Data))}), o.Data)
+		})
 	}
 	// Zeroes of a fixed splitter are holes.
-	zeroes := make([]byte, 3*mib)
-	oid := repo.WriteObject(t, zeroes, "FIXED-1M", "")
-	m := open(t, repo.Open(t), blocktree.Root{Object: oid, Size: 3 * mib})
+	m := open(t, r, blocktree.Root{Object: ids[len(ids)-1], Size: 3 * mib})
 	if err := m.Extents(t.Context(), 0, 3*mib, func(e image.Extent) error {
 		if !e.Zero || e.Length != 3*mib {
 			return fmt.Errorf("extent %+v", e)

@@ -2,7 +2,9 @@ package repository
 
 import (
 	"errors"
+	"fmt"
 	"strings"
+	"syscall"
 
 	"github.com/kopia/kopia/repo/blob"
 )
@@ -20,10 +22,25 @@ func isCorrupt(err error) bool {
 		"unsupported compressor",
 		"unable to decrypt",
 		"malformed content",
+		"invalid length", // a short pack on a file system (kopia repo/blob/filesystem)
 	} {
 		if strings.Contains(err.Error(), text) {
 			return true
 		}
 	}
 	return false
+}
+
+// ErrStorageFull means that the storage has no room for what was to be written.
+// What was flushed before stays; nothing is left half-written.
+var ErrStorageFull = errors.New("the repository's storage is full")
+
+// explainWrite tells what to do about storage without room. Deleting points
+// writes a little, too, so some room has to be made from outside first.
+func explainWrite(err error) error {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return fmt.Errorf("%w: free some of it, or enlarge it, and run this again; every older recovery point is intact, "+
+			"and 'varve prune' with 'varve maintenance' makes more room: %w", ErrStorageFull, err)
+	}
+	return err
 }

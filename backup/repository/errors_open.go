@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"regexp"
 	"strings"
 	"time"
 
@@ -77,6 +78,11 @@ func withDeadline(parent context.Context, limit time.Duration) (ctx context.Cont
 	return ctx, func() { timer.Stop() }, func() { cancel(context.Canceled) }
 }
 
+// damagedIndex is what Kopia says of an index blob that does not decode; the
+// storage's own failures have another text behind the name (kopia
+// repo/content/committed_content_index.go).
+var damagedIndex = regexp.MustCompile(`error loading index blob (\S+): .*(?:decrypt|invalid|malformed|checksum)`)
+
 // explain turns what Kopia answered to an attempt at the repository in place
 // into one of the sentinels. Kopia has few errors to decide by, so the fixed
 // parts of its messages are matched (kopia repo/open.go, repo/format).
@@ -119,6 +125,9 @@ func explain(ctx context.Context, place string, err error) error {
 		return say(ErrPasswordChangeInterrupted, "a password change of the repository in %s was interrupted: run 'varve repo change-password' again with the same old and new password to finish it", place)
 	case has("can't parse format blob", "invalid format blob", "invalid repository blobcfg blob"):
 		return say(ErrIncompleteRepository, "the blob kopia.repository in %s is damaged: put back a copy of it, without it nothing in the repository can be read", place)
+	case damagedIndex.MatchString(text):
+		return say(ErrContentCorrupt, "the index of the repository in %s is damaged: blob %s cannot be read: put back a copy of it; "+
+			"without one move it away and run 'kopia index recover --commit', which finds in the packs what it told", place, damagedIndex.FindStringSubmatch(text)[1])
 	case errors.Is(err, blob.ErrInvalidCredentials):
 		return say(ErrUnreachable, "%s refuses the credentials: check the keys of the storage and what they are allowed to do", place)
 	case has("bucket does not exist", "NoSuchBucket", "bucket not found", "container does not exist", "ContainerNotFound", "bucket doesn't exist"):

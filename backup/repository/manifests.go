@@ -36,12 +36,24 @@ func (w *Writer) refreshing(read func() error) error {
 	return read()
 }
 
+// brokenManifests tells what to do when Kopia, which reads all manifests or none
+// (kopia repo/manifest/committed_manifest_manager.go), cannot read them.
+const brokenManifests = "a pack that holds the list of recovery points cannot be read: put it back from a copy of the storage"
+
 func (r *Repository) findManifests(ctx context.Context, labels map[string]string) (found []*manifest.EntryMetadata, err error) {
 	err = r.refreshing(ctx, func() (err error) {
 		found, err = r.rep.FindManifests(ctx, labels)
 		return err
 	})
-	return found, err
+	switch {
+	case err == nil:
+		return found, nil
+	case isMissing(err):
+		return nil, fmt.Errorf("%w: %s: %w", ErrContentMissing, brokenManifests, err)
+	case isCorrupt(err):
+		return nil, fmt.Errorf("%w: %s: %w", ErrContentCorrupt, brokenManifests, err)
+	}
+	return nil, err
 }
 
 func (r *Repository) loadManifest(ctx context.Context, id string) (m *snapshot.Manifest, err error) {
@@ -74,7 +86,7 @@ func (r *Repository) SaveManifest(ctx context.Context, manifestID string) (*Save
 // Flush.
 func (w *Writer) PutBack(_ context.Context, s *SavedManifest) error {
 	if _, err := snapshot.SaveSnapshot(w.ctx, w.w, s.m); err != nil {
-		return fmt.Errorf("write snapshot manifest: %w", err)
+		return fmt.Errorf("write snapshot manifest: %w", explainWrite(err))
 	}
 	return nil
 }

@@ -38,6 +38,9 @@ var (
 	// ErrContentCorrupt means that a content was found but its bytes failed
 	// authentication or decompression.
 	ErrContentCorrupt = errors.New("content corrupt")
+	// ErrStorageFailed means that the storage could not be asked for a content:
+	// nothing is known about it, and asking again may do.
+	ErrStorageFailed = errors.New("storage failed")
 	// ErrReadOnly means that the connection may not write.
 	ErrReadOnly = errors.New("repository is connected read-only")
 )
@@ -196,7 +199,7 @@ func wrapRead(oid ObjectID, err error) error {
 	case isCorrupt(err):
 		return fmt.Errorf("object %v: %w: %w", oid, ErrContentCorrupt, err)
 	default:
-		return fmt.Errorf("object %v: %w", oid, err)
+		return fmt.Errorf("object %v: %w: %w", oid, ErrStorageFailed, err)
 	}
 }
 
@@ -259,15 +262,22 @@ func IsIndirect(oid ObjectID) (index ObjectID, ok bool) { return oid.IndexObject
 
 // PackExists reports whether a pack blob is in storage.
 func (r *Repository) PackExists(ctx context.Context, pack string) (bool, error) {
+	_, ok, err := r.PackSize(ctx, pack)
+	return ok, err
+}
+
+// PackSize returns how many bytes a pack blob has in storage; ok is false when it
+// is not there.
+func (r *Repository) PackSize(ctx context.Context, pack string) (size int64, ok bool, err error) {
 	if r.direct == nil {
-		return false, fmt.Errorf("pack %s: no direct storage access through a Kopia API server", pack)
+		return 0, false, fmt.Errorf("pack %s: no direct storage access through a Kopia API server", pack)
 	}
-	_, err := r.direct.BlobReader().GetMetadata(ctx, blob.ID(pack))
+	md, err := r.direct.BlobReader().GetMetadata(ctx, blob.ID(pack))
 	if errors.Is(err, blob.ErrBlobNotFound) {
-		return false, nil
+		return 0, false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("look up pack %s: %w", pack, err)
+		return 0, false, fmt.Errorf("look up pack %s: %w", pack, err)
 	}
-	return true, nil
+	return md.Length, true, nil
 }

@@ -12,9 +12,7 @@ import (
 	"time"
 
 	"github.com/kopia/kopia/fs"
-	"github.com/kopia/kopia/repo/compression"
 	"github.com/kopia/kopia/repo/manifest"
-	"github.com/kopia/kopia/repo/object"
 	"github.com/kopia/kopia/snapshot"
 	"github.com/kopia/kopia/snapshot/snapshotfs"
 )
@@ -155,7 +153,7 @@ func (w *Writer) SaveSnapshot(ctx context.Context, s *Snapshot, files []File) er
 	m.Stats.TotalDirectoryCount = int32(entry.DirSummary.TotalDirCount)
 	id, err := snapshot.SaveSnapshot(w.ctx, w.w, m)
 	if err != nil {
-		return fmt.Errorf("write snapshot manifest: %w", err)
+		return fmt.Errorf("write snapshot manifest: %w", explainWrite(err))
 	}
 	s.ManifestID, s.Root, s.RootIsDir = string(id), entry.ObjectID, true
 	return nil
@@ -265,24 +263,11 @@ func (r *Repository) ReadFile(ctx context.Context, oid ObjectID, limit int64) ([
 	return p, nil
 }
 
-// WriteFile stores a small file of a snapshot, splitting as Kopia does.
-func (w *Writer) WriteFile(_ context.Context, p []byte) (ObjectID, error) {
-	w.flushGate.RLock()
-	defer w.flushGate.RUnlock()
-	ow := w.w.NewObjectWriter(w.ctx, object.WriterOptions{
-		Description:        "varve record",
-		Compressor:         compression.Name(indexCompression),
-		MetadataCompressor: compression.Name(indexCompression),
-	})
-	defer ow.Close()
-	if _, err := ow.Write(p); err != nil {
-		return ObjectID{}, fmt.Errorf("write file: %w", err)
-	}
-	oid, err := ow.Result()
-	if err != nil {
-		return ObjectID{}, fmt.Errorf("write file: %w", err)
-	}
-	return oid, nil
+// WriteFile stores a small file of a snapshot (at most MaxContentSize bytes)
+// among the repository's metadata, not its data: losing a pack of blocks must
+// not take the records of points with it.
+func (w *Writer) WriteFile(ctx context.Context, p []byte) (ObjectID, error) {
+	return w.WriteIndex(ctx, p)
 }
 
 // Record is a small JSON document of Varve's own beside the snapshots: a
@@ -305,7 +290,7 @@ func (w *Writer) PutRecord(_ context.Context, kind string, labels map[string]str
 	maps.Copy(all, labels)
 	id, err := w.w.PutManifest(w.ctx, all, payload)
 	if err != nil {
-		return "", fmt.Errorf("write %s record: %w", kind, err)
+		return "", fmt.Errorf("write %s record: %w", kind, explainWrite(err))
 	}
 	return string(id), nil
 }

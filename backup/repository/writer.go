@@ -93,11 +93,11 @@ func (w *Writer) writeDirect(_ context.Context, p []byte, prefix content.IDPrefi
 	})
 	defer ow.Close()
 	if _, err := ow.Write(p); err != nil {
-		return ObjectID{}, fmt.Errorf("write object: %w", err)
+		return ObjectID{}, fmt.Errorf("write object: %w", explainWrite(err))
 	}
 	oid, err := ow.Result()
 	if err != nil {
-		return ObjectID{}, fmt.Errorf("write object: %w", err)
+		return ObjectID{}, fmt.Errorf("write object: %w", explainWrite(err))
 	}
 	if _, _, ok := oid.ContentID(); !ok {
 		return ObjectID{}, fmt.Errorf("object %v of %d bytes was split", oid, len(p))
@@ -113,7 +113,7 @@ func (w *Writer) Flush(ctx context.Context) error {
 		return err
 	}
 	if err := w.w.Flush(w.ctx); err != nil {
-		return fmt.Errorf("flush to storage: %w", err)
+		return fmt.Errorf("flush to storage: %w", explainWrite(err))
 	}
 	return nil
 }
@@ -167,7 +167,7 @@ func (w *Writer) StateOf(_ context.Context, oid ObjectID) (ContentState, error) 
 // deleteManifest removes a manifest; one that is gone already is no error.
 func (w *Writer) deleteManifest(id string) error {
 	if err := w.refreshing(func() error { return w.w.DeleteManifest(w.ctx, manifest.ID(id)) }); err != nil {
-		return fmt.Errorf("delete manifest %s: %w", id, err)
+		return fmt.Errorf("delete manifest %s: %w", id, explainWrite(err))
 	}
 	return nil
 }

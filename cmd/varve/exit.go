@@ -8,6 +8,7 @@ import (
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/disk"
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/fusefs"
 )
 
 // Exit codes. docs/exit-codes.md tells users what they mean; scripts depend on
@@ -69,6 +70,8 @@ var exitCodes = []struct {
 	{backup.ErrTargetTooSmall, exitRefused},
 	{disk.ErrMounted, exitRefused},
 	{disk.ErrTooSmall, exitRefused},
+	{fusefs.ErrNotMounted, exitNotFound},
+	{fusefs.ErrBusy, exitRefused},
 }
 
 func exitCode(err error) int {
@@ -78,6 +81,10 @@ func exitCode(err error) int {
 	var usage *usageError
 	if errors.As(err, &usage) {
 		return exitUsage
+	}
+	var child *childError
+	if errors.As(err, &child) {
+		return child.code
 	}
 	for _, row := range exitCodes {
 		if errors.Is(err, row.is) {

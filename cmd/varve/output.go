@@ -76,22 +76,6 @@ func (t *table) time(at time.Time) string {
 	return at.UTC().Format("2006-01-02T15:04:05Z")
 }
 
-// age shows how long ago something was, in its largest unit or two.
-func (t *table) age(d time.Duration) string {
-	switch {
-	case d < 0:
-		return "in " + t.age(-d)
-	case d < time.Minute:
-		return fmt.Sprintf("%ds", int(d.Seconds()))
-	case d < time.Hour:
-		return fmt.Sprintf("%dm", int(d.Minutes()))
-	case d < 48*time.Hour:
-		return fmt.Sprintf("%dh", int(d.Hours()))
-	default:
-		return fmt.Sprintf("%dd", int(d.Hours()/24))
-	}
-}
-
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
 		if r < ' ' || r == 0x7f || (r >= 0x80 && r < 0xa0) {
@@ -119,7 +103,7 @@ func (a *app) startOutput() error {
 		level = slog.LevelDebug
 	}
 	var newHandler func(io.Writer) slog.Handler
-	opt := &slog.HandlerOptions{Level: level}
+	opt := &slog.HandlerOptions{Level: level, ReplaceAttr: errorText}
 	switch a.flags.logFormat {
 	case "text":
 		newHandler = func(w io.Writer) slog.Handler { return slog.NewTextHandler(w, opt) }
@@ -147,5 +131,15 @@ func (a *app) startOutput() error {
 	a.progress.Close()
 	a.progress = progress.New(show)
 	a.log = slog.New(newHandler(a.progress.Writer(a.stderr)))
+	slog.SetDefault(a.log) // what the packages below log goes the same way
 	return nil
+}
+
+// errorText logs an error as its one line: Kopia's errors print a stack trace
+// for every frame they passed when they are formatted in full.
+func errorText(_ []string, at slog.Attr) slog.Attr {
+	if err, ok := at.Value.Any().(error); ok {
+		at.Value = slog.StringValue(message(err))
+	}
+	return at
 }

@@ -81,7 +81,7 @@ func (d *days) Set(s string) error {
 }
 
 func parseDays(s string) (time.Duration, error) {
-	unit := time.Duration(0)
+	var unit time.Duration
 	switch {
 	case strings.HasSuffix(s, "d"):
 		unit = 24 * time.Hour

@@ -22,6 +22,7 @@ var allRows = []row{
 	{"memory", memoryRows, false},
 	{"chain", chainRows, false},
 	{"crowd", crowdRows, false},
+	{"nbd", nbdRows, true},
 }
 
 const (

@@ -114,8 +114,8 @@ func (b Builder) Dir() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	h := sha256.New()
-	fmt.Fprintln(h, runtime.Version(), runtime.GOARCH, buildTags, components, upstreamManifests)
+	h := sha256.New() // writing to it never fails
+	_, _ = fmt.Fprintln(h, runtime.Version(), runtime.GOARCH, buildTags, components, upstreamManifests)
 	root := filepath.Join(b.Source, "cluster", "components")
 	err = filepath.WalkDir(root, func(p string, e fs.DirEntry, err error) error {
 		if err != nil || e.IsDir() {
@@ -125,8 +125,8 @@ func (b Builder) Dir() (string, error) {
 		if err != nil {
 			return err
 		}
-		defer f.Close()
-		fmt.Fprintln(h, strings.TrimPrefix(p, root))
+		defer func() { _ = f.Close() }()
+		_, _ = fmt.Fprintln(h, strings.TrimPrefix(p, root))
 		_, err = io.Copy(h, f)
 		return err
 	})

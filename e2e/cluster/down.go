@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"strings"
@@ -69,8 +70,11 @@ func killAndWait(ctx context.Context, pid int) error {
 	}
 	return until(deadline(ctx, 30*time.Second), fmt.Sprintf("process %d to end", pid), func(context.Context) error {
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		if err != nil {
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ESRCH) {
 			return nil
+		}
+		if err != nil {
+			return err
 		}
 		// The state follows the name in parentheses. A zombie has ended; whoever
 		// started it will learn of it.

@@ -2,6 +2,8 @@ package cluster
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -31,7 +33,7 @@ func (c *Cluster) spawn(ctx context.Context, n *Node) error {
 	if err != nil {
 		return err
 	}
-	defer log.Close()
+	defer func() { _ = log.Close() }()
 	cmd := exec.Command(c.bin("e2e-cluster"), "node-enter", c.Cgroup(n), n.Name, c.NodePath(n), c.NodePath(n, "init.sock"))
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.Env = append(os.Environ(), "PATH="+c.Bin+":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
@@ -49,7 +51,7 @@ func (c *Cluster) spawn(ctx context.Context, n *Node) error {
 		case err := <-ended:
 			ended <- err
 			b, _ := os.ReadFile(c.Log(n, "init"))
-			return fmt.Errorf("it ended: %v: %s", err, b)
+			return fmt.Errorf("it ended: %w: %s", errors.Join(err), b)
 		default:
 		}
 		_, err := c.Supervisor(n).Status(ctx)
@@ -150,11 +152,12 @@ func (c *Cluster) startRuntime(ctx context.Context, n *Node) error {
 	}); err != nil {
 		return err
 	}
-	images, err := filepath.Glob(filepath.Join(imageDir(c.Bin), "*.tar"))
-	if err != nil {
+	built, err1 := filepath.Glob(filepath.Join(imageDir(c.Bin), "*.tar"))
+	brought, err2 := filepath.Glob(c.Path("images", "*.tar"))
+	if err := errors.Join(err1, err2); err != nil {
 		return err
 	}
-	for _, archive := range images {
+	for _, archive := range append(built, brought...) {
 		if err := c.importImage(ctx, n, archive); err != nil {
 			return err
 		}
@@ -171,11 +174,23 @@ func (c *Cluster) importImage(ctx context.Context, n *Node, archive string) erro
 	return err
 }
 
-// ImportImage brings an OCI archive to every node.
+// ImportImage brings an OCI archive to every node, and to those added later.
 func (c *Cluster) ImportImage(ctx context.Context, archive string) error {
+	b, err := os.ReadFile(archive)
+	if err != nil {
+		return err
+	}
+	sum := sha256.Sum256(b)
+	kept := c.Path("images", hex.EncodeToString(sum[:8])+".tar")
+	if err := os.MkdirAll(filepath.Dir(kept), 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile(kept, b, 0o644); err != nil {
+		return err
+	}
 	for _, name := range c.nodeNames() {
 		if n := c.Nodes[name]; n.PID != 0 {
-			if err := c.importImage(ctx, n, archive); err != nil {
+			if err := c.importImage(ctx, n, kept); err != nil {
 				return err
 			}
 		}

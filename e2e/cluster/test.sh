@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Runs the tests that stand on package framework, in one cluster brought up for them
+# Runs the tests that stand on package framework, and those of the cluster itself, in one cluster brought up for them
 # (or in the one that is up), and takes it down. RUN chooses tests by regexp; counts
 # what was skipped and why.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export CGO_ENABLED=0
+# The image comes first: a cluster is not kept up while a compiler runs.
+VERSION=e2e make --no-print-directory -C .. image IMAGE=localhost/varve:e2e || exit 1
 log=$(mktemp)
 own=
 finish() {
@@ -21,11 +23,14 @@ if ! go run ./cluster/cmd/e2e-cluster exec true 2>/dev/null; then
 	own=yes
 	go run ./cluster/cmd/e2e-cluster up || exit 1
 fi
+go run ./cluster/cmd/e2e-cluster image ../bin/image/varve.tar || exit 1
+export VARVE_E2E_IMAGE=localhost/varve:e2e
 # Those packages need a cluster; one at a time, as they share it.
 mapfile -t packages < <(go list -f '{{range .XTestImports}}{{if eq . "github.com/varve-io/varve/e2e/framework"}}{{$.ImportPath}}{{end}}{{end}}' ./... | sort -u)
 rc=0
-go test -p 1 -count=1 -timeout 60m -v -run "${RUN:-.}" "${packages[@]}" >"$log" 2>&1 || rc=1
-grep -E '^(ok|FAIL|panic:)|^ *--- (FAIL|PASS)' "$log"
+VARVE_E2E_UP=1 go test -p 1 -count=1 -timeout 60m -v -run "${RUN:-.}" ./cluster/... ./csidriver/... "${packages[@]}" 2>&1 | tee "$log" |
+	grep --line-buffered -E '^(ok|FAIL|panic:)|^ *--- (FAIL|PASS)'
+[ "${PIPESTATUS[0]}" -eq 0 ] || rc=1
 if [ $rc -ne 0 ]; then
 	echo "--- what failed said:"
 	grep -vE '^(=== |--- PASS| *--- PASS|ok|\?|PASS)' "$log" | tail -n 200

@@ -121,7 +121,7 @@ func (d *Driver) askAgent(ctx context.Context, node, what, path string) error {
 	if err != nil {
 		return status.Errorf(codes.Unavailable, "node %s does not answer: %v", node, err)
 	}
-	defer resp.Body.Close()
+	defer func() { _ = resp.Body.Close() }()
 	if resp.StatusCode != http.StatusOK {
 		b, _ := io.ReadAll(io.LimitReader(resp.Body, 1<<10))
 		return status.Errorf(codes.Internal, "%s on node %s: %s", what, node, b)

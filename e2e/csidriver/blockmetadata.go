@@ -98,13 +98,13 @@ func (d *Driver) answer(ctx context.Context, req request, send sendFunc) error {
 	if err != nil {
 		return internal(err)
 	}
-	defer tf.Close()
+	defer func() { _ = tf.Close() }()
 	var bf *os.File
 	if base != nil {
 		if bf, err = os.Open(d.state.image(base.ID)); err != nil {
 			return internal(err)
 		}
-		defer bf.Close()
+		defer func() { _ = bf.Close() }()
 	}
 	s := newTupleStream(ctx, m, req, target.Size, send)
 	return internal(changedBlocks(ctx, tf, bf, req.offset, s.blockSize, target.Size, s.add, s.end))

@@ -95,10 +95,11 @@ func TestDriverKeepsSourceOfSnapshots(t *testing.T) {
 	})
 	f.Delete(snap)
 	f.Eventually("the volume to go after its snapshot", func(ctx context.Context) error {
-		if err := f.Client.Get(ctx, client.ObjectKey{Name: pv.Name}, pv); client.IgnoreNotFound(err) != nil || err == nil {
-			return fmt.Errorf("it is %s: %v", pv.Status.Phase, err)
+		err := f.Client.Get(ctx, client.ObjectKey{Name: pv.Name}, pv)
+		if err == nil {
+			return fmt.Errorf("it is %s", pv.Status.Phase)
 		}
-		return nil
+		return client.IgnoreNotFound(err)
 	})
 }
 

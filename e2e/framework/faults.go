@@ -105,7 +105,7 @@ func (f *F) KillAtLog(pod *corev1.Pod, container string, line *regexp.Regexp) {
 	if err != nil {
 		f.T.Fatal(err)
 	}
-	defer stream.Close()
+	defer func() { _ = stream.Close() }()
 	lines := bufio.NewScanner(stream)
 	lines.Buffer(nil, 1<<20)
 	for lines.Scan() {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
@@ -108,4 +109,15 @@ func (f *F) SHA256(pod, path string) string {
 		f.T.Fatal(errors.New("sha256sum says nothing"))
 	}
 	return sum
+}
+
+// VarveImage is the name of Varve's own image, as make e2e built and imported it. The
+// test is skipped where a run has none.
+func (f *F) VarveImage() string {
+	f.T.Helper()
+	image := os.Getenv("VARVE_E2E_IMAGE")
+	if image == "" {
+		f.T.Skip("VARVE_E2E_IMAGE names no image of Varve in the cluster; make e2e builds one")
+	}
+	return image
 }

@@ -372,3 +372,20 @@ func (c *Client) Go(export string) (*Export, error) {
 	}
 	return newExport(c, in), nil
 }
+
+// HandOver enters an export and gives up the connection, for a kernel to go on
+// with: it stands at the first request. Headers must be simple, as the
+// kernel knows no others, and a connection with TLS cannot be handed over.
+func (c *Client) HandOver(export string) (Info, net.Conn, error) {
+	if c.tls || c.headers != Simple {
+		return Info{}, nil, errors.New("only a plain connection with simple replies can be handed over")
+	}
+	in, err := c.info(proto.OptGo, export)
+	if err == nil && c.br.Buffered() > 0 {
+		err = errors.New("server sent data nobody asked for")
+	}
+	if err != nil {
+		return Info{}, nil, err
+	}
+	return in, c.conn, nil
+}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"sync"
 
 	"github.com/varve-io/varve/nbdserver/proto"
@@ -90,6 +91,9 @@ func (e *Export) Close() error {
 	_ = e.send(proto.CmdDisconnect, 0, 0, 0, 0, nil)
 	err := e.c.conn.Close()
 	<-e.done
+	if errors.Is(err, net.ErrClosed) { // the server was faster
+		return nil
+	}
 	return err
 }
 

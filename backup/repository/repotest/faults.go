@@ -123,34 +123,34 @@ func (f *Faults) match(op Op, id blob.ID, list bool) *Fault {
 }
 
 // apply waits and answers as the fault says; nil for no fault.
-func (fault *Fault) apply(ctx context.Context, op Op, id blob.ID) error {
-	if fault == nil {
+func (f *Fault) apply(ctx context.Context, op Op, id blob.ID) error {
+	if f == nil {
 		return nil
 	}
-	if fault.Hold != nil {
+	if f.Hold != nil {
 		select {
-		case <-fault.Hold:
+		case <-f.Hold:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
-	if fault.Err != nil {
-		return fault.Err
+	if f.Err != nil {
+		return f.Err
 	}
-	if !fault.silent() {
+	if !f.silent() {
 		return fmt.Errorf("%s %s: %w", op, id, ErrInjected)
 	}
 	return nil
 }
 
-func (fault *Fault) damage(p []byte) []byte {
-	if fault == nil {
+func (f *Fault) damage(p []byte) []byte {
+	if f == nil {
 		return p
 	}
-	if fault.Truncate > 0 {
-		p = p[:max(0, int64(len(p))-fault.Truncate)]
+	if f.Truncate > 0 {
+		p = p[:max(0, int64(len(p))-f.Truncate)]
 	}
-	if bit := fault.FlipBit - 1; bit >= 0 && bit/8 < int64(len(p)) {
+	if bit := f.FlipBit - 1; bit >= 0 && bit/8 < int64(len(p)) {
 		p = bytes.Clone(p)
 		p[bit/8] ^= 1 << (bit % 8)
 	}

@@ -32,6 +32,8 @@ type Repo struct {
 	Dir        string // of the blobs
 	ConfigFile string // of a connection without faults
 
+	veleroConfig string // of Velero's own connection
+
 	connections atomic.Int32
 	rewrites    atomic.Int64
 }
@@ -107,7 +109,12 @@ func (r *Repo) Write(t testing.TB, fn func(ctx context.Context, w repo.DirectRep
 
 func (r *Repo) writeAt(t testing.TB, now func() time.Time, fn func(ctx context.Context, w repo.DirectRepositoryWriter) error) {
 	t.Helper()
-	rep, err := repo.Open(t.Context(), r.ConfigFile, Password, &repo.Options{DisableRepositoryLog: true, TimeNowFunc: now})
+	r.with(t, r.ConfigFile, now, fn)
+}
+
+func (r *Repo) with(t testing.TB, config string, now func() time.Time, fn func(ctx context.Context, w repo.DirectRepositoryWriter) error) {
+	t.Helper()
+	rep, err := repo.Open(t.Context(), config, Password, &repo.Options{DisableRepositoryLog: true, TimeNowFunc: now})
 	if err != nil {
 		t.Fatalf("open with kopia: %v", err)
 	}
@@ -125,24 +132,39 @@ func (r *Repo) writeAt(t testing.TB, now func() time.Time, fn func(ctx context.C
 	}
 }
 
-// WriteObject stores p as stock Kopia would with a splitter ("" for its
-// default, "FIXED-1M", ...) and a compressor ("" for none).
-func (r *Repo) WriteObject(t testing.TB, p []byte, splitter, compressor string) repository.ObjectID {
+// Object is bytes to be stored as stock Kopia would.
+type Object struct {
+	Data       []byte
+	Splitter   string // "" for Kopia's default, "FIXED-1M", ...
+	Compressor string // "" for none
+}
+
+// WriteObjects stores objects in one session, through Kopia's own writer.
+func (r *Repo) WriteObjects(t testing.TB, objects ...Object) []repository.ObjectID {
 	t.Helper()
-	var oid repository.ObjectID
+	var out []repository.ObjectID
 	r.Write(t, func(ctx context.Context, w repo.DirectRepositoryWriter) error {
-		ow := w.NewObjectWriter(ctx, object.WriterOptions{
-			Splitter: splitter, Compressor: compression.Name(compressor), MetadataCompressor: compression.Name(compressor),
-		})
-		defer ow.Close()
-		if _, err := ow.Write(p); err != nil {
-			return err
+		for _, o := range objects {
+			oid, err := writeObject(ctx, w, o)
+			if err != nil {
+				return err
+			}
+			out = append(out, oid)
 		}
-		var err error
-		oid, err = ow.Result()
-		return err
+		return nil
 	})
-	return oid
+	return out
+}
+
+func writeObject(ctx context.Context, w repo.DirectRepositoryWriter, o Object) (repository.ObjectID, error) {
+	ow := w.NewObjectWriter(ctx, object.WriterOptions{
+		Splitter: o.Splitter, Compressor: compression.Name(o.Compressor), MetadataCompressor: compression.Name(o.Compressor),
+	})
+	defer ow.Close()
+	if _, err := ow.Write(o.Data); err != nil {
+		return repository.ObjectID{}, err
+	}
+	return ow.Result()
 }
 
 // RewritePacks moves every content to new packs and deletes the old ones at
@@ -189,6 +211,19 @@ func (r *Repo) Packs(t testing.TB) []string {
 	return out
 }
 
+// Indexes lists the blobs of Kopia's index.
+func (r *Repo) Indexes(t testing.TB) []string {
+	t.Helper()
+	var out []string
+	for id := range r.blobs(t) {
+		if strings.HasPrefix(id, "x") {
+			out = append(out, id)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
 // blobs maps blob IDs to files: kopia repo/blob/sharded puts the first
 // characters into directories and ".f" behind the last.
 func (r *Repo) blobs(t testing.TB) map[string]string {
@@ -225,20 +260,21 @@ func (r *Repo) Size(t testing.TB) int64 {
 // RemoveBlob deletes a blob behind Kopia's back.
 func (r *Repo) RemoveBlob(t testing.TB, id string) {
 	t.Helper()
-	if err := os.Remove(r.blobPath(t, id)); err != nil {
+	if err := os.Remove(r.BlobPath(t, id)); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// DamageBlob flips one bit in each of a blob's 1000-byte stretches.
+// DamageBlob flips one bit in each of a blob's 1000-byte stretches, or in the
+// middle of a short one.
 func (r *Repo) DamageBlob(t testing.TB, id string) {
 	t.Helper()
-	path := r.blobPath(t, id)
+	path := r.BlobPath(t, id)
 	p, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i := 500; i < len(p); i += 1000 {
+	for i := min(500, len(p)/2); i < len(p); i += 1000 {
 		p[i] ^= 1
 	}
 	if err := os.WriteFile(path, p, 0o600); err != nil {
@@ -246,7 +282,21 @@ func (r *Repo) DamageBlob(t testing.TB, id string) {
 	}
 }
 
-func (r *Repo) blobPath(t testing.TB, id string) string {
+// TruncateBlob cuts bytes off the end of a blob.
+func (r *Repo) TruncateBlob(t testing.TB, id string, bytes int64) {
+	t.Helper()
+	path := r.BlobPath(t, id)
+	st, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(path, max(0, st.Size()-bytes)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// BlobPath is the file that holds a blob.
+func (r *Repo) BlobPath(t testing.TB, id string) string {
 	t.Helper()
 	path, ok := r.blobs(t)[id]
 	if !ok {

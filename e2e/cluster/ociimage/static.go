@@ -69,7 +69,7 @@ func checkStatic(file string) (*debug.BuildInfo, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer e.Close()
+	defer func() { _ = e.Close() }()
 	for _, p := range e.Progs {
 		if p.Type == elf.PT_INTERP {
 			return nil, fmt.Errorf("%s is linked dynamically; build it with CGO_ENABLED=0", file)

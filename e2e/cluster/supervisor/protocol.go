@@ -81,7 +81,7 @@ func (c Client) call(ctx context.Context, what string, in, out any) error {
 	if err != nil {
 		return fmt.Errorf("ask the supervisor: %w", err)
 	}
-	defer resp.Body.Close()
+	defer func() { _ = resp.Body.Close() }()
 	b, err := io.ReadAll(resp.Body)
 	if err != nil {
 		return err

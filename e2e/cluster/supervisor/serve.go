@@ -99,12 +99,12 @@ func (s *Server) launch(pr *proc) error {
 	if err != nil {
 		return err
 	}
-	defer log.Close()
+	defer func() { _ = log.Close() }()
 	null, err := os.Open(os.DevNull)
 	if err != nil {
 		return err
 	}
-	defer null.Close()
+	defer func() { _ = null.Close() }()
 	pid, err := syscall.ForkExec(path, pr.Argv, &syscall.ProcAttr{
 		Dir: "/", Env: append(os.Environ(), pr.Env...),
 		Files: []uintptr{null.Fd(), log.Fd(), log.Fd()},

@@ -440,3 +440,49 @@ func kernelXattrs(p string) ([]string, error) {
 	}
 	return list, nil
 }
+
+// CompareDirs compares two directories as Compare does, as the kernel shows them.
+// got may be any file system's; want is the truth.
+func CompareDirs(t testing.TB, got, want string, opt Options) int {
+	t.Helper()
+	a, b := describeDir(t, got, opt), describeDir(t, want, opt)
+	bad := 0
+	for name, w := range b {
+		if g, ok := a[name]; !ok {
+			t.Errorf("%q is missing", name)
+			bad++
+		} else if g != w {
+			t.Errorf("%q differs:\ngot  %s\nwant %s", name, g, w)
+			bad++
+		}
+		if bad > 20 {
+			t.Fatalf("more than 20 differences")
+		}
+	}
+	for name := range a {
+		if _, ok := b[name]; !ok {
+			t.Errorf("%q is too much", name)
+		}
+	}
+	return len(b)
+}
+
+func describeDir(t testing.TB, dir string, opt Options) map[string]string {
+	t.Helper()
+	list := map[string]string{}
+	err := filepath.WalkDir(dir, func(p string, _ fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		name, err := filepath.Rel(dir, p)
+		if err != nil || slices.Contains(opt.Skip, name) {
+			return err
+		}
+		list[name], err = describeKernel(p, opt)
+		return err
+	})
+	if err != nil {
+		t.Fatalf("walk %s: %v", dir, err)
+	}
+	return list
+}

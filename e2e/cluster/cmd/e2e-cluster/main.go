@@ -22,6 +22,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"strconv"
 	"syscall"
 
@@ -29,14 +30,19 @@ import (
 	"github.com/varve-io/varve/e2e/cluster/supervisor"
 )
 
+// exitCode is that of a command run for the user, who has seen its own message.
+type exitCode int
+
+func (c exitCode) Error() string { return fmt.Sprintf("exit status %d", int(c)) }
+
 func main() {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, os.Args[1:], log); err != nil {
-		var exit *exec.ExitError
-		if errors.As(err, &exit) && exit.ExitCode() > 0 {
-			os.Exit(exit.ExitCode())
+		var code exitCode
+		if errors.As(err, &code) {
+			os.Exit(int(code))
 		}
 		log.Error("e2e-cluster", "err", err)
 		os.Exit(1)
@@ -83,12 +89,21 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 		cmd := exec.Command(argv[0], argv[1:]...)
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 		cmd.Env = append(os.Environ(), "KUBECONFIG="+c.Kubeconfig())
-		return cmd.Run()
+		err := cmd.Run()
+		var exit *exec.ExitError
+		if errors.As(err, &exit) && exit.ExitCode() > 0 {
+			return exitCode(exit.ExitCode())
+		}
+		return err
 	case "image":
 		if len(args) != 2 {
 			return errors.New("image wants one archive")
 		}
-		return c.ImportImage(ctx, args[1])
+		archive, err := filepath.Abs(args[1])
+		if err != nil {
+			return err
+		}
+		return c.ImportImage(ctx, archive)
 	case "node":
 		return node(ctx, c, args[1:])
 	}

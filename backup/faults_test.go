@@ -1,0 +1,294 @@
+package backup
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/backup/repository/repotest"
+)
+
+// faultSite is a repository seen through storage that fails on demand, and
+// through one that does not.
+type faultSite struct {
+	t             *testing.T
+	repo          *repotest.Repo
+	faulty, clean *repository.Repository
+	f             *repotest.Faults
+	rng           *rand.Rand
+	data          []byte            // of the disk
+	want          map[string][]byte // what each point holds, by ID
+	tried         [][]byte          // what backups that failed would have stored
+}
+
+func newFaultSite(t *testing.T) *faultSite {
+	t.Helper()
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	s := &faultSite{t: t, repo: repotest.New(t), rng: rand.New(rand.NewPCG(seed, 0)), want: map[string][]byte{}}
+	s.clean = s.repo.Open(t)
+	s.faulty, s.f = s.repo.OpenFaulty(t)
+	s.data = randomBytes(s.rng, 1<<20+777)
+	for range 2 {
+		s.change()
+		s.backup(s.clean)
+	}
+	if err := s.faulty.Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// change writes to two places of the disk.
+func (s *faultSite) change() {
+	s.data = bytes.Clone(s.data)
+	for range 2 {
+		copy(s.data[s.rng.IntN(len(s.data)-3000):], randomBytes(s.rng, 3000))
+	}
+}
+
+func (s *faultSite) options() Options {
+	return Options{Volume: testVolume, Disk: &memDisk{data: s.data}, BlockSize: 64 << 10, Workers: 2}
+}
+
+// backup makes a point of the disk, which must work.
+func (s *faultSite) backup(r *repository.Repository) *Point {
+	s.t.Helper()
+	p, _, err := Run(s.t.Context(), r, s.options())
+	if err != nil {
+		s.t.Fatalf("a backup without faults: %v", err)
+	}
+	s.want[p.ID] = s.data
+	return p
+}
+
+// try makes a point of the disk, which may fail.
+func (s *faultSite) try() error {
+	s.t.Helper()
+	p, _, err := Run(s.t.Context(), s.faulty, s.options())
+	if err == nil {
+		s.want[p.ID] = s.data
+	} else {
+		s.tried = append(s.tried, s.data)
+	}
+	return err
+}
+
+// check reads every point through storage without faults. A point that nobody
+// was told of must be one that a backup wrote just before it failed.
+func (s *faultSite) check() {
+	s.t.Helper()
+	points := mustList(s.t, s.clean).Points()
+	found := 0
+	for _, p := range points {
+		want, known := s.want[p.ID]
+		got := readPoint(s.t, s.clean, p)
+		if !known {
+			for _, data := range s.tried {
+				if bytes.Equal(got, data) {
+					s.want[p.ID], want, known = data, data, true
+				}
+			}
+		}
+		if !known || !bytes.Equal(got, want) {
+			s.t.Errorf("%s reads back different (known: %v)", p.Name(), known)
+		}
+		found++
+	}
+	if found != len(s.want) {
+		s.t.Errorf("%d points, want %d", found, len(s.want))
+	}
+}
+
+// thin forgets all points but two, so that a long sweep does not grow.
+func (s *faultSite) thin() {
+	s.t.Helper()
+	all := mustList(s.t, s.clean).Of(testVolume)
+	for _, p := range all[:max(0, len(all)-2)] {
+		if _, err := Forget(s.t.Context(), s.clean, []string{p.ID}, false, false); err != nil {
+			s.t.Fatal(err)
+		}
+		delete(s.want, p.ID)
+	}
+}
+
+// sweep counts the operations of a run and then has each of them fail once, and
+// fail for good from there on. run returns what the user would see.
+func (s *faultSite) sweep(op repotest.Op, most int, run func() error) {
+	s.t.Helper()
+	before := s.f.Ops(op)
+	if err := run(); err != nil {
+		s.t.Fatalf("without faults: %v", err)
+	}
+	n := s.f.Ops(op) - before
+	if n == 0 {
+		s.t.Logf("no %s", op)
+		return
+	}
+	failed := 0
+	for _, count := range []int{1, 0} {
+		if count == 0 && op == repotest.List {
+			continue // Kopia lists its indexes again and again until it can
+		}
+		step := max(1, (2*n+most-1)/most)
+		for skip := s.rng.IntN(step); skip < n; skip += step {
+			s.f.Add(repotest.Fault{Op: op, Skip: skip, Count: count})
+			err := run()
+			s.f.Clear()
+			if err != nil {
+				failed++
+				if !errors.Is(err, repotest.ErrInjected) {
+					s.t.Errorf("%s number %d: another error: %v", op, skip, err)
+				} else if !strings.Contains(err.Error(), string(op)+" ") {
+					s.t.Errorf("%s number %d: the error names no object: %v", op, skip, err)
+				}
+				if failed == 1 {
+					s.t.Logf("%s number %d of %d: %v", op, skip, n, err)
+				}
+			}
+			s.check()
+		}
+	}
+	s.t.Logf("%s: %d operations, %d runs failed", op, n, failed)
+	if failed == 0 && op != repotest.Delete && op != repotest.List {
+		s.t.Errorf("no fault of %s was ever noticed", op)
+	}
+}
+
+var allOps = []repotest.Op{repotest.Put, repotest.Get, repotest.List, repotest.Metadata, repotest.Delete}
+
+// TestBackupWithFailingStorage has each operation of storage fail during an
+// increment. The run says so or makes a right point, older ones are as they were,
+// and the same process goes on to make the next one.
+func TestBackupWithFailingStorage(t *testing.T) {
+	for _, op := range allOps {
+		t.Run(string(op), func(t *testing.T) {
+			t.Parallel()
+			s := newFaultSite(t)
+			s.sweep(op, 8, func() error {
+				s.change()
+				return s.try()
+			})
+			s.backup(s.faulty)
+			s.change()
+			s.backup(s.clean)
+			s.check()
+			if _, err := Verify(t.Context(), s.clean, VerifyOptions{Read: 1}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestStorageFullDuringBackup fills storage at each write of an increment.
+func TestStorageFullDuringBackup(t *testing.T) {
+	t.Parallel()
+	s := newFaultSite(t)
+	before := s.f.Ops(repotest.Put)
+	s.change()
+	s.backup(s.faulty)
+	n := s.f.Ops(repotest.Put) - before
+	for skip := range n {
+		s.change()
+		s.f.Add(repotest.Fault{Op: repotest.Put, Skip: skip, Err: fmt.Errorf("write pack: %w", syscall.ENOSPC)})
+		err := s.try()
+		s.f.Clear()
+		if !errors.Is(err, repository.ErrStorageFull) || !strings.Contains(err.Error(), "free") {
+			t.Errorf("write number %d: %v", skip, err)
+		}
+		s.check()
+	}
+	s.backup(s.faulty)
+	s.check()
+}
+
+// TestBackupNoticesLostWrites has storage report writes that never happened, or
+// happened in part. What a backup can notice it stores again; never is a point
+// reported that does not read back.
+func TestBackupNoticesLostWrites(t *testing.T) {
+	for _, fault := range []repotest.Fault{
+		{Op: repotest.Put, Prefix: "p", Count: 1, Lose: true},
+		{Op: repotest.Put, Prefix: "x", Count: 1, Lose: true},
+		{Op: repotest.Put, Prefix: "x", Skip: 1, Count: 1, Lose: true},
+		{Op: repotest.Put, Prefix: "x", Skip: 2, Count: 1, Lose: true},
+		{Op: repotest.Put, Prefix: "p", Count: 1, Truncate: 150_000},
+	} {
+		what := "lost"
+		if fault.Truncate > 0 {
+			what = "truncated"
+		}
+		t.Run(fmt.Sprintf("%s %s%d", what, fault.Prefix, fault.Skip), func(t *testing.T) {
+			t.Parallel()
+			s := newFaultSite(t)
+			s.change()
+			before := s.f.Ops(repotest.Put)
+			s.f.Add(fault)
+			err := s.try()
+			s.f.Clear()
+			t.Logf("%d writes: %v", s.f.Ops(repotest.Put)-before, err)
+			s.check()
+			s.change()
+			s.backup(s.faulty)
+			s.change()
+			s.backup(s.clean)
+			s.check()
+			if _, err := Verify(t.Context(), s.clean, VerifyOptions{Read: 1}); err != nil {
+				t.Error(err)
+			}
+			maintainNow(t, s.clean)
+			s.check()
+		})
+	}
+}
+
+// TestLostManifestPack loses a pack with manifests. Kopia reads all manifests or
+// none, so nothing can be listed; the error names the pack, the points that are
+// known can be read, and all is well once the pack is back.
+func TestLostManifestPack(t *testing.T) {
+	t.Parallel()
+	s := newFaultSite(t)
+	points := mustList(t, s.clean).Points()
+	state, err := s.clean.StateOf(t.Context(), points[0].root) // its manifest is in the same pack
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.f.Add(repotest.Fault{Op: repotest.Get, Prefix: state.Pack, Err: repotest.ErrNotFound})
+	s.change()
+	err = s.try()
+	if !errors.Is(err, repository.ErrContentMissing) || !strings.Contains(err.Error(), state.Pack) {
+		t.Errorf("backup: %v", err)
+	}
+	if got := readPoint(t, s.faulty, points[1]); !bytes.Equal(got, s.want[points[1].ID]) {
+		t.Error("the other point reads back different")
+	}
+	s.f.Clear()
+	s.check()
+	s.backup(s.faulty)
+	s.check()
+}
+
+// TestBackupWithLaggingLists has listings leave out index blobs that were just
+// written, as storage of eventual consistency does. The point must be right once
+// the listing has caught up.
+func TestBackupWithLaggingLists(t *testing.T) {
+	for skip := range 3 {
+		t.Run(fmt.Sprint(skip), func(t *testing.T) {
+			t.Parallel()
+			s := newFaultSite(t)
+			s.change()
+			s.f.Add(repotest.Fault{Op: repotest.List, Prefix: "x", Skip: skip, Hide: true})
+			err := s.try()
+			s.f.Clear()
+			t.Log(err)
+			s.check()
+			s.change()
+			s.backup(s.faulty)
+			s.check()
+		})
+	}
+}

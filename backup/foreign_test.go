@@ -1,0 +1,96 @@
+package backup
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/varve-io/varve/backup/disk"
+	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/backup/repository/repotest"
+)
+
+// TestVeleroRepository reads block backups that Velero's data mover wrote: a
+// full and an increment that shares entries with it, of a size that is no
+// multiple of Velero's block.
+func TestVeleroRepository(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	rng := rand.New(rand.NewPCG(31, 32))
+	repo := repotest.NewVelero(t)
+	first := randomBytes(rng, 5<<20+4096+512)
+	clear(first[2<<20 : 4<<20]) // a hole of two blocks
+	full := repo.WriteVelero(t, "/dev/disk/by-id/vol-1", first, nil)
+	second := bytes.Clone(first)
+	copy(second[4<<20+77:], randomBytes(rng, 1000))
+	second = append(second, randomBytes(rng, 1<<20+513)...) // grown
+	incr := repo.WriteVelero(t, "/dev/disk/by-id/vol-1", second, full)
+	if full.Shared != 0 || incr.Shared != 4 {
+		t.Fatalf("the increment shares %d entries", incr.Shared)
+	}
+	repo.Connect(t)
+	r := repo.Open(t)
+	if r.Writable() {
+		t.Error("a repository of Velero's is writable")
+	}
+	if _, _, err := Run(ctx, r, Options{Volume: testVolume, Disk: &memDisk{data: first}}); !errors.Is(err, repository.ErrReadOnly) {
+		t.Errorf("backup: %v", err)
+	}
+	cat := mustList(t, r)
+	if len(cat.Points()) != 2 {
+		t.Fatalf("%d points are listed", len(cat.Points()))
+	}
+	if v := cat.Volumes(); len(v) != 1 || v[0] != (Volume{Namespace: "default", Cluster: "default", Name: "snapshot-data-upload-download/kopia/shop/db-data"}) {
+		t.Errorf("volumes %+v", v)
+	}
+	for i, want := range [][]byte{first, second} {
+		p := cat.Points()[i]
+		id := []string{full.ManifestID, incr.ManifestID}[i]
+		if p.ID != id || p.Foreign != "velero" || p.Size != int64(len(want)) {
+			t.Errorf("point %d: %+v", i, p)
+		}
+		for _, name := range []string{
+			p.Name(), id, id[:12], p.Volume.Namespace + "@" + p.Volume.Cluster + ":" + p.Volume.Name + "@latest~" + string(rune('1'-i)),
+		} {
+			if q, err := cat.Resolve(name); err != nil || q.ID != p.ID {
+				t.Errorf("%q means %v, %v", name, q, err)
+			}
+		}
+		cache := image.NewCache(8 << 20)
+		defer cache.Close()
+		img, err := openPoint(ctx, r, cache, p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, len(want)+1)
+		if n, err := img.ReadAt(got, 0); n != len(want) || !errors.Is(err, io.EOF) || !bytes.Equal(got[:n], want) {
+			t.Errorf("point %d: read %d bytes of %d, %v", i, n, len(want), err)
+		}
+		path := filepath.Join(t.TempDir(), "disk.img")
+		target, err := disk.OpenTarget(path, disk.TargetOptions{Size: p.Size})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Restore(ctx, r, p, target, RestoreOptions{Verify: true}); err != nil {
+			t.Error(err)
+		}
+		if err := target.Close(); err != nil {
+			t.Error(err)
+		}
+		if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("point %d: restored %d bytes that differ, %v", i, len(got), err)
+		}
+	}
+	if rep, err := Verify(ctx, r, VerifyOptions{Read: 1}); err != nil || rep.Read == 0 {
+		t.Errorf("verify: %+v, %v", rep, err)
+	}
+	if _, err := Forget(ctx, r, []string{full.ManifestID}, true, false); err == nil || !strings.Contains(err.Error(), "velero") {
+		t.Errorf("forget: %v", err)
+	}
+}

@@ -1,0 +1,125 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/progress"
+	"github.com/varve-io/varve/internal/serve"
+)
+
+type commitFlags struct {
+	volume, verifyUnchanged string
+	quiesced                bool
+}
+
+func newCommitCommand(a *app) *cobra.Command {
+	var f commitFlags
+	cmd := &cobra.Command{
+		Use:     "commit URI|OVERLAY",
+		GroupID: groupBackup,
+		Short:   "Save an overlay as a new recovery point",
+		Long: `Save what was written to a recovery point as a new recovery point, of the same
+volume or another. It is stored as an increment of the point beneath: what the
+overlay changed, and nothing else, is read.
+
+A running overlay is named by the NBD URI of its export ("varve serve
+--writable"). While clients go on writing, the result is like a disk that lost
+power in the middle, and worse: parts are read at different times. It is marked
+not crash-consistent unless --quiesced says that nothing is written meanwhile.
+What clients have written is saved whether they flushed it or not.
+
+A kept overlay that no server uses is named by its directory: the one given as
+--overlay-dir, followed by the ID of the point.`,
+		Example: `  varve commit 'nbd+unix:///shop/db@latest?socket=/run/varve-nbd.sock' --quiesced
+  varve commit /var/lib/varve/overlays/d0c811d117cdd7f98f92a22158710ad2 --volume test/db`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.withRepository(cmd.Context(), func(repo *repository.Repository) error {
+				return a.commit(cmd.Context(), repo, args[0], f)
+			})
+		},
+	}
+	fl := cmd.Flags()
+	fl.StringVar(&f.volume, "volume", "", "volume of the new point, namespace/name (default that of the point beneath)")
+	fl.BoolVar(&f.quiesced, "quiesced", false, "nothing is written to the export meanwhile: the point is consistent")
+	fl.StringVar(&f.verifyUnchanged, "verify-unchanged", "0.1%", "share of the blocks that the overlay did not change to read and compare")
+	return cmd
+}
+
+func (a *app) commit(ctx context.Context, repo *repository.Repository, target string, f commitFlags) (err error) {
+	opt := backup.Options{ToolVersion: readVersion().Version, NotCrashConsistent: !f.quiesced, Branch: true}
+	if opt.VerifyUnchanged, err = parseShare(f.verifyUnchanged); err != nil {
+		return usagef("--verify-unchanged: %w", err)
+	}
+	cat, err := backup.List(ctx, repo, backup.ListOptions{})
+	if err != nil {
+		return err
+	}
+	var saved *serve.Written
+	if strings.Contains(target, "://") {
+		e, err := enterExport(ctx, target, serve.DepthContext)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, e.Close()) }()
+		saved, err = serve.WrittenOver(ctx, e, cat)
+		if err != nil {
+			return err
+		}
+	} else {
+		opt.NotCrashConsistent = false // the lock on an overlay keeps writers out
+		cache := image.NewCache(64 << 20)
+		defer cache.Close()
+		if saved, err = openKeptOverlay(ctx, repo, cache, cat, target); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, saved.Close()) }()
+	}
+	opt.Disk, opt.Source, opt.Parent, opt.Volume = saved, saved, saved.Base.ID, saved.Base.Volume
+	if f.volume != "" {
+		if opt.Volume, err = backup.ParseVolume(f.volume, a.clusterOf(repo)); err != nil {
+			return &usageError{err}
+		}
+	}
+	task := a.progress.Start("commit to "+opt.Volume.String(), 0, progress.Bytes)
+	opt.Progress = func(p backup.Progress) {
+		task.SetPhase(p.Phase)
+		task.SetTotal(p.Total)
+		task.Set(p.Done)
+	}
+	opt.CheckpointEvery = time.Minute
+	p, rec, err := backup.Run(ctx, repo, opt)
+	task.Done()
+	if err != nil {
+		return err
+	}
+	return a.printBackup(p, rec)
+}
+
+// openKeptOverlay opens the overlay in a directory that is named by its point.
+func openKeptOverlay(ctx context.Context, repo *repository.Repository, cache *image.Cache, cat *backup.Catalog, dir string) (*serve.Written, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(filepath.Join(dir, "map")); err != nil {
+		return nil, fmt.Errorf("%s is neither an NBD URI nor the directory of an overlay: %w", dir, err)
+	}
+	p := cat.ByID(filepath.Base(dir))
+	if p == nil {
+		return nil, fmt.Errorf("%w: the directory of an overlay is named by the ID of the point beneath, and %q is none of this repository",
+			backup.ErrNoSuchPoint, filepath.Base(dir))
+	}
+	return serve.KeptOverlay(ctx, repo, cache, p, dir)
+}

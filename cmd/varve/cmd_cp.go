@@ -1,0 +1,134 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/varve-io/varve/fusefs/browse"
+	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/internal/progress"
+)
+
+type cpFlags struct {
+	recursive, force, stale, tar bool
+	workers                      int
+}
+
+func newCpCommand(a *app) *cobra.Command {
+	var f cpFlags
+	cmd := &cobra.Command{
+		Use:     "cp POINT:/PATH... TARGET",
+		GroupID: groupRead,
+		Short:   "Copy files out of a recovery point",
+		Long: `Copy files and directories out of a recovery point, without a mount and without
+root. Modes, owners, times, extended attributes, hard links, special files and
+holes are kept as far as the user may set them; files are copied in parallel.
+
+A TARGET that is a directory gets the files in it, else it is the copy's name.
+Paths may have the wildcards *, ? and [] (quote them for the shell).
+
+--tar writes a tar archive to standard output instead; there is no TARGET then.`,
+		Example: `  varve cp -r shop/db@latest:/var/lib/app ./app
+  varve cp 'shop/db@latest:/etc/*.conf' /tmp/
+  varve cp --tar shop/db@latest:/home | ssh host tar -x`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if f.tar {
+				return cobra.MinimumNArgs(1)(cmd, args)
+			}
+			return cobra.MinimumNArgs(2)(cmd, args)
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if f.tar {
+				return a.cpTar(cmd.Context(), args, f)
+			}
+			return a.cp(cmd.Context(), args[:len(args)-1], args[len(args)-1], f)
+		},
+	}
+	fl := cmd.Flags()
+	fl.BoolVarP(&f.recursive, "recursive", "r", false, "copy directories with all that is below")
+	fl.BoolVarP(&f.force, "force", "f", false, "replace files that are there already")
+	fl.BoolVar(&f.tar, "tar", false, "write a tar archive to standard output")
+	fl.IntVar(&f.workers, "workers", 0, "files copied at once (default two for each CPU)")
+	addStaleFlag(cmd, &f.stale)
+	return cmd
+}
+
+// cpResult is what "varve cp -o json" prints.
+type cpResult struct {
+	Target string `json:"target"`
+	browse.CopyResult
+}
+
+func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags) error {
+	into := false
+	if st, err := os.Stat(target); err == nil && st.IsDir() {
+		into = true
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("target: %w", err)
+	}
+	task := a.progress.Start("copy", 0, progress.Bytes)
+	defer task.Done()
+	var sum browse.CopyResult
+	copied := map[string]bool{}
+	err := a.eachFile(ctx, sources, f.stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, several bool) error {
+		if several && !into {
+			return usagef("several files need a directory as target, and %s is none", target)
+		}
+		to := target
+		if into {
+			base := path.Base(name)
+			if name == "." {
+				base = files.point.Volume.Name
+			}
+			to = filepath.Join(target, base)
+		}
+		if copied[to] {
+			return usagef("two of the files would both become %s", to)
+		}
+		copied[to] = true
+		res, err := browse.Copy(ctx, fsys, name, to, browse.CopyOptions{
+			Recursive: f.recursive, Force: f.force, Workers: f.workers, Copied: task.Add,
+			Warn: func(name string, err error) { a.log.Warn("not kept", "file", name, "error", err) },
+		})
+		sum.Files, sum.Dirs, sum.Bytes = sum.Files+res.Files, sum.Dirs+res.Dirs, sum.Bytes+res.Bytes
+		return err //nolint:wrapcheck // names the file
+	})
+	task.Done()
+	if err != nil {
+		return err
+	}
+	return a.print(cpResult{target, sum}, func(t *table) {
+		t.line("copied %d files and %d directories, %s of data, to %s", sum.Files, sum.Dirs, t.bytes(sum.Bytes), target)
+	})
+}
+
+func (a *app) cpTar(ctx context.Context, sources []string, f cpFlags) error {
+	task := a.progress.Start("archive", 0, progress.Bytes)
+	defer task.Done()
+	out := bufio.NewWriterSize(a.stdout, 1<<20)
+	if len(sources) > 1 {
+		return usagef("--tar takes one POINT:/PATH, which may have wildcards")
+	}
+	return a.withFiles(ctx, func(open opener) error {
+		files, fsys, names, err := open(ctx, sources[0], f.stale)
+		if err != nil {
+			return err
+		}
+		if fsys == nil {
+			return fmt.Errorf("%s is a list of volumes: name one of %s", sources[0], strings.Join(files.volumeNames(), ", "))
+		}
+		err = browse.Tar(ctx, fsys, out, names, task.Add, func(name string) {
+			a.log.Warn("a socket cannot be archived, it is left out", "file", name)
+		})
+		return errors.Join(err, out.Flush())
+	})
+}

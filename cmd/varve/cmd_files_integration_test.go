@@ -1,0 +1,231 @@
+package main
+
+import (
+	"archive/tar"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/varve-io/varve/fusefs"
+	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+)
+
+// newFilesEnv is a user with a backup of a file system that holds /etc/app.conf,
+// /etc/other and /data.
+func newFilesEnv(t *testing.T) testEnv {
+	t.Helper()
+	diskfstest.NeedTool(t, "mke2fs")
+	env := newTestEnv(t)
+	src := filepath.Join(env["HOME"], "src")
+	if err := os.MkdirAll(filepath.Join(src, "etc"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{"etc/app.conf": "port=1\n", "etc/other": "x", "data": strings.Repeat("d", 100_000)} {
+		if err := os.WriteFile(filepath.Join(src, name), []byte(text), 0o640); err != nil {
+			t.Fatal(err)
+		}
+	}
+	image := filepath.Join(env["HOME"], "disk.img")
+	diskfstest.Run(t, "mke2fs", "-q", "-F", "-t", "ext4", "-d", src, image, "16M")
+	mustRun(t, env, "repo", "create", "filesystem", "--path", filepath.Join(env["HOME"], "repo"))
+	mustRun(t, env, "backup", image, "--volume", "shop/db")
+	return env
+}
+
+func TestFileCommands(t *testing.T) {
+	env := newFilesEnv(t)
+	const p = "shop/db@latest:"
+	dir := t.TempDir()
+	for _, c := range []struct {
+		name string
+		args []string
+		code int
+		want string // in standard output, or in the error
+	}{
+		{"find by name", []string{"find", p + "/", "--name", "*.conf"}, exitOK, "/etc/app.conf\n"},
+		{"find by type and size", []string{"find", "shop/db@latest", "--type", "f", "--size", "+50K"}, exitOK, "/data\n"},
+		{"find nothing newer", []string{"find", p + "/", "--newer", "2999-01-01"}, exitOK, ""},
+		{"find by a wrong type", []string{"find", p + "/", "--type", "x"}, exitUsage, "--type"},
+		{"tree", []string{"tree", "shop/db@latest"}, exitOK, "├── data\n├── etc\n│   ├── app.conf\n│   └── other\n"},
+		{"tree to a depth", []string{"tree", "shop/db@latest", "-L", "1"}, exitOK, "├── etc\n└── lost+found\n"},
+		{"stat", []string{"stat", p + "/etc/app.conf"}, exitOK, "Size: 7 bytes"},
+		{"stat of nothing", []string{"stat", p + "/nothing"}, exitFailure, "does not exist"},
+		{"cp a pattern", []string{"cp", p + "/etc/*", dir}, exitOK, "copied 2 files"},
+		{"cp over a file", []string{"cp", p + "/etc/other", dir}, exitFailure, "--force"},
+		{"cp over a file by force", []string{"cp", "-f", p + "/etc/other", dir}, exitOK, "copied 1 files"},
+		{"cp a directory", []string{"cp", p + "/etc", dir}, exitFailure, "--recursive"},
+		{"cp a tree", []string{"cp", "-r", p + "/", filepath.Join(dir, "all")}, exitOK, "copied 3 files and 3 directories"},
+		{"cp several to a file", []string{"cp", p + "/etc/*", filepath.Join(dir, "new")}, exitUsage, "need a directory"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := runVarve(t, env, c.args...)
+			if out := r.stdout + r.stderr; r.code != c.code || !strings.Contains(out, c.want) {
+				t.Errorf("exit code %d, want %d; want %q in\n%s", r.code, c.code, c.want, out)
+			}
+		})
+	}
+	if b, err := os.ReadFile(filepath.Join(dir, "all/etc/app.conf")); err != nil || string(b) != "port=1\n" {
+		t.Errorf("the copy holds %q, %v", b, err)
+	}
+	r := tar.NewReader(strings.NewReader(mustRun(t, env, "cp", "--tar", p+"/etc").stdout))
+	var names []string
+	for {
+		h, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		names = append(names, h.Name)
+	}
+	if got := strings.Join(names, " "); got != "etc/ etc/app.conf etc/other" {
+		t.Errorf("the archive holds %q", got)
+	}
+	var list []statInfo
+	if err := json.Unmarshal([]byte(mustRun(t, env, "stat", "-o", "json", p+"/data").stdout), &list); err != nil || len(list) != 1 || list[0].Size != 100_000 {
+		t.Errorf("stat as JSON: %+v, %v", list, err)
+	}
+}
+
+// buildVarve makes the program, for tests of processes.
+func buildVarve(t *testing.T) string {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), "varve")
+	diskfstest.Run(t, "go", "build", "-o", program, ".")
+	return program
+}
+
+func needFUSE(t *testing.T) {
+	t.Helper()
+	diskfstest.NeedTool(t, "fusermount3")
+	f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	if err != nil {
+		t.Skipf("needs FUSE: %v", err)
+	}
+	f.Close()
+}
+
+// start runs the program with the environment of a user.
+func start(t *testing.T, env testEnv, program string, args ...string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command(program, args...)
+	cmd.Env = os.Environ()
+	for k, v := range env {
+		cmd.Env = append(cmd.Env, k+"="+v)
+	}
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill() })
+	return cmd
+}
+
+func waitUntil(t *testing.T, what string, cond func() bool) {
+	t.Helper()
+	for range 6000 {
+		if cond() {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatalf("in vain: %s", what)
+}
+
+func isEmpty(dir string) bool {
+	list, err := os.ReadDir(dir)
+	return err == nil && len(list) == 0
+}
+
+func TestMountCommand(t *testing.T) {
+	needFUSE(t)
+	env := newFilesEnv(t)
+	program := buildVarve(t)
+	dir := t.TempDir()
+	conf := filepath.Join(dir, "shop/db/latest/files/etc/app.conf")
+
+	// In the background: the tree is there when the command returns.
+	if err := start(t, env, program, "mount", dir, "--daemon").Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(conf); err != nil || string(b) != "port=1\n" {
+		t.Errorf("the file holds %q, %v", b, err)
+	}
+	if r := runVarve(t, env, "mount", dir); r.code == exitOK || !strings.Contains(r.stderr, "varve umount") {
+		t.Errorf("a second mount: exit code %d\n%s", r.code, r.stderr)
+	}
+	mustRun(t, env, "umount", dir)
+	if r := runVarve(t, env, "umount", dir); r.code != exitNotFound {
+		t.Errorf("a second umount: exit code %d\n%s", r.code, r.stderr)
+	}
+
+	// In the foreground: a signal unmounts.
+	cmd := start(t, env, program, "mount", dir, "--volume", "shop/db")
+	waitUntil(t, "the tree appears", func() bool { return !isEmpty(dir) })
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("after a signal: %v", err)
+	}
+	if !isEmpty(dir) {
+		t.Error("the tree is still there after a signal")
+	}
+
+	// A failure in the background is the command's failure.
+	var exit *exec.ExitError
+	if err := start(t, env, program, "mount", filepath.Join(dir, "missing"), "--daemon").Wait(); !errors.As(err, &exit) {
+		t.Errorf("a mount on nothing in the background: %v", err)
+	}
+}
+
+func TestKernelMountSurvivesNothing(t *testing.T) {
+	needFUSE(t)
+	diskfstest.NeedRoot(t)
+	env := newFilesEnv(t)
+	program := buildVarve(t)
+	dir := t.TempDir()
+	conf := filepath.Join(dir, "etc/app.conf")
+	// A name of its own: loop devices are the whole machine's.
+	volume := fmt.Sprintf("shop/kernel-%d", os.Getpid())
+	mustRun(t, env, "backup", filepath.Join(env["HOME"], "disk.img"), "--volume", volume)
+	loops := func() (n int) {
+		files, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
+		for _, f := range files {
+			if b, err := os.ReadFile(f); err == nil && strings.Contains(string(b), "/"+volume+"/") {
+				n++
+			}
+		}
+		return n
+	}
+	cmd := start(t, env, program, "mount", "--kernel", volume+"@latest", dir)
+	waitUntil(t, "the file system appears", func() bool { _, err := os.Stat(conf); return err == nil })
+	if b, err := os.ReadFile(conf); err != nil || string(b) != "port=1\n" {
+		t.Errorf("the file holds %q, %v", b, err)
+	}
+	if loops() != 1 {
+		t.Errorf("there are %d loop devices", loops())
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait()
+	waitUntil(t, "the killed process's mount goes", func() bool { return isEmpty(dir) && loops() == 0 && !fusefs.IsKernelMount(dir) })
+
+	cmd = start(t, env, program, "mount", "--kernel", volume+"@latest", dir)
+	waitUntil(t, "the file system appears", func() bool { _, err := os.Stat(conf); return err == nil })
+	mustRun(t, env, "umount", dir)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("after umount: %v", err)
+	}
+	waitUntil(t, "the loop device goes", func() bool { return isEmpty(dir) && loops() == 0 })
+}

@@ -1,0 +1,340 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/varve-io/varve/nbdserver/nbdclient"
+	"github.com/varve-io/varve/nbdserver/proto"
+)
+
+func newNBDCommand(a *app) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:     "nbd",
+		GroupID: groupRead,
+		Short:   "Look at any NBD server: list, describe, map and read its exports",
+		Long: `Look at any NBD server, as a debugging client. An export is named by an NBD
+URI: nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH, and nbds: for TLS
+with ?tls-certificates=DIRECTORY (ca-cert.pem, client-cert.pem, client-key.pem).`,
+	}
+	cmd.AddCommand(newNBDListCommand(a), newNBDInfoCommand(a), newNBDMapCommand(a), newNBDReadCommand(a))
+	return cmd
+}
+
+// dialNBD connects to the server of a URI and agrees on the newest headers.
+func dialNBD(ctx context.Context, text string) (*nbdclient.URI, *nbdclient.Client, nbdclient.Headers, error) {
+	u, err := nbdclient.ParseURI(text)
+	if err != nil {
+		return nil, nil, 0, &usageError{err}
+	}
+	c, err := nbdclient.Dial(ctx, u, nil)
+	if err != nil {
+		return nil, nil, 0, err
+	}
+	h, err := c.Negotiate(nbdclient.Extended)
+	if err != nil {
+		return nil, nil, 0, errors.Join(err, c.Close())
+	}
+	return u, c, h, nil
+}
+
+func newNBDListCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "list URI", Short: "List the exports of a server", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			_, c, _, err := dialNBD(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			list := []nbdclient.Listed{}
+			if err := c.List(func(l nbdclient.Listed) bool { list = append(list, l); return true }); err != nil {
+				return errors.Join(err, c.Close())
+			}
+			if err := c.Abort(); err != nil {
+				return err
+			}
+			return a.print(list, func(t *table) {
+				t.row("EXPORT", "DESCRIPTION")
+				for _, l := range list {
+					t.row(l.Name, l.Description)
+				}
+			})
+		},
+	}
+}
+
+// nbdInfo is what "varve nbd info -o json" prints.
+type nbdInfo struct {
+	nbdclient.Info
+	Can      []string `json:"can"`
+	Headers  string   `json:"headers"`
+	TLS      bool     `json:"tls"`
+	Contexts []string `json:"contexts"`
+}
+
+// abilities is what a server's transmission flags say, in words.
+var abilities = []struct {
+	flag proto.TransmissionFlags
+	word string
+}{
+	{proto.FlagReadOnly, "read-only"},
+	{proto.FlagCanMultiConn, "multi-conn"},
+	{proto.FlagSendCache, "cache"},
+	{proto.FlagSendDF, "df"},
+	{proto.FlagSendFlush, "flush"},
+	{proto.FlagSendFUA, "fua"},
+	{proto.FlagSendTrim, "trim"},
+	{proto.FlagSendWriteZeroes, "write-zeroes"},
+	{proto.FlagSendFastZero, "fast-zero"},
+}
+
+func newNBDInfoCommand(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "info URI", Short: "Describe an export", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			u, c, h, err := dialNBD(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			info, err := describeExport(c, u.Export, h)
+			if err != nil {
+				return errors.Join(err, c.Close())
+			}
+			if err := c.Abort(); err != nil {
+				return err
+			}
+			return a.print(info, func(t *table) { writeNBDInfo(t, info) })
+		},
+	}
+}
+
+func describeExport(c *nbdclient.Client, export string, h nbdclient.Headers) (*nbdInfo, error) {
+	in, err := c.Info(export)
+	if err != nil {
+		return nil, err
+	}
+	out := &nbdInfo{Info: in, Headers: h.String(), TLS: c.TLS(), Can: []string{}, Contexts: []string{}}
+	for _, can := range abilities {
+		if in.Flags&can.flag != 0 {
+			out.Can = append(out.Can, can.word)
+		}
+	}
+	if h == nbdclient.Simple {
+		return out, nil
+	}
+	names, err := c.ListContexts(export)
+	refused := (*nbdclient.RefusedError)(nil)
+	if err != nil && !errors.As(err, &refused) {
+		return nil, err
+	}
+	out.Contexts = append(out.Contexts, names...)
+	return out, nil
+}
+
+func writeNBDInfo(t *table, in *nbdInfo) {
+	t.row("Export:", in.Name)
+	if in.Description != "" {
+		t.row("Description:", in.Description)
+	}
+	t.row("Size:", fmt.Sprintf("%d (%s)", in.Size, t.bytes(int64(in.Size))))
+	t.row("Headers:", in.Headers)
+	t.row("TLS:", in.TLS)
+	t.row("Block sizes:", fmt.Sprintf("%d minimum, %d preferred, %d maximum", in.MinimumBlock, in.PreferredBlock, in.MaximumPayload))
+	for i, word := range in.Can {
+		head := ""
+		if i == 0 {
+			head = "Flags:"
+		}
+		t.row(head, word)
+	}
+	for i, name := range in.Contexts {
+		head := ""
+		if i == 0 {
+			head = "Contexts:"
+		}
+		t.row(head, name)
+	}
+}
+
+// nbdRange is the part of an export that a command is about.
+type nbdRange struct{ offset, length byteSize }
+
+func (r *nbdRange) flags(cmd *cobra.Command) {
+	cmd.Flags().Var(&r.offset, "offset", "where to begin")
+	cmd.Flags().Var(&r.length, "length", "how much (default to the end)")
+}
+
+// within returns the range on an export of a size.
+func (r *nbdRange) within(size uint64) (off, length int64, err error) {
+	off, length = int64(r.offset), int64(r.length)
+	if uint64(off) > size || uint64(length) > size-uint64(off) {
+		return 0, 0, usagef("%d bytes at %d are not within an export of %d bytes", length, off, size)
+	}
+	if length == 0 {
+		length = int64(size) - off
+	}
+	return off, length, nil
+}
+
+// nbdExtent is a run in what "varve nbd map -o json" prints.
+type nbdExtent struct {
+	Offset int64  `json:"offset"`
+	Length int64  `json:"length"`
+	Flags  uint64 `json:"flags"`
+	Means  string `json:"means,omitempty"`
+}
+
+func newNBDMapCommand(a *app) *cobra.Command {
+	name := "base:allocation"
+	var r nbdRange
+	cmd := &cobra.Command{
+		Use: "map URI", Short: "Show which parts of an export hold data, or changed", Args: cobra.ExactArgs(1),
+		Long: `Show the runs of an export in a metadata context: base:allocation for data and
+holes; on a Varve server also qemu:allocation-depth (how many recovery points
+back the data was written) and qemu:dirty-bitmap:POINT (changed since POINT).`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			e, err := enterExport(cmd.Context(), args[0], name)
+			if err != nil {
+				return err
+			}
+			runs, err := mapExport(cmd.Context(), e, name, &r)
+			if err = errors.Join(err, e.Close()); err != nil {
+				return err
+			}
+			return a.print(runs, func(t *table) {
+				t.row("OFFSET", "LENGTH", "FLAGS", "MEANS")
+				for _, x := range runs {
+					t.row(x.Offset, x.Length, x.Flags, x.Means)
+				}
+			})
+		},
+	}
+	cmd.Flags().StringVar(&name, "context", name, "metadata context to show")
+	r.flags(cmd)
+	return cmd
+}
+
+// enterExport connects and begins transmission, with metadata contexts.
+func enterExport(ctx context.Context, uri string, contexts ...string) (*nbdclient.Export, error) {
+	u, c, h, err := dialNBD(ctx, uri)
+	if err != nil {
+		return nil, err
+	}
+	if len(contexts) > 0 {
+		if h == nbdclient.Simple {
+			return nil, errors.Join(errors.New("the server knows no metadata contexts"), c.Close())
+		}
+		got, err := c.SetContexts(u.Export, contexts...)
+		if err == nil && len(got) != len(contexts) {
+			err = fmt.Errorf("the server does not know metadata context %q of this export", contexts[0])
+		}
+		if err != nil {
+			return nil, errors.Join(err, c.Close())
+		}
+	}
+	e, err := c.Go(u.Export)
+	if err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return e, nil
+}
+
+func mapExport(ctx context.Context, e *nbdclient.Export, name string, r *nbdRange) ([]nbdExtent, error) {
+	off, length, err := r.within(e.Size)
+	if err != nil {
+		return nil, err
+	}
+	runs := []nbdExtent{}
+	err = e.Map(ctx, name, off, length, func(at int64, x nbdclient.Extent) bool {
+		runs = append(runs, nbdExtent{at, x.Length, x.Flags, flagsMean(name, x.Flags)})
+		return true
+	})
+	return runs, err
+}
+
+// flagsMean puts a context's flags in words.
+func flagsMean(context string, flags uint64) string {
+	pick := func(words ...string) string { return words[min(flags, uint64(len(words)-1))] }
+	switch {
+	case context == "base:allocation":
+		return pick("data", "hole", "zero", "hole,zero")
+	case context == "qemu:allocation-depth":
+		if flags == 0 {
+			return "unallocated"
+		}
+		return ""
+	default:
+		return pick("clean", "dirty")
+	}
+}
+
+func newNBDReadCommand(a *app) *cobra.Command {
+	var r nbdRange
+	var dump bool
+	cmd := &cobra.Command{
+		Use: "read URI [FILE]", Short: "Read bytes of an export to a file or standard output", Args: cobra.RangeArgs(1, 2),
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			e, err := enterExport(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, e.Close()) }()
+			off, length, err := r.within(e.Size)
+			if err != nil {
+				return err
+			}
+			out := a.stdout
+			if len(args) == 2 {
+				f, err := os.Create(args[1])
+				if err != nil {
+					return err
+				}
+				out = f
+				defer func() { err = errors.Join(err, f.Close()) }()
+			}
+			return copyExport(cmd.Context(), out, e, off, length, dump)
+		},
+	}
+	r.flags(cmd)
+	cmd.Flags().BoolVar(&dump, "hex", false, "show a hex dump, numbered from the beginning of the range")
+	return cmd
+}
+
+func copyExport(ctx context.Context, out io.Writer, e *nbdclient.Export, off, length int64, dump bool) error {
+	bw := bufio.NewWriter(out)
+	var w io.Writer = bw
+	if dump {
+		d := hex.Dumper(bw)
+		w = d
+	}
+	unit := min(int64(e.MaximumPayload), 1<<20)
+	if unit <= 0 {
+		return errors.New("the server takes no requests: its maximum block size is 0")
+	}
+	buf := make([]byte, min(unit, length))
+	for length > 0 {
+		p := buf[:min(int64(len(buf)), length)]
+		if _, err := e.ReadAt(ctx, p, off); err != nil {
+			return errors.Join(err, bw.Flush())
+		}
+		if _, err := w.Write(p); err != nil {
+			return fmt.Errorf("write what was read: %w", err)
+		}
+		off, length = off+int64(len(p)), length-int64(len(p))
+	}
+	if d, ok := w.(io.WriteCloser); ok {
+		if err := d.Close(); err != nil { // writes the last line
+			return err
+		}
+	}
+	return bw.Flush()
+}
+
+func isReadOnly(in nbdclient.Info) bool { return in.Flags&proto.FlagReadOnly != 0 }

@@ -1,0 +1,355 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/serve"
+	"github.com/varve-io/varve/nbdserver"
+)
+
+type serveFlags struct {
+	listen    []string
+	stdio     bool
+	volumes   []string
+	foreign   bool
+	tls       nbdserver.TLSFiles
+	plain     bool
+	insecure  bool
+	allow     []string
+	writable  bool
+	overlays  serve.Overlays
+	limit     byteSize
+	pad       bool
+	cacheSize byteSize
+	readers   int
+	metrics   string
+	refresh   time.Duration
+	idle      time.Duration
+	clients   int
+	memory    byteSize
+	perClient byteSize
+	grace     time.Duration
+}
+
+func newServeCommand(a *app) *cobra.Command {
+	f := serveFlags{cacheSize: 256 << 20, memory: nbdserver.DefaultTotalMemory, perClient: nbdserver.DefaultConnectionMemory}
+	cmd := &cobra.Command{
+		Use:     "serve [VOLUME|POINT]...",
+		GroupID: groupRead,
+		Short:   "Serve recovery points as disks over NBD",
+		Long: `Serve recovery points as disks over NBD, to qemu, libnbd, the Linux kernel and
+any other client. Without arguments every recovery point is an export: its name
+is namespace/name@TIME, and clients may also say namespace/name@latest,
+@latest~2, a part of the time, or the ID. With arguments only those volumes and
+points are. Where just one point is served, the empty name means it.
+
+New points appear, and deleted ones refuse new clients, without a restart.
+What a client has open is held by a lease, so that prune skips it.
+
+Exports are read-only. With --writable each has a copy-on-write overlay, shared
+by all its clients, gone at the end unless --keep is given; "varve commit" saves
+one as a new recovery point.`,
+		Example: `  varve serve
+  varve serve shop/db --listen unix:/run/shop.sock
+  varve serve shop/db@latest --writable --listen 127.0.0.1:10809
+  varve serve --listen 0.0.0.0 --tls-cert cert.pem --tls-key key.pem \
+      --tls-client-ca ca.pem --allow 'db-team=shop/*'
+  nbdcopy -- [ varve serve shop/db@latest --stdio ] disk.img`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			f.overlays.Limit = int64(f.limit)
+			return a.serve(cmd.Context(), append(args, f.volumes...), f)
+		},
+	}
+	fl := cmd.Flags()
+	fl.StringArrayVar(&f.listen, "listen", nil, "address to listen on: unix:PATH, HOST:PORT or HOST; repeatable (default a socket of this user)")
+	fl.BoolVar(&f.stdio, "stdio", false, "serve one client on standard input and output, then end")
+	fl.StringArrayVar(&f.volumes, "volume", nil, "serve this volume only; repeatable, the same as an argument")
+	fl.BoolVar(&f.foreign, "foreign", false, "serve disk images that Kopia or Velero stored, too")
+	fl.StringVar(&f.tls.Certificate, "tls-cert", "", "PEM file with the server's certificate")
+	fl.StringVar(&f.tls.Key, "tls-key", "", "PEM file with its key")
+	fl.StringVar(&f.tls.ClientCA, "tls-client-ca", "", "PEM file with the authority of client certificates; clients must have one")
+	fl.BoolVar(&f.tls.AllowTLS12, "tls-1.2", false, "accept TLS 1.2 beside 1.3")
+	fl.BoolVar(&f.plain, "tls-optional-local", false, "let clients of this machine (unix sockets, loopback) do without TLS")
+	fl.BoolVar(&f.insecure, "insecure", false, "listen beyond this machine without TLS: anybody who connects reads the disks")
+	fl.StringArrayVar(&f.allow, "allow", nil, "who may open what: CLIENT=EXPORT, where CLIENT is a name in a client certificate, or * for all, and * in EXPORT matches anything; repeatable")
+	fl.BoolVar(&f.writable, "writable", false, "put a copy-on-write overlay over each export")
+	fl.StringVar(&f.overlays.Dir, "overlay-dir", "", "directory of overlays (default a temporary one)")
+	fl.BoolVar(&f.overlays.Keep, "keep", false, "keep overlays, and go on with those that are there; needs --overlay-dir")
+	fl.Var(&f.limit, "overlay-limit", "most bytes that an overlay may take; writes beyond it fail for lack of space (default no limit)")
+	fl.BoolVar(&f.pad, "pad", false, "round the size of each disk up to whole sectors of 512 bytes")
+	fl.Var(&f.cacheSize, "cache-size", "memory for decoded blocks, shared by all exports")
+	fl.IntVar(&f.readers, "readers", 0, "blocks read ahead at once (default one for each CPU; 16 or more help with object stores)")
+	fl.StringVar(&f.metrics, "metrics", "", "serve Prometheus metrics on this address: PORT or :PORT (loopback), or HOST:PORT")
+	fl.DurationVar(&f.refresh, "refresh", 30*time.Second, "time between looks for new and deleted recovery points")
+	fl.DurationVar(&f.idle, "idle-timeout", 0, "disconnect clients without requests after this time (default never)")
+	fl.IntVar(&f.clients, "max-connections", nbdserver.DefaultMaxConnections, "most clients at once")
+	fl.Var(&f.memory, "max-memory", "most memory for requests in flight, at least 32MiB")
+	fl.Var(&f.perClient, "max-connection-memory", "most memory for requests in flight of one client, at least 32MiB")
+	fl.DurationVar(&f.grace, "shutdown-timeout", 10*time.Second, "time for requests in flight to end at shutdown")
+	return cmd
+}
+
+func (f *serveFlags) check() error {
+	switch {
+	case f.overlays.Keep && f.overlays.Dir == "":
+		return usagef("--keep needs --overlay-dir, to find the overlays again")
+	case !f.writable && (f.overlays.Dir != "" || f.limit != 0):
+		return usagef("--overlay-dir, --keep and --overlay-limit need --writable")
+	case f.stdio && len(f.listen) > 0:
+		return usagef("--stdio serves one client and listens nowhere: leave out --listen")
+	case f.refresh <= 0:
+		return usagef("--refresh must be positive")
+	case f.tls.Certificate == "" && (f.tls.Key != "" || f.tls.ClientCA != "" || f.tls.AllowTLS12 || f.plain):
+		return usagef("TLS needs --tls-cert and --tls-key")
+	}
+	return nil
+}
+
+// serve runs the server until ctx ends.
+func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err error) {
+	if err := f.check(); err != nil {
+		return err
+	}
+	rules, err := f.rules()
+	if err != nil {
+		return err
+	}
+	cfg := nbdserver.Config{
+		PlainLocal: f.plain, Insecure: f.insecure,
+		ConnectionMemory: int64(f.perClient), TotalMemory: int64(f.memory), MaxConnections: f.clients,
+		IdleTimeout: f.idle, Logger: a.log,
+	}
+	if f.tls.Certificate != "" {
+		if cfg.TLS, err = nbdserver.LoadTLS(f.tls); err != nil {
+			return err
+		}
+	}
+	listeners, err := f.listeners()
+	if err != nil {
+		return err
+	}
+	defer func() { closeAll(listeners) }() // those that Serve has are closed by it
+	repo, err := a.openRepository(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
+	cache := image.NewCache(int64(f.cacheSize))
+	if f.readers > 0 {
+		cache = image.NewCacheWithWorkers(int64(f.cacheSize), f.readers)
+	}
+	defer cache.Close()
+	catalog, err := a.openCatalog(ctx, repo, cache, selected, &f)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		done, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		defer cancel()
+		err = errors.Join(err, catalog.Close(done))
+		if f.writable && !f.overlays.Keep {
+			_ = os.Remove(f.overlays.Dir) // empty now, or somebody else's too
+		}
+	}()
+	var exports nbdserver.Resolver = catalog
+	if rules != nil {
+		exports = nbdserver.Restrict(catalog, rules)
+	}
+	cfg.Catalog = nbdserver.NewAliases(exports, nbdserver.AliasGrace, nil)
+	run := &serving{app: a, flags: f, catalog: catalog, cache: cache, listeners: listeners}
+	return run.run(ctx, cfg)
+}
+
+func (a *app) openCatalog(ctx context.Context, repo *repository.Repository, cache *image.Cache, selected []string, f *serveFlags) (*serve.Catalog, error) {
+	opt := serve.Options{Select: selected, Foreign: f.foreign, Linger: nbdserver.AliasGrace, Log: a.log}
+	if f.pad {
+		opt.Pad = 512
+	}
+	if f.writable {
+		if f.overlays.Dir == "" {
+			dir, err := os.MkdirTemp("/var/tmp", "varve-overlays-") // not a tmpfs, as /tmp may be
+			if err != nil {
+				return nil, fmt.Errorf("make a directory for overlays: %w", err)
+			}
+			f.overlays.Dir = dir
+		}
+		opt.Writable = &f.overlays
+	}
+	catalog, err := serve.Open(ctx, repo, cache, opt)
+	if err != nil {
+		return nil, err
+	}
+	if !repo.Writable() {
+		a.log.Warn("the repository is connected read-only: no lease keeps points from being pruned while they are read")
+	}
+	return catalog, nil
+}
+
+func (f *serveFlags) rules() ([]nbdserver.AccessRule, error) {
+	var rules []nbdserver.AccessRule
+	for _, text := range f.allow {
+		r, err := nbdserver.ParseAccessRule(text)
+		if err != nil {
+			return nil, usagef("--allow: %w", err)
+		}
+		if r.Client != "*" && f.tls.ClientCA == "" {
+			return nil, usagef("--allow %s: only certificates prove names: give --tls-client-ca", text)
+		}
+		rules = append(rules, r)
+	}
+	return rules, nil
+}
+
+// listeners opens what to listen on. A supervisor's sockets go before flags.
+func (f *serveFlags) listeners() ([]net.Listener, error) {
+	if f.stdio {
+		return nil, nil
+	}
+	ls, err := nbdserver.Activated()
+	if err != nil || len(ls) > 0 {
+		return ls, err
+	}
+	addresses := f.listen
+	if len(addresses) == 0 {
+		path, err := defaultSocket()
+		if err != nil {
+			return nil, err
+		}
+		addresses = []string{"unix:" + path}
+	}
+	for _, address := range addresses {
+		l, err := nbdserver.Listen(address)
+		if err == nil && f.tls.Certificate == "" && !f.insecure && !nbdserver.IsLocal(l.Addr()) {
+			err = errors.Join(usagef("listen on %s: %w", l.Addr(), nbdserver.ErrNeedsTLS), l.Close())
+		}
+		if err != nil {
+			closeAll(ls)
+			return nil, err
+		}
+		ls = append(ls, l)
+	}
+	return ls, nil
+}
+
+func closeAll(ls []net.Listener) {
+	for _, l := range ls {
+		_ = l.Close()
+	}
+}
+
+// defaultSocket is a path that only this user can reach.
+func defaultSocket() (string, error) {
+	dir := os.Getenv("XDG_RUNTIME_DIR")
+	switch {
+	case dir != "":
+	case os.Geteuid() == 0:
+		dir = "/run"
+	default:
+		dir = filepath.Join(os.TempDir(), "varve-"+strconv.Itoa(os.Geteuid()))
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return "", fmt.Errorf("make a directory for the socket: %w", err)
+		}
+	}
+	return filepath.Join(dir, "varve-nbd.sock"), nil
+}
+
+// serving is a server at work.
+type serving struct {
+	*app
+	flags     serveFlags
+	catalog   *serve.Catalog
+	cache     *image.Cache
+	listeners []net.Listener
+}
+
+func (s *serving) run(ctx context.Context, cfg nbdserver.Config) error {
+	metrics, err := s.startMetrics(&cfg)
+	if err != nil {
+		return err
+	}
+	srv, err := nbdserver.New(cfg)
+	if err != nil {
+		metrics.close()
+		return usagef("%w", err)
+	}
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return s.catalog.Follow(ctx, s.flags.refresh) })
+	g.Go(func() error { return metrics.serve() })
+	for _, l := range s.listeners {
+		g.Go(func() error {
+			if err := srv.Serve(l); !errors.Is(err, nbdserver.ErrServerClosed) {
+				return err
+			}
+			return nil
+		})
+	}
+	if s.flags.stdio {
+		g.Go(func() error {
+			defer stop()
+			return s.serveStdio(srv)
+		})
+	}
+	g.Go(func() error {
+		<-ctx.Done()
+		metrics.close()
+		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.flags.grace)
+		defer cancel()
+		if err := srv.Shutdown(grace); err != nil {
+			s.log.Warn("cut off clients that did not end in time", "timeout", s.flags.grace)
+		}
+		srv.Close()
+		return nil
+	})
+	if !s.flags.stdio {
+		if err := s.announce(metrics); err != nil {
+			stop()
+			return errors.Join(err, g.Wait())
+		}
+	}
+	err = g.Wait()
+	if s.flags.writable && s.flags.overlays.Keep {
+		if bytes, n := s.catalog.OverlayBytes(); n > 0 {
+			s.log.Info("overlays are kept", "directory", s.flags.overlays.Dir, "overlays", n, "bytes", bytes)
+		}
+	}
+	return err
+}
+
+func (s *serving) serveStdio(srv *nbdserver.Server) error {
+	in, ok1 := s.stdin.(*os.File)
+	out, ok2 := s.stdout.(*os.File)
+	if !ok1 || !ok2 {
+		return usagef("--stdio needs a socket or pipes as standard input and output")
+	}
+	c, err := nbdserver.Stdio(in, out)
+	if err != nil {
+		return err
+	}
+	return srv.ServeConn(c, true)
+}
+
+// loopbackIfBare makes an address that is a port only one of this machine.
+func loopbackIfBare(address string) string {
+	if !strings.Contains(address, ":") {
+		address = ":" + address
+	}
+	if strings.HasPrefix(address, ":") {
+		address = "127.0.0.1" + address
+	}
+	return address
+}

@@ -1,0 +1,68 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/varve-io/varve/fusefs/browse"
+	"github.com/varve-io/varve/fusefs/diskfs"
+)
+
+// opener opens what POINT:/PATTERN names: a point's files, the file system that the
+// path lies in (nil for the list of volumes) and the paths in it that match.
+type opener func(ctx context.Context, arg string, stale bool) (*pointFiles, diskfs.FileSystem, []string, error)
+
+// withFiles calls fn with an opener; what it opened is closed afterwards.
+func (a *app) withFiles(ctx context.Context, fn func(opener) error) (err error) {
+	repo, err := a.openRepository(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
+	var opened []*pointFiles
+	defer func() {
+		for _, f := range opened {
+			f.Close()
+		}
+	}()
+	return fn(func(ctx context.Context, arg string, stale bool) (*pointFiles, diskfs.FileSystem, []string, error) {
+		files, name, err := openFiles(ctx, repo, arg)
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		opened = append(opened, files)
+		fsys, inside, err := files.find(name, diskfs.Options{Stale: stale})
+		if err != nil || fsys == nil {
+			return files, nil, nil, err
+		}
+		names, err := browse.Glob(ctx, fsys, inside)
+		if err != nil {
+			return nil, nil, nil, fmt.Errorf("%s: %w", files.point.Name(), err)
+		}
+		return files, fsys, names, nil
+	})
+}
+
+// eachFile calls fn for each file that the arguments name; several tells that
+// there is more than one.
+func (a *app) eachFile(ctx context.Context, args []string, stale bool, fn func(files *pointFiles, fsys diskfs.FileSystem, name string, several bool) error) error {
+	return a.withFiles(ctx, func(open opener) error {
+		for _, arg := range args {
+			files, fsys, names, err := open(ctx, arg, stale)
+			if err != nil {
+				return err
+			}
+			if fsys == nil {
+				return fmt.Errorf("%s is a list of volumes: name one of %s", arg, strings.Join(files.volumeNames(), ", "))
+			}
+			for _, name := range names {
+				if err := fn(files, fsys, name, len(args) > 1 || len(names) > 1); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+}

@@ -1,0 +1,103 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/varve-io/varve/nbdserver"
+	"github.com/varve-io/varve/nbdserver/nbdmetrics"
+)
+
+// metricsServer serves /metrics on a mux and a listener of its own. A nil one
+// serves nothing.
+type metricsServer struct {
+	listener net.Listener
+	http     *http.Server
+}
+
+// startMetrics opens the listener, and has the NBD server counted.
+func (s *serving) startMetrics(cfg *nbdserver.Config) (*metricsServer, error) {
+	if s.flags.metrics == "" {
+		return nil, nil
+	}
+	registry := prometheus.NewRegistry()
+	m, err := nbdmetrics.New(registry)
+	if err != nil {
+		return nil, err
+	}
+	cfg.Metrics = m
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	s.collect(registry)
+	l, err := net.Listen("tcp", loopbackIfBare(s.flags.metrics))
+	if err != nil {
+		return nil, fmt.Errorf("listen for metrics: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
+	return &metricsServer{l, &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, WriteTimeout: time.Minute}}, nil
+}
+
+// collect registers what cache, catalogue and overlays tell.
+func (s *serving) collect(r prometheus.Registerer) {
+	counter := func(name, help string, value func() float64) {
+		r.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, value))
+	}
+	gauge := func(name, help string, value func() float64) {
+		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value))
+	}
+	counter("varve_cache_hits_total", "Blocks that were in the cache, or on their way.",
+		func() float64 { return float64(s.cache.Stats().Hits) })
+	counter("varve_cache_misses_total", "Blocks that were read from the repository.",
+		func() float64 { return float64(s.cache.Stats().Misses) })
+	counter("varve_cache_index_misses_total", "Indexes that were read from the repository.",
+		func() float64 { return float64(s.cache.Stats().IndexMisses) })
+	counter("varve_cache_decoded_bytes_total", "Bytes of blocks read from the repository, decoded.",
+		func() float64 { return float64(s.cache.Stats().Decoded) })
+	gauge("varve_cache_bytes", "Memory the cache takes.",
+		func() float64 { return float64(s.cache.Stats().Bytes) })
+	gauge("varve_cache_limit_bytes", "Memory the cache may take.",
+		func() float64 { return float64(s.cache.Stats().MaxBytes) })
+	gauge("varve_nbd_exports", "Recovery points served.",
+		func() float64 { return float64(s.catalog.Len()) })
+	gauge("varve_overlay_bytes", "Scratch space that overlays take.",
+		func() float64 { n, _ := s.catalog.OverlayBytes(); return float64(n) })
+	gauge("varve_overlays", "Overlays in use.",
+		func() float64 { _, n := s.catalog.OverlayBytes(); return float64(n) })
+}
+
+func (m *metricsServer) serve() error {
+	if m == nil {
+		return nil
+	}
+	if err := m.http.Serve(m.listener); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve metrics: %w", err)
+	}
+	return nil
+}
+
+func (m *metricsServer) close() {
+	if m == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if m.http.Shutdown(ctx) != nil {
+		_ = m.http.Close()
+	}
+	_ = m.listener.Close()
+}
+
+func (m *metricsServer) url() string {
+	if m == nil {
+		return ""
+	}
+	return "http://" + m.listener.Addr().String() + "/metrics"
+}

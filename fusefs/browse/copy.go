@@ -1,0 +1,302 @@
+package browse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/varve-io/varve/fusefs/diskfs"
+)
+
+// CopyOptions say how to copy.
+type CopyOptions struct {
+	// Recursive copies directories with all that is below.
+	Recursive bool
+	// Force replaces files that are there already.
+	Force bool
+	// Workers copy files at once; 0 for twice the processors.
+	Workers int
+	// Copied is told how many bytes were written, from any goroutine.
+	Copied func(n int64)
+	// Warn is told, from any goroutine, what could not be kept of a file that was
+	// copied otherwise: an owner without root, an attribute that the target
+	// refuses.
+	Warn func(name string, err error)
+}
+
+// CopyResult counts what was copied.
+type CopyResult struct {
+	Files int64 `json:"files"` // all but directories
+	Dirs  int64 `json:"directories"`
+	Bytes int64 `json:"bytes"` // data; holes stay holes
+}
+
+// Copy copies a file, or a directory with all that is below, out of an image to a
+// path that does not exist, or to a directory with another such tree in it.
+// Modes, owners, times, extended attributes, hard links, special files and holes are
+// kept as far as this process may.
+//
+// Nothing is written outside of the target, whatever the image holds: names are
+// checked by diskfs, files are opened below their directory by openat2 without
+// following links, and links are made, never followed.
+func Copy(ctx context.Context, fsys diskfs.FileSystem, name, target string, opt CopyOptions) (CopyResult, error) {
+	if opt.Workers <= 0 {
+		opt.Workers = 2 * runtime.GOMAXPROCS(0)
+	}
+	root, err := os.OpenRoot(filepath.Dir(target))
+	if err != nil {
+		return CopyResult{}, fmt.Errorf("copy to %s: %w", target, err)
+	}
+	defer root.Close()
+	c := &copier{fsys: fsys, root: root, opt: opt, links: map[uint64]string{}}
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(opt.Workers)
+	c.group, c.ctx = g, gctx
+	base := filepath.Base(target)
+	err = Walk(gctx, fsys, name, func(e *Entry) error {
+		rel := strings.TrimPrefix(e.Path, name)
+		if name == "." && e.Path != "." {
+			rel = "/" + e.Path
+		}
+		return c.add(e, base+rel)
+	}, nil)
+	if failed := g.Wait(); failed != nil && (err == nil || errors.Is(err, context.Canceled)) {
+		err = failed
+	}
+	if err == nil {
+		err = c.finish()
+	}
+	return CopyResult{Files: c.files.Load(), Dirs: int64(len(c.dirs)), Bytes: c.bytes.Load()}, err
+}
+
+type copier struct {
+	fsys  diskfs.FileSystem
+	root  *os.Root
+	opt   CopyOptions
+	group *errgroup.Group
+	ctx   context.Context //nolint:containedctx // lives for one copy
+
+	files, bytes atomic.Int64
+	dirs         []made // their metadata is set last: writing into them changes it
+	later        []made // hard links, whose first name must be there
+	links        map[uint64]string
+	warn         sync.Mutex
+}
+
+// made is something at its path in the target.
+type made struct {
+	entry *Entry
+	to    string
+	first string // of a hard link: the name to link to
+}
+
+func (c *copier) add(e *Entry, to string) error {
+	if e.IsDir() {
+		if !c.opt.Recursive {
+			return fmt.Errorf("%s is a directory: use --recursive", e.Path)
+		}
+		// Writable until all is in it.
+		if err := c.root.Mkdir(to, 0o700); err != nil && !c.isDir(to, err) {
+			return fmt.Errorf("copy: %w", err)
+		}
+		c.dirs = append(c.dirs, made{entry: e, to: to})
+		return nil
+	}
+	if e.Stat.Nlink > 1 {
+		if first, ok := c.links[e.Stat.Ino]; ok {
+			c.later = append(c.later, made{entry: e, to: to, first: first})
+			return nil
+		}
+		c.links[e.Stat.Ino] = to
+	}
+	c.group.Go(func() error { return c.file(e, to) })
+	return nil
+}
+
+func (c *copier) isDir(to string, err error) bool {
+	if !errors.Is(err, fs.ErrExist) {
+		return false
+	}
+	st, err := c.root.Lstat(to)
+	return err == nil && st.IsDir()
+}
+
+// file makes anything but a directory.
+func (c *copier) file(e *Entry, to string) error {
+	if c.opt.Force {
+		if err := c.root.Remove(to); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("copy: %w", err)
+		}
+	}
+	var err error
+	switch e.Info.Mode().Type() {
+	case 0:
+		err = c.content(e, to)
+	case fs.ModeSymlink:
+		var target string
+		if target, err = c.fsys.ReadLink(e.Path); err == nil {
+			err = c.root.Symlink(target, to)
+		}
+	default:
+		if err = c.special(e, to); errors.Is(err, unix.EPERM) {
+			c.warned(e.Path, fmt.Errorf("special files need root: %w", err))
+			return nil
+		}
+	}
+	if err != nil {
+		if errors.Is(err, fs.ErrExist) {
+			return fmt.Errorf("copy %s: %w: use --force to replace files", e.Path, err)
+		}
+		return fmt.Errorf("copy %s: %w", e.Path, err)
+	}
+	c.files.Add(1)
+	return c.keep(e, to)
+}
+
+// content writes a regular file's data; what lies between stays a hole.
+func (c *copier) content(e *Entry, to string) (err error) {
+	in, err := c.fsys.Open(e.Path)
+	if err != nil {
+		return err //nolint:wrapcheck // names the path itself
+	}
+	defer in.Close()
+	src, ok := in.(diskfs.File)
+	if !ok {
+		return fmt.Errorf("it is %v", e.Info.Mode().Type())
+	}
+	out, err := c.root.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err //nolint:wrapcheck // names the path itself
+	}
+	defer func() { err = errors.Join(err, out.Close()) }()
+	buf := make([]byte, copyUnit)
+	for off := int64(0); ; {
+		x, err := src.NextData(off)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err //nolint:wrapcheck // says what is wrong
+		}
+		for off = x.Offset; off < x.Offset+x.Length; {
+			if err := c.ctx.Err(); err != nil {
+				return err //nolint:wrapcheck // cancelled
+			}
+			p := buf[:min(int64(len(buf)), x.Offset+x.Length-off)]
+			n, err := src.ReadAt(p, off)
+			if n < len(p) && err != nil {
+				return fmt.Errorf("at %d: %w", off, err)
+			}
+			if _, err := out.WriteAt(p, off); err != nil {
+				return err //nolint:wrapcheck // names the path itself
+			}
+			off += int64(n)
+			c.bytes.Add(int64(n))
+			if c.opt.Copied != nil {
+				c.opt.Copied(int64(n))
+			}
+		}
+	}
+	return out.Truncate(e.Stat.Size) //nolint:wrapcheck // names the path itself
+}
+
+const copyUnit = 1 << 20
+
+// inDirectory calls fn with the open directory that a target path lies in.
+func (c *copier) inDirectory(to string, fn func(dir int, name string) error) error {
+	d, err := c.root.Open(filepath.Dir(to))
+	if err != nil {
+		return err //nolint:wrapcheck // names the path itself
+	}
+	defer d.Close()
+	return fn(int(d.Fd()), filepath.Base(to)) //nolint:gosec // a descriptor
+}
+
+func (c *copier) special(e *Entry, to string) error {
+	st := e.Stat
+	return c.inDirectory(to, func(dir int, name string) error {
+		dev := 0
+		if st.Mode&unix.S_IFMT == unix.S_IFCHR || st.Mode&unix.S_IFMT == unix.S_IFBLK {
+			dev = int(unix.Mkdev(st.Major, st.Minor)) //nolint:gosec // the kernel's own numbers have 32 bits
+		}
+		return unix.Mknodat(dir, name, st.Mode&unix.S_IFMT|0o600, dev) //nolint:wrapcheck // wrapped by the caller
+	})
+}
+
+// finish makes hard links, then gives directories their metadata, deepest first.
+func (c *copier) finish() error {
+	for _, l := range c.later {
+		if c.opt.Force {
+			if err := c.root.Remove(l.to); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("copy: %w", err)
+			}
+		}
+		if err := c.root.Link(l.first, l.to); err != nil {
+			return fmt.Errorf("copy %s: %w", l.entry.Path, err)
+		}
+		c.files.Add(1)
+	}
+	for i := len(c.dirs) - 1; i >= 0; i-- {
+		if err := c.keep(c.dirs[i].entry, c.dirs[i].to); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// keep gives a file the owner, attributes, mode and times that it has in the image.
+// Owner first, since it takes set-id bits away; times last.
+func (c *copier) keep(e *Entry, to string) error {
+	attrs, err := c.fsys.Xattrs(e.Path)
+	if err != nil {
+		return err //nolint:wrapcheck // names the path itself
+	}
+	st := e.Stat
+	link := e.Info.Mode().Type() == fs.ModeSymlink
+	return c.inDirectory(to, func(dir int, name string) error {
+		if err := unix.Fchownat(dir, name, int(st.UID), int(st.GID), unix.AT_SYMLINK_NOFOLLOW); err != nil && os.Geteuid() == 0 {
+			c.warned(e.Path, fmt.Errorf("owner %d:%d: %w", st.UID, st.GID, err))
+		}
+		mode := st.Mode & 0o7777
+		if os.Geteuid() != 0 && (int(st.UID) != os.Geteuid() || int(st.GID) != os.Getegid()) {
+			mode &^= 0o6000 // set-id of another's program must not become ours
+		}
+		// The file was made by us, and is no link: the path of its descriptor leads to
+		// itself.
+		self := fmt.Sprintf("/proc/self/fd/%d/%s", dir, name)
+		for _, a := range attrs {
+			if err := unix.Lsetxattr(self, a.Name, a.Value, 0); err != nil {
+				c.warned(e.Path, fmt.Errorf("attribute %s: %w", a.Name, err))
+			}
+		}
+		if !link {
+			if err := unix.Fchmodat(dir, name, mode, 0); err != nil {
+				c.warned(e.Path, fmt.Errorf("mode %o: %w", mode, err))
+			}
+		}
+		times := []unix.Timespec{unix.NsecToTimespec(st.Atime.UnixNano()), unix.NsecToTimespec(st.Mtime.UnixNano())}
+		if err := unix.UtimesNanoAt(dir, name, times, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			c.warned(e.Path, fmt.Errorf("times: %w", err))
+		}
+		return nil
+	})
+}
+
+func (c *copier) warned(name string, err error) {
+	if c.opt.Warn != nil {
+		c.warn.Lock()
+		defer c.warn.Unlock()
+		c.opt.Warn(name, err)
+	}
+}

@@ -1,0 +1,120 @@
+package fusefs_test
+
+import (
+	"bytes"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/varve-io/varve/fusefs/browse"
+	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/fusefs/diskfs/disk"
+	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+)
+
+// copied leaves out what a copy in another file system cannot have.
+var copied = diskfstest.Options{
+	IgnoreIno: true, IgnoreAtime: true, IgnoreCtime: true,
+	IgnoreBlocks: true, IgnoreData: true, // the target has blocks of its own size; see below
+	IgnoreNlink: true, IgnoreDirSize: true,
+}
+
+// openVolume opens the file system on an image.
+func openVolume(t testing.TB, image string) diskfs.FileSystem {
+	t.Helper()
+	r, size := diskfstest.Open(t, image)
+	d, err := disk.Open(r, size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fsys, err := d.Volumes[0].Open(diskfs.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fsys
+}
+
+func TestCopyIsWhatTheKernelShows(t *testing.T) {
+	for name, mkfs := range map[string][]string{"ext4": {"mkfs.ext4", "-q", "-F", "-b", "4096"}, "xfs": mkXFS} {
+		t.Run(name, func(t *testing.T) {
+			image := newVolume(t, 320*mib, slices.Clone(mkfs), 400)
+			fsys := openVolume(t, image)
+			want, _ := diskfstest.Mount(t, image, "ro")
+			target := filepath.Join(t.TempDir(), "copy")
+			res, err := browse.Copy(t.Context(), fsys, ".", target, browse.CopyOptions{
+				Recursive: true, Warn: func(name string, err error) { t.Errorf("%s: %v", name, err) },
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n := diskfstest.CompareDirs(t, target, want, copied); int64(n) != res.Files+res.Dirs {
+				t.Errorf("%d entries, but %d files and %d directories are said to be copied", n, res.Files, res.Dirs)
+			}
+			var st unix.Stat_t
+			if err := unix.Stat(filepath.Join(target, "sparse"), &st); err != nil || st.Blocks*512 > mib {
+				t.Errorf("the sparse file takes %d bytes, %v", st.Blocks*512, err)
+			}
+			if _, err := browse.Copy(t.Context(), fsys, "empty", filepath.Join(target, "empty"), browse.CopyOptions{}); !errors.Is(err, fs.ErrExist) {
+				t.Errorf("a file was replaced without being asked: %v", err)
+			}
+			if _, err := browse.Copy(t.Context(), fsys, "a", filepath.Join(target, "b"), browse.CopyOptions{}); err == nil {
+				t.Error("a directory was copied without being asked")
+			}
+
+			var archive bytes.Buffer
+			err = browse.Tar(t.Context(), fsys, &archive, []string{"a", "many", "tool", "short"}, func(int64) {}, func(string) {})
+			if err != nil {
+				t.Fatal(err)
+			}
+			out := t.TempDir()
+			file := filepath.Join(out, "archive.tar")
+			if err := os.WriteFile(file, archive.Bytes(), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			diskfstest.Run(t, "tar", "-C", out, "--xattrs", "--xattrs-include=*", "-xpf", file)
+			for _, dir := range []string{"a", "many"} {
+				diskfstest.CompareDirs(t, filepath.Join(out, dir), filepath.Join(want, dir), copied)
+			}
+		})
+	}
+}
+
+// A copy never leaves its target by a link that stands there.
+func TestCopyStaysInItsTarget(t *testing.T) {
+	image := newVolume(t, 64*mib, slices.Clone(mkExt4), 3)
+	fsys := openVolume(t, image)
+	outside, target := t.TempDir(), filepath.Join(t.TempDir(), "copy")
+	if err := errors.Join(os.Mkdir(target, 0o755), os.Symlink(outside, filepath.Join(target, "a"))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := browse.Copy(t.Context(), fsys, ".", target, browse.CopyOptions{Recursive: true}); err == nil {
+		t.Error("the copy went through a link")
+	}
+	if got := names(t, outside); len(got) != 0 {
+		t.Errorf("outside of the target there are %q", got)
+	}
+}
+
+func TestGlob(t *testing.T) {
+	fsys := openVolume(t, newVolume(t, 64*mib, slices.Clone(mkExt4), 30))
+	for pattern, want := range map[string]string{
+		"many/file-0000[1-3]": "many/file-00001 many/file-00002 many/file-00003",
+		"*/b/*/data":          "a/b/c/data",
+		"many":                "many",
+		".":                   ".",
+	} {
+		got, err := browse.Glob(t.Context(), fsys, pattern)
+		if err != nil || strings.Join(got, " ") != want {
+			t.Errorf("Glob(%q) = %q, %v; want %q", pattern, got, err, want)
+		}
+	}
+	if _, err := browse.Glob(t.Context(), fsys, "no*such"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a pattern without matches: %v", err)
+	}
+}

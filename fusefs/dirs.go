@@ -1,0 +1,241 @@
+package fusefs
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fs"
+	"github.com/hanwen/go-fuse/v2/fuse"
+
+	"github.com/varve-io/varve/backup"
+)
+
+// The directories above recovery points follow the catalogue: the kernel keeps
+// their names only so long.
+const catalogueTimeout = time.Second
+
+// foreverTimeout is for what lies in a recovery point and never changes.
+const foreverTimeout = time.Hour
+
+// dirAttr fills in a made-up directory.
+func (f *FS) dirAttr(out *fuse.Attr, t time.Time) {
+	out.Mode = syscall.S_IFDIR | 0o555
+	out.Nlink = 2
+	out.Uid, out.Gid = f.uid, f.gid
+	setTimes(out, t)
+}
+
+func setTimes(out *fuse.Attr, t time.Time) { out.SetTimes(&t, &t, &t) }
+
+// everyone is embedded in nodes that all who came this far may enter: who may is
+// decided by the mount's options (and by the kernel where others are let in).
+type everyone struct{}
+
+func (everyone) Access(context.Context, uint32) syscall.Errno { return 0 }
+
+// catalogDir is the root, a namespace or a volume.
+type catalogDir struct {
+	fs.Inode
+	everyone
+	fs        *FS
+	namespace string // "" for the root
+	volume    string // "" for a namespace
+}
+
+var (
+	_ = (fs.NodeLookuper)((*catalogDir)(nil))
+	_ = (fs.NodeReaddirer)((*catalogDir)(nil))
+	_ = (fs.NodeGetattrer)((*catalogDir)(nil))
+	_ = (fs.NodeAccesser)((*catalogDir)(nil))
+)
+
+// child is an entry of a made-up directory.
+type child struct {
+	name string
+	key  string // what its inode number follows
+	mode uint32
+	make func() fs.InodeEmbedder
+}
+
+// children lists what the catalogue has here now; false if the directory is gone.
+func (d *catalogDir) children() ([]child, bool) {
+	v := d.fs.view.Load()
+	var list []child
+	switch {
+	case d.namespace == "":
+		for ns := range v.namespaces {
+			list = append(list, d.dir(ns, &catalogDir{fs: d.fs, namespace: ns}))
+		}
+	case d.volume == "":
+		for vol := range v.namespaces[d.namespace] {
+			list = append(list, d.dir(vol, &catalogDir{fs: d.fs, namespace: d.namespace, volume: vol}))
+		}
+	default:
+		vol := v.namespaces[d.namespace][d.volume]
+		if vol == nil {
+			return nil, false
+		}
+		for name, p := range vol.points {
+			list = append(list, d.dir(name, &pointDir{fs: d.fs, info: p}))
+		}
+		list = append(list, child{
+			name: "latest", key: d.namespace + "/" + d.volume + "/latest=" + vol.latest, mode: syscall.S_IFLNK,
+			make: func() fs.InodeEmbedder { return &linkNode{fs: d.fs, target: vol.latest} },
+		})
+	}
+	slices.SortFunc(list, func(a, b child) int { return strings.Compare(a.name, b.name) })
+	return list, len(list) > 0 || d.namespace == ""
+}
+
+func (d *catalogDir) dir(name string, node fs.InodeEmbedder) child {
+	key := d.namespace + "/" + d.volume + "/" + name
+	if p, ok := node.(*pointDir); ok {
+		key = "point " + p.info.ID
+	}
+	return child{name: name, key: key, mode: syscall.S_IFDIR, make: func() fs.InodeEmbedder { return node }}
+}
+
+func (d *catalogDir) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
+	list, _ := d.children()
+	i := slices.IndexFunc(list, func(c child) bool { return c.name == name })
+	if i < 0 {
+		return nil, syscall.ENOENT
+	}
+	return adopt(ctx, d.fs, &d.Inode, list[i], out, catalogueTimeout)
+}
+
+// adopt makes a child's inode, or finds the one that there is.
+func adopt(ctx context.Context, f *FS, parent *fs.Inode, c child, out *fuse.EntryOut, timeout time.Duration) (*fs.Inode, syscall.Errno) {
+	node := c.make()
+	inode := parent.NewInode(ctx, node, fs.StableAttr{Mode: c.mode, Ino: f.numbers.path(c.key)})
+	out.SetEntryTimeout(timeout)
+	if g, ok := inode.Operations().(fs.NodeGetattrer); ok {
+		var attr fuse.AttrOut
+		if no := g.Getattr(ctx, nil, &attr); no != 0 {
+			return nil, no
+		}
+		out.Attr = attr.Attr
+		out.SetAttrTimeout(attr.Timeout())
+	}
+	return inode, 0
+}
+
+func (d *catalogDir) Readdir(context.Context) (fs.DirStream, syscall.Errno) {
+	list, ok := d.children()
+	if !ok {
+		return nil, syscall.ENOENT
+	}
+	return fs.NewListDirStream(entries(d.fs, list)), 0
+}
+
+func entries(f *FS, list []child) []fuse.DirEntry {
+	out := make([]fuse.DirEntry, len(list))
+	for i, c := range list {
+		out[i] = fuse.DirEntry{Name: c.name, Mode: c.mode, Ino: f.numbers.path(c.key)}
+	}
+	return out
+}
+
+func (d *catalogDir) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
+	d.fs.dirAttr(&out.Attr, d.newest())
+	out.SetTimeout(catalogueTimeout)
+	return 0
+}
+
+// newest is the time of the newest point below.
+func (d *catalogDir) newest() time.Time {
+	var t time.Time
+	for ns, volumes := range d.fs.view.Load().namespaces {
+		for name, vol := range volumes {
+			if d.namespace != "" && ns != d.namespace || d.volume != "" && name != d.volume {
+				continue
+			}
+			if p := vol.points[vol.latest]; p != nil && p.Time.After(t) {
+				t = p.Time
+			}
+		}
+	}
+	if t.IsZero() {
+		t = time.Unix(0, 0)
+	}
+	return t
+}
+
+// linkNode is a symbolic link that is made up.
+type linkNode struct {
+	fs.Inode
+	fs     *FS
+	target string
+}
+
+var (
+	_ = (fs.NodeReadlinker)((*linkNode)(nil))
+	_ = (fs.NodeGetattrer)((*linkNode)(nil))
+)
+
+func (l *linkNode) Readlink(context.Context) ([]byte, syscall.Errno) { return []byte(l.target), 0 }
+
+func (l *linkNode) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
+	out.Mode = syscall.S_IFLNK | 0o777
+	out.Nlink = 1
+	out.Size = uint64(len(l.target))
+	out.Uid, out.Gid = l.fs.uid, l.fs.gid
+	setTimes(&out.Attr, time.Unix(0, 0))
+	out.SetTimeout(catalogueTimeout)
+	return 0
+}
+
+// pointDir is a recovery point.
+type pointDir struct {
+	fs.Inode
+	everyone
+	fs   *FS
+	info *backup.Point
+}
+
+var (
+	_ = (fs.NodeLookuper)((*pointDir)(nil))
+	_ = (fs.NodeReaddirer)((*pointDir)(nil))
+	_ = (fs.NodeGetattrer)((*pointDir)(nil))
+	_ = (fs.NodeAccesser)((*pointDir)(nil))
+)
+
+const (
+	diskName  = "disk.img"
+	infoName  = "info.json"
+	filesName = "files"
+)
+
+func (d *pointDir) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
+	p := d.fs.point(d.info)
+	switch name {
+	case diskName:
+		return adopt(ctx, d.fs, &d.Inode, child{key: d.info.ID + "/disk.img", mode: syscall.S_IFREG, make: func() fs.InodeEmbedder {
+			return &diskNode{p: p}
+		}}, out, foreverTimeout)
+	case infoName:
+		return adopt(ctx, d.fs, &d.Inode, child{key: d.info.ID + "/info.json", mode: syscall.S_IFREG, make: func() fs.InodeEmbedder {
+			return &infoNode{p: p}
+		}}, out, foreverTimeout)
+	case filesName:
+		return p.filesRoot(ctx, &d.Inode, out)
+	}
+	return nil, syscall.ENOENT
+}
+
+func (d *pointDir) Readdir(context.Context) (fs.DirStream, syscall.Errno) {
+	return fs.NewListDirStream([]fuse.DirEntry{
+		{Name: diskName, Mode: syscall.S_IFREG, Ino: d.fs.numbers.path(d.info.ID + "/disk.img")},
+		{Name: filesName, Mode: syscall.S_IFDIR},
+		{Name: infoName, Mode: syscall.S_IFREG, Ino: d.fs.numbers.path(d.info.ID + "/info.json")},
+	}), 0
+}
+
+func (d *pointDir) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
+	d.fs.dirAttr(&out.Attr, d.info.Time)
+	out.SetTimeout(foreverTimeout)
+	return 0
+}

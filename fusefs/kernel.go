@@ -1,0 +1,292 @@
+package fusefs
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/varve-io/varve/fusefs/diskfs/disk"
+)
+
+// kernelState is where the trees lie that kernel mounts stand on, one directory for
+// each directory that is mounted on.
+const kernelState = "/run/varve"
+
+// KernelMounted is a file system of one recovery point, mounted by the kernel.
+type KernelMounted struct {
+	Dir  string // absolute
+	tree *Mounted
+}
+
+// MountKernel mounts a volume of the FS's only point read-only at dir, with the
+// kernel's own driver: a loop device over disk.img. The journal, if it needs to be, is
+// replayed into the overlay of disk.img, so the FS must be writable. volume is a
+// partition's name ("p1"), or empty on a disk without partitions.
+//
+// The loop device goes with the mount, whoever unmounts (LO_FLAGS_AUTOCLEAR). What
+// a killed process left at dir is taken away first.
+func (f *FS) MountKernel(dir, volume string) (m *KernelMounted, err error) {
+	if os.Geteuid() != 0 {
+		return nil, errors.New("mounting with the kernel needs root; files can be read without by 'varve mount', 'varve ls' and 'varve cp'")
+	}
+	if f.opt.Point == nil || !f.opt.Writable {
+		return nil, errors.New("mount with the kernel: this needs one recovery point and an overlay")
+	}
+	if dir, err = absolute(dir); err != nil {
+		return nil, err
+	}
+	if err := CleanKernel(dir); err != nil {
+		return nil, err
+	}
+	if st, err := os.Stat(dir); err != nil {
+		return nil, fmt.Errorf("mount: %w", err)
+	} else if !st.IsDir() {
+		return nil, fmt.Errorf("mount: %s is not a directory", dir)
+	}
+	p := f.point(f.opt.Point)
+	d, err := p.partitions(f.ctx)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", p.info.Name(), err)
+	}
+	vol, err := kernelVolume(d, volume)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", p.info.Name(), err)
+	}
+	tree := kernelTree(dir)
+	if err := os.MkdirAll(tree, 0o700); err != nil {
+		return nil, fmt.Errorf("mount: %w", err)
+	}
+	m = &KernelMounted{Dir: dir}
+	if m.tree, err = f.Mount(tree); err != nil {
+		return nil, err
+	}
+	image := filepath.Join(tree, f.diskPath())
+	if err := mountLoop(image, vol, dir); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", p.info.Name(), err), m.Close())
+	}
+	return m, nil
+}
+
+// diskPath is where disk.img of the FS's only point lies in the tree.
+func (f *FS) diskPath() string {
+	for ns, volumes := range f.view.Load().namespaces {
+		for name, v := range volumes {
+			return filepath.Join(ns, name, v.latest, diskName)
+		}
+	}
+	return diskName // not reached: there is a point
+}
+
+// kernelVolume finds the volume to mount.
+func kernelVolume(d *disk.Disk, name string) (*disk.Volume, error) {
+	var have []string
+	for _, v := range d.Volumes {
+		if v.Name == name && (v.Partition != nil || d.Table == nil && name == "") {
+			return v, nil
+		}
+		if v.Partition != nil {
+			have = append(have, fmt.Sprintf("%s (%s)", v.Name, v.Type))
+		}
+	}
+	if name == "" {
+		return nil, fmt.Errorf("this disk has partitions: name one of %s with --partition", strings.Join(have, ", "))
+	}
+	return nil, fmt.Errorf("there is no partition %s: there are %s", name, strings.Join(have, ", "))
+}
+
+// mountLoop mounts a volume of an image through a loop device.
+func mountLoop(image string, v *disk.Volume, dir string) error {
+	loop, err := attachLoop(image, v)
+	if err != nil {
+		return err
+	}
+	defer loop.Close() // the mount keeps it; without one it is free again
+	// No programs and devices of a stranger's disk.
+	options := "ro,nosuid,nodev"
+	if v.Type == "xfs" {
+		options += ",nouuid" // the disk itself may be mounted as well
+	}
+	args := []string{"-o", options, loop.Name(), dir}
+	if v.Type != "" {
+		args = append([]string{"-t", v.Type}, args...)
+	}
+	out, err := exec.Command("mount", args...).CombinedOutput() //nolint:gosec // names checked by diskfs and this package
+	if err != nil {
+		return fmt.Errorf("mount with the kernel: %w: %s", err, strings.TrimSpace(string(out)))
+	}
+	return nil
+}
+
+// loopTries bounds the races for a free loop device with other programs.
+const loopTries = 32
+
+func attachLoop(image string, v *disk.Volume) (*os.File, error) {
+	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	if err != nil {
+		return nil, fmt.Errorf("mounting with the kernel needs loop devices (modprobe loop): %w", err)
+	}
+	defer control.Close()
+	back, err := os.OpenFile(image, os.O_RDWR, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open the disk: %w", err)
+	}
+	defer back.Close()
+	config := unix.LoopConfig{Fd: uint32(back.Fd())} //nolint:gosec // a descriptor
+	config.Info.Flags = unix.LO_FLAGS_AUTOCLEAR
+	copy(config.Info.File_name[:len(config.Info.File_name)-1], image)
+	if v.Partition != nil {
+		config.Info.Offset = uint64(v.Partition.Start)     //nolint:gosec // not negative
+		config.Info.Sizelimit = uint64(v.Partition.Length) //nolint:gosec // not negative
+	}
+	for range loopTries {
+		n, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE) //nolint:gosec // a descriptor
+		if err != nil {
+			return nil, fmt.Errorf("find a free loop device: %w", err)
+		}
+		loop, err := os.OpenFile(fmt.Sprintf("/dev/loop%d", n), os.O_RDWR, 0)
+		if err != nil {
+			return nil, fmt.Errorf("open loop device: %w", err)
+		}
+		err = unix.IoctlLoopConfigure(int(loop.Fd()), &config) //nolint:gosec // a descriptor
+		if err == nil {
+			return loop, nil
+		}
+		loop.Close() //nolint:errcheck,gosec // nothing was written
+		if !errors.Is(err, unix.EBUSY) {
+			return nil, fmt.Errorf("attach loop device: %w", err)
+		}
+	}
+	return nil, errors.New("attach loop device: other programs take every free one; try again")
+}
+
+// Done is closed when the tree below is not mounted any more.
+func (m *KernelMounted) Done() <-chan struct{} { return m.tree.Done() }
+
+// Close unmounts both; where programs have files open, they get errors from the end
+// of this process on.
+func (m *KernelMounted) Close() error {
+	err := unmountKernel(m.Dir, true)
+	return errors.Join(err, m.tree.Close(), removeTree(m.Dir))
+}
+
+// kernelTree is the directory of the tree under a kernel mount.
+func kernelTree(dir string) string {
+	sum := sha256.Sum256([]byte(dir))
+	return filepath.Join(kernelState, "kernel-"+hex.EncodeToString(sum[:8]))
+}
+
+func removeTree(dir string) error {
+	if err := os.Remove(kernelTree(dir)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("clean up: %w", err)
+	}
+	return nil
+}
+
+// IsKernelMount reports whether a kernel mount of ours, served or not, is at dir.
+func IsKernelMount(dir string) bool {
+	dir, err := absolute(dir)
+	if err != nil {
+		return false
+	}
+	_, err = os.Lstat(kernelTree(dir))
+	return err == nil || dead(err)
+}
+
+// UnmountKernel unmounts what MountKernel mounted; its process ends by itself.
+// Errors: ErrBusy.
+func UnmountKernel(dir string, lazy bool) error {
+	dir, err := absolute(dir)
+	if err != nil {
+		return err
+	}
+	if err := unmountKernel(dir, lazy); err != nil {
+		return err
+	}
+	if err := Unmount(kernelTree(dir), true); err != nil && !errors.Is(err, ErrNotMounted) {
+		return err
+	}
+	return removeTree(dir)
+}
+
+// unmountKernel takes the kernel's mount away, and with it the loop device.
+func unmountKernel(dir string, lazy bool) error {
+	ours, err := loopsOver(kernelTree(dir))
+	if err != nil {
+		return err
+	}
+	source, err := mountSource(dir)
+	if err != nil || !slices.Contains(ours, source) {
+		return err
+	}
+	flags := unix.UMOUNT_NOFOLLOW
+	if lazy {
+		flags |= unix.MNT_DETACH
+	}
+	switch err := unix.Unmount(dir, flags); {
+	case errors.Is(err, unix.EBUSY):
+		return fmt.Errorf("%s: %w", dir, ErrBusy)
+	case err != nil && !errors.Is(err, unix.EINVAL):
+		return fmt.Errorf("unmount %s: %w", dir, err)
+	}
+	return nil
+}
+
+// CleanKernel takes away what a killed process left of a mount at dir. A mount that
+// is being served is an error.
+func CleanKernel(dir string) error {
+	dir, err := absolute(dir)
+	if err != nil {
+		return err
+	}
+	if !IsKernelMount(dir) {
+		return nil // nothing of ours was ever here
+	}
+	tree := kernelTree(dir)
+	typ, err := mountType(tree)
+	if err != nil {
+		return err
+	}
+	if typ == fsType {
+		if _, err := os.Stat(tree); !dead(err) {
+			return fmt.Errorf("a recovery point is mounted on %s already; unmount it first: varve umount %s", dir, dir)
+		}
+	}
+	if err := unmountKernel(dir, true); err != nil {
+		return err
+	}
+	if err := Unmount(tree, true); err != nil && !errors.Is(err, ErrNotMounted) {
+		return err
+	}
+	return removeTree(dir)
+}
+
+// loopsOver lists the loop devices whose files lie below a directory, mounted there
+// now or once.
+func loopsOver(tree string) ([]string, error) {
+	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		return nil, fmt.Errorf("list loop devices: %w", err)
+	}
+	var out []string
+	for _, name := range files {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			continue // detached meanwhile
+		}
+		// Once its file system is unmounted the kernel shows a path from its root only.
+		file := strings.TrimSuffix(strings.TrimSpace(string(b)), " (deleted)")
+		if strings.HasPrefix(file, tree+"/") || strings.HasSuffix(file, "/"+diskName) {
+			out = append(out, "/dev/"+strings.Split(name, "/")[3])
+		}
+	}
+	return out, nil
+}

@@ -1,0 +1,271 @@
+package fusefs
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	fusenode "github.com/hanwen/go-fuse/v2/fs"
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+)
+
+// ErrNoFUSE means that this machine or container has no FUSE for us.
+var ErrNoFUSE = errors.New("FUSE cannot be used here")
+
+const noFUSEAdvice = "files can be read without a mount by 'varve ls', 'varve cat' and 'varve cp', disks over NBD by 'varve serve'"
+
+const (
+	fuseDevice = "/dev/fuse"
+	fsType     = "fuse.varve" // in /proc/self/mountinfo
+
+	requestSize = 1 << 20 // most bytes of one read or write
+	readAhead   = 1 << 20 // of the kernel
+	background  = 64      // read-ahead requests at once
+)
+
+// Mounted is an FS attached to a directory.
+type Mounted struct {
+	Dir    string // absolute
+	server *fuse.Server
+	helper *helper // nil where the kernel was asked directly
+	served chan struct{}
+}
+
+// Mount attaches the tree to an empty directory. What a killed process left there
+// is taken away first.
+func (f *FS) Mount(dir string) (*Mounted, error) {
+	dir, err := mountPoint(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := haveFUSE(); err != nil {
+		return nil, err
+	}
+	h, fd, err := attach(dir, f.mountOptions())
+	if err != nil {
+		return nil, err
+	}
+	second := catalogueTimeout
+	opt := &fusenode.Options{
+		EntryTimeout: &second, AttrTimeout: &second,
+		NullPermissions: true,
+		RootStableAttr:  &fusenode.StableAttr{Ino: 1},
+		MountOptions: fuse.MountOptions{
+			FsName: "varve", Name: "varve",
+			MaxWrite: requestSize, MaxReadAhead: readAhead, MaxBackground: background,
+			EnableSymlinkCaching: true,
+			Logger:               log.New(logWriter{f.log}, "", 0),
+		},
+	}
+	server, err := fuse.NewServer(fusenode.NewNodeFS(&catalogDir{fs: f}, opt), fmt.Sprintf("/dev/fd/%d", fd), &opt.MountOptions)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("start FUSE on %s: %w", dir, err), unix.Close(fd), Unmount(dir, true), h.stop())
+	}
+	m := &Mounted{Dir: dir, server: server, helper: h, served: make(chan struct{})}
+	go func() {
+		defer close(m.served)
+		server.Serve()
+	}()
+	if err := server.WaitMount(); err != nil {
+		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), Unmount(dir, true))
+	}
+	if err := refusePolls(dir); err != nil {
+		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), m.Close())
+	}
+	return m, nil
+}
+
+// refusePolls has the kernel ask once whether files can be polled, and learn that
+// they cannot. Go's runtime adds files that this process opens to epoll without
+// giving its processor away: the answer could then come never. The FUSE
+// library answers for a file of this name, and does this itself only for mounts
+// that it made.
+func refusePolls(dir string) error {
+	fd, err := unix.Open(filepath.Join(dir, ".go-fuse-epoll-hack"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open the first file: %w", err)
+	}
+	_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0) //nolint:gosec // a descriptor
+	return errors.Join(err, unix.Close(fd))
+}
+
+// mountOptions are in the words of mount(8).
+func (f *FS) mountOptions() []string {
+	opt := []string{"nosuid", "nodev", fmt.Sprintf("max_read=%d", requestSize)}
+	if !f.opt.Writable {
+		opt = append(opt, "ro")
+	}
+	if f.opt.AllowOther {
+		opt = append(opt, "allow_other", "default_permissions")
+	}
+	return opt
+}
+
+// Done is closed when the tree is not mounted any more and all answers are given.
+func (m *Mounted) Done() <-chan struct{} { return m.served }
+
+// closeGrace is how long Close waits for programs that still read.
+const closeGrace = 5 * time.Second
+
+// Close unmounts. Where programs have files open the tree disappears from the
+// directory all the same; their reads are answered for a few seconds more, then
+// by the end of this process.
+func (m *Mounted) Close() error {
+	err := Unmount(m.Dir, false)
+	if err != nil && !errors.Is(err, ErrNotMounted) {
+		err = Unmount(m.Dir, true)
+	}
+	if errors.Is(err, ErrNotMounted) {
+		err = nil
+	}
+	select {
+	case <-m.served:
+	case <-time.After(closeGrace):
+	}
+	return errors.Join(err, m.helper.stop())
+}
+
+func haveFUSE() error {
+	switch f, err := os.OpenFile(fuseDevice, os.O_RDWR, 0); {
+	case err == nil:
+		return f.Close() //nolint:wrapcheck // nothing was written
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("%w: %s does not exist. Load it with 'modprobe fuse', or give it to the container (docker run --device %s --cap-add SYS_ADMIN); %s",
+			ErrNoFUSE, fuseDevice, fuseDevice, noFUSEAdvice)
+	default:
+		return fmt.Errorf("%w: %w; %s", ErrNoFUSE, err, noFUSEAdvice)
+	}
+}
+
+// helper is the fusermount3 that unmounts when this process dies.
+type helper struct {
+	conn *os.File
+	cmd  *exec.Cmd
+	once sync.Once
+	err  error
+}
+
+// stop lets the helper go and waits for it. It unmounts if nobody has.
+func (h *helper) stop() error {
+	if h == nil {
+		return nil
+	}
+	h.once.Do(func() { h.err = errors.Join(h.conn.Close(), h.cmd.Wait()) })
+	return h.err
+}
+
+// attach mounts and gives the descriptor on which requests come: by fusermount3,
+// which needs no root and stays to clean up after a crash, else as root directly.
+func attach(dir string, options []string) (*helper, int, error) {
+	program, err := exec.LookPath("fusermount3")
+	if err == nil {
+		return attachByHelper(program, dir, options)
+	}
+	if os.Geteuid() != 0 {
+		return nil, -1, fmt.Errorf("%w: there is no fusermount3, which users other than root need to mount. Install the package fuse3; %s", ErrNoFUSE, noFUSEAdvice)
+	}
+	fd, err := attachDirectly(dir, options)
+	return nil, fd, err
+}
+
+func attachByHelper(program, dir string, options []string) (h *helper, fd int, err error) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, -1, fmt.Errorf("mount %s: %w", dir, err)
+	}
+	ours, theirs := os.NewFile(uintptr(pair[0]), "fusermount3"), os.NewFile(uintptr(pair[1]), "fusermount3") //nolint:gosec // descriptors
+	options = append(options, "auto_unmount", "fsname=varve", "subtype=varve")
+	var stderr bytes.Buffer
+	// Descriptors of a child begin at 3 behind the standard ones.
+	cmd := exec.Command(program, "-o", strings.Join(options, ","), "--", dir) //nolint:gosec // found in PATH by its name
+	cmd.Env = append(os.Environ(), "_FUSE_COMMFD=3")
+	cmd.ExtraFiles = []*os.File{theirs}
+	cmd.Stderr = &stderr
+	err = cmd.Start()
+	err = errors.Join(err, theirs.Close())
+	if err != nil {
+		return nil, -1, errors.Join(fmt.Errorf("run fusermount3: %w", err), ours.Close())
+	}
+	h = &helper{conn: ours, cmd: cmd}
+	fd, err = receive(ours)
+	if err != nil {
+		stopped := h.stop()
+		if text := strings.TrimSpace(stderr.String()); text != "" {
+			return nil, -1, fmt.Errorf("%w: cannot mount %s: %s", ErrNoFUSE, dir, text)
+		}
+		return nil, -1, fmt.Errorf("mount %s by fusermount3: %w", dir, errors.Join(err, stopped))
+	}
+	return h, fd, nil
+}
+
+// receive takes the one descriptor that fusermount3 sends.
+func receive(f *os.File) (int, error) {
+	conn, err := net.FileConn(f)
+	if err != nil {
+		return -1, fmt.Errorf("talk to fusermount3: %w", err)
+	}
+	defer conn.Close()
+	unixConn, ok := conn.(*net.UnixConn)
+	if !ok {
+		return -1, fmt.Errorf("talk to fusermount3: it is %T", conn)
+	}
+	var data [4]byte
+	control := make([]byte, unix.CmsgSpace(4))
+	_, n, _, _, err := unixConn.ReadMsgUnix(data[:], control)
+	if err != nil {
+		return -1, fmt.Errorf("receive descriptor: %w", err)
+	}
+	messages, err := unix.ParseSocketControlMessage(control[:n])
+	if err != nil || len(messages) != 1 {
+		return -1, errors.Join(errors.New("fusermount3 sent no descriptor"), err)
+	}
+	fds, err := unix.ParseUnixRights(&messages[0])
+	if err != nil || len(fds) != 1 {
+		return -1, errors.Join(errors.New("fusermount3 sent no descriptor"), err)
+	}
+	unix.CloseOnExec(fds[0])
+	return fds[0], nil
+}
+
+// attachDirectly mounts as root, by mount(2).
+func attachDirectly(dir string, options []string) (int, error) {
+	fd, err := unix.Open(fuseDevice, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("%w: open %s: %w; %s", ErrNoFUSE, fuseDevice, err, noFUSEAdvice)
+	}
+	data := []string{fmt.Sprintf("fd=%d,rootmode=40000,user_id=%d,group_id=%d", fd, os.Geteuid(), os.Getegid())}
+	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV)
+	for _, o := range options {
+		switch o {
+		case "nosuid", "nodev":
+		case "ro":
+			flags |= unix.MS_RDONLY
+		default:
+			data = append(data, o)
+		}
+	}
+	if err := unix.Mount("varve", dir, fsType, flags, strings.Join(data, ",")); err != nil {
+		return -1, errors.Join(fmt.Errorf("%w: mount %s: %w (a container needs the capability SYS_ADMIN); %s", ErrNoFUSE, dir, err, noFUSEAdvice), unix.Close(fd))
+	}
+	return fd, nil
+}
+
+// logWriter passes the FUSE library's messages on.
+type logWriter struct{ log *slog.Logger }
+
+func (w logWriter) Write(b []byte) (int, error) {
+	w.log.Log(context.Background(), slog.LevelDebug, "FUSE library", "message", strings.TrimSpace(string(b)))
+	return len(b), nil
+}

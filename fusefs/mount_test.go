@@ -1,0 +1,159 @@
+package fusefs_test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/disk"
+	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/backup/repository/repotest"
+	"github.com/varve-io/varve/fusefs"
+	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+)
+
+// needFUSE skips a test where nothing can be mounted.
+func needFUSE(t testing.TB) {
+	t.Helper()
+	f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
+	if err != nil {
+		t.Skipf("needs FUSE: %v", err)
+	}
+	f.Close()
+	diskfstest.NeedTool(t, "fusermount3")
+}
+
+var shopDB = backup.Volume{Namespace: "shop", Name: "db", Cluster: "test"}
+
+// save makes a recovery point of an image file, with blocks of the default size or
+// another.
+func save(t testing.TB, repo *repository.Repository, v backup.Volume, image string, blockSize ...int64) *backup.Point {
+	t.Helper()
+	d, err := disk.Open(image, disk.Options{Live: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	opt := backup.Options{Volume: v, Disk: d}
+	if len(blockSize) > 0 {
+		opt.BlockSize = blockSize[0]
+	}
+	p, _, err := backup.Run(t.Context(), repo, opt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// mounted is a mounted tree.
+type mounted struct {
+	*fusefs.Mounted
+	tree *fusefs.FS
+}
+
+// mount shows a repository at a directory until the test ends.
+func mount(t testing.TB, repo *repository.Repository, opt fusefs.Options) *mounted {
+	t.Helper()
+	needFUSE(t)
+	if opt.Log == nil {
+		opt.Log = slog.New(slog.DiscardHandler)
+	}
+	tree, err := fusefs.New(t.Context(), repo, opt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := tree.Mount(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := m.Close(); err != nil {
+			t.Errorf("unmount: %v", err)
+		}
+		if err := tree.Close(); err != nil {
+			t.Errorf("close: %v", err)
+		}
+	})
+	return &mounted{m, tree}
+}
+
+// latest is a path in the newest point of a volume.
+func (m *mounted) latest(v backup.Volume, name string) string {
+	return filepath.Join(m.Dir, v.Namespace, v.Name, "latest", name)
+}
+
+func (m *mounted) info(t testing.TB, v backup.Volume) fusefs.Info {
+	t.Helper()
+	b, err := os.ReadFile(m.latest(v, "info.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var i fusefs.Info
+	if err := json.Unmarshal(b, &i); err != nil {
+		t.Fatalf("%v\n%s", err, b)
+	}
+	return i
+}
+
+// child runs this test program again as a process that mounts and serves until it
+// is killed: see TestMain.
+const childVariable = "FUSEFS_TEST_SERVE"
+
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(childVariable); dir != "" {
+		if err := serveUntilKilled(dir, os.Getenv("FUSEFS_TEST_CONFIG")); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+func serveUntilKilled(dir, config string) error {
+	ctx := context.Background()
+	repo, err := repository.Open(ctx, repository.OpenOptions{ConfigFile: config, Password: repotest.Password})
+	if err != nil {
+		return err
+	}
+	tree, err := fusefs.New(ctx, repo, fusefs.Options{})
+	if err != nil {
+		return err
+	}
+	m, err := tree.Mount(dir)
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stdout.WriteString("ready\n"); err != nil {
+		return err
+	}
+	<-m.Done()
+	return nil
+}
+
+// startChild serves a repository at dir from another process.
+func startChild(t testing.TB, r *repotest.Repo, dir string, env ...string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(append(os.Environ(), childVariable+"="+dir, "FUSEFS_TEST_CONFIG="+r.ConfigFile), env...)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill() })
+	if b := make([]byte, 6); func() bool { _, err = io.ReadFull(out, b); return err != nil }() {
+		t.Fatalf("the serving process did not get ready: %v", err)
+	}
+	return cmd
+}

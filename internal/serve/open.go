@@ -1,0 +1,264 @@
+package serve
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/overlay"
+	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/nbdserver"
+)
+
+// entry is an open point.
+type entry struct {
+	id    string
+	ready chan struct{} // closed once the fields below and err are set
+
+	err     error
+	export  nbdserver.Export
+	overlay *overlay.Overlay // nil for a read-only one
+
+	entering sync.Mutex
+	entered  atomic.Bool   // a client stayed
+	lease    *backup.Lease // nil before, and where none could be had
+
+	users  int         // guarded by Catalog.mu
+	linger *time.Timer // runs while there are none
+}
+
+// acquire opens a point, or joins those who have it open.
+func (c *Catalog) acquire(ctx context.Context, p *backup.Point, name string) (*entry, error) {
+	c.mu.Lock()
+	if c.closed {
+		c.mu.Unlock()
+		return nil, errClosed
+	}
+	e, ok := c.open[p.ID]
+	if !ok {
+		e = &entry{id: p.ID, ready: make(chan struct{})}
+		c.open[p.ID] = e
+	}
+	e.users++
+	if e.linger != nil {
+		e.linger.Stop()
+		e.linger = nil
+	}
+	c.mu.Unlock()
+	if !ok {
+		// The one who came first may go: others wait for the same.
+		e.err = c.fill(context.WithoutCancel(ctx), e, p, name)
+		close(e.ready)
+	}
+	select {
+	case <-e.ready:
+	case <-ctx.Done():
+		c.release(e)
+		return nil, ctx.Err()
+	}
+	if e.err != nil {
+		c.release(e)
+		return nil, e.err
+	}
+	return e, nil
+}
+
+var errClosed = errors.New("the server is shutting down")
+
+// fill opens the point. Nothing is pruned under those who only ask about it
+// that they would miss: the lease comes with the first who stays.
+func (c *Catalog) fill(ctx context.Context, e *entry, p *backup.Point, name string) error {
+	img, err := c.openImage(ctx, p)
+	if err != nil {
+		return err
+	}
+	e.export = &Disk{img: img, name: name, bases: &siblings{c: c, id: p.ID}}
+	if c.opt.Pad > 0 {
+		e.export = nbdserver.Pad(e.export, c.opt.Pad)
+	}
+	if size := e.export.Size(); size%512 != 0 {
+		c.log.WarnContext(ctx, "size is no multiple of 512: a Linux kernel client loses the rest; --pad fills it up",
+			"export", name, "size", size)
+	}
+	if c.opt.Writable == nil {
+		return nil
+	}
+	e.overlay, err = c.opt.Writable.open(e.export, p.ID)
+	if err != nil {
+		return err
+	}
+	e.export = e.overlay
+	return nil
+}
+
+// enter takes the lease of a point for its first client.
+func (c *Catalog) enter(ctx context.Context, e *entry, p *backup.Point, name string) error {
+	e.entering.Lock()
+	defer e.entering.Unlock()
+	if e.entered.Load() {
+		return nil
+	}
+	if c.repo.Writable() {
+		lease, err := backup.AcquireLease(context.WithoutCancel(ctx), c.repo, p, "serve")
+		if errors.Is(err, backup.ErrNoSuchPoint) {
+			return nbdserver.ErrUnknownExport // deleted since the last refresh
+		}
+		if err != nil && !errors.Is(err, repository.ErrReadOnly) {
+			c.log.WarnContext(ctx, "no lease: prune elsewhere may delete this point while it is read", "export", name, "err", err)
+		}
+		e.lease = lease
+	}
+	e.entered.Store(true)
+	return nil
+}
+
+func (c *Catalog) openImage(ctx context.Context, p *backup.Point) (*image.Image, error) {
+	root, err := backup.OpenRoot(ctx, c.repo, p)
+	if err != nil {
+		return nil, err
+	}
+	img, err := image.Open(c.repo, c.cache, root, p.Generation)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", p.Name(), err)
+	}
+	return img, nil
+}
+
+// release ends one use. An overlay stays until Close, as other connections
+// must see what was written.
+func (c *Catalog) release(e *entry) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e.users--
+	if e.users > 0 || c.open[e.id] != e || c.closed {
+		return
+	}
+	select {
+	case <-e.ready:
+	default:
+		return // still being opened; there is no user to end it, Close does
+	}
+	switch {
+	case e.err != nil:
+		delete(c.open, e.id)
+	case e.overlay != nil && e.entered.Load():
+	default:
+		e.linger = time.AfterFunc(c.opt.Linger, func() { c.drop(e) })
+	}
+}
+
+// drop closes a point that nobody used for a while.
+func (c *Catalog) drop(e *entry) {
+	c.mu.Lock()
+	if e.users > 0 || c.open[e.id] != e || c.closed {
+		c.mu.Unlock()
+		return
+	}
+	delete(c.open, e.id)
+	c.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if err := e.close(ctx); err != nil {
+		c.log.Warn("cannot release a recovery point; its lease runs out by itself", "id", e.id, "err", err)
+	}
+}
+
+func (e *entry) close(ctx context.Context) error {
+	var err error
+	if e.overlay != nil {
+		err = e.overlay.Close()
+	}
+	if e.lease != nil {
+		err = errors.Join(err, e.lease.Close(ctx))
+	}
+	return err
+}
+
+// Close closes all points. Connections must have ended.
+func (c *Catalog) Close(ctx context.Context) error {
+	c.mu.Lock()
+	c.closed = true
+	open := c.open
+	c.open = nil
+	for _, e := range open {
+		if e.linger != nil {
+			e.linger.Stop()
+		}
+	}
+	c.mu.Unlock()
+	var err error
+	for _, e := range open {
+		<-e.ready
+		if e.err == nil {
+			err = errors.Join(err, e.close(ctx))
+		}
+	}
+	return err
+}
+
+// OverlayBytes is the scratch space that overlays take, and how many there are.
+func (c *Catalog) OverlayBytes() (bytes int64, overlays int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.open {
+		select {
+		case <-e.ready:
+			if e.overlay != nil {
+				bytes += e.overlay.Used()
+				overlays++
+			}
+		default:
+		}
+	}
+	return bytes, overlays
+}
+
+// siblings are the other points of a volume, as bases to compare with.
+type siblings struct {
+	c  *Catalog
+	id string
+
+	mu     sync.Mutex
+	images map[string]*image.Image // by ID
+}
+
+func (s *siblings) names() []string { return s.c.current.Load().siblings(s.id) }
+
+func (s *siblings) find(name string) (*backup.Point, bool) {
+	l := s.c.current.Load()
+	own, ok := l.byID[s.id]
+	i, found := l.resolve(name)
+	if !ok || !found || name == "" || i == own || l.points[i].Volume != l.points[own].Volume {
+		return nil, false
+	}
+	return l.points[i], true
+}
+
+func (s *siblings) open(ctx context.Context, p *backup.Point) (*image.Image, error) {
+	s.mu.Lock()
+	img := s.images[p.ID]
+	s.mu.Unlock()
+	if img != nil {
+		return img, nil
+	}
+	img, err := s.c.openImage(ctx, p)
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.images == nil {
+		s.images = map[string]*image.Image{}
+	}
+	s.images[p.ID] = img
+	return img, nil
+}
+
+// paddedID tells overlays over a padded disk from those over the disk itself.
+func paddedID(id string, size int64) string { return id + ":" + strconv.FormatInt(size, 10) }

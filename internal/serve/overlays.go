@@ -1,0 +1,31 @@
+package serve
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/varve-io/varve/backup/overlay"
+	"github.com/varve-io/varve/nbdserver"
+)
+
+// Overlays says where the overlays of writable exports live. Each takes a
+// directory of its own, named by the ID of its point.
+type Overlays struct {
+	Dir   string
+	Limit int64 // bytes of scratch data each; 0 for no limit
+	Keep  bool  // leave them for the next run
+}
+
+func (o *Overlays) open(base nbdserver.Export, id string) (*overlay.Overlay, error) {
+	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make the directory of overlays: %w", err)
+	}
+	return OpenOverlay(base, filepath.Join(o.Dir, id), id, o.Limit, o.Keep)
+}
+
+// OpenOverlay opens the overlay of a point in a directory, over the point's
+// disk, or starts one there.
+func OpenOverlay(base nbdserver.Export, dir, id string, limit int64, keep bool) (*overlay.Overlay, error) {
+	return overlay.Open(base, overlay.Options{Dir: dir, BaseID: paddedID(id, base.Size()), Limit: limit, Keep: keep})
+}

@@ -1,0 +1,164 @@
+package serve
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/overlay"
+	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/nbdserver"
+	"github.com/varve-io/varve/nbdserver/nbdclient"
+	"github.com/varve-io/varve/nbdserver/proto"
+)
+
+// DepthContext is the metadata context that tells what an overlay changed: it
+// has depth 1 on a writable export.
+const DepthContext = contextDepth
+
+// Written is a recovery point with what was written over it: the disk and the
+// source of changed blocks of a backup that saves it.
+type Written struct {
+	// Base is the point beneath.
+	Base *backup.Point
+
+	size int64
+	read func(p []byte, off int64) error
+	// dirty tells the changed runs in order until yield returns false.
+	dirty func(ctx context.Context, yield func(off, length int64, zero bool) bool) error
+	close func() error
+}
+
+var (
+	_ backup.Disk = (*Written)(nil)
+	_ cbt.Source  = (*Written)(nil)
+)
+
+// ErrNotWritable means that an export has no overlay to save.
+var ErrNotWritable = errors.New("the export is read-only, so there is nothing to save: serve it with --writable")
+
+// WrittenOver is what clients wrote to an export of a Varve server, read as one
+// of them. The connection must have DepthContext; its owner closes it.
+func WrittenOver(ctx context.Context, e *nbdclient.Export, cat *backup.Catalog) (*Written, error) {
+	if e.Flags&proto.FlagReadOnly != 0 {
+		return nil, ErrNotWritable
+	}
+	base, err := cat.Resolve(e.Name) // the canonical name, whatever was asked for
+	if err != nil {
+		return nil, fmt.Errorf("the point beneath export %s: %w", e.Name, err)
+	}
+	ctx = context.WithoutCancel(ctx)
+	return &Written{
+		Base: base, size: int64(e.Size), close: func() error { return nil },
+		read: func(p []byte, off int64) error {
+			for len(p) > 0 {
+				n := min(len(p), 1<<20)
+				if _, err := e.ReadAt(ctx, p[:n], off); err != nil {
+					return err
+				}
+				p, off = p[n:], off+int64(n)
+			}
+			return nil
+		},
+		dirty: func(ctx context.Context, yield func(int64, int64, bool) bool) error {
+			return e.Map(ctx, DepthContext, 0, int64(e.Size), func(off int64, x nbdclient.Extent) bool {
+				return x.Flags != 1 || yield(off, x.Length, false)
+			})
+		},
+	}, nil
+}
+
+// KeptOverlay opens an overlay that a server left, over its point.
+func KeptOverlay(ctx context.Context, repo *repository.Repository, cache *image.Cache, p *backup.Point, dir string) (*Written, error) {
+	root, err := backup.OpenRoot(ctx, repo, p)
+	if err != nil {
+		return nil, err
+	}
+	img, err := image.Open(repo, cache, root, p.Generation)
+	if err != nil {
+		return nil, err
+	}
+	var base nbdserver.Export = &Disk{img: img, name: p.Name(), bases: noBases{}}
+	o, err := OpenOverlay(base, dir, p.ID, 0, true)
+	if errors.Is(err, overlay.ErrOtherBase) {
+		o, err = OpenOverlay(nbdserver.Pad(base, 512), dir, p.ID, 0, true) // served with --pad
+	}
+	if errors.Is(err, overlay.ErrInUse) {
+		return nil, fmt.Errorf("%w: name the export of the server that uses it, by its NBD URI", err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &Written{
+		Base: p, size: o.Size(), close: o.Close,
+		read: func(b []byte, off int64) error {
+			_, err := o.ReadAt(context.WithoutCancel(ctx), b, off)
+			return err
+		},
+		dirty: func(_ context.Context, yield func(int64, int64, bool) bool) error {
+			o.Dirty(yield)
+			return nil
+		},
+	}, nil
+}
+
+// Size is the disk's length in bytes.
+func (w *Written) Size() int64 { return w.size }
+
+// CheckSize never fails: neither exports nor overlays change their size.
+func (w *Written) CheckSize() error { return nil }
+
+// ReadAt reads as io.ReaderAt does.
+func (w *Written) ReadAt(p []byte, off int64) (int, error) {
+	if off < 0 || off > w.size {
+		return 0, io.EOF
+	}
+	n := int(min(int64(len(p)), w.size-off))
+	if err := w.read(p[:n], off); err != nil {
+		return 0, err
+	}
+	if n < len(p) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+// Changes lists what was written over Base, and refuses any other base.
+func (w *Written) Changes(ctx context.Context, req cbt.Request, emit func(cbt.Extent) error) (cbt.Report, error) {
+	const source = "overlay"
+	switch {
+	case req.Base == nil || req.Base.PointID != w.Base.ID:
+		return cbt.Report{}, &cbt.Error{Source: source, Kind: cbt.ErrBaseMismatch, Detail: "an overlay knows only what differs from " + w.Base.Name()}
+	case req.Size != w.size:
+		return cbt.Report{}, &cbt.Error{Source: source, Kind: cbt.ErrSizeMismatch, Detail: fmt.Sprintf("the overlay has %d bytes", w.size)}
+	}
+	report := cbt.Report{Source: source, BaseChangeID: req.Base.ChangeID, Size: w.size, Exact: true}
+	var failed error
+	err := w.dirty(ctx, func(off, length int64, zero bool) bool {
+		if failed = ctx.Err(); failed == nil {
+			failed = emit(cbt.Extent{Offset: off, Length: length, Zero: zero})
+		}
+		report.Reported += length
+		return failed == nil
+	})
+	if err = errors.Join(failed, err); err != nil {
+		return cbt.Report{}, err
+	}
+	return report, nil
+}
+
+// Close ends the use of an overlay; it stays as it is.
+func (w *Written) Close() error { return w.close() }
+
+// noBases is a disk that is compared with none.
+type noBases struct{}
+
+func (noBases) names() []string                   { return nil }
+func (noBases) find(string) (*backup.Point, bool) { return nil, false }
+func (noBases) open(context.Context, *backup.Point) (*image.Image, error) {
+	return nil, backup.ErrNoSuchPoint
+}

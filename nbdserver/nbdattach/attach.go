@@ -1,0 +1,140 @@
+// Package nbdattach connects NBD exports to the Linux kernel, as a block device
+// /dev/nbdN: by netlink, where the kernel has it (4.12 and later), else by
+// ioctl.
+//
+// Negotiation happens here and transmission in the kernel, which speaks simple
+// replies and knows neither TLS nor metadata contexts. Sources: the kernel's
+// include/uapi/linux/nbd-netlink.h, include/uapi/linux/nbd.h, drivers/block/nbd.c.
+package nbdattach
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/varve-io/varve/nbdserver/nbdclient"
+	"github.com/varve-io/varve/nbdserver/proto"
+)
+
+// Any is the index that lets the kernel choose a free device.
+const Any = -1
+
+// Options of an attachment.
+type Options struct {
+	// Index is N of /dev/nbdN; Any for a free one.
+	Index int
+	// Connections to the server, 1 to 64. More than one needs a server with
+	// CAN_MULTI_CONN.
+	Connections int
+	// BlockSize is the logical sector size, 512 to 4096; 0 for 512.
+	BlockSize uint32
+	// Timeout is how long the kernel waits for a reply before it takes the
+	// connection for dead; 0 for ever.
+	Timeout time.Duration
+	// DeadTimeout is how long requests wait for a new connection after the
+	// last one died, before they fail. Reconnecting needs it.
+	DeadTimeout time.Duration
+}
+
+var (
+	// ErrNoDriver means that this kernel has no nbd driver loaded.
+	ErrNoDriver = errors.New("this kernel has no nbd driver loaded: try \"modprobe nbd\"")
+	// ErrNoNetlink means that the driver is older than its netlink interface.
+	ErrNoNetlink = errors.New("the nbd driver has no netlink interface")
+)
+
+const maxConnections = 64
+
+// dialed is an export entered over several connections.
+type dialed struct {
+	info  nbdclient.Info
+	conns []net.Conn
+	files []*os.File // of conns
+}
+
+// dial enters the export of a URI over n connections. All must tell the same
+// export and size: with an alias they might not.
+func dial(ctx context.Context, u *nbdclient.URI, n int) (_ *dialed, err error) {
+	if u.TLS {
+		return nil, errors.New("the kernel's NBD client knows no TLS: put a TLS proxy or a tunnel between, or use a unix socket")
+	}
+	if n < 1 || n > maxConnections {
+		return nil, fmt.Errorf("%d connections: use 1 to %d", n, maxConnections)
+	}
+	all := &dialed{}
+	defer func() {
+		if err != nil {
+			all.close()
+		}
+	}()
+	for i := range n {
+		c, err := nbdclient.Dial(ctx, u, nil)
+		if err != nil {
+			return nil, err
+		}
+		info, conn, err := c.HandOver(u.Export)
+		if err != nil {
+			_ = c.Close()
+			return nil, err
+		}
+		all.conns = append(all.conns, conn)
+		f, err := conn.(interface{ File() (*os.File, error) }).File()
+		if err != nil {
+			return nil, fmt.Errorf("take the socket of a connection: %w", err)
+		}
+		all.files = append(all.files, f)
+		if i == 0 {
+			all.info = info
+			if n > 1 && info.Flags&proto.FlagCanMultiConn == 0 {
+				return nil, fmt.Errorf("the server does not allow several connections to %s: use --connections 1", info.Name)
+			}
+		} else if info.Name != all.info.Name || info.Size != all.info.Size {
+			return nil, fmt.Errorf("the server gave %s and then %s for the same name", all.info.Name, info.Name)
+		}
+	}
+	return all, nil
+}
+
+// close gives up this process's part in the connections. What the kernel took
+// over stays.
+func (d *dialed) close() {
+	for _, f := range d.files {
+		_ = f.Close()
+	}
+	for _, c := range d.conns {
+		_ = c.Close()
+	}
+}
+
+// Device names the device of an index.
+func Device(index int) string { return "/dev/nbd" + strconv.Itoa(index) }
+
+// ParseDevice reads /dev/nbdN, nbdN or N.
+func ParseDevice(s string) (int, error) {
+	text := strings.TrimPrefix(filepath.Base(s), "nbd")
+	n, err := strconv.Atoi(text)
+	if err != nil || n < 0 || n > 1<<20-1 {
+		return 0, fmt.Errorf("%q is no NBD device: write /dev/nbd0", s)
+	}
+	return n, nil
+}
+
+// hasDriver tells whether the nbd driver is there.
+func hasDriver() bool {
+	devices, err := os.ReadFile("/proc/devices")
+	return err == nil && strings.Contains(string(devices), " nbd\n")
+}
+
+// isFree tells whether a device has no connection. The kernel shows a pid file
+// for one that has.
+func isFree(index int) bool {
+	_, err := os.Stat(filepath.Join("/sys/block", "nbd"+strconv.Itoa(index), "pid"))
+	return errors.Is(err, syscall.ENOENT)
+}
