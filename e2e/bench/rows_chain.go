@@ -124,7 +124,7 @@ func (b *bench) maintainChain(long, short *site, points int) ([]result, error) {
 		return nil, err
 	}
 	return append(out, slower(fmt.Sprintf("full maintenance of a chain of %d, later ones", points), "chain of 1, same unique data",
-		atMost(2, "<= 2 x its time"), "the manifests and records of all points are read", a, p)), nil
+		atMost(2, "<= 2 x its time"), "each point of the chain has a segment index of its own to mark, a directory and a manifest, about 1.2 ms of CPU for each point, while the data is too small to take any time", a, p)), nil
 }
 
 // crowdRows open a repository of many points that were written at once.
@@ -147,8 +147,8 @@ func crowdRows(b *bench) ([]result, error) {
 		all = append(all, r)
 	}
 	x := medianOf(all, wallOf)
-	r := single(fmt.Sprintf("cold open and list of a repository with %d points of 100 volumes written within one epoch, so that nothing is merged yet", b.cfg.crowd),
-		seconds(x), x, atMost(5, "< 5 s"), "each of the three flushes of a point leaves an index blob, and all of them are read; they are merged once their epoch of six hours is over, so a day of that many points has a quarter of them unmerged at a time")
+	r := single(fmt.Sprintf("cold open and list of a repository with %d points of 100 volumes, none of their index blobs merged: what an epoch of six hours gathers when a day brings four times as many", b.cfg.crowd),
+		seconds(x), x, atMost(5, "< 5 s"), "each of the three flushes of a point leaves an index blob, and all of them are read until their epoch is over")
 	r.cpu = fmt.Sprintf("%.2f / -", medianOf(all, cpuOf))
 	return []result{r}, nil
 }

@@ -67,7 +67,7 @@ func (r *restoreBench) fulls(root string) ([]result, error) {
 		run, err := r.b.exec("dd", "if="+r.b.changed, "of="+r.target, "bs=4M", "conv=sparse", "status=none")
 		return synced(run, err, r.target)
 	}
-	const disk = "both sides end up waiting for the same disk, which the row against dd shows: Kopia's writes gather in the page cache, and the sync is counted"
+	const disk = "both sides wait for the same disk, which the row against dd shows, and for CPUs shared with other work: the sync of what Kopia left in the page cache is counted"
 	var out []result
 	for _, peer := range []struct {
 		name string
@@ -99,7 +99,7 @@ func (r *restoreBench) deltas() ([]result, error) {
 		args []string
 	}{
 		{"delta restore with a known base, 1 % different", atLeast(20, ">= 20 x"),
-			"the whole process is measured: opening the repository and writing two leases take most of it", []string{"--delta", "--base", "bench/disk@latest~1"}},
+			"a changed page costs decoding and writing its block of 128 KiB, and opening the repository and writing two leases is a floor", []string{"--delta", "--base", "bench/disk@latest~1"}},
 		{"delta restore by comparing", atLeast(2, ">= 2 x"),
 			"it reads and hashes all of the target, which takes as long as writing it where the disk is fast and the CPUs are busy", []string{"--delta"}},
 	} {
