@@ -111,8 +111,8 @@ func TestPostgreSQLStartsOnARecoveryPoint(t *testing.T) {
 	}
 	wait(t, func() bool { return strings.TrimSpace(query("select count(*)>=5100 from orders")) == "t" })
 	point := save(t, repo, shopDB, frozen(t, dir, image))
-	writer.Process.Kill()
-	writer.Wait()
+	_ = writer.Process.Kill()
+	_ = writer.Wait()
 	stop()
 	stopped = true
 	if point.Kind != "incremental" {

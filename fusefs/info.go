@@ -126,7 +126,7 @@ func part(b []byte, off int64, n int) []byte {
 }
 
 func (n *infoNode) Getattr(_ context.Context, f fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
-	size := 0
+	var size int
 	if t, ok := f.(*text); ok {
 		size = len(t.b)
 	} else {

@@ -83,7 +83,7 @@ func TestKilledProcessIsUnmounted(t *testing.T) {
 	if err := child.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	child.Wait()
+	_ = child.Wait()
 	wait(t, func() bool { return errors.Is(fusefs.Unmount(dir, false), fusefs.ErrNotMounted) })
 	if got := names(t, dir); len(got) != 0 {
 		t.Errorf("the directory still shows %q", got)
@@ -102,7 +102,7 @@ func TestDeadMountIsTakenAway(t *testing.T) {
 	if err := child.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	child.Wait()
+	_ = child.Wait()
 	if _, err := os.ReadDir(dir); !errors.Is(err, unix.ENOTCONN) {
 		t.Fatalf("the mount is not dead: %v", err)
 	}

@@ -151,7 +151,7 @@ func startChild(t testing.TB, r *repotest.Repo, dir string, env ...string) *exec
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { cmd.Process.Kill() })
+	t.Cleanup(func() { _ = cmd.Process.Kill() })
 	if b := make([]byte, 6); func() bool { _, err = io.ReadFull(out, b); return err != nil }() {
 		t.Fatalf("the serving process did not get ready: %v", err)
 	}

@@ -126,7 +126,7 @@ func start(t *testing.T, env testEnv, program string, args ...string) *exec.Cmd 
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { cmd.Process.Kill() })
+	t.Cleanup(func() { _ = cmd.Process.Kill() })
 	return cmd
 }
 
@@ -218,7 +218,7 @@ func TestKernelMountSurvivesNothing(t *testing.T) {
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	cmd.Wait()
+	_ = cmd.Wait()
 	waitUntil(t, "the killed process's mount goes", func() bool { return isEmpty(dir) && loops() == 0 && !fusefs.IsKernelMount(dir) })
 
 	cmd = start(t, env, program, "mount", "--kernel", volume+"@latest", dir)

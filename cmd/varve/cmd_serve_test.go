@@ -158,7 +158,7 @@ func TestServeFollowsTheRepository(t *testing.T) {
 	changeByte(t, disk, 300_000)
 	second := backupJSON(t, env, disk, "--volume", "shop/db")
 	backupJSON(t, env, disk, "--volume", "shop/web")
-	waitFor(t, func() bool {
+	waitUntil(t, "the server has noticed", func() bool {
 		e, err := enterExport(t.Context(), s.uri(second.Name))
 		if err == nil {
 			_ = e.Close()
@@ -183,25 +183,15 @@ func TestServeFollowsTheRepository(t *testing.T) {
 		t.Errorf("forgot a point that was read a moment ago: %+v", r)
 	}
 	third := backupJSON(t, env, disk, "--volume", "shop/db")
-	waitFor(t, func() bool { return strings.Contains(runVarve(t, env, "nbd", "list", s.uri("")).stdout, third.Name) })
+	waitUntil(t, "the server has noticed", func() bool { return strings.Contains(runVarve(t, env, "nbd", "list", s.uri("")).stdout, third.Name) })
 	mustRun(t, env, "forget", third.Name)
-	waitFor(t, func() bool {
+	waitUntil(t, "the server has noticed", func() bool {
 		e, err := enterExport(t.Context(), s.uri(third.Name))
 		if err == nil {
 			_ = e.Close()
 		}
 		return err != nil
 	})
-}
-
-// waitFor waits for a condition; the test's own deadline bounds it.
-func waitFor(t *testing.T, ok func() bool) {
-	t.Helper()
-	for !ok() {
-		if err := t.Context().Err(); err != nil {
-			t.Fatal(err)
-		}
-	}
 }
 
 func TestServeWritableAndCommit(t *testing.T) {

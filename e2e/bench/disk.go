@@ -37,12 +37,6 @@ func (b *bench) prepare() error {
 	b.disk = filepath.Join(b.cfg.dir, "disk.img")
 	b.changed = filepath.Join(b.cfg.dir, "changed.img")
 	b.extents = filepath.Join(b.cfg.dir, "extents.jsonl")
-	b.maker = filepath.Join(b.cfg.dir, "makepoints")
-	build := exec.Command("go", "build", "-o", b.maker, "./internal/makepoints")
-	build.Dir = b.cfg.root
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("build makepoints: %w: %s", err, out)
-	}
 	if err := b.mkfs(); err != nil {
 		return err
 	}
@@ -56,6 +50,17 @@ func (b *bench) prepare() error {
 		return err
 	}
 	return b.listChanges()
+}
+
+// buildMaker builds the program that makes many recovery points.
+func (b *bench) buildMaker() error {
+	b.maker = filepath.Join(b.cfg.dir, "makepoints")
+	build := exec.Command("go", "build", "-o", b.maker, "./internal/makepoints")
+	build.Dir = b.cfg.root
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("build makepoints: %w: %s", err, out)
+	}
+	return nil
 }
 
 func (b *bench) mkfs() error {

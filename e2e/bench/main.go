@@ -62,14 +62,21 @@ func run(cfg config, out string) error {
 		cfg.dir = dir
 	}
 	b := &bench{cfg: cfg, load: load()}
-	if err := b.prepare(); err != nil {
+	if err := b.buildMaker(); err != nil {
 		return err
 	}
+	prepared := false
 	for _, row := range allRows {
 		if len(cfg.rows) > 0 && !cfg.rows[row.id] {
 			continue
 		}
 		fmt.Fprintf(os.Stderr, "== %s\n", row.id)
+		if row.disk && !prepared {
+			if err := b.prepare(); err != nil {
+				return err
+			}
+			prepared = true
+		}
 		results, err := row.run(b)
 		if err != nil {
 			return fmt.Errorf("%s: %w", row.id, err)

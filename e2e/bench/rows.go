@@ -8,19 +8,21 @@ import (
 )
 
 type row struct {
-	id  string
-	run func(*bench) ([]result, error)
+	id   string
+	run  func(*bench) ([]result, error)
+	disk bool // it uses the disk with files
 }
 
 var allRows = []row{
-	{"full", fullBackup},
-	{"incremental", incrementalBackup},
-	{"stored", storedBytes},
-	{"metadata", metadataBytes},
-	{"restore", restoreRows},
-	{"memory", memoryRows},
-	{"chain", chainRows},
-	{"crowd", crowdRows},
+	{"full", fullBackup, true},
+	{"incremental", incrementalBackup, true},
+	{"stored", storedBytes, true},
+	{"metadata", metadataBytes, false},
+	{"restore", restoreRows, true},
+	{"memory", memoryRows, false},
+	{"chain", chainRows, false},
+	{"crowd", crowdRows, false},
+	{"nbd", nbdRows, true},
 }
 
 const (

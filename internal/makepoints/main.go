@@ -31,7 +31,7 @@ func main() {
 	flag.IntVar(&o.volumes, "volumes", 1, "volumes, bench/disk0 and on")
 	flag.IntVar(&o.points, "points", 1, "recovery points in all, each volume in turn")
 	flag.IntVar(&o.pages, "pages", 0, "pages written before a volume's first point, the same as those of that many points")
-	flag.IntVar(&o.maintain, "maintain-every", 0, "run quick maintenance after this many points")
+	flag.BoolVar(&o.quick, "quick", false, "only write what a point consists of, for thousands of them; all have the disk of the first")
 	flag.StringVar(&o.read, "first-byte", "", "open this point and read 4 KiB of it, -times times, each with an empty cache; the median in microseconds goes to standard output")
 	flag.IntVar(&o.times, "times", 101, "see -first-byte")
 	flag.Int64Var(&o.offset, "offset", 0, "where -first-byte reads, in bytes")
@@ -45,12 +45,13 @@ func main() {
 }
 
 type options struct {
-	config                           string
-	size                             int64
-	volumes, points, pages, maintain int
-	read                             string
-	offset                           int64
-	times                            int
+	config                 string
+	size                   int64
+	volumes, points, pages int
+	quick                  bool
+	read                   string
+	offset                 int64
+	times                  int
 }
 
 func run(ctx context.Context, o options) error {
@@ -61,6 +62,9 @@ func run(ctx context.Context, o options) error {
 	defer repo.Close(context.WithoutCancel(ctx))
 	if o.read != "" {
 		return firstByte(ctx, repo, o)
+	}
+	if o.quick {
+		return crowd(ctx, repo, o)
 	}
 	disks := make([]*simulated, o.volumes)
 	for i := range disks {
@@ -78,11 +82,6 @@ func run(ctx context.Context, o options) error {
 		v := backup.Volume{Namespace: "bench", Name: fmt.Sprintf("disk%d", i), Cluster: repo.Cluster()}
 		if _, _, err := backup.Run(ctx, repo, backup.Options{Volume: v, Disk: d, Source: d, ToolVersion: "makepoints"}); err != nil {
 			return fmt.Errorf("point %d of %s: %w", n, v, err)
-		}
-		if o.maintain > 0 && (n+1)%o.maintain == 0 {
-			if _, err := backup.Maintain(ctx, repo, backup.MaintainOptions{Mode: repository.MaintenanceQuick}); err != nil {
-				return fmt.Errorf("maintenance after point %d: %w", n, err)
-			}
 		}
 	}
 	return nil

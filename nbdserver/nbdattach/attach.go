@@ -61,17 +61,17 @@ type dialed struct {
 
 // dial enters the export of a URI over n connections. All must tell the same
 // export and size: with an alias they might not.
-func dial(ctx context.Context, u *nbdclient.URI, n int) (d *dialed, err error) {
+func dial(ctx context.Context, u *nbdclient.URI, n int) (_ *dialed, err error) {
 	if u.TLS {
 		return nil, errors.New("the kernel's NBD client knows no TLS: put a TLS proxy or a tunnel between, or use a unix socket")
 	}
 	if n < 1 || n > maxConnections {
 		return nil, fmt.Errorf("%d connections: use 1 to %d", n, maxConnections)
 	}
-	d = &dialed{}
+	all := &dialed{}
 	defer func() {
 		if err != nil {
-			d.close()
+			all.close()
 		}
 	}()
 	for i := range n {
@@ -84,22 +84,22 @@ func dial(ctx context.Context, u *nbdclient.URI, n int) (d *dialed, err error) {
 			_ = c.Close()
 			return nil, err
 		}
-		d.conns = append(d.conns, conn)
+		all.conns = append(all.conns, conn)
 		f, err := conn.(interface{ File() (*os.File, error) }).File()
 		if err != nil {
 			return nil, fmt.Errorf("take the socket of a connection: %w", err)
 		}
-		d.files = append(d.files, f)
+		all.files = append(all.files, f)
 		if i == 0 {
-			d.info = info
+			all.info = info
 			if n > 1 && info.Flags&proto.FlagCanMultiConn == 0 {
 				return nil, fmt.Errorf("the server does not allow several connections to %s: use --connections 1", info.Name)
 			}
-		} else if info.Name != d.info.Name || info.Size != d.info.Size {
-			return nil, fmt.Errorf("the server gave %s and then %s for the same name", d.info.Name, info.Name)
+		} else if info.Name != all.info.Name || info.Size != all.info.Size {
+			return nil, fmt.Errorf("the server gave %s and then %s for the same name", all.info.Name, info.Name)
 		}
 	}
-	return d, nil
+	return all, nil
 }
 
 // close gives up this process's part in the connections. What the kernel took

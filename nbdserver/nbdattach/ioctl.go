@@ -5,6 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -69,23 +73,52 @@ func ServeIoctl(ctx context.Context, u *nbdclient.URI, opt Options, ready func(*
 	}
 	for _, f := range d.files {
 		if err := set("connection", ioSetSock, int(f.Fd())); err != nil {
-			return errors.Join(err, set("nothing", ioClearSock, 0))
+			return errors.Join(err, clearSockets(fd))
 		}
 	}
 	done := make(chan error, 1)
 	go func() { done <- unix.IoctlSetInt(fd, ioDoIt, 0) }() // ends with the connection
+	if err := waitCapacity(opt.Index, d.info.Size >= uint64(block), done); err != nil {
+		return errors.Join(err, clearSockets(fd))
+	}
 	if err := ready(&Attachment{Index: opt.Index, Info: d.info}); err != nil {
-		return errors.Join(err, set("end", ioDisconnect, 0), <-done, set("nothing", ioClearSock, 0))
+		return errors.Join(err, set("disconnection", ioDisconnect, 0), <-done, clearSockets(fd))
 	}
 	select {
 	case err = <-done:
 	case <-ctx.Done():
-		err = errors.Join(set("end", ioDisconnect, 0), <-done)
+		err = errors.Join(set("disconnection", ioDisconnect, 0), <-done)
 	}
 	if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ETIMEDOUT) {
 		err = fmt.Errorf("the connection to the server was lost: %w", err)
 	}
-	return errors.Join(err, set("nothing", ioClearSock, 0))
+	return errors.Join(err, clearSockets(fd))
+}
+
+// waitCapacity waits until the kernel shows the size of the device, which it
+// does some time within DO_IT.
+func waitCapacity(index int, hasAny bool, done <-chan error) error {
+	t := time.NewTicker(10 * time.Millisecond)
+	defer t.Stop()
+	for hasAny {
+		size, err := os.ReadFile(filepath.Join("/sys/block", "nbd"+strconv.Itoa(index), "size"))
+		if err == nil && strings.TrimSpace(string(size)) != "0" {
+			return nil
+		}
+		select {
+		case err := <-done:
+			return errors.Join(fmt.Errorf("attach %s: the connection ended at once", Device(index)), err)
+		case <-t.C:
+		}
+	}
+	return nil
+}
+
+func clearSockets(fd int) error {
+	if err := unix.IoctlSetInt(fd, ioClearSock, 0); err != nil {
+		return fmt.Errorf("take the connections from the device: %w", err)
+	}
+	return nil
 }
 
 func disconnectIoctl(index int) error {

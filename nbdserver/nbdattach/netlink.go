@@ -231,7 +231,7 @@ func reconnect(ctx context.Context, a *Attachment, u *nbdclient.URI, log *slog.L
 			return nil
 		}
 		if isFree(a.Index) || ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // detached, or told to stop: there is nothing to connect again
 		}
 		log.WarnContext(ctx, "cannot connect again yet", "device", Device(a.Index), "err", err)
 		select {

@@ -1,0 +1,290 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"syscall"
+	"time"
+)
+
+const chainDepth = 16
+
+// chain is one history of the disk, as recovery points and as a chain of qcow2
+// files compressed with zstd.
+type chain struct {
+	*site
+	raw string // what the newest of both reads as
+	top string // the newest qcow2 file
+}
+
+// newChain makes the disk and 15 increments of 300 scattered pages each.
+func (b *bench) newChain() (*chain, error) {
+	s, err := b.newSite()
+	if err != nil {
+		return nil, err
+	}
+	c := &chain{site: s, raw: filepath.Join(s.dir, "now.img")}
+	if err := sh("cp", "--sparse=always", b.disk, c.raw); err != nil {
+		return c, err
+	}
+	rng := rand.New(rand.NewPCG(16, 4096))
+	for n := range chainDepth {
+		if n > 0 {
+			for range 300 {
+				if err := poke(c.raw, rng.Int64N(diskBytes/pageBytes)*pageBytes); err != nil {
+					return c, err
+				}
+			}
+		}
+		if _, err := s.save(c.raw); err != nil {
+			return c, err
+		}
+		next := filepath.Join(s.dir, fmt.Sprintf("layer-%d.qcow2", n))
+		args := []string{"convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd"}
+		if n > 0 {
+			args = append(args, "-B", c.top, "-F", "qcow2")
+		}
+		if err := sh("qemu-img", append(args, c.raw, next)...); err != nil {
+			return c, err
+		}
+		c.top = next
+	}
+	return c, nil
+}
+
+// nbdServer is a running server and the URI of the disk.
+type nbdServer struct {
+	cmd *exec.Cmd
+	uri string
+}
+
+func (n *nbdServer) stop() error {
+	_ = n.cmd.Process.Signal(syscall.SIGTERM)
+	err := n.cmd.Wait()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && !exit.Exited() { // qemu-nbd may end by the signal
+		return nil
+	}
+	return err
+}
+
+func (c *chain) serveVarve(args ...string) (*nbdServer, error) {
+	socket := filepath.Join(c.dir, "varve.sock")
+	cmd := exec.Command(c.b.cfg.varve, append([]string{"--config", c.conf, "serve", "bench/disk@latest", "-o", "json", "--listen", "unix:" + socket}, args...)...)
+	cmd.Env = c.b.env()
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	var ready any
+	if err := json.NewDecoder(out).Decode(&ready); err != nil {
+		return nil, fmt.Errorf("varve serve: %w", errors.Join(err, cmd.Wait()))
+	}
+	return &nbdServer{cmd, "nbd+unix:///?socket=" + socket}, nil
+}
+
+// servePeer starts a server that writes its process ID once it listens.
+func (c *chain) servePeer(name string, args ...string) (*nbdServer, error) {
+	socket, pid := filepath.Join(c.dir, name+".sock"), filepath.Join(c.dir, name+".pid")
+	_ = os.Remove(socket)
+	_ = os.Remove(pid)
+	for i, a := range args {
+		switch a {
+		case "SOCKET":
+			args[i] = socket
+		case "PID":
+			args[i] = pid
+		}
+	}
+	cmd := exec.Command(name, args...)
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	for {
+		if st, err := os.Stat(pid); err == nil && st.Size() > 0 {
+			return &nbdServer{cmd, "nbd+unix:///?socket=" + socket}, nil
+		}
+		if err := syscall.Kill(cmd.Process.Pid, 0); err != nil {
+			return nil, fmt.Errorf("%s: %w", name, cmd.Wait())
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+func (c *chain) serveNbdkit() (*nbdServer, error) {
+	return c.servePeer("nbdkit", "-f", "-r", "-U", "SOCKET", "-P", "PID", "file", c.raw)
+}
+
+func (c *chain) serveQemu() (*nbdServer, error) {
+	return c.servePeer("qemu-nbd", "-r", "-t", "-e", "64", "-f", "qcow2", "-k", "SOCKET", "--pid-file", "PID", c.top)
+}
+
+func copyToNull(uri string) (time.Duration, error) {
+	start := time.Now()
+	err := sh("nbdcopy", "--connections=4", uri, "null:")
+	return time.Since(start), err
+}
+
+// randomReads returns the rate of 4 KiB reads at depth 16.
+func randomReads(uri string, args ...string) (float64, error) {
+	out, err := exec.Command("fio", append([]string{"--name=r", "--ioengine=nbd", "--uri=" + uri, "--rw=randread", "--bs=4k",
+		"--iodepth=16", "--output-format=json"}, args...)...).Output()
+	if err != nil {
+		return 0, fmt.Errorf("fio: %w", err)
+	}
+	var doc struct {
+		Jobs []struct {
+			Read struct {
+				IOPS float64 `json:"iops"`
+			} `json:"read"`
+		} `json:"jobs"`
+	}
+	if err := json.Unmarshal(out, &doc); err != nil || len(doc.Jobs) != 1 {
+		return 0, fmt.Errorf("fio's answer: %d jobs, %w", len(doc.Jobs), err)
+	}
+	return doc.Jobs[0].Read.IOPS, nil
+}
+
+// fresh measures on a server started for each run.
+func fresh[T any](start func() (*nbdServer, error), measure func(uri string) (T, error)) func() (T, error) {
+	return func() (v T, err error) {
+		settle()
+		n, err := start()
+		if err != nil {
+			return v, err
+		}
+		v, err = measure(n.uri)
+		return v, errors.Join(err, n.stop())
+	}
+}
+
+func nbdRows(b *bench) ([]result, error) {
+	c, err := b.newChain()
+	if c != nil {
+		defer c.remove()
+	}
+	if err != nil {
+		return nil, err
+	}
+	const chainName = "qemu-nbd over a 16-deep qcow2 chain, zstd"
+	cold := func() (*nbdServer, error) { return c.serveVarve() }
+	warm := func() (*nbdServer, error) { return c.serveVarve("--cache-size", "4G") }
+	var out []result
+
+	a, p, err := b.pair(fresh(cold, walled(copyToNull)), fresh(c.serveQemu, walled(copyToNull)))
+	if err != nil {
+		return nil, err
+	}
+	out = append(out, times("NBD sequential read of a whole point, nothing cached (nbdcopy, 4 connections)", chainName, atMost(0.5, "<= 0.5 x its time"), a, p))
+
+	second := func(uri string) (time.Duration, error) {
+		if _, err := copyToNull(uri); err != nil {
+			return 0, err
+		}
+		return copyToNull(uri)
+	}
+	if a, p, err = b.pair(fresh(warm, walled(second)), fresh(c.serveNbdkit, walled(second))); err != nil {
+		return nil, err
+	}
+	out = append(out, times("the same, second pass", "nbdkit file on the raw image", atMost(1.3, "<= 1.3 x its time"), a, p))
+
+	rate := func(args ...string) func(uri string) (float64, error) {
+		return func(uri string) (float64, error) { return randomReads(uri, args...) }
+	}
+	set := []string{"--size=256M", "--offset=64M"}
+	cached := func(uri string) (float64, error) {
+		if err := sh("fio", append([]string{"--name=w", "--ioengine=nbd", "--uri=" + uri, "--rw=read", "--bs=1M", "--iodepth=4", "--output=/dev/null"}, set...)...); err != nil {
+			return 0, err
+		}
+		return randomReads(uri, append(set, "--time_based", "--runtime=5")...)
+	}
+	r, err := b.rates(fresh(warm, cached), fresh(c.serveNbdkit, cached))
+	if err != nil {
+		return nil, err
+	}
+	r.work, r.peerName, r.goal = "NBD random reads of 4 KiB, depth 16, cached working set of 256 MiB", "nbdkit file on the raw image", atLeast(1, ">= 1.0 x")
+	out = append(out, r)
+
+	few := rate("--size=4G", "--number_ios=30000", "--norandommap", "--randrepeat=1")
+	if r, err = b.rates(fresh(warm, few), fresh(c.serveQemu, few)); err != nil {
+		return nil, err
+	}
+	r.work, r.peerName, r.goal = "the same over the whole disk, nothing decoded yet, 30,000 reads", chainName, atLeast(1, ">= 1.0 x")
+	return append(out, r), nil
+}
+
+// walled takes a measured time for a sample; what the client costs in CPU says
+// nothing of the servers.
+func walled(f func(uri string) (time.Duration, error)) func(uri string) (sample, error) {
+	return func(uri string) (sample, error) {
+		d, err := f(uri)
+		return sample{wall: d}, err
+	}
+}
+
+// times is a row of how long ours takes as a part of the peer's time.
+func times(work, peerName string, g goal, ours, peer []sample) result {
+	r := slower(work, peerName, g, "", ours, peer)
+	r.cpu = "-"
+	return r
+}
+
+// rates runs both in turn and compares the medians of what they reach.
+func (b *bench) rates(ours, peer func() (float64, error)) (result, error) {
+	var a, p []float64
+	for range b.cfg.runs {
+		x, err := ours()
+		if err != nil {
+			return result{}, err
+		}
+		y, err := peer()
+		if err != nil {
+			return result{}, err
+		}
+		a, p = append(a, x), append(p, y)
+	}
+	mid := func(s []float64) float64 { s = slices.Clone(s); slices.Sort(s); return s[len(s)/2] }
+	r := result{
+		varve: fmt.Sprintf("%.0f /s", mid(a)), peer: fmt.Sprintf("%.0f /s", mid(p)), ratio: fmt.Sprintf("%.2f x", mid(a)/mid(p)),
+		cpu: "-", reached: mid(a) >= mid(p),
+	}
+	var odd, even []float64
+	for i, v := range p {
+		if i%2 == 0 {
+			even = append(even, v)
+		} else {
+			odd = append(odd, v)
+		}
+	}
+	if len(odd) > 0 {
+		if x, y := mid(odd), mid(even); max(x, y) > 1.1*min(x, y) {
+			r.note = fmt.Sprintf("noisy: the peer against itself %.2f x", max(x, y)/min(x, y))
+		}
+	}
+	return r, nil
+}
+
+// poke writes one page of data that differs by its place.
+func poke(path string, off int64) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	p := make([]byte, pageBytes)
+	for i := range p {
+		p[i] = byte(int64(i)*7 + off>>12)
+	}
+	_, err = f.WriteAt(p, off)
+	return errors.Join(err, f.Close())
+}

@@ -1,0 +1,279 @@
+package serve
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"testing"
+	"time"
+
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/backup/repository/repotest"
+	"github.com/varve-io/varve/nbdserver"
+)
+
+// memory is a disk to back up.
+type memory []byte
+
+func (m memory) ReadAt(p []byte, off int64) (int, error) {
+	return bytes.NewReader(m).ReadAt(p, off)
+}
+func (m memory) Size() int64      { return int64(len(m)) }
+func (m memory) CheckSize() error { return nil }
+
+func save(t *testing.T, r *repository.Repository, cluster, name string, data []byte) *backup.Point {
+	t.Helper()
+	v, err := backup.ParseVolume(name, cluster)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, _, err := backup.Run(t.Context(), r, backup.Options{Volume: v, Disk: memory(data)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func openCatalog(t *testing.T, r *repository.Repository, opt Options) *Catalog {
+	t.Helper()
+	cache := image.NewCache(32 << 20)
+	t.Cleanup(cache.Close)
+	c, err := Open(t.Context(), r, cache, opt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Close(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	return c
+}
+
+func text(n int, seed byte) []byte {
+	p := make([]byte, n)
+	for i := range p {
+		p[i] = seed + byte(i>>9)
+	}
+	return p
+}
+
+func (c *Catalog) mustOpen(t *testing.T, name string) *nbdserver.Opened {
+	t.Helper()
+	o, err := c.Open(t.Context(), name, nbdserver.Client{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(o.Close)
+	return o
+}
+
+func TestNames(t *testing.T) {
+	r := repotest.New(t).Open(t)
+	prod := save(t, r, "prod", "shop/db", text(70_000, 1))
+	other := save(t, r, "test", "shop/db", text(70_000, 2))
+	web := save(t, r, "prod", "shop/web", text(70_000, 3))
+	c := openCatalog(t, r, Options{})
+	for name, want := range map[string]*backup.Point{
+		"prod:" + prod.Name():  prod,
+		"test:shop/db@latest":  other,
+		web.Name():             web,
+		"shop/web@latest":      web,
+		prod.ID:                prod,
+		web.ID[:8]:             web,
+		"shop/db@latest":       nil, // of which cluster?
+		"":                     nil,
+		"shop/web@latest~1":    nil,
+		"shop/web":             nil,
+		"shop/web@latest/../x": nil,
+	} {
+		o, err := c.Open(t.Context(), name, nbdserver.Client{})
+		switch {
+		case want == nil:
+			if !errors.Is(err, nbdserver.ErrUnknownExport) {
+				t.Errorf("%q opens: %v", name, err)
+			}
+		case err != nil:
+			t.Errorf("%q: %v", name, err)
+		default:
+			p := make([]byte, 1)
+			if _, err := o.ReadAt(t.Context(), p, 0); err != nil || p[0] != map[*backup.Point]byte{prod: 1, other: 2, web: 3}[want] {
+				t.Errorf("%q reads as %d: %v", name, p[0], err)
+			}
+			o.Close()
+		}
+	}
+	only := openCatalog(t, r, Options{Select: []string{"shop/web"}})
+	if o := only.mustOpen(t, ""); o.Name != web.Name() {
+		t.Errorf("the empty name means %s", o.Name)
+	}
+	if _, err := Open(t.Context(), r, image.NewCache(0), Options{Select: []string{"shop/no@latest"}}); !errors.Is(err, backup.ErrNoSuchPoint) {
+		t.Errorf("a point that is not there was selected: %v", err)
+	}
+}
+
+// Every way to read a disk gives the same bytes, at any edge of blocks.
+func TestDiskReads(t *testing.T) {
+	r := repotest.New(t).Open(t)
+	data := text(1<<20+777, 0)
+	clear(data[300_000:800_000])
+	p := save(t, r, "c", "shop/db", data)
+	c := openCatalog(t, r, Options{Pad: 512})
+	o := c.mustOpen(t, p.Name())
+	padded := append(bytes.Clone(data), make([]byte, 512-777%512)...)
+	if padded = padded[:o.Size()]; int64(len(padded)) != o.Size() || o.Size()%512 != 0 {
+		t.Fatalf("padded to %d", o.Size())
+	}
+	lender := o.Export.(nbdserver.Lender)
+	flat := func(pieces []nbdserver.Piece) (out []byte) {
+		for _, q := range pieces {
+			if q.Data == nil {
+				out = append(out, make([]byte, q.Zeroes)...)
+			}
+			out = append(out, q.Data...)
+		}
+		return out
+	}
+	if _, err := lender.Lend(t.Context(), nil, 0, 4096, false); !errors.Is(err, nbdserver.ErrNotCached) {
+		t.Errorf("lent what was never read: %v", err)
+	}
+	for off := int64(0); off < o.Size(); off += 65_521 {
+		n := int(min(130_000, o.Size()-off))
+		got := make([]byte, n)
+		if _, err := o.ReadAt(t.Context(), got, off); err != nil || !bytes.Equal(got, padded[off:off+int64(n)]) {
+			t.Errorf("read %d at %d: %v", n, off, err)
+		}
+		for _, wait := range []bool{true, false} {
+			pieces, err := lender.Lend(t.Context(), make([]nbdserver.Piece, 0, 1), off, n, wait)
+			if err != nil || !bytes.Equal(flat(pieces), got) {
+				t.Errorf("lent %d at %d, waiting %v: %v", n, off, wait, err)
+			}
+		}
+	}
+	at := int64(0)
+	if err := o.Extents(t.Context(), 0, o.Size(), func(n int64, hole, zero bool) bool {
+		if hole != zero || zero && len(bytes.Trim(padded[at:at+n], "\x00")) > 0 {
+			t.Errorf("extent at %d of %d: hole %v, zero %v", at, n, hole, zero)
+		}
+		at += n
+		return true
+	}); err != nil || at != o.Size() {
+		t.Errorf("extents end at %d: %v", at, err)
+	}
+}
+
+// A missing block names itself and the point, and what came before it is lent.
+func TestMissingBlock(t *testing.T) {
+	repo := repotest.New(t)
+	r := repo.Open(t)
+	p := save(t, r, "c", "shop/db", text(1<<20, 0))
+	c := openCatalog(t, r, Options{})
+	o := c.mustOpen(t, p.Name())
+	if err := o.Extents(t.Context(), 0, 1, func(int64, bool, bool) bool { return false }); err != nil { // loads the indexes
+		t.Fatal(err)
+	}
+	for _, pack := range repo.Packs(t) {
+		if pack[0] == 'p' {
+			repo.RemoveBlob(t, pack)
+		}
+	}
+	_, err := o.ReadAt(t.Context(), make([]byte, 4096), 0)
+	if !errors.Is(err, repository.ErrContentMissing) || !bytes.Contains([]byte(err.Error()), []byte(p.Name()+": block at 0x0")) {
+		t.Errorf("%v", err)
+	}
+	var at *nbdserver.OffsetError
+	if _, err := o.Export.(nbdserver.Lender).Lend(t.Context(), nil, 70_000, 100, true); !errors.As(err, &at) || at.Offset != 70_000 {
+		t.Errorf("%v", err)
+	}
+}
+
+// Points that nobody has open any more are let go, and their leases with them.
+func TestLinger(t *testing.T) {
+	r := repotest.New(t).Open(t)
+	p := save(t, r, "c", "shop/db", text(70_000, 1))
+	c := openCatalog(t, r, Options{Linger: time.Millisecond})
+	leases := func() int {
+		t.Helper()
+		held, err := backup.Leases(t.Context(), r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(held[p.ID])
+	}
+	o, err := c.Open(t.Context(), p.Name(), nbdserver.Client{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := leases(); n != 0 {
+		t.Errorf("%d leases before anybody stays", n)
+	}
+	if err := o.Enter(t.Context()); err != nil || leases() != 1 {
+		t.Errorf("%d leases of one who stays: %v", leases(), err)
+	}
+	o.Close()
+	for leases() > 0 {
+		if err := t.Context().Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// Thousands of points are listed without opening any.
+func TestManyPoints(t *testing.T) {
+	points := 10_000
+	if testing.Short() {
+		points = 500
+	}
+	repo := repotest.New(t)
+	r := repo.Open(t)
+	p := save(t, r, "c", "shop/db", text(70_000, 1))
+	ctx := t.Context()
+	s, err := r.LoadSnapshot(ctx, p.ManifestID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := r.ReadDirectory(ctx, s.Root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := r.NewWriter(ctx, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := 1; i < points; i++ {
+		at := p.Time.Add(time.Duration(i) * time.Second)
+		s.Start, s.End = at, at
+		s.Tags["varve-id"], s.Tags["varve-generation"], s.Tags["varve-time"] = fmt.Sprintf("%032x", i), fmt.Sprint(i+1), at.Format(time.RFC3339Nano)
+		if err := w.SaveSnapshot(ctx, s, files); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(w.Flush(ctx), w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	r = repo.Open(t) // cold
+	start := time.Now()
+	c := openCatalog(t, r, Options{})
+	t.Logf("the catalogue of %d points was ready in %v", points, time.Since(start))
+	start = time.Now()
+	if err := c.Refresh(ctx); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("a refresh took %v", time.Since(start))
+	listed := 0
+	if err := c.List(ctx, nbdserver.Client{}, func(nbdserver.Listing) bool { listed++; return true }); err != nil || listed != points {
+		t.Errorf("%d exports, %v", listed, err)
+	}
+	last := c.mustOpen(t, "shop/db@latest")
+	names, err := last.Export.(nbdserver.Statuser).Contexts(ctx)
+	if err != nil || len(names) != points {
+		t.Errorf("%d contexts, %v", len(names), err)
+	}
+	if _, err := io.ReadFull(io.NewSectionReader(nbdserver.NewBackend(ctx, last.Export), 0, 70_000), make([]byte, 70_000)); err != nil {
+		t.Error(err)
+	}
+}
