@@ -147,7 +147,9 @@ func (r *run) findLost(ctx context.Context, of blocktree.Root) (blocks int64, ro
 		}
 		whole = !alive
 	}
-	p := &prover{run: r, ctx: ctx, tree: tree, packs: map[string]int64{}, zero: map[repository.ObjectID]bool{}, lost: newWorklist(r.lay)}
+	p := &prover{
+		run: r, ctx: ctx, tree: tree, packs: map[string]int64{}, zero: map[repository.ObjectID]bool{}, lost: newWorklist(r.lay),
+	}
 	r.work = p.lost
 	if root, err = p.root(); err != nil {
 		return 0, false, err

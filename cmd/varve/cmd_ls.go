@@ -13,7 +13,7 @@ import (
 )
 
 func newLsCommand(a *app) *cobra.Command {
-	var stale bool
+	var stale, versions bool
 	cmd := &cobra.Command{
 		Use:     "ls POINT[:/PATH]",
 		GroupID: groupRead,
@@ -21,12 +21,23 @@ func newLsCommand(a *app) *cobra.Command {
 		Long: `List a directory inside a recovery point, without a mount and without root.
 
 On a disk with partitions or logical volumes the root lists them; a path then
-starts with one's name: shop/vm@latest:/p1/etc.`,
+starts with one's name: shop/vm@latest:/p1/etc.
+
+With --versions the argument is VOLUME:/PATH, and the states that the file had in
+the volume's recovery points are listed, each with the first and the last point
+that has it. Metadata is compared, and of content only what changed on the disk.`,
 		Example: `  varve ls shop/db@latest:/var/lib
-  varve ls shop/db@latest~2 -o json`,
+  varve ls shop/db@latest~2 -o json
+  varve ls --versions shop/db:/etc/fstab`,
 		Args: cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error { return a.ls(cmd.Context(), args[0], stale) },
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if versions {
+				return a.versions(cmd.Context(), args[0], stale)
+			}
+			return a.ls(cmd.Context(), args[0], stale)
+		},
 	}
+	cmd.Flags().BoolVar(&versions, "versions", false, "list the states of a file across a volume's recovery points")
 	addStaleFlag(cmd, &stale)
 	return cmd
 }

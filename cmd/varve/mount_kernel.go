@@ -97,6 +97,9 @@ func newMountWatchCommand() *cobra.Command {
 			if _, err := io.Copy(io.Discard, cmd.InOrStdin()); err != nil {
 				return fmt.Errorf("watch over a mount: %w", err)
 			}
+			if !fusefs.IsKernelMount(args[0]) {
+				return nil // all is clean
+			}
 			return fusefs.UnmountKernel(args[0], true)
 		},
 	}

@@ -67,22 +67,33 @@ func openFiles(ctx context.Context, repo *repository.Repository, arg string) (*p
 	if err != nil {
 		return nil, "", err
 	}
-	root, err := backup.OpenRoot(ctx, repo, p)
+	files, err := openPointFiles(ctx, repo, image.NewCache(fileCacheBytes), p)
 	if err != nil {
 		return nil, "", err
 	}
-	cache := image.NewCache(fileCacheBytes)
+	return files, path.Clean("/" + name), nil
+}
+
+// openPointFiles opens a point; its Close closes the cache, and so does an error.
+func openPointFiles(ctx context.Context, repo *repository.Repository, cache *image.Cache, p *backup.Point) (files *pointFiles, err error) {
+	defer func() {
+		if err != nil {
+			cache.Close()
+		}
+	}()
+	root, err := backup.OpenRoot(ctx, repo, p)
+	if err != nil {
+		return nil, err
+	}
 	img, err := image.Open(repo, cache, root, p.Generation)
 	if err != nil {
-		cache.Close()
-		return nil, "", fmt.Errorf("%s: %w", p.Name(), err)
+		return nil, fmt.Errorf("%s: %w", p.Name(), err)
 	}
 	d, err := disk.Open(img, img.Size())
 	if err != nil {
-		cache.Close()
-		return nil, "", fmt.Errorf("%s: %w", p.Name(), err)
+		return nil, fmt.Errorf("%s: %w", p.Name(), err)
 	}
-	return &pointFiles{point: p, disk: d, img: img, cache: cache}, path.Clean("/" + name), nil
+	return &pointFiles{point: p, disk: d, img: img, cache: cache}, nil
 }
 
 // whole returns the only volume of a disk without partitions, nil otherwise.

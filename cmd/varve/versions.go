@@ -1,0 +1,270 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path"
+	"strings"
+	"syscall"
+
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/fusefs/diskfs"
+)
+
+// fileVersion is what "varve ls --versions -o json" prints: a state of a file, and the
+// recovery points from First to Last that have it.
+type fileVersion struct {
+	First  string    `json:"first"`
+	Last   string    `json:"last"`
+	Points int       `json:"points"`
+	File   *fileInfo `json:"file,omitempty"` // nil where there is no such file
+}
+
+// fileState is a file in one recovery point.
+type fileState struct {
+	files *pointFiles
+	start int64 // of its volume on the disk; -1 where it does not lie in one piece
+	info  fileInfo
+	stat  *diskfs.Stat
+	file  diskfs.File // of a regular file, else nil
+}
+
+func (a *app) versions(ctx context.Context, arg string, stale bool) (err error) {
+	i := strings.Index(arg, ":/")
+	if i < 0 {
+		return usagef("--versions wants VOLUME:/PATH, for example shop/db:/etc/fstab")
+	}
+	name := path.Clean(arg[i+1:])
+	repo, err := a.openRepository(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
+	cluster := repo.Cluster()
+	if a.flags.cluster != "" {
+		cluster = a.flags.cluster
+	}
+	v, err := backup.ParseVolume(arg[:i], cluster)
+	if err != nil {
+		return usagef("--versions: %w", err)
+	}
+	cat, err := backup.List(ctx, repo, backup.ListOptions{Volume: &v})
+	if err != nil {
+		return err
+	}
+	points := cat.Of(v)
+	if len(points) == 0 {
+		return fmt.Errorf("%w: %s has none", backup.ErrNoSuchPoint, v)
+	}
+	list, err := fileVersions(ctx, repo, points, name, stale)
+	if err != nil {
+		return err
+	}
+	return a.print(list, func(t *table) {
+		t.row("FIRST", "LAST", "POINTS", "MODE", "UID", "GID", "SIZE", "MODIFIED")
+		for _, v := range list {
+			if v.File == nil {
+				t.row(v.First, v.Last, v.Points, "(no such file)", "", "", "", "")
+				continue
+			}
+			t.row(v.First, v.Last, v.Points, v.File.Mode, v.File.UID, v.File.GID, v.File.Size, t.time(v.File.ModTime))
+		}
+	})
+}
+
+// fileVersions groups points, oldest first, by the states of a file.
+func fileVersions(ctx context.Context, repo *repository.Repository, points []*backup.Point, name string, stale bool) ([]fileVersion, error) {
+	list := []fileVersion{}
+	var before *fileState
+	defer func() { before.close() }()
+	for i, p := range points {
+		now, err := openState(ctx, repo, p, name, stale)
+		if err != nil {
+			return nil, err
+		}
+		same := i > 0
+		if same {
+			if same, err = sameState(ctx, before, now); err != nil {
+				now.close()
+				return nil, fmt.Errorf("compare %s with %s: %w", p.Name(), points[i-1].Name(), err)
+			}
+		}
+		if same {
+			last := &list[len(list)-1]
+			last.Last, last.Points = p.Name(), last.Points+1
+		} else {
+			v := fileVersion{First: p.Name(), Last: p.Name(), Points: 1}
+			if now.stat != nil {
+				v.File = &now.info
+			}
+			list = append(list, v)
+		}
+		before.close()
+		before = now
+	}
+	return list, nil
+}
+
+func (s *fileState) close() {
+	if s == nil {
+		return
+	}
+	if s.file != nil {
+		_ = s.file.Close() // was only read
+	}
+	s.files.Close()
+}
+
+// openState opens the file in one point; without a stat where it does not exist.
+func openState(ctx context.Context, repo *repository.Repository, p *backup.Point, name string, stale bool) (s *fileState, err error) {
+	files, err := openPointFiles(ctx, repo, image.NewCache(versionCacheBytes), p)
+	if err != nil {
+		return nil, err
+	}
+	s = &fileState{files: files, start: -1}
+	defer func() {
+		if err != nil {
+			s.close()
+		}
+	}()
+	fsys, inside, err := files.find(name, diskfs.Options{Stale: stale})
+	if err != nil {
+		return nil, err
+	}
+	if fsys == nil {
+		return nil, usagef("--versions: %s is the list of volumes", name)
+	}
+	s.start = files.start(name)
+	st, err := fsys.Lstat(inside)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
+		return s, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", p.Name(), err)
+	}
+	if s.info, err = describe(fsys, inside, st); err != nil {
+		return nil, fmt.Errorf("%s: %w", p.Name(), err)
+	}
+	s.stat, _ = st.Sys().(*diskfs.Stat)
+	if st.Mode().IsRegular() {
+		f, err := fsys.Open(inside)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", p.Name(), err)
+		}
+		s.file, _ = f.(diskfs.File)
+	}
+	return s, nil
+}
+
+// versionCacheBytes bounds what is kept of each of the two points compared.
+const versionCacheBytes = 64 << 20
+
+// start is where the volume that a path lies in begins on the disk, -1 for logical
+// volumes.
+func (f *pointFiles) start(name string) int64 {
+	if f.whole() != nil {
+		return 0
+	}
+	for _, v := range f.disk.Volumes {
+		if v.Partition != nil && (name == "/"+v.Name || strings.HasPrefix(name, "/"+v.Name+"/")) {
+			return v.Partition.Start
+		}
+	}
+	return -1
+}
+
+// sameState compares a file in two points: metadata first, then content where the
+// disk changed below it.
+func sameState(ctx context.Context, a, b *fileState) (bool, error) {
+	if a.stat == nil || b.stat == nil {
+		return a.stat == b.stat, nil
+	}
+	x, y := a.stat, b.stat
+	if a.info.Mode != b.info.Mode || a.info.Target != b.info.Target || x.UID != y.UID || x.GID != y.GID || x.Size != y.Size ||
+		!x.Mtime.Equal(y.Mtime) || !x.Ctime.Equal(y.Ctime) || x.Major != y.Major || x.Minor != y.Minor {
+		return false, nil
+	}
+	if a.file == nil || b.file == nil {
+		return (a.file == nil) == (b.file == nil), nil
+	}
+	// What is data in either is compared, unless the disk says that it did not change.
+	for _, s := range []*fileState{b, a} {
+		for off := int64(0); ; {
+			e, err := s.file.NextData(off)
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			if err != nil {
+				return false, err //nolint:wrapcheck // says what is wrong
+			}
+			off = e.Offset + e.Length
+			if same, err := untouched(ctx, a, b, e); err != nil || same {
+				if err != nil {
+					return false, err
+				}
+				continue
+			}
+			if same, err := equalBytes(ctx, a.file, b.file, e.Offset, e.Length); err != nil || !same {
+				return false, err
+			}
+		}
+	}
+	return true, nil
+}
+
+// untouched reports whether a range of the file lies at the same place of the disk in
+// both points and was not written between them.
+func untouched(ctx context.Context, a, b *fileState, e diskfs.Extent) (bool, error) {
+	if e.Device < 0 || a.start < 0 || a.start != b.start {
+		return false, nil
+	}
+	for _, s := range []*fileState{a, b} {
+		for off := e.Offset; off < e.Offset+e.Length; {
+			x, err := s.file.NextData(off)
+			if err != nil || x.Offset != off || x.Device != e.Device+off-e.Offset {
+				return false, nil //nolint:nilerr // the comparison of bytes meets the error again
+			}
+			off += x.Length
+		}
+	}
+	at := b.start + e.Device
+	length := min(e.Length, b.files.img.Size()-at)
+	if length <= 0 || at+length > a.files.img.Size() {
+		return false, nil
+	}
+	same := true
+	err := b.files.img.ChangedSince(ctx, a.files.img, at, length, func(_, _ int64, changed bool) error {
+		same = same && !changed
+		return nil
+	})
+	return same, err //nolint:wrapcheck // names the place
+}
+
+func equalBytes(ctx context.Context, a, b io.ReaderAt, off, length int64) (bool, error) {
+	const unit = 1 << 20
+	x, y := make([]byte, min(unit, length)), make([]byte, min(unit, length))
+	for end := off + length; off < end; off += unit {
+		if err := ctx.Err(); err != nil {
+			return false, err //nolint:wrapcheck // cancelled
+		}
+		n := int(min(unit, end-off))
+		for _, r := range []struct {
+			r io.ReaderAt
+			p []byte
+		}{{a, x[:n]}, {b, y[:n]}} {
+			if _, err := r.r.ReadAt(r.p, off); err != nil && !errors.Is(err, io.EOF) {
+				return false, err //nolint:wrapcheck // names the place
+			}
+		}
+		if !bytes.Equal(x[:n], y[:n]) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
