@@ -147,7 +147,9 @@ func (r *run) findLost(ctx context.Context, of blocktree.Root) (blocks int64, ro
 		}
 		whole = !alive
 	}
-	p := &prover{run: r, ctx: ctx, tree: tree, packs: map[string]int64{}, lost: newWorklist(r.lay)}
+	p := &prover{
+		run: r, ctx: ctx, tree: tree, packs: map[string]int64{}, zero: map[repository.ObjectID]bool{}, lost: newWorklist(r.lay),
+	}
 	r.work = p.lost
 	if root, err = p.root(); err != nil {
 		return 0, false, err
@@ -200,7 +202,8 @@ type prover struct {
 	run   *run
 	ctx   context.Context //nolint:containedctx // lives for one call
 	tree  *blocktree.Tree
-	packs map[string]int64 // bytes of those looked up already; -1 for none
+	packs map[string]int64             // bytes of those looked up already; -1 for none
+	zero  map[repository.ObjectID]bool // holes looked up already: whether they are there
 	lost  *worklist
 	holes bool // what stands for holes is lost
 }
@@ -284,9 +287,16 @@ func (p *prover) segment(n int64, oid repository.ObjectID, whole bool) (lost boo
 		if !whole && e.Gen != p.run.rec.Generation && e.HasDigest {
 			continue // the living parent's
 		}
-		ok, err := p.present(e.Object)
-		if err != nil {
-			return false, err
+		// A sparse segment names one hole hundreds of times, and a lookup asks each
+		// index blob there is.
+		ok, known := p.zero[e.Object]
+		if !known {
+			if ok, err = p.present(e.Object); err != nil {
+				return false, err
+			}
+			if !e.HasDigest {
+				p.zero[e.Object] = ok
+			}
 		}
 		if !ok {
 			p.lost.read.set(p.run.lay.FirstBlock(n) + int64(i))
