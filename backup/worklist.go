@@ -82,8 +82,16 @@ func (l *worklist) knownZero(i int64) bool { return l.zero.get(i) && !l.read.get
 func (l *worklist) untouched(i int64) bool { return !l.zero.get(i) && !l.read.get(i) }
 
 // next returns the first block at or behind i that was reported, or the number
-// of blocks.
-func (l *worklist) next(i int64) int64 { return min(l.read.next(i), l.zero.next(i)) }
+// of blocks. It looks at both sets word by word: one may be empty up to the end of
+// a large disk while the other has the very next block.
+func (l *worklist) next(i int64) int64 {
+	for n := l.read.n; i < n; i = (i/64 + 1) * 64 {
+		if w := (l.read.words[i/64] | l.zero.words[i/64]) >> (uint(i) % 64); w != 0 {
+			return min(i+int64(bits.TrailingZeros64(w)), n)
+		}
+	}
+	return l.read.n
+}
 
 // count returns the blocks to be read and the blocks to be zeroed.
 func (l *worklist) count() (read, zero int64) {

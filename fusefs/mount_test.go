@@ -32,20 +32,15 @@ func needFUSE(t testing.TB) {
 
 var shopDB = backup.Volume{Namespace: "shop", Name: "db", Cluster: "test"}
 
-// save makes a recovery point of an image file, with blocks of the default size or
-// another.
-func save(t testing.TB, repo *repository.Repository, v backup.Volume, image string, blockSize ...int64) *backup.Point {
+// save makes a recovery point of an image file.
+func save(t testing.TB, repo *repository.Repository, v backup.Volume, image string) *backup.Point {
 	t.Helper()
 	d, err := disk.Open(image, disk.Options{Live: true})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	opt := backup.Options{Volume: v, Disk: d}
-	if len(blockSize) > 0 {
-		opt.BlockSize = blockSize[0]
-	}
-	p, _, err := backup.Run(t.Context(), repo, opt)
+	p, _, err := backup.Run(t.Context(), repo, backup.Options{Volume: v, Disk: d})
 	if err != nil {
 		t.Fatal(err)
 	}
