@@ -137,6 +137,7 @@ type run struct {
 	counters       counters
 	readErrors     rangeList
 	notes          []string
+	hole           atomic.Pointer[blocktree.Range] // the last one found
 }
 
 type counters struct {

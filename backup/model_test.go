@@ -449,6 +449,9 @@ func (m *model) delete(v *modelVolume) {
 
 // prune keeps the latest few and expects exactly those to stay.
 func (m *model) prune(v *modelVolume) {
+	if len(v.points) == 0 {
+		return
+	}
 	keep := 2 + m.rng.IntN(4)
 	_, err := Prune(m.t.Context(), m.repo, PruneOptions{
 		Policy: Policy{Latest: keep}, Volumes: []Volume{v.name}, Cluster: v.name.Cluster,

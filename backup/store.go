@@ -188,8 +188,22 @@ func (r *run) isHole(off, length int64) bool {
 	if !ok {
 		return false
 	}
+	// Finding the end of a hole costs as much as the hole is fragmented on disk:
+	// a large one is looked up once, not for each of its blocks.
+	if known := r.hole.Load(); known != nil && off >= known.Offset && off+length <= known.Offset+known.Length {
+		return true
+	}
 	start, _, err := h.DataRange(off)
-	return errors.Is(err, io.EOF) || (err == nil && start >= off+length)
+	if errors.Is(err, io.EOF) {
+		start = r.lay.Size
+	} else if err != nil {
+		return false
+	}
+	if start < off+length {
+		return false
+	}
+	r.hole.Store(&blocktree.Range{Offset: off, Length: start - off})
+	return true
 }
 
 // readDisk fills p. Where the policy says so, what cannot be read is zeroes,
