@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"sync"
 	"testing"
 
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/disk"
 	"github.com/varve-io/varve/backup/repository"
 )
 
@@ -245,4 +247,55 @@ func TestCheckpointsWhileResizing(t *testing.T) {
 			t.Errorf("size %d: reads back different", size)
 		}
 	}
+}
+
+// TestSparseFile backs up a file with holes of all sizes between its data, in
+// full and as an increment that turns data into a hole and a hole into data.
+func TestSparseFile(t *testing.T) {
+	r, _ := newRepo(t)
+	path := filepath.Join(t.TempDir(), "sparse.img")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	const size = 3*blocktree.SegmentSize + 12345
+	if err := f.Truncate(size); err != nil {
+		t.Fatal(err)
+	}
+	backup := func() {
+		t.Helper()
+		d, err := disk.Open(path, disk.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		want, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: d})
+		if !bytes.Equal(readPoint(t, r, p), want) {
+			t.Error("reads back different")
+		}
+	}
+	backup() // nothing but holes
+	for _, off := range []int64{0, 5 << 20, blocktree.SegmentSize - 4096, blocktree.SegmentSize * 2, size - 1} {
+		if _, err := f.WriteAt([]byte("data"), min(off, size-4)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	backup()
+	r, _ = newRepo(t)
+	backup() // the same as a full
+	if err := f.Truncate(blocktree.SegmentSize); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Truncate(size); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt([]byte("more"), 2*blocktree.SegmentSize+70_000); err != nil {
+		t.Fatal(err)
+	}
+	backup()
 }

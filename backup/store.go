@@ -79,7 +79,7 @@ func (r *run) store(ctx context.Context) error {
 // between them. drain returns when no job is under way.
 func (r *run) plan(ctx context.Context, submit func(job) error, drain func()) error {
 	blocks := r.lay.Blocks()
-	for b := r.work.next(0); b < blocks; {
+	for b := r.nextWork(0); b < blocks; {
 		n := r.lay.SegmentOfBlock(b)
 		end := r.lay.FirstBlock(n) + int64(r.lay.SegmentBlocks(n))
 		entries, err := r.build.Base(ctx, n)
@@ -122,7 +122,7 @@ func (r *run) plan(ctx context.Context, submit func(job) error, drain func()) er
 		if err := r.jobDone(ctx, seg); err != nil {
 			return err
 		}
-		if b = r.work.next(b); b < blocks && r.lay.SegmentOfBlock(b) != n {
+		if b = r.nextWork(b); b < blocks && r.lay.SegmentOfBlock(b) != n {
 			r.opt.step("segment")
 		}
 	}
@@ -180,6 +180,32 @@ func (r *run) doJob(ctx context.Context, j job, buf []byte) error {
 		r.counters.done.Add(length)
 	}
 	return r.jobDone(ctx, j.seg)
+}
+
+// nextWork returns the first block at or behind b that has to be looked at, or
+// the number of blocks. A full of a sparse file skips its holes by the file
+// system's map, not block by block: they are what a tree starts from.
+func (r *run) nextWork(b int64) int64 {
+	b = r.work.next(b)
+	h, ok := r.opt.Disk.(HoleFinder)
+	if !ok || r.base != nil {
+		return b
+	}
+	bs := r.lay.BlockSize
+	for b < r.lay.Blocks() {
+		start, _, err := h.DataRange(b * bs)
+		if errors.Is(err, io.EOF) {
+			start = r.lay.Size
+		} else if err != nil || start < (b+1)*bs {
+			return b
+		}
+		r.counters.done.Add(start/bs*bs - b*bs)
+		if start == r.lay.Size {
+			return r.lay.Blocks()
+		}
+		b = r.work.next(start / bs)
+	}
+	return b
 }
 
 // isHole reports whether the disk knows the range to be zeroes.
