@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -150,7 +151,8 @@ func randomReads(uri string, args ...string) (float64, error) {
 			} `json:"read"`
 		} `json:"jobs"`
 	}
-	if err := json.Unmarshal(out, &doc); err != nil || len(doc.Jobs) != 1 {
+	// fio may say something before its answer.
+	if err := json.Unmarshal(out[max(bytes.IndexByte(out, '{'), 0):], &doc); err != nil || len(doc.Jobs) != 1 {
 		return 0, fmt.Errorf("fio's answer: %d jobs, %w", len(doc.Jobs), err)
 	}
 	return doc.Jobs[0].Read.IOPS, nil
