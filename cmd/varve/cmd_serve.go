@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"time"
@@ -138,6 +139,11 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 	if err := f.check(); err != nil {
 		return err
 	}
+	if os.Getenv("GOGC") == "" {
+		// Most of the heap is the block cache, which is cheap to mark: half of it
+		// for garbage keeps the process near the cache's own bound.
+		defer debug.SetGCPercent(debug.SetGCPercent(50))
+	}
 	rules, err := f.rules()
 	if err != nil {
 		return err
@@ -157,11 +163,13 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 		return err
 	}
 	defer func() { closeAll(listeners) }() // those that Serve has are closed by it
+	began := time.Now()
 	repo, err := a.openRepository(ctx)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
+	opened := time.Now()
 	cache := image.NewCache(int64(f.cacheSize))
 	if f.readers > 0 {
 		cache = image.NewCacheWithWorkers(int64(f.cacheSize), f.readers)
@@ -193,7 +201,7 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 		exports = nbdserver.Restrict(catalog, rules)
 	}
 	cfg.Catalog = nbdserver.NewAliases(exports, nbdserver.AliasGrace, nil)
-	run := &serving{app: a, flags: f, catalog: catalog, cache: cache, copies: copies, listeners: listeners}
+	run := &serving{app: a, flags: f, catalog: catalog, cache: cache, copies: copies, listeners: listeners, opening: opened.Sub(began), opened: opened}
 	return run.run(ctx, cfg)
 }
 
@@ -318,6 +326,8 @@ type serving struct {
 	cache     *image.Cache
 	copies    *hydrate.Cache // nil without --hydrate
 	listeners []net.Listener
+	opening   time.Duration // that it took to open the repository
+	opened    time.Time     // when that was done
 }
 
 func (s *serving) run(ctx context.Context, cfg nbdserver.Config) error {
@@ -366,6 +376,7 @@ func (s *serving) run(ctx context.Context, cfg nbdserver.Config) error {
 			return errors.Join(err, g.Wait())
 		}
 	}
+	s.log.Info("ready", "exports", s.catalog.Len(), "opening", s.opening, "after_opening", time.Since(s.opened))
 	err = g.Wait()
 	if s.flags.writable && s.flags.overlays.Keep {
 		if bytes, n := s.catalog.OverlayBytes(); n > 0 {

@@ -36,27 +36,64 @@ func (b *bench) newChain() (*chain, error) {
 	}
 	rng := rand.New(rand.NewPCG(16, 4096))
 	for n := range chainDepth {
+		changed := map[int64]bool{} // offsets of clusters
 		if n > 0 {
 			for range 300 {
-				if err := poke(c.raw, rng.Int64N(diskBytes/pageBytes)*pageBytes); err != nil {
+				off := rng.Int64N(diskBytes/pageBytes) * pageBytes
+				if err := poke(c.raw, off); err != nil {
 					return c, err
 				}
+				changed[off/clusterBytes*clusterBytes] = true
 			}
 		}
 		if _, err := s.save(c.raw); err != nil {
 			return c, err
 		}
-		next := filepath.Join(s.dir, fmt.Sprintf("layer-%d.qcow2", n))
-		args := []string{"convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd"}
-		if n > 0 {
-			args = append(args, "-B", c.top, "-F", "qcow2")
-		}
-		if err := sh("qemu-img", append(args, c.raw, next)...); err != nil {
+		if err := c.addLayer(n, changed); err != nil {
 			return c, err
 		}
-		c.top = next
 	}
 	return c, nil
+}
+
+// clusterBytes is qcow2's unit.
+const clusterBytes = 64 << 10
+
+// addLayer puts a qcow2 file with the changed clusters on the chain, the first
+// with all.
+func (c *chain) addLayer(n int, changed map[int64]bool) error {
+	next := filepath.Join(c.dir, fmt.Sprintf("layer-%d.qcow2", n))
+	if n == 0 {
+		c.top = next
+		return sh("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd", c.raw, next)
+	}
+	if err := sh("qemu-img", "create", "-q", "-f", "qcow2", "-o", "compression_type=zstd", "-b", c.top, "-F", "qcow2", next); err != nil {
+		return err
+	}
+	c.top = next
+	dir, err := os.MkdirTemp(c.dir, "clusters-*")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	raw, err := os.Open(c.raw)
+	if err != nil {
+		return err
+	}
+	defer raw.Close()
+	args := []string{"-f", "qcow2"}
+	p := make([]byte, clusterBytes)
+	for off := range changed {
+		if _, err := raw.ReadAt(p, off); err != nil {
+			return err
+		}
+		file := filepath.Join(dir, fmt.Sprint(off))
+		if err := os.WriteFile(file, p, 0o600); err != nil {
+			return err
+		}
+		args = append(args, "-c", fmt.Sprintf("write -q -c -s %s %d %d", file, off, clusterBytes))
+	}
+	return sh("qemu-io", append(args, next)...)
 }
 
 // nbdServer is a running server and the URI of the disk.
