@@ -375,8 +375,8 @@ func (s *serving) run(ctx context.Context, cfg nbdserver.Config) error {
 			stop()
 			return errors.Join(err, g.Wait())
 		}
+		s.log.Info("ready", "exports", s.catalog.Len(), "opening", s.opening, "after_opening", time.Since(s.opened))
 	}
-	s.log.Info("ready", "exports", s.catalog.Len(), "opening", s.opening, "after_opening", time.Since(s.opened))
 	err = g.Wait()
 	if s.flags.writable && s.flags.overlays.Keep {
 		if bytes, n := s.catalog.OverlayBytes(); n > 0 {
