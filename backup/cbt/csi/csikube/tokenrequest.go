@@ -82,7 +82,7 @@ func (t *TokenRequest) Refused(token csi.Token) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 
-	if token == t.token {
+	if token.Equal(t.token) {
 		t.token, t.until = csi.Token{}, time.Time{}
 	}
 }
