@@ -260,3 +260,29 @@ func TestMismatchIsRecorded(t *testing.T) {
 		t.Errorf("told %+v, recorded %+v", told, rec.Fallbacks)
 	}
 }
+
+// TestNothingChangedNeedsNoDisk makes a point of an empty delta alone.
+func TestNothingChangedNeedsNoDisk(t *testing.T) {
+	r, _ := newRepo(t)
+	before, _, delta, _ := changedDisk()
+	const size = 1 << 20
+	opt := Options{Volume: testVolume, Disk: &memDisk{data: before}}
+	opt.Source, opt.Fallback = ladderSession(t, "1", nil, csitest.Script{Capacity: size, Allocated: []cbt.Extent{{Length: size}}}).Ladder()
+	parent, _ := mustBackup(t, r, opt)
+
+	s := ladderSession(t, "2", nil, csitest.Script{Capacity: size})
+	unchanged, err := s.Unchanged(t.Context(), cbt.Base{ChangeID: parent.ChangeID, VolumeHandle: parent.VolumeHandle})
+	if err != nil || !unchanged {
+		t.Fatalf("%v, %v", unchanged, err)
+	}
+	opt.Disk, opt.Source, opt.Fallback = NoDisk(parent.Size), s.Delta(), nil
+	p, rec := mustBackup(t, r, opt)
+	if !bytes.Equal(readPoint(t, r, p), before) || rec.Parent != parent.ID || rec.ChangeID != "id-2" {
+		t.Errorf("%+v", rec)
+	}
+
+	opt.Source = ladderSession(t, "3", nil, csitest.Script{Capacity: size, Delta: delta}).Delta()
+	if _, _, err := Run(t.Context(), r, opt); !errors.Is(err, ErrNoDisk) {
+		t.Errorf("%v, want %v", err, ErrNoDisk)
+	}
+}
