@@ -82,12 +82,19 @@ func TestThousandClients(t *testing.T) {
 		var wg sync.WaitGroup
 		for _, r := range all {
 			wg.Go(func() {
+				// Each got its deadline when it was dialled, a thousand dials ago.
+				if err := r.SetDeadline(time.Now().Add(nbdtest.Timeout)); err != nil {
+					t.Error(err)
+					return
+				}
 				if _, err := r.Write(nbdtest.Request(proto.CmdRead, 0, 1, 512, 1024)); err != nil {
 					t.Error(err)
 					return
 				}
 				b := make([]byte, 16+1024)
-				if _, err := io.ReadFull(r.Conn, b); err != nil || !bytes.Equal(b[16:], want) {
+				if _, err := io.ReadFull(r.Conn, b); err != nil {
+					t.Errorf("a client got no answer: %v", err)
+				} else if !bytes.Equal(b[16:], want) {
 					t.Error("a client got other bytes")
 				}
 			})

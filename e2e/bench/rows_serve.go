@@ -71,12 +71,12 @@ func (s *site) serveOnce() (served, error) {
 	lines := bufio.NewScanner(stderr)
 	for r.ready == 0 && lines.Scan() {
 		var line struct {
-			Msg           string
-			Opening       float64
-			After_opening float64 //nolint:revive // the key of the log
+			Msg     string
+			Opening float64
+			After   float64 `json:"after_opening"`
 		}
 		if json.Unmarshal(lines.Bytes(), &line) == nil && line.Msg == "ready" { // durations are nanoseconds
-			r.opening, r.ready = line.Opening/1e9, line.After_opening/1e9
+			r.opening, r.ready = line.Opening/1e9, line.After/1e9
 		}
 	}
 	if r.ready == 0 {
