@@ -138,6 +138,7 @@ func TestFormats(t *testing.T) {
 	for typ, command := range map[string]string{
 		"ext2": "mke2fs -q -F -t ext2", "ext3": "mke2fs -q -F -t ext3", "ext4": "mke2fs -q -F -t ext4",
 		"xfs": "mkfs.xfs -q -f", "vfat": "mkfs.vfat -F 32",
+		"ntfs": "mkntfs -q -Q -F",
 	} {
 		t.Run(typ, func(t *testing.T) {
 			args := strings.Fields(command)
@@ -158,7 +159,7 @@ func TestFormats(t *testing.T) {
 			}
 		})
 	}
-	if len(formats) != 5 {
+	if len(formats) != 6 {
 		t.Error("a format has no test here")
 	}
 }
