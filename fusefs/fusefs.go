@@ -12,6 +12,7 @@ import (
 
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/overlay"
 	"github.com/varve-io/varve/backup/repository"
 )
 
@@ -35,7 +36,8 @@ type Options struct {
 	Writable bool
 	// OverlayDir keeps overlays, each in a directory named by its point, beyond the
 	// mount. If it is empty they lie in the directory for temporary files and
-	// go when the FS is closed.
+	// go when the FS is closed, or, if this process is killed, when the next one
+	// makes an overlay there.
 	OverlayDir string
 	// OverlayLimit is the most bytes that each overlay takes; 0 for no limit.
 	OverlayLimit int64
@@ -64,7 +66,7 @@ type FS struct {
 	mu      sync.Mutex // guards points, scratch, closed
 	closed  bool
 	points  map[string]*point
-	scratch string // temporary directory of overlays, once there is one
+	scratch *overlay.Scratch // for overlays that are not kept, once there is one
 	numbers numbers
 	names   nameBudget
 
@@ -112,8 +114,8 @@ func (f *FS) Close() error {
 		errs = append(errs, p.close())
 	}
 	f.cache.Close()
-	if f.scratch != "" {
-		errs = append(errs, os.RemoveAll(f.scratch))
+	if f.scratch != nil {
+		errs = append(errs, f.scratch.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -223,12 +225,12 @@ func (f *FS) overlayDir() (string, error) {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.scratch == "" {
-		dir, err := os.MkdirTemp("", "varve-overlay-")
+	if f.scratch == nil {
+		s, err := overlay.NewScratch(os.TempDir())
 		if err != nil {
-			return "", fmt.Errorf("make directory for overlays: %w", err)
+			return "", err //nolint:wrapcheck // says what failed
 		}
-		f.scratch = dir
+		f.scratch = s
 	}
-	return f.scratch, nil
+	return f.scratch.Dir, nil
 }
