@@ -67,6 +67,7 @@ type FS struct {
 	closed  bool
 	points  map[string]*point
 	scratch *overlay.Scratch // for overlays that are not kept, once there is one
+	fetched fetched
 	numbers numbers
 	names   nameBudget
 
@@ -139,6 +140,27 @@ func (f *FS) Refresh(ctx context.Context) error {
 
 // Stats are the counters of the FS's cache.
 func (f *FS) Stats() image.CacheStats { return f.cache.Stats() }
+
+// Fetched is what reading the tree has cost up to now.
+func (f *FS) Fetched() FetchedInfo {
+	return FetchedInfo{Bytes: f.fetched.bytes.Load(), Blocks: f.fetched.reads.Load()}
+}
+
+// Points counts the recovery points that are shown.
+func (f *FS) Points() int { return len(f.view.Load().ids) }
+
+// OpenPoints counts those that were read.
+func (f *FS) OpenPoints() int { return len(f.open()) }
+
+// Overlays gives the scratch space that overlays take in bytes, and their number.
+func (f *FS) Overlays() (bytes int64, n int) {
+	for _, p := range f.open() {
+		if o := p.overlayOpen(); o != nil {
+			bytes, n = bytes+o.Used(), n+1
+		}
+	}
+	return bytes, n
+}
 
 // load makes the view of the catalogue as the repository is known now.
 func (f *FS) load(ctx context.Context) error {
