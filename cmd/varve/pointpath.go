@@ -16,7 +16,7 @@ import (
 
 // fileCacheBytes bounds the decoded blocks that a command which reads files
 // keeps: metadata is read again and again, content once.
-const fileCacheBytes = 256 << 20
+const fileCacheBytes = 128 << 20
 
 // pointFiles is the files inside one recovery point.
 type pointFiles struct {
