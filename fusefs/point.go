@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -173,8 +174,10 @@ func (p *point) overlay(ctx context.Context) (*overlay.Overlay, error) {
 		return nil, err
 	}
 	p.over, err = overlay.Open(overlayBase{img}, overlay.Options{
-		Dir: filepath.Join(dir, element(p.info.ID)), BaseID: p.info.ID,
-		Limit: p.fs.opt.OverlayLimit, Keep: p.fs.opt.OverlayDir != "",
+		Dir: filepath.Join(dir, element(p.info.ID)),
+		// As 'varve serve' has it, so that 'varve commit' takes either's overlays.
+		BaseID: p.info.ID + ":" + strconv.FormatInt(img.Size(), 10),
+		Limit:  p.fs.opt.OverlayLimit, Keep: p.fs.opt.OverlayDir != "",
 	})
 	if err != nil {
 		p.over = nil
