@@ -28,7 +28,7 @@ type mountFlags struct {
 	allowOther         bool
 	daemon, foreground bool
 	logFile            string
-	kernel             bool
+	kernel, loop       bool
 	partition          string
 	metrics            string
 }
@@ -99,6 +99,7 @@ The command serves until it is interrupted or 'varve umount DIR' is called; with
 	fl.DurationVar(&f.refresh, "refresh", 15*time.Second, "time between looks for new recovery points; 0 for never")
 	fl.BoolVar(&f.allowOther, "allow-other", false, "let other users in, by the permissions of the files; needs user_allow_other in /etc/fuse.conf unless root mounts")
 	fl.BoolVar(&f.kernel, "kernel", false, "mount one recovery point's file system with the kernel; needs root")
+	fl.BoolVar(&f.loop, "loop", false, "with --kernel: a loop device over FUSE, even where the kernel has NBD")
 	fl.StringVar(&f.partition, "partition", "", "partition to mount with --kernel, such as p1")
 	fl.BoolVar(&f.daemon, "daemon", false, "go to the background when the tree is there")
 	fl.BoolVar(&f.foreground, "foreground", false, "stay in the foreground (the default)")

@@ -52,7 +52,7 @@ func (a *app) mountKernel(ctx context.Context, point, dir string, f mountFlags) 
 		return err
 	}
 	defer func() { err = errors.Join(err, stop()) }()
-	m, err := tree.MountKernel(dir, f.partition)
+	m, err := tree.MountKernel(dir, f.partition, a.kernelDevices(f.loop))
 	if err != nil {
 		return err
 	}
@@ -64,7 +64,7 @@ func (a *app) mountKernel(ctx context.Context, point, dir string, f mountFlags) 
 }
 
 // startWatch runs a process that cleans up at dir when this one dies, however it
-// does: the kernel's mount and its loop device would stay otherwise. stop ends it.
+// does: the kernel's mount and its device would stay otherwise. stop ends it.
 func startWatch(dir string) (stop func() error, err error) {
 	full, err := filepath.Abs(dir)
 	if err != nil {
@@ -105,7 +105,7 @@ func newMountWatchCommand() *cobra.Command {
 			if !fusefs.IsKernelMount(args[0]) {
 				return nil // all is clean
 			}
-			return fusefs.UnmountKernel(args[0], true)
+			return fusefs.UnmountKernel(args[0], true, nbdDevices{})
 		},
 	}
 }
