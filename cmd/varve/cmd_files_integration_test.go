@@ -107,6 +107,33 @@ func TestFileCommands(t *testing.T) {
 	}
 }
 
+// What cannot be read is left out of a copy, named, and told by the exit code.
+func TestCpNamesWhatItLeavesOut(t *testing.T) {
+	diskfstest.NeedTool(t, "debugfs")
+	env := newFilesEnv(t)
+	image := filepath.Join(env["HOME"], "disk.img")
+	diskfstest.Run(t, "tune2fs", "-O", "encrypt", image)
+	diskfstest.Run(t, "debugfs", "-w", "-R", "sif /etc/other flags 0x80800", image)
+	mustRun(t, env, "backup", image, "--volume", "shop/db")
+	dir := t.TempDir()
+	r := runVarve(t, env, "cp", "-r", "shop/db@latest:/", filepath.Join(dir, "all"))
+	if r.code != exitFailure || !strings.Contains(r.stderr, "etc/other could not be read and is not in "+dir) ||
+		!strings.Contains(r.stderr, "encrypt") || !strings.Contains(r.stdout, "copied 2 files") {
+		t.Errorf("exit code %d\n%s%s", r.code, r.stdout, r.stderr)
+	}
+	if b, err := os.ReadFile(filepath.Join(dir, "all/etc/app.conf")); err != nil || string(b) != "port=1\n" {
+		t.Errorf("a file beside holds %q, %v", b, err)
+	}
+	if _, err := os.Lstat(filepath.Join(dir, "all/etc/other")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the file is there: %v", err)
+	}
+	r = runVarve(t, env, "cp", "-o", "json", "shop/db@latest:/etc/*", dir)
+	var res cpResult
+	if err := json.Unmarshal([]byte(r.stdout), &res); err != nil || r.code != exitFailure || res.Files != 1 || len(res.Failed) != 1 || res.Failed[0].Path != "etc/other" {
+		t.Errorf("exit code %d, %v\n%s", r.code, err, r.stdout)
+	}
+}
+
 // buildVarve makes the program, for tests of processes.
 func buildVarve(t *testing.T) string {
 	t.Helper()
@@ -319,7 +346,7 @@ func TestKernelMountSurvivesNothing(t *testing.T) {
 		}
 		return n
 	}
-	cmd := start(t, env, program, "mount", "--kernel", volume+"@latest", dir)
+	cmd := start(t, env, program, "mount", "--kernel", "--loop", volume+"@latest", dir)
 	waitUntil(t, "the file system appears", func() bool { _, err := os.Stat(conf); return err == nil })
 	if b, err := os.ReadFile(conf); err != nil || string(b) != "port=1\n" {
 		t.Errorf("the file holds %q, %v", b, err)
@@ -327,13 +354,23 @@ func TestKernelMountSurvivesNothing(t *testing.T) {
 	if loops() != 1 {
 		t.Errorf("there are %d loop devices", loops())
 	}
+	if out, err := exec.Command(program, "umount", filepath.Dir(conf)).CombinedOutput(); err == nil {
+		t.Errorf("a directory below was unmounted: %s", out)
+	}
+	second := start(t, env, program, "mount", "--kernel", "--loop", volume+"@latest", dir)
+	if err := second.Wait(); err == nil {
+		t.Error("the directory could be mounted on twice")
+	}
+	if b, err := os.ReadFile(conf); err != nil || string(b) != "port=1\n" {
+		t.Errorf("after another mount was refused the file holds %q, %v", b, err)
+	}
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	_ = cmd.Wait()
 	waitUntil(t, "the killed process's mount goes", func() bool { return isEmpty(dir) && loops() == 0 && !fusefs.IsKernelMount(dir) })
 
-	cmd = start(t, env, program, "mount", "--kernel", volume+"@latest", dir)
+	cmd = start(t, env, program, "mount", "--kernel", "--loop", volume+"@latest", dir)
 	waitUntil(t, "the file system appears", func() bool { _, err := os.Stat(conf); return err == nil })
 	mustRun(t, env, "umount", dir)
 	if err := cmd.Wait(); err != nil {

@@ -55,7 +55,9 @@ the recovery point stays as it is.
 --kernel mounts the file system of one recovery point at DIR itself, read-only
 and with the driver of this machine's kernel, which knows more file systems
 (btrfs, for example). It needs root and trusts the disk: a hostile one can crash
-the kernel. Its journal is replayed into an overlay.
+the kernel. Its journal is replayed into an overlay. The disk is attached by NBD
+where that driver is loaded (modprobe nbd), else, and with --loop, by a loop
+device.
 
 The command serves until it is interrupted or 'varve umount DIR' is called; with
 --daemon it goes to the background as soon as the tree is there.`,
@@ -81,6 +83,9 @@ The command serves until it is interrupted or 'varve umount DIR' is called; with
 			}
 			if f.kernel {
 				return a.mountKernel(cmd.Context(), args[0], args[1], f)
+			}
+			if f.loop {
+				return usagef("--loop is for --kernel")
 			}
 			if f.partition != "" {
 				return usagef("--partition is for --kernel: without it files/ shows all partitions")

@@ -47,6 +47,10 @@ func (a *app) mountKernel(ctx context.Context, point, dir string, f mountFlags) 
 		return err
 	}
 	defer func() { err = errors.Join(err, stopMetrics()) }()
+	// Before there is a watch: what that finds in the end is this process's own.
+	if err := fusefs.CleanKernel(dir, nbdDevices{a.log}); err != nil {
+		return err
+	}
 	stop, err := startWatch(dir)
 	if err != nil {
 		return err
