@@ -132,12 +132,14 @@ func TestFilesAsTheKernelShowsThem(t *testing.T) {
 		files int
 		dirty bool
 		big   int64 // bytes of one more file
+		more  func(t testing.TB, image string)
 		log   string
 	}{
 		{name: "ext4", mkfs: mkExt4, size: 640 * mib, files: 5000, big: 300 * mib, log: "clean"},
 		{name: "ext4-inline", mkfs: append(mkExt4, "-O", "inline_data"), size: 64 * mib, files: 100, log: "clean"},
 		{name: "ext4-dirty", mkfs: mkExt4, size: 128 * mib, files: 300, dirty: true, log: "replayed"},
 		{name: "xfs", mkfs: mkXFS, size: 512 * mib, files: 5000, log: "clean"},
+		{name: "xfs-shapes", mkfs: mkXFSShapes, size: 320 * mib, files: 100, more: shapeXFS, log: "clean"},
 		{name: "xfs-dirty", mkfs: mkXFS, size: 512 * mib, files: 300, dirty: true, log: "replayed"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -145,6 +147,9 @@ func TestFilesAsTheKernelShowsThem(t *testing.T) {
 			image := newVolume(t, c.size, slices.Clone(c.mkfs), c.files)
 			if c.big > 0 {
 				addBig(t, image, c.big)
+			}
+			if c.more != nil {
+				c.more(t, image)
 			}
 			if c.dirty {
 				image = crash(t, image)
