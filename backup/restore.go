@@ -25,6 +25,9 @@ type RestoreTarget interface {
 	ZeroRange(off, length int64) error
 	// Sync has all that was written survive a power cut.
 	Sync() error
+	// Fit gives a target that may have any size that of the disk; nothing has
+	// been changed before.
+	Fit() error
 	// Empty has the whole target read as zeroes if that is cheap, so that Fresh
 	// holds; else it does nothing.
 	Empty() error
@@ -218,6 +221,11 @@ func openPoint(ctx context.Context, repo *repository.Repository, cache *image.Ca
 }
 
 func (r *restore) run(ctx context.Context) error {
+	if r.opt.Delta {
+		if err := r.target.Fit(); err != nil {
+			return err
+		}
+	}
 	switch {
 	case r.opt.Delta && r.base == nil:
 		r.res.Mode = RestoreCompare
@@ -255,10 +263,13 @@ func (r *restore) full(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if !resumed {
-		if err := r.target.Empty(); err != nil {
-			return err
-		}
+	if resumed {
+		err = r.target.Fit()
+	} else {
+		err = r.target.Empty()
+	}
+	if err != nil {
+		return err
 	}
 	return r.write(ctx, all)
 }
