@@ -6,6 +6,8 @@ CACHE     ?= $(CURDIR)/.cache
 TOOLS     := $(CACHE)/tools
 LINT_VER  := v2.13.2
 LINT      := $(TOOLS)/golangci-lint-$(LINT_VER)
+CRDGEN_VER := v0.21.0
+CRDGEN    := $(TOOLS)/controller-gen-$(CRDGEN_VER)
 KOPIA_VER := $(shell sed -n 's,^\tgithub.com/kopia/kopia \(v[^ ]*\).*,\1,p' go.mod)
 KOPIA     := $(TOOLS)/kopia-$(KOPIA_VER)
 VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null)
@@ -50,6 +52,10 @@ fuzz: ## Fuzz every parser of untrusted bytes for a while each (TIME=30s)
 lint: $(LINT) ## Lint; depguard keeps the layers
 	$(LINT) run ./...
 
+.PHONY: generate
+generate: $(CRDGEN) ## Generate the objects' deep copies and CRDs from api/
+	$(CRDGEN) object crd:maxDescLen=1024 paths=./api/... output:crd:dir=deploy/crds output:object:dir=api/v1alpha1
+
 .PHONY: demo
 demo: setup build ## The tour: a real disk backed up four times, read, and restored
 	scripts/demo.sh $(BIN)/varve
@@ -64,6 +70,10 @@ kopia: $(KOPIA) ## Build stock Kopia, the same version as the library
 $(KOPIA):
 	@mkdir -p $(TOOLS)
 	scripts/build-tool.sh github.com/kopia/kopia $(KOPIA_VER) github.com/kopia/kopia $@
+
+$(CRDGEN):
+	@mkdir -p $(TOOLS)
+	scripts/build-tool.sh sigs.k8s.io/controller-tools $(CRDGEN_VER) sigs.k8s.io/controller-tools/cmd/controller-gen $@
 
 $(LINT):
 	@mkdir -p $(TOOLS)

@@ -1,0 +1,62 @@
+package v1alpha1
+
+// Types of conditions.
+const (
+	ConditionReady         = "Ready"         // BackupStore, Repository, BackupPolicy, RecoverySource
+	ConditionProtected     = "Protected"     // ProtectedVolume
+	ConditionComplete      = "Complete"      // VolumeBackup, VolumePopulation
+	ConditionFailed        = "Failed"        // VolumeBackup
+	ConditionChangedBlocks = "ChangedBlocks" // VolumeBackup: whether the driver told them, and why not
+)
+
+// Reasons of conditions and of events. docs/kubernetes.md says for each what it means
+// and what to do.
+const (
+	// Of stores.
+	ReasonConnected             = "Connected"
+	ReasonCredentialsMissing    = "CredentialsMissing"
+	ReasonWrongPassword         = "WrongPassword"
+	ReasonRepositoryUnreachable = "RepositoryUnreachable"
+	ReasonOtherRepository       = "OtherRepository"
+	ReasonInvalidSpec           = "InvalidSpec"
+	ReasonStoreNotReady         = "StoreNotReady"
+	ReasonStoreNotFound         = "StoreNotFound"
+	ReasonNamespaceNotAllowed   = "NamespaceNotAllowed"
+	ReasonReadOnly              = "ReadOnly"
+
+	// Of backups.
+	ReasonScheduled         = "Scheduled"
+	ReasonQueued            = "Queued"
+	ReasonRunning           = "Running"
+	ReasonSucceeded         = "Succeeded"
+	ReasonBackupFailed      = "BackupFailed"
+	ReasonClaimNotFound     = "ClaimNotFound"
+	ReasonClaimNotBound     = "ClaimNotBound"
+	ReasonNotCSI            = "NotCSI"
+	ReasonNoSnapshotClass   = "NoSnapshotClass"
+	ReasonSnapshotFailed    = "SnapshotFailed"
+	ReasonSnapshotGone      = "SnapshotGone"
+	ReasonBlockUnsupported  = "BlockUnsupported"
+	ReasonDeviceNotReadable = "DeviceNotReadable"
+	ReasonDeviceShort       = "DeviceShort"
+	ReasonMoverFailed       = "MoverFailed"
+	ReasonSourceLied        = "ChangedBlocksMissing"
+	ReasonDelta             = "Delta"
+	ReasonAllocated         = "Allocated"
+	ReasonFallback          = "Fallback"
+
+	// Of restores.
+	ReasonWaitingForConsumer   = "WaitingForFirstConsumer"
+	ReasonSourceNotFound       = "SourceNotFound"
+	ReasonNoRecoveryPoint      = "NoRecoveryPoint"
+	ReasonNotGranted           = "NotGranted"
+	ReasonPopulating           = "Populating"
+	ReasonPopulated            = "Populated"
+	ReasonClaimTooSmall        = "ClaimTooSmall"
+	ReasonVolumeModeMismatch   = "VolumeModeMismatch"
+	ReasonUnknownFileSystem    = "UnknownFileSystem"
+	ReasonTenantSecrets        = "TenantSecrets"
+	ReasonNamespaceInReference = "NamespaceInDataSourceRef"
+	ReasonBoundWithoutUs       = "BoundWithoutVarve"
+	ReasonRestoreFailed        = "RestoreFailed"
+)

@@ -1,0 +1,192 @@
+package v1alpha1
+
+import "k8s.io/apimachinery/pkg/api/resource"
+
+// Storage is where a repository's blobs are kept: exactly one of its members. What
+// is secret comes from the store's credentials Secret, never from here.
+//
+// +kubebuilder:validation:XValidation:rule="[has(self.s3), has(self.gcs), has(self.azure), has(self.b2), has(self.sftp), has(self.webdav), has(self.rclone), has(self.volume)].filter(x, x).size() == 1",message="name exactly one storage"
+type Storage struct {
+	// S3 bucket of any maker. Credentials: accessKeyID, secretAccessKey,
+	// sessionToken (optional); none to use the service account's role.
+	// Example: {bucket: backups, endpoint: "s3.example.com", region: eu-1}
+	// +optional
+	S3 *S3Storage `json:"s3,omitempty"`
+	// GCS is Google Cloud Storage. Credentials: credentials.json.
+	// Example: {bucket: backups}
+	// +optional
+	GCS *GCSStorage `json:"gcs,omitempty"`
+	// Azure Blob Storage. Credentials: accountKey, or sasToken, or clientSecret.
+	// Example: {container: backups, account: example}
+	// +optional
+	Azure *AzureStorage `json:"azure,omitempty"`
+	// B2 is Backblaze B2. Credentials: keyID, key.
+	// Example: {bucket: backups}
+	// +optional
+	B2 *B2Storage `json:"b2,omitempty"`
+	// SFTP server. Credentials: privateKey or password, and knownHosts.
+	// Example: {host: backup.example.com, user: varve, path: /srv/varve}
+	// +optional
+	SFTP *SFTPStorage `json:"sftp,omitempty"`
+	// WebDAV server. Credentials: user, password.
+	// Example: {url: "https://dav.example.com/varve"}
+	// +optional
+	WebDAV *WebDAVStorage `json:"webdav,omitempty"`
+	// Rclone remote; the image must hold rclone. Credentials: rclone.conf.
+	// Example: {remotePath: "box:varve"}
+	// +optional
+	Rclone *RcloneStorage `json:"rclone,omitempty"`
+	// Volume is a claim in Varve's namespace that all nodes can mount (an NFS
+	// export, say) and that is not itself protected by this store.
+	// Example: {claimName: varve-nfs, path: cluster-a}
+	// +optional
+	Volume *VolumeStorage `json:"volume,omitempty"`
+}
+
+// S3Storage is a bucket.
+type S3Storage struct {
+	// Bucket name. Example: backups
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=255
+	Bucket string `json:"bucket"`
+	// Prefix put before the name of every object. Example: cluster-a/
+	// +optional
+	// +kubebuilder:validation:MaxLength=1024
+	Prefix string `json:"prefix,omitempty"`
+	// Endpoint as host or host:port; s3.amazonaws.com if empty.
+	// Example: minio.minio.svc:9000
+	// +optional
+	// +kubebuilder:validation:MaxLength=255
+	Endpoint string `json:"endpoint,omitempty"`
+	// Region of the bucket. Example: eu-central-1
+	// +optional
+	// +kubebuilder:validation:MaxLength=64
+	Region string `json:"region,omitempty"`
+	// DisableTLS speaks plain HTTP: only for a server inside the cluster.
+	// Example: true
+	// +optional
+	DisableTLS bool `json:"disableTLS,omitempty"`
+}
+
+// GCSStorage is a bucket.
+type GCSStorage struct {
+	// Bucket name. Example: backups
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=255
+	Bucket string `json:"bucket"`
+	// Prefix put before the name of every object. Example: cluster-a/
+	// +optional
+	// +kubebuilder:validation:MaxLength=1024
+	Prefix string `json:"prefix,omitempty"`
+}
+
+// AzureStorage is a container.
+type AzureStorage struct {
+	// Container name. Example: backups
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=255
+	Container string `json:"container"`
+	// Account is the storage account. Example: example
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=255
+	Account string `json:"account"`
+	// Prefix put before the name of every object. Example: cluster-a/
+	// +optional
+	// +kubebuilder:validation:MaxLength=1024
+	Prefix string `json:"prefix,omitempty"`
+	// Domain of the service; blob.core.windows.net if empty.
+	// +optional
+	// +kubebuilder:validation:MaxLength=255
+	Domain string `json:"domain,omitempty"`
+	// TenantID of a service principal, with ClientID and the credential
+	// clientSecret.
+	// +optional
+	// +kubebuilder:validation:MaxLength=255
+	TenantID string `json:"tenantID,omitempty"`
+	// ClientID of a service principal.
+	// +optional
+	// +kubebuilder:validation:MaxLength=255
+	ClientID string `json:"clientID,omitempty"`
+}
+
+// B2Storage is a bucket.
+type B2Storage struct {
+	// Bucket name. Example: backups
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=255
+	Bucket string `json:"bucket"`
+	// Prefix put before the name of every object. Example: cluster-a/
+	// +optional
+	// +kubebuilder:validation:MaxLength=1024
+	Prefix string `json:"prefix,omitempty"`
+}
+
+// SFTPStorage is a directory on an SFTP server.
+type SFTPStorage struct {
+	// Host name or address. Example: backup.example.com
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=255
+	Host string `json:"host"`
+	// Port; 22 if not set. Example: 2222
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=65535
+	Port int32 `json:"port,omitempty"`
+	// User to log in as. Example: varve
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=255
+	User string `json:"user"`
+	// Path of the directory. Example: /srv/varve
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=4096
+	Path string `json:"path"`
+}
+
+// WebDAVStorage is a collection on a WebDAV server.
+type WebDAVStorage struct {
+	// URL of the collection. Example: https://dav.example.com/varve
+	// +kubebuilder:validation:Pattern=`^https?://`
+	// +kubebuilder:validation:MaxLength=2048
+	URL string `json:"url"`
+}
+
+// RcloneStorage is a remote of an rclone configuration.
+type RcloneStorage struct {
+	// RemotePath as remote:path. Example: box:varve
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=4096
+	RemotePath string `json:"remotePath"`
+}
+
+// VolumeStorage is a directory on a claim in Varve's namespace.
+type VolumeStorage struct {
+	// ClaimName of a claim that all nodes can mount. Example: varve-nfs
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=253
+	ClaimName string `json:"claimName"`
+	// Path below the root of the claim. Example: cluster-a
+	// +optional
+	// +kubebuilder:validation:MaxLength=1024
+	// +kubebuilder:validation:XValidation:rule="!self.startsWith('/') && !self.split('/').exists(p, p == '..')",message="a path below the root of the claim"
+	Path string `json:"path,omitempty"`
+}
+
+// Limits on the use of a storage by one run.
+type Limits struct {
+	// UploadPerSecond in bytes. Example: 50Mi
+	// +optional
+	UploadPerSecond *resource.Quantity `json:"uploadPerSecond,omitempty"`
+	// DownloadPerSecond in bytes. Example: 200Mi
+	// +optional
+	DownloadPerSecond *resource.Quantity `json:"downloadPerSecond,omitempty"`
+	// Backups at once; 4 if not set. Example: 8
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=1000
+	Backups int32 `json:"backups,omitempty"`
+	// Restores at once; 8 if not set. Example: 16
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=1000
+	Restores int32 `json:"restores,omitempty"`
+}

@@ -1,0 +1,209 @@
+package v1alpha1
+
+import (
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// Access is what may be done to a store.
+//
+// +kubebuilder:validation:Enum=ReadWrite;ReadOnly
+type Access string
+
+// What may be done to a store.
+const (
+	AccessReadWrite Access = "ReadWrite"
+	AccessReadOnly  Access = "ReadOnly"
+)
+
+// RepositorySpec is what a BackupStore and a Repository have in common.
+//
+// +kubebuilder:validation:XValidation:rule="self.clusterName == oldSelf.clusterName",message="clusterName is how this cluster's points are told from another's and cannot be changed"
+type RepositorySpec struct {
+	// Storage of the Kopia repository. It is made there if there is none and
+	// access is ReadWrite.
+	Storage Storage `json:"storage"`
+	// CredentialsSecretRef names the Secret with the repository's password (key
+	// password) and the storage's credentials (keys as each storage says): in
+	// Varve's namespace for a BackupStore, in its own for a Repository.
+	// Example: {name: varve-store}
+	CredentialsSecretRef corev1.LocalObjectReference `json:"credentialsSecretRef"`
+	// CABundle is trusted for the storage besides the usual authorities: PEM.
+	// +optional
+	// +kubebuilder:validation:MaxLength=262144
+	CABundle string `json:"caBundle,omitempty"`
+	// Proxy for HTTPS to the storage. Example: http://proxy.example.com:3128
+	// +optional
+	// +kubebuilder:validation:MaxLength=2048
+	Proxy string `json:"proxy,omitempty"`
+	// ClusterName tells this cluster's recovery points from those of others in
+	// the same repository (it is the host of their Kopia snapshots). Points of
+	// another cluster are read and never pruned. Example: prod-eu
+	// +kubebuilder:validation:Pattern=`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`
+	// +kubebuilder:validation:MaxLength=63
+	ClusterName string `json:"clusterName"`
+	// Access: ReadWrite, or ReadOnly to restore only. Example: ReadOnly
+	// +optional
+	// +kubebuilder:default=ReadWrite
+	Access Access `json:"access,omitempty"`
+	// Limits on the use of the storage.
+	// +optional
+	Limits *Limits `json:"limits,omitempty"`
+	// ServiceAccountName that movers of this store run as, in the namespace they
+	// run in, for storages that take its identity (IRSA, workload identity); the
+	// mover's own if not set. It is for the store's makers to bind it to nothing
+	// else. Example: varve-mover-prod
+	// +optional
+	// +kubebuilder:validation:MaxLength=253
+	ServiceAccountName string `json:"serviceAccountName,omitempty"`
+}
+
+// BackupStoreSpec says where a cluster's recovery points are kept.
+type BackupStoreSpec struct {
+	RepositorySpec `json:",inline"`
+	// AllowedNamespaces may use the store; all if not set.
+	// Example: {matchLabels: {tier: prod}}
+	// +optional
+	AllowedNamespaces *metav1.LabelSelector `json:"allowedNamespaces,omitempty"`
+	// RestoreGrants let namespaces restore what others backed up. A namespace may
+	// always restore its own points of this cluster.
+	// +optional
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=256
+	RestoreGrants []RestoreGrant `json:"restoreGrants,omitempty"`
+	// AllowVolumeModeChange lets points of Block volumes be restored to
+	// Filesystem claims. A tenant could have the kernel mount a file system that
+	// was made to harm it: KEP-3141. Example: true
+	// +optional
+	AllowVolumeModeChange bool `json:"allowVolumeModeChange,omitempty"`
+}
+
+// RestoreGrant lets namespaces restore another's recovery points.
+type RestoreGrant struct {
+	// FromCluster whose points they are; this one if not set. Example: prod-us
+	// +optional
+	// +kubebuilder:validation:MaxLength=63
+	FromCluster string `json:"fromCluster,omitempty"`
+	// From is the namespace that was backed up, or "*". Example: shop
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=63
+	From string `json:"from"`
+	// To are the namespaces that may restore, or "*". Example: [shop-staging]
+	// +listType=set
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=64
+	// +kubebuilder:validation:items:MaxLength=63
+	To []string `json:"to"`
+}
+
+// RepositoryStatus is what is known of a repository.
+type RepositoryStatus struct {
+	// ObservedGeneration is the generation that the conditions are about.
+	// +optional
+	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
+	// UniqueID of the Kopia repository, hexadecimal. A store that shows another
+	// repository later is refused: condition Ready, reason OtherRepository.
+	// +optional
+	UniqueID string `json:"uniqueID,omitempty"`
+	// Points and Volumes that the repository holds.
+	// +optional
+	Points int64 `json:"points,omitempty"`
+	// +optional
+	Volumes int64 `json:"volumes,omitempty"`
+	// LastContact is when the repository was last opened.
+	// +optional
+	LastContact *metav1.Time `json:"lastContact,omitempty"`
+	// LastMaintenance is when maintenance last succeeded.
+	// +optional
+	LastMaintenance *metav1.Time `json:"lastMaintenance,omitempty"`
+	// Conditions: Ready.
+	// +optional
+	// +listType=map
+	// +listMapKey=type
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
+}
+
+// BackupStore is where a cluster keeps recovery points, set up by its
+// administrators for the namespaces they allow.
+//
+// +kubebuilder:object:root=true
+// +kubebuilder:subresource:status
+// +kubebuilder:resource:scope=Cluster,shortName=bs,categories=varve
+// +kubebuilder:printcolumn:name="Cluster",type=string,JSONPath=`.spec.clusterName`
+// +kubebuilder:printcolumn:name="Access",type=string,JSONPath=`.spec.access`
+// +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
+// +kubebuilder:printcolumn:name="Reason",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].reason`
+// +kubebuilder:printcolumn:name="Points",type=integer,JSONPath=`.status.points`
+// +kubebuilder:printcolumn:name="Contact",type=date,JSONPath=`.status.lastContact`
+// +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
+type BackupStore struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	Spec BackupStoreSpec `json:"spec"`
+	// +optional
+	Status RepositoryStatus `json:"status,omitempty"`
+}
+
+// BackupStoreList is a list of BackupStores.
+//
+// +kubebuilder:object:root=true
+type BackupStoreList struct {
+	metav1.TypeMeta `json:",inline"`
+	metav1.ListMeta `json:"metadata,omitempty"`
+	Items           []BackupStore `json:"items"`
+}
+
+// Repository is a tenant's own: a BackupStore of one namespace.
+//
+// +kubebuilder:object:root=true
+// +kubebuilder:subresource:status
+// +kubebuilder:resource:shortName=vrepo,categories=varve
+// +kubebuilder:printcolumn:name="Cluster",type=string,JSONPath=`.spec.clusterName`
+// +kubebuilder:printcolumn:name="Access",type=string,JSONPath=`.spec.access`
+// +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
+// +kubebuilder:printcolumn:name="Reason",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].reason`
+// +kubebuilder:printcolumn:name="Points",type=integer,JSONPath=`.status.points`
+// +kubebuilder:printcolumn:name="Contact",type=date,JSONPath=`.status.lastContact`
+// +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
+// +kubebuilder:validation:XValidation:rule="!has(self.spec.storage.volume)",message="a claim as storage is for BackupStores only"
+type Repository struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	Spec RepositorySpec `json:"spec"`
+	// +optional
+	Status RepositoryStatus `json:"status,omitempty"`
+}
+
+// RepositoryList is a list of Repositories.
+//
+// +kubebuilder:object:root=true
+type RepositoryList struct {
+	metav1.TypeMeta `json:",inline"`
+	metav1.ListMeta `json:"metadata,omitempty"`
+	Items           []Repository `json:"items"`
+}
+
+// StoreKind is the kind of object that a StoreReference names.
+//
+// +kubebuilder:validation:Enum=BackupStore;Repository
+type StoreKind string
+
+// Kinds of stores.
+const (
+	StoreKindBackupStore StoreKind = "BackupStore"
+	StoreKindRepository  StoreKind = "Repository"
+)
+
+// StoreReference names a BackupStore, or a Repository in the same namespace.
+type StoreReference struct {
+	// Kind: BackupStore or Repository.
+	// +optional
+	// +kubebuilder:default=BackupStore
+	Kind StoreKind `json:"kind,omitempty"`
+	// Name of it. Example: main
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=253
+	Name string `json:"name"`
+}

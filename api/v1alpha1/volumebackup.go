@@ -1,0 +1,140 @@
+package v1alpha1
+
+import (
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// BackupType asks for a kind of backup.
+//
+// +kubebuilder:validation:Enum=Auto;Full
+type BackupType string
+
+// Kinds of backup that can be asked for.
+const (
+	BackupTypeAuto BackupType = "Auto" // an increment where there is a point to build on
+	BackupTypeFull BackupType = "Full"
+)
+
+// VolumeBackupSpec asks for one backup of one claim.
+//
+// +kubebuilder:validation:XValidation:rule="self == oldSelf",message="a run cannot be changed; make another"
+type VolumeBackupSpec struct {
+	// ClaimName in the same namespace. Example: data-postgres-0
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=253
+	ClaimName string `json:"claimName"`
+	// StoreRef is where to. Example: {name: main}
+	StoreRef StoreReference `json:"storeRef"`
+	// Type: Auto or Full.
+	// +optional
+	// +kubebuilder:default=Auto
+	Type BackupType `json:"type,omitempty"`
+	// SnapshotClassName; if not set, the default class of the claim's driver, or
+	// its only one. Example: csi-rbd
+	// +optional
+	// +kubebuilder:validation:MaxLength=253
+	SnapshotClassName string `json:"snapshotClassName,omitempty"`
+	// RetainBase: Auto, Always or Never.
+	// +optional
+	// +kubebuilder:default=Auto
+	RetainBase RetainBase `json:"retainBase,omitempty"`
+	// BackupVolume overrides what the volume that is read from is made with.
+	// +optional
+	BackupVolume *BackupVolume `json:"backupVolume,omitempty"`
+	// TTL is how long this object stays after the run ended; 72h if not set. The
+	// recovery point is not affected. Example: 24h
+	// +optional
+	TTL *metav1.Duration `json:"ttl,omitempty"`
+}
+
+// BackupPhase is where a run stands, for people.
+//
+// +kubebuilder:validation:Enum=Pending;Snapshotting;Reading;CleaningUp;Succeeded;Failed
+type BackupPhase string
+
+// Where a run stands.
+const (
+	BackupPending      BackupPhase = "Pending"
+	BackupSnapshotting BackupPhase = "Snapshotting"
+	BackupReading      BackupPhase = "Reading"
+	BackupCleaningUp   BackupPhase = "CleaningUp"
+	BackupSucceeded    BackupPhase = "Succeeded"
+	BackupFailed       BackupPhase = "Failed"
+)
+
+// VolumeBackupStatus is the state of a run. What is needed to go on after a
+// controller was killed is here, written before the step that needs it.
+type VolumeBackupStatus struct {
+	// Phase of the run.
+	// +optional
+	Phase BackupPhase `json:"phase,omitempty"`
+	// Step that is being worked on, as docs/kubernetes.md lists them.
+	// +optional
+	Step string `json:"step,omitempty"`
+	// ClaimUID of the claim that is backed up.
+	// +optional
+	ClaimUID types.UID `json:"claimUID,omitempty"`
+	// VolumeHandle is what the driver calls the volume.
+	// +optional
+	VolumeHandle string `json:"volumeHandle,omitempty"`
+	// Driver of the volume.
+	// +optional
+	Driver string `json:"driver,omitempty"`
+	// SnapshotHandle is what the driver calls the snapshot that is read.
+	// +optional
+	SnapshotHandle string `json:"snapshotHandle,omitempty"`
+	// SnapshotTime is when it was taken: the time of the recovery point.
+	// +optional
+	SnapshotTime *metav1.Time `json:"snapshotTime,omitempty"`
+	// Point that was made.
+	// +optional
+	Point *PointSummary `json:"point,omitempty"`
+	// Progress of the reading, in percent.
+	// +optional
+	Progress *int32 `json:"progress,omitempty"`
+	// Attempts of the mover.
+	// +optional
+	Attempts int32 `json:"attempts,omitempty"`
+	// +optional
+	StartTime *metav1.Time `json:"startTime,omitempty"`
+	// +optional
+	CompletionTime *metav1.Time `json:"completionTime,omitempty"`
+	// Conditions: Complete, Failed, ChangedBlocks.
+	// +optional
+	// +listType=map
+	// +listMapKey=type
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
+}
+
+// VolumeBackup is one run. A run is not the recovery point: deleting it deletes
+// nothing in the repository. While it lives, a dataSourceRef may name it.
+//
+// +kubebuilder:object:root=true
+// +kubebuilder:subresource:status
+// +kubebuilder:resource:shortName=vb,categories=varve
+// +kubebuilder:printcolumn:name="Claim",type=string,JSONPath=`.spec.claimName`
+// +kubebuilder:printcolumn:name="Store",type=string,JSONPath=`.spec.storeRef.name`
+// +kubebuilder:printcolumn:name="Phase",type=string,JSONPath=`.status.phase`
+// +kubebuilder:printcolumn:name="Progress",type=integer,JSONPath=`.status.progress`
+// +kubebuilder:printcolumn:name="Kind",type=string,JSONPath=`.status.point.kind`
+// +kubebuilder:printcolumn:name="Source",type=string,JSONPath=`.status.point.source`
+// +kubebuilder:printcolumn:name="Point",type=string,priority=1,JSONPath=`.status.point.id`
+// +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
+type VolumeBackup struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	Spec VolumeBackupSpec `json:"spec"`
+	// +optional
+	Status VolumeBackupStatus `json:"status,omitempty"`
+}
+
+// VolumeBackupList is a list of VolumeBackups.
+//
+// +kubebuilder:object:root=true
+type VolumeBackupList struct {
+	metav1.TypeMeta `json:",inline"`
+	metav1.ListMeta `json:"metadata,omitempty"`
+	Items           []VolumeBackup `json:"items"`
+}

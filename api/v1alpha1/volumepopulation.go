@@ -1,0 +1,107 @@
+package v1alpha1
+
+import (
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// ClaimReference names one claim for good.
+type ClaimReference struct {
+	// Namespace, Name and UID of the claim.
+	Namespace string    `json:"namespace"`
+	Name      string    `json:"name"`
+	UID       types.UID `json:"uid"`
+}
+
+// VolumePopulationSpec is one filling of a claim, decided before it begins.
+//
+// +kubebuilder:validation:XValidation:rule="self == oldSelf",message="cannot be changed"
+type VolumePopulationSpec struct {
+	// Claim that is filled.
+	Claim ClaimReference `json:"claim"`
+	// StoreRef is where from; a Repository is in StoreNamespace.
+	StoreRef StoreReference `json:"storeRef"`
+	// +optional
+	StoreNamespace string `json:"storeNamespace,omitempty"`
+	// PointID of the recovery point; empty for an empty volume (ifNone: Empty).
+	// +optional
+	PointID string `json:"pointID,omitempty"`
+	// PointTime of it.
+	// +optional
+	PointTime *metav1.Time `json:"pointTime,omitempty"`
+	// PointBytes is the size of its disk.
+	// +optional
+	PointBytes int64 `json:"pointBytes,omitempty"`
+	// VolumeMode of the claim.
+	VolumeMode corev1.PersistentVolumeMode `json:"volumeMode"`
+}
+
+// VolumePopulationStatus is the state of a filling. It is written before every step,
+// so that the handle of the volume is in the API at each instant.
+type VolumePopulationStatus struct {
+	// Step that is being worked on, as docs/kubernetes.md lists them.
+	// +optional
+	Step string `json:"step,omitempty"`
+	// SelectedNode that the volume was made for, with WaitForFirstConsumer.
+	// +optional
+	SelectedNode string `json:"selectedNode,omitempty"`
+	// PrimeVolume is the PV that was written, NewVolume the one that is handed over.
+	// +optional
+	PrimeVolume string `json:"primeVolume,omitempty"`
+	// +optional
+	NewVolume string `json:"newVolume,omitempty"`
+	// ReclaimPolicy that the class gave PrimeVolume and NewVolume gets at the end.
+	// +optional
+	ReclaimPolicy corev1.PersistentVolumeReclaimPolicy `json:"reclaimPolicy,omitempty"`
+	// FileSystem that was found in the written image.
+	// +optional
+	FileSystem string `json:"fileSystem,omitempty"`
+	// VerifiedBytes were read back and compared.
+	// +optional
+	VerifiedBytes int64 `json:"verifiedBytes,omitempty"`
+	// Progress of the writing, in percent.
+	// +optional
+	Progress *int32 `json:"progress,omitempty"`
+	// Attempts of the mover.
+	// +optional
+	Attempts int32 `json:"attempts,omitempty"`
+	// +optional
+	StartTime *metav1.Time `json:"startTime,omitempty"`
+	// +optional
+	CompletionTime *metav1.Time `json:"completionTime,omitempty"`
+	// Conditions: Complete.
+	// +optional
+	// +listType=map
+	// +listMapKey=type
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
+}
+
+// VolumePopulation is the filling of one claim. It lives in Varve's namespace and is
+// Varve's own.
+//
+// +kubebuilder:object:root=true
+// +kubebuilder:subresource:status
+// +kubebuilder:resource:shortName=vpop,categories=varve
+// +kubebuilder:printcolumn:name="Namespace",type=string,JSONPath=`.spec.claim.namespace`
+// +kubebuilder:printcolumn:name="Claim",type=string,JSONPath=`.spec.claim.name`
+// +kubebuilder:printcolumn:name="Step",type=string,JSONPath=`.status.step`
+// +kubebuilder:printcolumn:name="Progress",type=integer,JSONPath=`.status.progress`
+// +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
+type VolumePopulation struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	Spec VolumePopulationSpec `json:"spec"`
+	// +optional
+	Status VolumePopulationStatus `json:"status,omitempty"`
+}
+
+// VolumePopulationList is a list of VolumePopulations.
+//
+// +kubebuilder:object:root=true
+type VolumePopulationList struct {
+	metav1.TypeMeta `json:",inline"`
+	metav1.ListMeta `json:"metadata,omitempty"`
+	Items           []VolumePopulation `json:"items"`
+}
