@@ -152,7 +152,7 @@ func (m *KernelMounted) closeDevice() error {
 		err = errors.Join(err, unmountKernel(m.Dir, true, m.by), detachDevice(m.Dir, m.by), removeTree(m.Dir))
 	}
 	err = errors.Join(err, m.device.Close())
-	m.handle.Release(context.Background())
+	_ = m.handle.Release(context.Background())
 	return err
 }
 
