@@ -21,8 +21,8 @@ import (
 )
 
 type cpFlags struct {
-	recursive, force, stale, tar bool
-	workers                      int
+	recursive, force, stale, tar, sparse bool
+	workers                              int
 }
 
 func newCpCommand(a *app) *cobra.Command {
@@ -41,7 +41,9 @@ then each is named and the exit code tells.
 A TARGET that is a directory gets the files in it, else it is the copy's name.
 Paths may have the wildcards *, ? and [] (quote them for the shell).
 
---tar writes a tar archive to standard output instead; there is no TARGET then.`,
+--tar writes a tar archive to standard output instead; there is no TARGET then.
+Holes become zeroes, unless --sparse keeps them in a form that GNU tar and bsdtar
+know, and others (busybox) do not.`,
 		Example: `  varve cp -r shop/db@latest:/var/lib/app ./app
   varve cp 'shop/db@latest:/etc/*.conf' /tmp/
   varve cp --tar shop/db@latest:/home | ssh host tar -x`,
@@ -55,6 +57,9 @@ Paths may have the wildcards *, ? and [] (quote them for the shell).
 			if f.tar {
 				return a.cpTar(cmd.Context(), args, f)
 			}
+			if f.sparse {
+				return usagef("--sparse is for --tar: a copy keeps holes anyway")
+			}
 			return a.cp(cmd.Context(), args[:len(args)-1], args[len(args)-1], f)
 		},
 	}
@@ -62,6 +67,7 @@ Paths may have the wildcards *, ? and [] (quote them for the shell).
 	fl.BoolVarP(&f.recursive, "recursive", "r", false, "copy directories with all that is below")
 	fl.BoolVarP(&f.force, "force", "f", false, "replace files that are there already")
 	fl.BoolVar(&f.tar, "tar", false, "write a tar archive to standard output")
+	fl.BoolVar(&f.sparse, "sparse", false, "with --tar: keep holes, as GNU tar and bsdtar can read them")
 	fl.IntVar(&f.workers, "workers", 0, "files copied at once (default two for each CPU)")
 	addStaleFlag(cmd, &f.stale)
 	return cmd
@@ -177,9 +183,9 @@ func (a *app) cpTar(ctx context.Context, sources []string, f cpFlags) error {
 		if fsys == nil {
 			return fmt.Errorf("%s is a list of volumes: name one of %s", sources[0], strings.Join(files.volumeNames(), ", "))
 		}
-		err = browse.Tar(ctx, fsys, out, names, task.Add, func(name string) {
+		err = browse.Tar(ctx, fsys, out, names, browse.TarOptions{Sparse: f.sparse, Copied: task.Add, Skipped: func(name string) {
 			a.log.Warn("a socket cannot be archived, it is left out", "file", name)
-		})
+		}})
 		return errors.Join(err, out.Flush())
 	})
 }

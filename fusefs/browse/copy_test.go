@@ -199,7 +199,7 @@ func TestHostileDirectories(t *testing.T) {
 			if _, err := browse.Copy(t.Context(), fsys, ".", filepath.Join(t.TempDir(), "copy"), browse.CopyOptions{Recursive: true}); !errors.Is(err, diskfs.ErrCorrupt) {
 				t.Errorf("copy: %v", err)
 			}
-			if err := browse.Tar(t.Context(), fsys, &bytes.Buffer{}, []string{"."}, func(int64) {}, func(string) {}); !errors.Is(err, diskfs.ErrCorrupt) {
+			if err := browse.Tar(t.Context(), fsys, &bytes.Buffer{}, []string{"."}, browse.TarOptions{Copied: func(int64) {}, Skipped: func(string) {}}); !errors.Is(err, diskfs.ErrCorrupt) {
 				t.Errorf("tar: %v", err)
 			}
 		})

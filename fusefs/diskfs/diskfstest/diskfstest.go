@@ -433,7 +433,7 @@ func kernelXattrs(p string) ([]string, error) {
 	names := strings.Split(strings.TrimSuffix(string(buf[:n]), "\x00"), "\x00")
 	slices.Sort(names)
 	for _, name := range names {
-		if name == "" {
+		if name == "" || strings.HasPrefix(name, "trusted.SGI_ACL_") { // XFS shows access lists twice: so they are stored
 			continue
 		}
 		n, err := unix.Lgetxattr(p, name, buf)
