@@ -126,6 +126,9 @@ func kernelVolume(d *disk.Disk, name string) (*disk.Volume, error) {
 	if name == "" {
 		return nil, fmt.Errorf("this disk has partitions: name one of %s with --partition", strings.Join(have, ", "))
 	}
+	if len(have) == 0 {
+		return nil, fmt.Errorf("there is no partition %s: the disk has none, leave --partition away", name)
+	}
 	return nil, fmt.Errorf("there is no partition %s: there are %s", name, strings.Join(have, ", "))
 }
 

@@ -67,8 +67,12 @@ func TestFileCommands(t *testing.T) {
 		{"find in a pattern", []string{"find", p + "/e*", "--name", "other"}, exitOK, "/etc/other\n"},
 		{"tree", []string{"tree", "shop/db@latest"}, exitOK, "├── data\n├── etc\n│   ├── app.conf\n│   └── other\n"},
 		{"tree to a depth", []string{"tree", "shop/db@latest", "-L", "1"}, exitOK, "├── etc\n└── lost+found\n"},
+		{"tree to a depth as JSON", []string{"tree", "shop/db@latest", "-L", "1", "-o", "json"}, exitOK, `"name": "etc",`},
 		{"stat", []string{"stat", p + "/etc/app.conf"}, exitOK, "Size: 7 bytes"},
-		{"stat of nothing", []string{"stat", p + "/nothing"}, exitFailure, "does not exist"},
+		{"stat of nothing", []string{"stat", p + "/nothing"}, exitFailure, ":/nothing: file does not exist"},
+		{"a path without its slash", []string{"ls", p + "etc"}, exitUsage, "shop/db@latest:/etc"},
+		{"versions at one point", []string{"ls", "--versions", p + "/etc"}, exitUsage, "shop/db:/etc"},
+		{"ls -l", []string{"ls", "-l", p + "/etc"}, exitOK, "-rw-r-----"},
 		{"cp a pattern", []string{"cp", p + "/etc/*", dir}, exitOK, "copied 2 files"},
 		{"cp over a file", []string{"cp", p + "/etc/other", dir}, exitFailure, "--force"},
 		{"cp over a file by force", []string{"cp", "-f", p + "/etc/other", dir}, exitOK, "copied 1 files"},
@@ -104,6 +108,64 @@ func TestFileCommands(t *testing.T) {
 	var list []statInfo
 	if err := json.Unmarshal([]byte(mustRun(t, env, "stat", "-o", "json", p+"/data").stdout), &list); err != nil || len(list) != 1 || list[0].Size != 100_000 {
 		t.Errorf("stat as JSON: %+v, %v", list, err)
+	}
+}
+
+// One damaged file does not hide the others in a listing, and a name in an error does nothing to
+// the terminal.
+func TestListingsGoOn(t *testing.T) {
+	diskfstest.NeedTool(t, "debugfs")
+	env := newFilesEnv(t)
+	image := filepath.Join(env["HOME"], "disk.img")
+	const hostile = "\x1b]0;harm\a"
+	diskfstest.Run(t, "debugfs", "-w", "-R", "write "+filepath.Join(env["HOME"], "src/etc/other")+" /etc/"+hostile, image)
+	// Without its type an inode is damaged.
+	for _, name := range []string{"/etc/other", "/etc/" + hostile} {
+		diskfstest.Run(t, "debugfs", "-w", "-R", "sif "+name+" mode 0", image)
+	}
+	mustRun(t, env, "backup", image, "--volume", "shop/db")
+	for _, c := range []struct {
+		name string
+		args []string
+		want []string
+	}{
+		{"ls", []string{"ls", "shop/db@latest:/etc"}, []string{"app.conf\n", "??????????  ?      ?    ?    ?     ?                     other\n"}},
+		{"ls -R", []string{"ls", "-R", "shop/db@latest:/"}, []string{"app.conf\n", "other\n", "data\n"}},
+		{"ls as JSON", []string{"ls", "-o", "json", "shop/db@latest:/etc"}, []string{`"name": "app.conf"`, `"error": "`}},
+		{"tree", []string{"tree", "shop/db@latest:/"}, []string{"app.conf\n", "other (cannot be read)\n", "data\n"}},
+		{"tree as JSON", []string{"tree", "-o", "json", "shop/db@latest:/"}, []string{`"name": "app.conf"`, `"error": "`}},
+		{"find", []string{"find", "shop/db@latest:/etc"}, []string{"/etc/app.conf\n"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := runVarve(t, env, c.args...)
+			if r.code == exitOK || !strings.Contains(r.stderr, "could not be read") || !strings.Contains(r.stderr, "/etc/other") {
+				t.Errorf("exit code %d\n%s", r.code, r.stderr)
+			}
+			for _, want := range c.want {
+				if !strings.Contains(r.stdout, want) {
+					t.Errorf("%q is missing:\n%s", want, r.stdout)
+				}
+			}
+			if out := r.stdout + r.stderr; strings.ContainsAny(out, "\x1b\a") {
+				t.Errorf("control characters: %q", out)
+			}
+		})
+	}
+	r := runVarve(t, env, "stat", "shop/db@latest:/etc/"+hostile)
+	if r.code == exitOK || !strings.Contains(r.stderr, "harm") || strings.ContainsAny(r.stderr, "\x1b\a") {
+		t.Errorf("exit code %d, %q", r.code, r.stderr)
+	}
+}
+
+func TestModeString(t *testing.T) {
+	for mode, want := range map[uint32]string{
+		0o100644: "-rw-r--r--", 0o040755: "drwxr-xr-x", 0o120777: "lrwxrwxrwx", 0o020666: "crw-rw-rw-", 0o060660: "brw-rw----",
+		0o010600: "prw-------", 0o140700: "srwx------", 0o104755: "-rwsr-xr-x", 0o104644: "-rwSr--r--", 0o102755: "-rwxr-sr-x",
+		0o102644: "-rw-r-Sr--", 0o041777: "drwxrwxrwt", 0o041770: "drwxrwx--T", 0o107000: "---S--S--T",
+	} {
+		if got := modeString(mode); got != want {
+			t.Errorf("modeString(%o) = %s, want %s", mode, got, want)
+		}
 	}
 }
 
@@ -153,14 +215,19 @@ func needFUSE(t *testing.T) {
 	f.Close()
 }
 
+// list is the environment as processes get it.
+func (e testEnv) list() (out []string) {
+	for k, v := range e {
+		out = append(out, k+"="+v)
+	}
+	return out
+}
+
 // start runs the program with the environment of a user.
 func start(t *testing.T, env testEnv, program string, args ...string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command(program, args...)
-	cmd.Env = os.Environ()
-	for k, v := range env {
-		cmd.Env = append(cmd.Env, k+"="+v)
-	}
+	cmd.Env = append(os.Environ(), env.list()...)
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -192,9 +259,22 @@ func TestMountCommand(t *testing.T) {
 	dir := t.TempDir()
 	conf := filepath.Join(dir, "shop/db/latest/files/etc/app.conf")
 
-	// In the background: the tree is there when the command returns.
-	if err := start(t, env, program, "mount", dir, "--daemon").Wait(); err != nil {
+	// In the background: the tree is there when the command returns, and it says where, and that a
+	// volume of that name is not there.
+	cmd := exec.Command(program, "mount", dir, "--daemon", "--volume", "shop/db", "--volume", "shop/typo")
+	cmd.Env = append(os.Environ(), env.list()...)
+	// Pipes would last as long as the background process, which has its standard error still.
+	out, err := os.Create(filepath.Join(t.TempDir(), "out"))
+	if err != nil {
 		t.Fatal(err)
+	}
+	defer out.Close()
+	cmd.Stdout, cmd.Stderr = out, out
+	if err := cmd.Run(); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(out.Name()); err != nil || !strings.Contains(string(b), "varve umount "+dir) || !strings.Contains(string(b), "shop/typo") {
+		t.Errorf("the command says %q, %v", b, err)
 	}
 	if b, err := os.ReadFile(conf); err != nil || string(b) != "port=1\n" {
 		t.Errorf("the file holds %q, %v", b, err)
@@ -208,7 +288,7 @@ func TestMountCommand(t *testing.T) {
 	}
 
 	// In the foreground: a signal unmounts.
-	cmd := start(t, env, program, "mount", dir, "--volume", "shop/db")
+	cmd = start(t, env, program, "mount", dir, "--volume", "shop/db")
 	waitUntil(t, "the tree appears", func() bool { return !isEmpty(dir) })
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)

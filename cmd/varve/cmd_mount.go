@@ -170,10 +170,30 @@ func (a *app) mount(ctx context.Context, dir string, f mountFlags) (err error) {
 		return err
 	}
 	a.log.Info("recovery points are mounted", "directory", m.Dir)
-	if err := a.daemonReady(f.logFile); err != nil {
+	for _, v := range tree.Missing() {
+		a.log.Warn("this volume has no recovery points yet: it appears when it has", "volume", v.String())
+	}
+	if err := errors.Join(a.announceMount("Recovery points are", m.Dir, f), a.daemonReady(f.logFile)); err != nil {
 		return errors.Join(err, m.Close())
 	}
 	return waitMounted(ctx, m)
+}
+
+// mountView is what "varve mount -o json" prints once the tree is there.
+type mountView struct {
+	Directory string `json:"directory"`
+}
+
+// announceMount tells where the tree is and how to end it: on a terminal the log says
+// nothing, and the command would seem to hang.
+func (a *app) announceMount(what, dir string, f mountFlags) error {
+	return a.print(mountView{dir}, func(t *table) {
+		if f.daemon {
+			t.line("%s at %s until 'varve umount %s'.", what, dir, dir)
+		} else {
+			t.line("%s at %s. Ctrl-C or 'varve umount %s' ends this.", what, dir, dir)
+		}
+	})
 }
 
 // served is a mount that this process answers for.

@@ -61,7 +61,7 @@ func (a *app) mountKernel(ctx context.Context, point, dir string, f mountFlags) 
 		return err
 	}
 	a.log.Info("recovery point is mounted by the kernel", "point", opt.Point.Name(), "directory", m.Dir)
-	if err := a.daemonReady(f.logFile); err != nil {
+	if err := errors.Join(a.announceMount("Files of "+opt.Point.Name()+" are", m.Dir, f), a.daemonReady(f.logFile)); err != nil {
 		return errors.Join(err, m.Close())
 	}
 	return waitMounted(ctx, m)

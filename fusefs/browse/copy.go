@@ -141,7 +141,7 @@ type made struct {
 func (c *copier) add(e *Entry, to string) error {
 	if e.IsDir() {
 		if !c.opt.Recursive {
-			return fmt.Errorf("%s is a directory: use --recursive", e.Path)
+			return fmt.Errorf("/%s is a directory: use --recursive", strings.TrimPrefix(e.Path, "."))
 		}
 		// Writable until all is in it.
 		if err := c.root.Mkdir(to, 0o700); err != nil && !c.isDir(to, err) {
@@ -195,7 +195,7 @@ func (c *copier) file(e *Entry, to string) error {
 	}
 	if err != nil {
 		if errors.Is(err, fs.ErrExist) {
-			return fmt.Errorf("copy %s: %w: use --force to replace files", e.Path, err)
+			return fmt.Errorf("%s is in the way of %s (%w): use --force to replace files", filepath.Join(c.root.Name(), to), e.Path, fs.ErrExist)
 		}
 		return fmt.Errorf("copy %s: %w", e.Path, err)
 	}
