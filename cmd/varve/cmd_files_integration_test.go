@@ -17,7 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/varve-io/varve/fusefs"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
 
@@ -406,56 +405,4 @@ func metricsOf(t *testing.T, pid int) string {
 	}
 	t.Fatal("the process listens nowhere")
 	return ""
-}
-
-func TestKernelMountSurvivesNothing(t *testing.T) {
-	needFUSE(t)
-	diskfstest.NeedRoot(t)
-	env := newFilesEnv(t)
-	program := buildVarve(t)
-	dir := t.TempDir()
-	conf := filepath.Join(dir, "etc/app.conf")
-	// A name of its own: loop devices are the whole machine's.
-	volume := fmt.Sprintf("shop/kernel-%d", os.Getpid())
-	mustRun(t, env, "backup", filepath.Join(env["HOME"], "disk.img"), "--volume", volume)
-	loops := func() (n int) {
-		files, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
-		for _, f := range files {
-			if b, err := os.ReadFile(f); err == nil && strings.Contains(string(b), "/"+volume+"/") {
-				n++
-			}
-		}
-		return n
-	}
-	cmd := start(t, env, program, "mount", "--kernel", "--loop", volume+"@latest", dir)
-	waitUntil(t, "the file system appears", func() bool { _, err := os.Stat(conf); return err == nil })
-	if b, err := os.ReadFile(conf); err != nil || string(b) != "port=1\n" {
-		t.Errorf("the file holds %q, %v", b, err)
-	}
-	if loops() != 1 {
-		t.Errorf("there are %d loop devices", loops())
-	}
-	if out, err := exec.Command(program, "umount", filepath.Dir(conf)).CombinedOutput(); err == nil {
-		t.Errorf("a directory below was unmounted: %s", out)
-	}
-	second := start(t, env, program, "mount", "--kernel", "--loop", volume+"@latest", dir)
-	if err := second.Wait(); err == nil {
-		t.Error("the directory could be mounted on twice")
-	}
-	if b, err := os.ReadFile(conf); err != nil || string(b) != "port=1\n" {
-		t.Errorf("after another mount was refused the file holds %q, %v", b, err)
-	}
-	if err := cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	_ = cmd.Wait()
-	waitUntil(t, "the killed process's mount goes", func() bool { return isEmpty(dir) && loops() == 0 && !fusefs.IsKernelMount(dir) })
-
-	cmd = start(t, env, program, "mount", "--kernel", "--loop", volume+"@latest", dir)
-	waitUntil(t, "the file system appears", func() bool { _, err := os.Stat(conf); return err == nil })
-	mustRun(t, env, "umount", dir)
-	if err := cmd.Wait(); err != nil {
-		t.Errorf("after umount: %v", err)
-	}
-	waitUntil(t, "the loop device goes", func() bool { return isEmpty(dir) && loops() == 0 })
 }
