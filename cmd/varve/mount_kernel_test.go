@@ -73,6 +73,46 @@ func TestKernelMountSurvivesNothing(t *testing.T) {
 	waitUntil(t, "the loop device goes", func() bool { return isEmpty(dir) && loops() == 0 })
 }
 
+// A partition is mounted from its place on the disk, and a signal ends the mount while files are
+// open.
+func TestKernelMountOfAPartition(t *testing.T) {
+	needFUSE(t)
+	diskfstest.NeedRoot(t)
+	diskfstest.NeedTool(t, "sfdisk")
+	env := newFilesEnv(t)
+	program := buildVarve(t)
+	image := filepath.Join(env["HOME"], "disk.img")
+	diskfstest.Run(t, "sh", "-ec", `mv "$1" "$1.part"; truncate -s 40M "$1"
+printf 'label: gpt\nstart=2MiB,size=16MiB\nsize=8MiB\n' | sfdisk -q "$1"
+dd if="$1.part" of="$1" bs=1M seek=2 conv=notrunc status=none`, "sh", image)
+	volume, loops := newKernelVolume(t, env)
+	dir := t.TempDir()
+	for _, c := range []struct{ partition, want string }{{"", "--partition"}, {"p3", "there are p1 (ext4), p2 (unknown)"}, {"p2", "mount"}} {
+		if r := runVarve(t, env, "mount", "--kernel", "--loop", volume+"@latest", dir, "--partition="+c.partition); r.code == exitOK || !strings.Contains(r.stderr, c.want) {
+			t.Errorf("partition %q: exit code %d\n%s", c.partition, r.code, r.stderr)
+		}
+	}
+	cmd := start(t, env, program, "mount", "--kernel", "--loop", volume+"@latest", "--partition", "p1", dir)
+	conf := filepath.Join(dir, "etc/app.conf")
+	waitUntil(t, "the file system appears", func() bool { _, err := os.Stat(conf); return err == nil })
+	f, err := os.Open(conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 7)
+	if _, err := f.Read(b); err != nil || string(b) != "port=1\n" {
+		t.Errorf("the file holds %q, %v", b, err)
+	}
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	waitUntil(t, "the directory is empty", func() bool { return isEmpty(dir) })
+	if err := errors.Join(f.Close(), cmd.Wait()); err != nil {
+		t.Errorf("after a signal: %v", err)
+	}
+	waitUntil(t, "the loop device goes", func() bool { return loops() == 0 && !fusefs.IsKernelMount(dir) })
+}
+
 // Where the process is killed and the one that watches over it as well, nobody is left to clean up
 // but the next 'varve umount' or 'varve mount --kernel' on the directory.
 func TestKernelMountIsCleanedUpLater(t *testing.T) {
