@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -18,6 +19,10 @@ func TestRepoLifeCycle(t *testing.T) {
 	if r := runVarve(t, env, "repo", "status"); r.code != exitRepository || !strings.Contains(r.stderr, "varve repo create") {
 		t.Errorf("not connected: %+v", r)
 	}
+	noPassword := testEnv{"HOME": env["HOME"], "VARVE_CONFIG": env["VARVE_CONFIG"]}
+	if r := runVarve(t, noPassword, "list"); r.code != exitRepository || !strings.Contains(r.stderr, "not connected") {
+		t.Errorf("not connected, and no password: %+v", r)
+	}
 	mustRun(t, env, "repo", "create", "filesystem", "--path", dir, "--compression", "off", "--cluster", "prod", "--max-upload-rate", "10MiB")
 	var s repository.Status
 	if err := json.Unmarshal([]byte(mustRun(t, env, "repo", "status", "-o", "json").stdout), &s); err != nil {
@@ -28,6 +33,19 @@ func TestRepoLifeCycle(t *testing.T) {
 	}
 	if r := runVarve(t, env, "repo", "create", "filesystem", "--path", dir); r.code != exitRefused {
 		t.Errorf("created twice: %+v", r)
+	}
+
+	if err := os.Rename(dir, dir+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil { // as where a disk is to be mounted
+		t.Fatal(err)
+	}
+	if r := runVarve(t, env, "list"); r.code != exitRepository || !strings.Contains(r.stderr, "mounted") || strings.Contains(r.stderr, "create") {
+		t.Errorf("the disk of the repository is not mounted: %+v", r)
+	}
+	if err := errors.Join(os.RemoveAll(dir), os.Rename(dir+".away", dir)); err != nil {
+		t.Fatal(err)
 	}
 
 	env["VARVE_NEW_PASSWORD"] = "battery staple"
