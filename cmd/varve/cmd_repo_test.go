@@ -177,6 +177,29 @@ func TestPasswordSources(t *testing.T) {
 	}
 }
 
+// TestPasswordCommandLeavesStandardInputAlone gives a list of extents by standard
+// input to a user whose password command reads all of its own.
+func TestPasswordCommandLeavesStandardInputAlone(t *testing.T) {
+	env, disk := newBackupEnv(t)
+	in, list, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	_, err = list.WriteString(`{"base":null,"target":"s1","size":1048576}` + "\n" + `{"offset":0,"length":1048576}` + "\n" + `{"end":true,"count":1}` + "\n")
+	if err := errors.Join(err, list.Close()); err != nil {
+		t.Fatal(err)
+	}
+	var stderr bytes.Buffer
+	e := testEnv{"HOME": env["HOME"], "VARVE_CONFIG": env["VARVE_CONFIG"], "VARVE_PASSWORD_COMMAND": "cat >&2; echo correct horse"}
+	a := newApp()
+	a.stdin, a.stdout, a.stderr = in, io.Discard, &stderr
+	a.lookupEnv = func(name string) (string, bool) { v, ok := e[name]; return v, ok }
+	if code := a.run(t.Context(), []string{"backup", disk, "--volume", "shop/db", "--extents", "-"}); code != exitOK {
+		t.Errorf("exit code %d\n%s", code, &stderr)
+	}
+}
+
 func TestSizesAndDurations(t *testing.T) {
 	for s, want := range map[string]int64{"0": 0, "4096": 4096, "1K": 1024, "64MiB": 64 << 20, "64 mib": 64 << 20, "1.5G": 3 << 29, "2TB": 2 << 40, "7E": 7 << 60} {
 		if n, err := parseSize(s); err != nil || n != want {
