@@ -8,6 +8,8 @@ require (
 	github.com/hashicorp/golang-lru/v2 v2.0.7
 	github.com/kopia/kopia v0.23.1
 	github.com/kubernetes-csi/external-snapshot-metadata v1.1.0
+	github.com/kubernetes-csi/external-snapshot-metadata/client v1.0.0
+	github.com/kubernetes-csi/external-snapshotter/client/v8 v8.6.0
 	github.com/mdlayher/genetlink v1.3.2
 	github.com/mdlayher/netlink v1.7.2
 	github.com/minio/minio-go/v7 v7.2.0

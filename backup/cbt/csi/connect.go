@@ -48,7 +48,9 @@ func connect(o Options, troubles *troubles) (*grpc.ClientConn, error) {
 		}),
 		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
 			c, err := o.Dialer(ctx, "tcp", address)
-			troubles.note(err)
+			if err != nil {
+				troubles.note(err)
+			}
 
 			return c, err
 		}),
@@ -67,8 +69,8 @@ func connect(o Options, troubles *troubles) (*grpc.ClientConn, error) {
 	return conn, nil
 }
 
-// troubles remembers why the last connection could not be made; nil once one was. The
-// status of a call tells that only in words.
+// troubles remembers why a connection could not be made; nil once it was. The status of a
+// call tells that only in words.
 type troubles struct {
 	mu   sync.Mutex
 	last error

@@ -184,7 +184,7 @@ func (l *listing) freshToken(ctx context.Context) bool {
 
 	token, err := l.s.opt.Tokens.Token(ctx)
 
-	return err == nil && token != l.refused
+	return err == nil && !token.Equal(l.refused)
 }
 
 // call makes one call and merges what it answers. Its errors are *callError, those of
@@ -206,7 +206,7 @@ func (l *listing) call(ctx context.Context) error {
 	s.count(func(st *Stats) { st.Calls++ })
 	l.merge.begin()
 
-	next, err := l.open(ctx, token.secret, l.merge.end, l.results)
+	next, err := l.open(ctx, token.text(), l.merge.end, l.results)
 	for err == nil {
 		var m message
 		if m, err = next(); err != nil {

@@ -23,7 +23,7 @@ type Session struct {
 	opt      Options
 	conn     *grpc.ClientConn // nil if the driver has no service
 	client   api.SnapshotMetadataClient
-	troubles troubles
+	troubles *troubles // of conn
 
 	mu    sync.Mutex
 	stats Stats
@@ -63,7 +63,9 @@ func Open(_ context.Context, opt Options) (*Session, error) {
 // reconnect begins a connection anew. One that failed waits, by a clock of its own, before
 // it tries again; how long to wait is for Retry to say.
 func (s *Session) reconnect() error {
-	conn, err := connect(s.opt, &s.troubles)
+	troubles := &troubles{}
+
+	conn, err := connect(s.opt, troubles)
 	if err != nil {
 		return err
 	}
@@ -72,7 +74,7 @@ func (s *Session) reconnect() error {
 		_ = s.conn.Close()
 	}
 
-	s.conn, s.client = conn, api.NewSnapshotMetadataClient(conn)
+	s.conn, s.client, s.troubles = conn, api.NewSnapshotMetadataClient(conn), troubles
 
 	return nil
 }

@@ -11,8 +11,11 @@ import (
 )
 
 // Token is a bearer token that does not show itself: printed, logged or marshalled, it
-// is "[token]".
-type Token struct{ secret string }
+// is "[token]". The zero value is no token.
+type Token struct {
+	// A pointer, for package fmt asks no method of a struct's unexported field.
+	secret *string
+}
 
 const redacted = "[token]"
 
@@ -32,7 +35,19 @@ func NewToken(secret string) (Token, error) {
 		return Token{}, errors.New("the token has characters that no token has; is this the right file?")
 	}
 
-	return Token{secret}, nil
+	return Token{&secret}, nil
+}
+
+// Equal says whether two tokens are the same.
+func (t Token) Equal(u Token) bool { return t.text() == u.text() }
+
+// text is what the service is sent.
+func (t Token) text() string {
+	if t.secret == nil {
+		return ""
+	}
+
+	return *t.secret
 }
 
 // Format, MarshalText and LogValue keep the token from showing: %v, %+v, %#v, %s, %q,
@@ -51,12 +66,13 @@ func (Token) LogValue() slog.Value { return slog.StringValue(redacted) }
 func (t Token) redact(text string) string {
 	const long = 16
 
-	if t.secret == "" {
+	secret := t.text()
+	if secret == "" {
 		return text
 	}
 
-	text = strings.ReplaceAll(text, t.secret, redacted)
-	for part := range strings.SplitSeq(t.secret, ".") {
+	text = strings.ReplaceAll(text, secret, redacted)
+	for part := range strings.SplitSeq(secret, ".") {
 		if len(part) >= long {
 			text = strings.ReplaceAll(text, part, redacted)
 		}
