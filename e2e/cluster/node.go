@@ -230,8 +230,7 @@ func (c *Cluster) AddNode(ctx context.Context, number int) (*Node, error) {
 	if err := c.spawn(ctx, n); err != nil {
 		return nil, err
 	}
-	c.Nodes[n.Name] = n
-	if err := c.save(); err != nil {
+	if err := c.change(func() error { c.Nodes[n.Name] = n; return nil }); err != nil {
 		return nil, err
 	}
 	for _, step := range []func(context.Context, *Node) error{
@@ -264,7 +263,12 @@ func (c *Cluster) LoseNode(ctx context.Context, n *Node) error {
 		return err
 	}
 	n.PID = 0
-	return errors.Join(detachLoops(ctx, loops), c.save())
+	return errors.Join(detachLoops(ctx, loops), c.change(func() error {
+		if known := c.Nodes[n.Name]; known != nil {
+			known.PID = 0
+		}
+		return nil
+	}))
 }
 
 // SetDeviceOwnership switches containerd's device_ownership_from_security_context on
