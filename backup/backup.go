@@ -63,6 +63,11 @@ type Options struct {
 	Disk   Disk
 	// Source says what changed since the parent; nil reads and compares all.
 	Source cbt.Source
+	// Fallback are the sources to ask, in this order, when Source fails with a reason
+	// (cbt.FallbackReason); any other failure ends the backup. Each step is recorded
+	// with the point and told to OnFallback, on the caller's goroutine.
+	Fallback   []cbt.Source
+	OnFallback func(blocktree.Fallback)
 	// Full takes no block from a parent.
 	Full bool
 	// Parent is the name of the point to build on; empty for the latest.
@@ -86,8 +91,12 @@ type Options struct {
 	CheckpointEvery time.Duration
 	VolumeHandle    string
 	FileSystem      string
-	ToolVersion     string
-	Progress        func(Progress)
+	// Claim that the disk belongs to in Kubernetes, for the record.
+	Claim *blocktree.Claim
+	// Time whose state the disk holds: that of a snapshot; zero for now.
+	Time        time.Time
+	ToolVersion string
+	Progress    func(Progress)
 
 	// step is called at each step of a run; tests let others interfere there.
 	step func(string)
@@ -161,6 +170,9 @@ func Run(ctx context.Context, repo *repository.Repository, opt Options) (*Point,
 	}
 	if opt.step == nil {
 		opt.step = func(string) {}
+	}
+	if opt.OnFallback == nil {
+		opt.OnFallback = func(blocktree.Fallback) {}
 	}
 	if opt.Progress == nil {
 		opt.Progress = func(Progress) {}
@@ -239,12 +251,16 @@ func (r *run) prepare(ctx context.Context) error {
 		return err
 	}
 	now := r.repo.Now().UTC()
+	at := now
+	if !r.opt.Time.IsZero() {
+		at = r.opt.Time.UTC()
+	}
 	rec := &blocktree.Record{
 		ID: newID(), Generation: 1, Kind: blocktree.KindFull,
 		Namespace: v.Namespace, Name: v.Name, Cluster: v.Cluster,
-		Start: now, Time: pointTime(now, cat.Of(v)),
+		Start: now, Time: pointTime(at, cat.Of(v)),
 		Size: r.lay.Size, BlockSize: r.lay.BlockSize,
-		VolumeHandle: r.opt.VolumeHandle, FileSystem: r.opt.FileSystem,
+		VolumeHandle: r.opt.VolumeHandle, FileSystem: r.opt.FileSystem, Claim: r.opt.Claim,
 		NotCrashConsistent: r.opt.NotCrashConsistent, ToolVersion: r.opt.ToolVersion, Notes: r.notes,
 	}
 	if latest != nil {
@@ -350,40 +366,4 @@ func pointTime(now time.Time, points []*Point) time.Time {
 		t = t.Add(time.Millisecond)
 	}
 	return t
-}
-
-// list asks the source what changed and plans the work.
-func (r *run) list(ctx context.Context) error {
-	src := r.opt.Source
-	if src == nil {
-		src = cbt.Compare{}
-	}
-	req := cbt.Request{Size: r.lay.Size}
-	if r.parent != nil {
-		req.Base = &cbt.Base{PointID: r.parent.ID, ChangeID: r.parent.ChangeID, VolumeHandle: r.parent.VolumeHandle, Size: r.parent.Size}
-	}
-	rep, err := src.Changes(ctx, req, r.work.add)
-	if err != nil {
-		return fmt.Errorf("list changed blocks of %s: %w", r.opt.Volume, err)
-	}
-	if rep.Size != r.lay.Size {
-		return fmt.Errorf("list changed blocks of %s: %w: %d bytes, the disk has %d", r.opt.Volume, cbt.ErrSizeMismatch, rep.Size, r.lay.Size)
-	}
-	if rep.Exact && req.Base != nil && !rep.Allocated && rep.BaseChangeID != req.Base.ChangeID {
-		return fmt.Errorf("list changed blocks of %s: %w: it is relative to %q, the parent %s is %q",
-			r.opt.Volume, cbt.ErrBaseMismatch, rep.BaseChangeID, r.parent.Name(), req.Base.ChangeID)
-	}
-	r.rec.Source, r.rec.ChangeID = rep.Source, rep.TargetChangeID
-	if rep.VolumeHandle != "" {
-		r.rec.VolumeHandle = rep.VolumeHandle
-	}
-	if rep.Allocated && r.parent != nil {
-		// Whatever is not allocated reads as zeroes now, whatever it was.
-		r.work.zeroRest()
-	}
-	if r.parent != nil {
-		r.work.addResize(r.parent.Size)
-	}
-	r.rec.Stats.Reported = rep.Reported
-	return r.spotCheck(ctx, rep)
 }

@@ -27,8 +27,10 @@ type Point struct {
 	BlockSize    int64 // bytes; 0 for a foreign point
 	ChangeID     string
 	VolumeHandle string
-	Pins         []string
-	Incomplete   string // why this is not a recovery point; empty for one
+	// SnapshotHandle is what the storage calls the snapshot that was read.
+	SnapshotHandle string
+	Pins           []string
+	Incomplete     string // why this is not a recovery point; empty for one
 	// Foreign names the program that wrote a snapshot that is not Varve's, but
 	// holds a disk image that can be read; empty for Varve's own.
 	Foreign string
@@ -50,6 +52,7 @@ const (
 	tagBlockSize  = "varve-block-size"
 	tagChangeID   = "varve-change-id"
 	tagHandle     = "varve-volume-handle"
+	tagSnapshot   = "varve-snapshot-handle"
 )
 
 func recordTags(r *blocktree.Record) map[string]string {
@@ -62,7 +65,7 @@ func recordTags(r *blocktree.Record) map[string]string {
 		tagSize:       strconv.FormatInt(r.Size, 10),
 		tagBlockSize:  strconv.FormatInt(r.BlockSize, 10),
 	}
-	for k, v := range map[string]string{tagParent: r.Parent, tagChangeID: r.ChangeID, tagHandle: r.VolumeHandle} {
+	for k, v := range map[string]string{tagParent: r.Parent, tagChangeID: r.ChangeID, tagHandle: r.VolumeHandle, tagSnapshot: r.SnapshotHandle} {
 		if v != "" {
 			tags[k] = v
 		}
@@ -99,12 +102,14 @@ func (p *Point) fillFromTags(tags map[string]string) error {
 	}
 	p.ID, p.Generation, p.Size, p.BlockSize, p.Time = id, gen, size, block, t
 	p.Parent, p.Kind, p.ChangeID, p.VolumeHandle = tags[tagParent], tags[tagKind], tags[tagChangeID], tags[tagHandle]
+	p.SnapshotHandle = tags[tagSnapshot]
 	return nil
 }
 
 func (p *Point) fillFromRecord(r *blocktree.Record) {
 	p.ID, p.Generation, p.Size, p.BlockSize, p.Time = r.ID, r.Generation, r.Size, r.BlockSize, r.Time
 	p.Parent, p.Kind, p.ChangeID, p.VolumeHandle = r.Parent, r.Kind, r.ChangeID, r.VolumeHandle
+	p.SnapshotHandle = r.SnapshotHandle
 }
 
 // timeText is how a point's time is written in its name: UTC, to the second,

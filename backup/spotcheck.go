@@ -188,6 +188,9 @@ func (r *run) mismatch(ctx context.Context, rep cbt.Report, b int64) error {
 	slog.ErrorContext(ctx, "changed-block source lied; comparing the whole disk instead",
 		"volume", r.opt.Volume.String(), "offset", off, "end", end, "source", rep.Source)
 	r.rec.Notes = append(r.rec.Notes, fmt.Sprintf("source %s did not report a change at %d to %d; the whole disk was compared", rep.Source, off, end))
+	f := blocktree.Fallback{From: rep.Source, To: "compare", Reason: string(cbt.ReasonSpotCheck), Detail: err.Error()}
+	r.rec.Fallbacks = append(r.rec.Fallbacks, f)
+	r.tellFallback(ctx, f)
 	r.rec.Source = "compare"
 	r.work.all()
 	return nil

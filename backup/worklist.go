@@ -20,6 +20,12 @@ func newWorklist(lay blocktree.Layout) *worklist {
 	return &worklist{lay: lay, read: newBitmap(lay.Blocks()), zero: newBitmap(lay.Blocks())}
 }
 
+// reset forgets what a source said that then failed.
+func (l *worklist) reset() {
+	clear(l.read.words)
+	clear(l.zero.words)
+}
+
 // add marks the blocks that an extent touches. A block is only taken for zero
 // where an extent says so of all its bytes.
 func (l *worklist) add(e cbt.Extent) error {

@@ -24,11 +24,12 @@ type Storage struct {
 	// Example: {bucket: backups}
 	// +optional
 	B2 *B2Storage `json:"b2,omitempty"`
-	// SFTP server. Credentials: privateKey or password, and knownHosts.
+	// SFTP server. Credentials: privateKey or storagePassword, and
+	// knownHosts.
 	// Example: {host: backup.example.com, user: varve, path: /srv/varve}
 	// +optional
 	SFTP *SFTPStorage `json:"sftp,omitempty"`
-	// WebDAV server. Credentials: user, password.
+	// WebDAV server. Credentials: user, storagePassword.
 	// Example: {url: "https://dav.example.com/varve"}
 	// +optional
 	WebDAV *WebDAVStorage `json:"webdav,omitempty"`

@@ -55,14 +55,17 @@ type Record struct {
 	Start      time.Time `json:"start"` // of the run
 	End        time.Time `json:"end"`
 
-	Size         int64  `json:"size"`      // bytes of the disk
-	BlockSize    int64  `json:"blockSize"` // bytes
-	Root         string `json:"root"`      // object of disk.img
-	ZeroBlock    string `json:"zeroBlock,omitempty"`
-	ZeroSegment  string `json:"zeroSegment,omitempty"`
-	Source       string `json:"source,omitempty"` // where changed blocks came from: full, compare, extents, ...
-	ChangeID     string `json:"changeID,omitempty"`
-	VolumeHandle string `json:"volumeHandle,omitempty"`
+	Size        int64  `json:"size"`      // bytes of the disk
+	BlockSize   int64  `json:"blockSize"` // bytes
+	Root        string `json:"root"`      // object of disk.img
+	ZeroBlock   string `json:"zeroBlock,omitempty"`
+	ZeroSegment string `json:"zeroSegment,omitempty"`
+	Source      string `json:"source,omitempty"` // where changed blocks came from: full, compare, extents, ...
+	ChangeID    string `json:"changeID,omitempty"`
+	// SnapshotHandle is what the storage calls the snapshot that was read. For most
+	// storages the change ID is the same.
+	SnapshotHandle string `json:"snapshotHandle,omitempty"`
+	VolumeHandle   string `json:"volumeHandle,omitempty"`
 
 	// NotCrashConsistent is set when the disk was mounted read-write while it
 	// was read: the point mixes moments.
@@ -71,14 +74,31 @@ type Record struct {
 	ReadErrors []Range `json:"readErrors,omitempty"`
 	// FileSystem is the type found in the superblock, if any.
 	FileSystem string `json:"fileSystem,omitempty"`
+	// Claim is the Kubernetes claim that was backed up; nil for other disks.
+	Claim *Claim `json:"claim,omitempty"`
 
-	Stats       Stats      `json:"stats"`
-	SpotCheck   *SpotCheck `json:"spotCheck,omitempty"`
-	Notes       []string   `json:"notes,omitempty"` // fallbacks and their reasons
+	Stats     Stats      `json:"stats"`
+	SpotCheck *SpotCheck `json:"spotCheck,omitempty"`
+	// Fallbacks are the steps from the source of changed blocks that was wanted to
+	// the one that answered, in order.
+	Fallbacks   []Fallback `json:"fallbacks,omitempty"`
+	Notes       []string   `json:"notes,omitempty"`
 	ToolVersion string     `json:"toolVersion,omitempty"`
 
 	// Extra holds the fields of newer minor versions.
 	Extra map[string]json.RawMessage `json:"-"`
+}
+
+// Claim is what a restore wants to know of the PersistentVolumeClaim that a point was
+// made of. Its name and namespace are the volume's.
+type Claim struct {
+	UID          string   `json:"uid,omitempty"`
+	VolumeMode   string   `json:"volumeMode"`   // Block or Filesystem
+	RequestBytes int64    `json:"requestBytes"` // what the claim asked for
+	Capacity     int64    `json:"capacity"`     // of its PersistentVolume, in bytes
+	StorageClass string   `json:"storageClass,omitempty"`
+	Driver       string   `json:"driver,omitempty"`
+	AccessModes  []string `json:"accessModes,omitempty"`
 }
 
 // Range is a part of a disk, in bytes.
@@ -98,6 +118,14 @@ type Stats struct {
 	Segments   int64         `json:"segments"`   // segment indexes written
 	Duration   time.Duration `json:"durationNs"` // of the run
 	Checkpoint int64         `json:"checkpoints,omitempty"`
+}
+
+// Fallback is a step from one source of changed blocks to the next.
+type Fallback struct {
+	From   string `json:"from"`             // name of the source given up
+	To     string `json:"to"`               // name of the one asked next
+	Reason string `json:"reason"`           // a stable code; docs/cbt-csi.md lists them
+	Detail string `json:"detail,omitempty"` // for people
 }
 
 // SpotCheck tells how far the source of changed blocks was tested.
@@ -234,7 +262,7 @@ func (r *Record) keepExtra(p []byte) error {
 func optionalField(k string) bool {
 	switch k {
 	case "parent", "zeroBlock", "zeroSegment", "source", "changeID", "volumeHandle",
-		"notCrashConsistent", "readErrors", "fileSystem", "spotCheck", "notes", "toolVersion":
+		"snapshotHandle", "notCrashConsistent", "readErrors", "fileSystem", "claim", "spotCheck", "fallbacks", "notes", "toolVersion":
 		return true
 	}
 	return false

@@ -54,6 +54,11 @@ type Base struct {
 	// source that needs no base (Compare) can serve it.
 	ChangeID string
 
+	// SnapshotHandle is the handle of the snapshot that the base was read from, where
+	// the storage has such a thing. Most storages compare by it, and then ChangeID is
+	// the same; empty if unknown.
+	SnapshotHandle string
+
 	// VolumeHandle is the storage's name of the volume; empty if unknown.
 	VolumeHandle string
 
@@ -81,9 +86,10 @@ type Report struct {
 	// point and is the base of the next increment. Empty if the source has none.
 	BaseChangeID, TargetChangeID string
 
-	// VolumeHandle is the storage's name of the volume, to be recorded with the
-	// new point; empty if the source does not know it.
-	VolumeHandle string
+	// VolumeHandle is the storage's name of the volume, SnapshotHandle that of the
+	// snapshot which is being read, both to be recorded with the new point; empty if
+	// the source does not know them.
+	VolumeHandle, SnapshotHandle string
 
 	// Size of the target; always the request's, a source refuses any other.
 	Size int64
@@ -148,10 +154,16 @@ var (
 	ErrTooScattered = errors.New("the listing is unsorted and in too many pieces")
 	// ErrConsumed: the stream behind the source has been read already.
 	ErrConsumed = errors.New("the listing has been read already")
-	// ErrUnavailable: this source cannot answer this request, but another kind of
-	// source (allocated ranges, then compare) can take its place. Refusals that
-	// hint at a mistake, such as ErrBaseMismatch, are not ErrUnavailable.
+	// ErrUnavailable: this source cannot answer this request, but another one
+	// (allocated ranges, then compare) can take its place. It is in the chain of every
+	// *Error that has a Reason.
 	ErrUnavailable = errors.New("changed blocks are not available")
+	// ErrNoBase: the source lists differences only, and the request has no base. The
+	// next source is asked, and nobody is told: a full backup is no fallback.
+	ErrNoBase = errors.New("a difference needs a base")
+	// ErrDenied: the storage refused our credentials. Never a reason to ask another
+	// source: somebody has to grant something.
+	ErrDenied = errors.New("the storage refused the credentials")
 )
 
 // Error is a refused or failed listing.
@@ -162,6 +174,9 @@ type Error struct {
 	Line int64
 	// Kind is one of this package's Err values.
 	Kind error
+	// Reason, if not empty, says that another source may take this one's place, and
+	// why. An error without one ends the backup.
+	Reason Reason
 	// Detail says what was found and what to do next.
 	Detail string
 	// Cause is the error beneath, if any.
@@ -186,11 +201,16 @@ func (e *Error) Error() string {
 	return text
 }
 
-// Unwrap gives the kind and the cause.
+// Unwrap gives the kind, ErrUnavailable if there is a Reason, and the cause.
 func (e *Error) Unwrap() []error {
-	if e.Cause == nil {
-		return []error{e.Kind}
+	chain := []error{e.Kind}
+	if e.Reason != "" {
+		chain = append(chain, ErrUnavailable)
 	}
 
-	return []error{e.Kind, e.Cause}
+	if e.Cause != nil {
+		chain = append(chain, e.Cause)
+	}
+
+	return chain
 }

@@ -8,7 +8,7 @@ import (
 )
 
 func TestCompareConforms(t *testing.T) {
-	cbttest.Run(t, func(t *testing.T, l cbttest.Listing) cbt.Source {
+	cbttest.All(t, func(t *testing.T, l cbttest.Listing) cbt.Source {
 		if l.Refused { // Compare takes no listing, so it has none to refuse
 			return nil
 		}

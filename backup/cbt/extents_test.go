@@ -15,7 +15,11 @@ import (
 )
 
 func TestExtentsConforms(t *testing.T) {
-	cbttest.Run(t, func(t *testing.T, l cbttest.Listing) cbt.Source {
+	cbttest.All(t, func(t *testing.T, l cbttest.Listing) cbt.Source {
+		if l.Fixed > 0 || len(l.Breaks) > 0 {
+			t.Skip("a list in a file is told once and as it stands: there is nothing to go on from")
+		}
+
 		var list bytes.Buffer
 
 		w, err := cbt.NewExtentsWriter(&list, cbt.ExtentsHeader{Base: l.Base, Target: l.Target, Size: l.Size, Volume: l.Volume})

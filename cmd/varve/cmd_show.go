@@ -69,12 +69,15 @@ func writePoint(t *table, res showResult, parent *backup.Point) {
 		t.row("Generation:", rec.Generation)
 		t.row("Block size:", t.bytes(rec.BlockSize))
 		t.row("Changed blocks from:", rec.Source)
+		for _, f := range rec.Fallbacks {
+			t.row("Fallback:", f.From+" to "+f.To, f.Reason)
+		}
 		t.row("Taken:", t.time(rec.Start), rec.End.Sub(rec.Start).Round(time.Millisecond))
 		t.row("Read:", t.bytes(rec.Stats.Read))
 		t.row("Changed:", t.bytes(rec.Stats.Changed), t.bytes(rec.Stats.Zero)+" of it zeroes")
 		t.row("Uploaded:", t.bytes(rec.Stats.Uploaded))
 		for _, c := range []struct{ what, text string }{
-			{"Change ID:", rec.ChangeID}, {"Volume handle:", rec.VolumeHandle}, {"File system:", rec.FileSystem}, {"Varve:", rec.ToolVersion},
+			{"Change ID:", rec.ChangeID}, {"Snapshot handle:", rec.SnapshotHandle}, {"Volume handle:", rec.VolumeHandle}, {"File system:", rec.FileSystem}, {"Varve:", rec.ToolVersion},
 		} {
 			if c.text != "" {
 				t.row(c.what, c.text)

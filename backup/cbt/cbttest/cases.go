@@ -1,8 +1,10 @@
 package cbttest
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"slices"
 	"testing"
 
 	"github.com/varve-io/varve/backup/cbt"
@@ -100,6 +102,78 @@ func caseFullNothingAllocated(t *testing.T, newSource Maker) {
 
 	report, got := w.list(t, newSource)
 	expectSame(t, w, report, got)
+}
+
+func caseFixedLength(t *testing.T, newSource Maker) {
+	w := newWorld(diskSize, diskSize,
+		cbt.Extent{Offset: 1, Length: 1},
+		cbt.Extent{Offset: 100_001, Length: 77_777},
+		cbt.Extent{Offset: diskSize - 1, Length: 1})
+	w.listing.Fixed = grain
+	w.list(t, newSource)
+}
+
+func caseFixedLengthShortTail(t *testing.T, newSource Maker) {
+	w := newWorld(diskSize+511, diskSize+511, cbt.Extent{Offset: 0, Length: grain}, cbt.Extent{Offset: diskSize, Length: 511})
+	w.listing.Fixed = grain
+	report, got := w.list(t, newSource)
+	expectSame(t, w, report, got)
+
+	// The short one alone, and first.
+	w = newWorld(diskSize+511, diskSize+511, cbt.Extent{Offset: diskSize, Length: 511})
+	w.listing.Fixed = grain
+	report, got = w.list(t, newSource)
+	expectSame(t, w, report, got)
+}
+
+// caseBroken tells forty extents in several goes.
+func caseBroken(breaks ...Break) Case {
+	return func(t *testing.T, newSource Maker) {
+		var extents []cbt.Extent
+		for i := range int64(40) {
+			extents = append(extents, cbt.Extent{Offset: i * 5 * grain, Length: (1 + i%3) * grain})
+		}
+
+		w := newWorld(diskSize, diskSize, extents...)
+		w.listing.Breaks = breaks
+		report, got := w.list(t, newSource)
+
+		straddles := slices.ContainsFunc(breaks, func(b Break) bool { return b.Before > 0 })
+		if !straddles { // otherwise it reports more
+			expectSame(t, w, report, got)
+		}
+	}
+}
+
+// caseLargerDisk has a disk larger than the storage says. Refused, or read where the
+// storage does not know it.
+func caseLargerDisk(t *testing.T, newSource Maker) {
+	w := threeChanges()
+	grown := append(bytes.Clone(w.target), pattern(grain, 5)...)
+	w.base, w.target = append(w.base, pattern(grain, 6)...), grown
+	w.request.Size = int64(len(grown))
+	w.request.Base.Size = int64(len(w.base))
+
+	source := newSource(t, w.listing)
+	if source == nil {
+		t.Skip("the source has no listing of its own, so none that it could refuse")
+	}
+
+	var got []cbt.Extent
+
+	report, err := source.Changes(t.Context(), w.request, func(e cbt.Extent) error {
+		got = append(got, e)
+		return nil
+	})
+	if errors.Is(err, cbt.ErrSizeMismatch) {
+		return
+	}
+
+	if err != nil {
+		t.Fatalf("Changes = %v; want none, or one that is %v", err, cbt.ErrSizeMismatch)
+	}
+
+	w.check(t, report, got)
 }
 
 func caseGrown(t *testing.T, newSource Maker) {

@@ -1,19 +1,24 @@
 // Package cbttest is the conformance suite of changed-block sources: what every
-// cbt.Source has to hold, tried with listings that are right, generous, cut, doubled
-// or about something else.
+// cbt.Source has to hold, tried with listings that are right, generous, cut, doubled,
+// broken off and taken up again, or about something else.
 //
-// A source under test is described by a Maker, which turns a Listing (what the
-// storage behind the source will say) into a source. Run runs All:
+// A source under test is described by a Maker, which turns a Listing (a script of what
+// the storage behind the source will say, and how it misbehaves) into a source. All
+// runs every rule:
 //
-//	cbttest.Run(t, func(t *testing.T, l cbttest.Listing) cbt.Source { ... })
+//	cbttest.All(t, func(t *testing.T, l cbttest.Listing) cbt.Source { ... })
+//
+// What only an engine with its spot check can find, a storage that keeps quiet about
+// changes, is in Engine: backups with the source, run by a function that the engine's
+// tests give.
 package cbttest
 
 import (
 	"bytes"
 	"context"
 	"errors"
+	"maps"
 	"slices"
-	"sort"
 	"testing"
 
 	"github.com/varve-io/varve/backup/cbt"
@@ -31,8 +36,27 @@ type Listing struct {
 	// CutAfter, if not negative, ends the storage's answer after so many extents,
 	// without its usual sign of completeness.
 	CutAfter int
+	// Fixed, if not 0, has the storage list every block of that length which Extents
+	// touch, the last one of the disk as short as it is, instead of Extents.
+	Fixed int64
+	// Breaks are how the first tellings of the list end; the one behind the last of
+	// them is whole.
+	Breaks []Break
 	// Refused says that the rule expects this listing to be refused.
 	Refused bool
+}
+
+// Break is a telling of a list that ends before the list does.
+type Break struct {
+	// After is how many extents of the list were told until then, since the very
+	// beginning.
+	After int
+	// Early has it end as if it were complete, instead of with an error.
+	Early bool
+	// Before has the telling begin so many bytes before where it should have gone on;
+	// Repeat has it begin with the list.
+	Before int64
+	Repeat bool
 }
 
 // Maker makes a source whose storage says l. It calls t.Skip with the reason if that
@@ -45,8 +69,8 @@ type Maker func(t *testing.T, l Listing) cbt.Source
 // Case is one rule, tried on a source.
 type Case func(t *testing.T, newSource Maker)
 
-// All holds every rule by name.
-var All = map[string]Case{
+// Cases holds every rule by name.
+var Cases = map[string]Case{
 	"Exact":                    caseExact,
 	"OverReporting":            caseOverReporting,
 	"Unaligned":                caseUnaligned,
@@ -57,15 +81,24 @@ var All = map[string]Case{
 	"SizeZero":                 caseSizeZero,
 	"FullAllocated":            caseFullAllocated,
 	"FullNothingAllocated":     caseFullNothingAllocated,
+	"FixedLength":              caseFixedLength,
+	"FixedLengthShortTail":     caseFixedLengthShortTail,
+	"BrokenAtOnce":             caseBroken(Break{}),
+	"BrokenOften":              caseBroken(Break{After: 1}, Break{After: 1}, Break{After: 9}, Break{After: 20}, Break{After: 39}),
+	"Straddling":               caseBroken(Break{After: 3}, Break{After: 12, Before: 100}, Break{After: 13, Before: diskSize}, Break{After: 14, Before: 1}),
+	"Repeating":                caseBroken(Break{After: 3}, Break{After: 12, Repeat: true}, Break{After: 30, Repeat: true}),
+	"EndsEarly":                caseBroken(Break{After: 5, Early: true}, Break{After: 6, Early: true}, Break{After: 30, Early: true}),
+	"EndsEarlyAtOnce":          caseBroken(Break{Early: true}),
+	"EndsEarlyThenBreaks":      caseBroken(Break{After: 5, Early: true}, Break{After: 5}, Break{After: 8}, Break{After: 8, Early: true}),
 	"Grown":                    caseGrown,
 	"Shrunk":                   caseShrunk,
 	"Many":                     caseMany,
 	"WrongBase":                refusal(cbt.ErrBaseMismatch, func(l *Listing, _ *cbt.Request) { l.Base = "another" }),
 	"BaseWithoutChangeID":      refusal(cbt.ErrBaseMismatch, func(_ *Listing, r *cbt.Request) { r.Base.ChangeID = "" }),
-	"DifferenceForFullRequest": refusal(cbt.ErrBaseMismatch, func(_ *Listing, r *cbt.Request) { r.Base = nil }),
+	"DifferenceForFullRequest": refusal(errNoFull, func(_ *Listing, r *cbt.Request) { r.Base = nil }),
 	"WrongVolume":              refusal(cbt.ErrVolumeMismatch, func(l *Listing, _ *cbt.Request) { l.Volume = "another" }),
 	"WrongSizeLarger":          refusal(cbt.ErrSizeMismatch, func(l *Listing, _ *cbt.Request) { l.Size++ }),
-	"WrongSizeSmaller":         refusal(cbt.ErrSizeMismatch, func(_ *Listing, r *cbt.Request) { r.Size += 4096 }),
+	"WrongSizeSmaller":         caseLargerDisk,
 	"Cut":                      refusal(cbt.ErrTruncated, func(l *Listing, _ *cbt.Request) { l.CutAfter = 2 }),
 	"CutAtOnce":                refusal(cbt.ErrTruncated, func(l *Listing, _ *cbt.Request) { l.CutAfter = 0 }),
 	"CutBeforeTheEndMark":      refusal(cbt.ErrTruncated, func(l *Listing, _ *cbt.Request) { l.CutAfter = len(l.Extents) }),
@@ -80,19 +113,16 @@ var All = map[string]Case{
 	"Cancelled":                caseCancelled,
 }
 
-// Run runs All in a fixed order, each rule as a subtest.
-func Run(t *testing.T, newSource Maker) {
-	names := make([]string, 0, len(All))
-	for name := range All {
-		names = append(names, name)
-	}
-
-	sort.Strings(names)
-
-	for _, name := range names {
-		t.Run(name, func(t *testing.T) { All[name](t, newSource) })
+// All runs Cases in a fixed order, each rule as a subtest.
+func All(t *testing.T, newSource Maker) {
+	for _, name := range slices.Sorted(maps.Keys(Cases)) {
+		t.Run(name, func(t *testing.T) { Cases[name](t, newSource) })
 	}
 }
+
+// errNoFull is either of the errors with which a list of differences is refused to one
+// who asks for a full.
+var errNoFull = errors.New("a list of differences for a full")
 
 const (
 	baseID   = "snapshot-1"
@@ -289,7 +319,12 @@ func refusal(kind error, spoil func(*Listing, *cbt.Request)) Case {
 			t.Fatal("Changes accepted the listing")
 		}
 
-		if !errors.Is(err, kind) {
+		is := errors.Is(err, kind)
+		if kind == errNoFull {
+			is = errors.Is(err, cbt.ErrBaseMismatch) || errors.Is(err, cbt.ErrNoBase)
+		}
+
+		if !is {
 			t.Fatalf("Changes = %v; want an error that is %v", err, kind)
 		}
 

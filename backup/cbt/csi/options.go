@@ -1,0 +1,179 @@
+package csi
+
+import (
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"time"
+)
+
+// Endpoint is how a driver's sidecar is reached: the spec of its
+// SnapshotMetadataService object (cbt.storage.k8s.io/v1beta1).
+type Endpoint struct {
+	// Address is host:port. If it is empty the driver has no service: Delta and
+	// Allocated answer cbt.ReasonNoService and everything is read and compared.
+	Address string `json:"address,omitempty"`
+	// CABundle vouches for the service's certificate: PEM, one or more certificates.
+	// The system's authorities are not asked.
+	CABundle []byte `json:"caBundle,omitempty"`
+	// Audience is what the token must be for. The token source, not this package,
+	// sees to that.
+	Audience string `json:"audience,omitempty"`
+}
+
+// Snapshot is one snapshot as the cluster and the storage name it.
+type Snapshot struct {
+	// Namespace and Name of the VolumeSnapshot object. The base needs neither.
+	Namespace string `json:"namespace,omitempty"`
+	Name      string `json:"name,omitempty"`
+	// Handle is status.snapshotHandle of its VolumeSnapshotContent.
+	Handle string `json:"handle"`
+	// ChangeID is what a delta takes as its base: the handle with most drivers. The
+	// function ChangeID knows which; empty if the driver did not tell, and then the
+	// next backup is no delta.
+	ChangeID string `json:"changeID,omitempty"`
+	// VolumeHandle is the storage's name of the volume that was snapshotted.
+	VolumeHandle string `json:"volumeHandle,omitempty"`
+}
+
+// Options of a Session. Those that are not data are left out of its JSON.
+type Options struct {
+	Endpoint Endpoint `json:"endpoint"`
+
+	// TokenFile is a projected service account token for the endpoint's audience, read
+	// anew for each call. Tokens, if set, takes its place. One of them is needed
+	// unless there is no address.
+	TokenFile string      `json:"tokenFile,omitempty"`
+	Tokens    TokenSource `json:"-"`
+
+	// Target is the snapshot that is being backed up. It must be bound and ready, as
+	// seen by the caller: v1.1.0 of the sidecar dies of one that has no status yet.
+	// Namespace, Name, Handle and VolumeHandle are required.
+	Target Snapshot `json:"target"`
+	// Base is the snapshot that the cluster keeps as the base of the next delta; nil if
+	// none is kept. If it is not the one that the parent point was made from, no
+	// delta is asked for. Without it the driver is asked all the same, with what the
+	// parent point recorded: some need no base to exist.
+	Base *Snapshot `json:"base,omitempty"`
+
+	// MaxResults bounds the ranges of one message; 0 leaves it to the driver.
+	MaxResults int32 `json:"maxResults,omitempty"`
+	// Retry says how broken calls are taken up again.
+	Retry Retry `json:"retry,omitzero"`
+	// StallTimeout is how long a call may say nothing before it is taken for broken; 0
+	// for 15 minutes. The sidecar itself ends calls after ten.
+	StallTimeout time.Duration `json:"stallTimeout,omitempty"`
+
+	// Clock and Random, numbers from 0 to 1 for the jitter of the backoff, are replaced
+	// by tests. Dialer is net.Dialer's DialContext, as is.
+	Clock  Clock          `json:"-"`
+	Random func() float64 `json:"-"`
+	Dialer DialFunc       `json:"-"`
+}
+
+// Retry bounds the repeats of calls that broke. The wait before the nth repeat in a
+// row is drawn from the upper half of Base*2^(n-1), at most Max. A range that is new
+// begins the row anew.
+type Retry struct {
+	// Attempts in a row without a new range; 0 for 7 (about a minute).
+	Attempts int `json:"attempts,omitempty"`
+	// Base and Max of the wait; 0 for a second and 30 seconds.
+	Base time.Duration `json:"base,omitempty"`
+	Max  time.Duration `json:"max,omitempty"`
+	// Breaks in all, progress or not, clean early ends included; 0 for 1000: a week of
+	// ten minutes each.
+	Breaks int `json:"breaks,omitempty"`
+}
+
+const (
+	defaultAttempts     = 7
+	defaultRetryBase    = time.Second
+	defaultRetryMax     = 30 * time.Second
+	defaultBreaks       = 1000
+	defaultStallTimeout = 15 * time.Minute
+
+	// maxMessage bounds a message: some 700,000 ranges, 70 MB in memory.
+	maxMessage = 16 << 20
+	// cautiousResults is what is asked for once a message was too large.
+	cautiousResults = 10_000
+)
+
+// withDefaults fills in what is left out and refuses what cannot work.
+func (o Options) withDefaults() (Options, error) {
+	if o.Retry.Attempts <= 0 {
+		o.Retry.Attempts = defaultAttempts
+	}
+
+	if o.Retry.Base <= 0 {
+		o.Retry.Base = defaultRetryBase
+	}
+
+	if o.Retry.Max <= 0 {
+		o.Retry.Max = max(defaultRetryMax, o.Retry.Base)
+	}
+
+	if o.Retry.Breaks <= 0 {
+		o.Retry.Breaks = defaultBreaks
+	}
+
+	if o.StallTimeout <= 0 {
+		o.StallTimeout = defaultStallTimeout
+	}
+
+	if o.Clock == nil {
+		o.Clock = systemClock{}
+	}
+
+	if o.Random == nil {
+		o.Random = rand.Float64
+	}
+
+	if o.Dialer == nil {
+		o.Dialer = dial
+	}
+
+	if o.Tokens == nil && o.TokenFile != "" {
+		o.Tokens = TokenFile(o.TokenFile)
+	}
+
+	return o, o.check()
+}
+
+func (o Options) check() error {
+	t := o.Target
+
+	switch {
+	case t.Namespace == "" || t.Name == "":
+		return errors.New("the target needs the namespace and name of its VolumeSnapshot")
+	case t.Handle == "":
+		return fmt.Errorf("VolumeSnapshot %s/%s has no snapshot handle: wait until it is bound and readyToUse", t.Namespace, t.Name)
+	case t.VolumeHandle == "":
+		return fmt.Errorf("the volume handle of VolumeSnapshot %s/%s is not given: take it from the PersistentVolume that was snapshotted",
+			t.Namespace, t.Name)
+	case o.MaxResults < 0:
+		return fmt.Errorf("MaxResults is %d", o.MaxResults)
+	case o.Endpoint.Address == "":
+		return nil
+	case o.Tokens == nil:
+		return fmt.Errorf("no token for %s: give a TokenFile or a TokenSource", o.Endpoint.Address)
+	}
+
+	if _, _, err := net.SplitHostPort(o.Endpoint.Address); err != nil {
+		return fmt.Errorf("the address of the SnapshotMetadataService is not host:port: %w", err)
+	}
+
+	_, err := o.Endpoint.pool()
+
+	return err
+}
+
+func (e Endpoint) pool() (*x509.CertPool, error) {
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(e.CABundle) {
+		return nil, errors.New("the CA bundle of the SnapshotMetadataService holds no certificate in PEM")
+	}
+
+	return pool, nil
+}

@@ -1,0 +1,139 @@
+package csi
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"github.com/kubernetes-csi/external-snapshot-metadata/pkg/api"
+	"google.golang.org/grpc"
+
+	"github.com/varve-io/varve/backup/cbt"
+)
+
+// Names of the sources, as recovery points record them.
+const (
+	DeltaName     = "csi-delta"
+	AllocatedName = "csi-allocated"
+	WholeName     = "compare"
+)
+
+// Session is one backup's conversation with a driver's sidecar, over one connection.
+type Session struct {
+	opt      Options
+	conn     *grpc.ClientConn // nil if the driver has no service
+	client   api.SnapshotMetadataClient
+	troubles *troubles // of conn
+
+	mu    sync.Mutex
+	stats Stats
+}
+
+// Stats is what a Session's calls came to.
+type Stats struct {
+	Calls    int64 `json:"calls"`    // made, answered or not
+	Messages int64 `json:"messages"` // received
+	Ranges   int64 `json:"ranges"`   // in those messages
+	Breaks   int64 `json:"breaks"`   // calls that ended with an error and were taken up again
+	// EarlyEnds are clean ends of a stream that turned out not to be the end.
+	EarlyEnds int64 `json:"earlyEnds"`
+}
+
+// Open checks the options and prepares the connection, which the first call makes: a
+// service that cannot be reached is found, and stepped down from, by the sources. The
+// errors of Open are mistakes of the caller. Close the Session.
+func Open(_ context.Context, opt Options) (*Session, error) {
+	opt, err := opt.withDefaults()
+	if err != nil {
+		return nil, fmt.Errorf("changed blocks by CSI: %w", err)
+	}
+
+	s := &Session{opt: opt}
+	if opt.Endpoint.Address == "" {
+		return s, nil
+	}
+
+	if err := s.reconnect(); err != nil {
+		return nil, fmt.Errorf("changed blocks by CSI: %w", err)
+	}
+
+	return s, nil
+}
+
+// reconnect begins a connection anew. One that failed waits, by a clock of its own, before
+// it tries again; how long to wait is for Retry to say.
+func (s *Session) reconnect() error {
+	troubles := &troubles{}
+
+	conn, err := connect(s.opt, troubles)
+	if err != nil {
+		return err
+	}
+
+	if s.conn != nil {
+		_ = s.conn.Close()
+	}
+
+	s.conn, s.client, s.troubles = conn, api.NewSnapshotMetadataClient(conn), troubles
+
+	return nil
+}
+
+// Close ends the connection.
+func (s *Session) Close() error {
+	if s.conn == nil {
+		return nil
+	}
+
+	return s.conn.Close()
+}
+
+// Stats of the calls so far.
+func (s *Session) Stats() Stats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+
+	return s.stats
+}
+
+func (s *Session) count(f func(*Stats)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+
+	f(&s.stats)
+}
+
+// Ladder is the rungs as backup.Options wants them: Source, and Fallback.
+func (s *Session) Ladder() (first cbt.Source, fallback []cbt.Source) {
+	return s.Delta(), []cbt.Source{s.Allocated(), s.Whole()}
+}
+
+// Delta lists what changed since the request's base. Its change ID must be known, its
+// volume the target's, and the snapshot kept as the base, if any, the one it names. It
+// answers no request without a base (cbt.ErrNoBase).
+func (s *Session) Delta() cbt.Source { return delta{s} }
+
+// Allocated lists what holds data in the target, whatever the base: all else reads
+// as zeroes.
+func (s *Session) Allocated() cbt.Source { return allocated{s} }
+
+// Whole is cbt.Compare, but records which snapshot was read, so that the next increment
+// can be a delta.
+func (s *Session) Whole() cbt.Source { return whole{s} }
+
+// Unchanged asks whether nothing changed since base, before any volume is made of the
+// snapshot, and stops at the first range. Its errors are those of Delta's Changes.
+func (s *Session) Unchanged(ctx context.Context, base cbt.Base) (bool, error) {
+	found := false
+	// No device is there to hold the capacity against.
+	_, err := s.listDelta(ctx, cbt.Request{Base: &base, Size: anySize}, func(cbt.Extent) error {
+		found = true
+		return errEnough
+	})
+
+	if found {
+		return false, nil
+	}
+
+	return err == nil, err
+}

@@ -1,0 +1,101 @@
+package backup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/cbt"
+)
+
+// list asks the sources what changed, one after the other until one answers, and
+// plans the work.
+func (r *run) list(ctx context.Context) error {
+	req := cbt.Request{Size: r.lay.Size}
+	if r.parent != nil {
+		req.Base = &cbt.Base{
+			PointID: r.parent.ID, ChangeID: r.parent.ChangeID, SnapshotHandle: r.parent.SnapshotHandle,
+			VolumeHandle: r.parent.VolumeHandle, Size: r.parent.Size,
+		}
+	}
+	rep, err := r.askSources(ctx, req)
+	if err != nil {
+		return fmt.Errorf("list changed blocks of %s: %w", r.opt.Volume, err)
+	}
+	r.rec.Source, r.rec.ChangeID, r.rec.SnapshotHandle = rep.Source, rep.TargetChangeID, rep.SnapshotHandle
+	if rep.VolumeHandle != "" {
+		r.rec.VolumeHandle = rep.VolumeHandle
+	}
+	if rep.Allocated && r.parent != nil {
+		// Whatever is not allocated reads as zeroes now, whatever it was.
+		r.work.zeroRest()
+	}
+	if r.parent != nil {
+		r.work.addResize(r.parent.Size)
+	}
+	r.rec.Stats.Reported = rep.Reported
+	return r.spotCheck(ctx, rep)
+}
+
+func (r *run) askSources(ctx context.Context, req cbt.Request) (cbt.Report, error) {
+	sources := append([]cbt.Source{r.opt.Source}, r.opt.Fallback...)
+	if r.opt.Source == nil {
+		sources[0] = cbt.Compare{}
+	}
+	for {
+		rep, err := sources[0].Changes(ctx, req, r.work.add)
+		if err == nil {
+			err = r.checkReport(req, rep)
+		}
+		if err == nil {
+			r.settleFallbacks(ctx, rep.Source)
+			return rep, nil
+		}
+		reason, fallback := cbt.FallbackReason(err)
+		if len(sources) == 1 || !fallback && !errors.Is(err, cbt.ErrNoBase) {
+			return cbt.Report{}, err
+		}
+		sources = sources[1:]
+		r.work.reset()
+		if !fallback {
+			continue // ErrNoBase: a full asks for no difference
+		}
+		f := blocktree.Fallback{Reason: string(reason), Detail: err.Error()}
+		var e *cbt.Error
+		if errors.As(err, &e) {
+			f.From = e.Source
+		}
+		r.rec.Fallbacks = append(r.rec.Fallbacks, f)
+	}
+}
+
+// settleFallbacks completes the steps down now that it is known where they led, and tells
+// of them.
+func (r *run) settleFallbacks(ctx context.Context, source string) {
+	for i := len(r.rec.Fallbacks) - 1; i >= 0; i-- {
+		r.rec.Fallbacks[i].To = source
+		source = r.rec.Fallbacks[i].From
+	}
+	for _, f := range r.rec.Fallbacks {
+		r.tellFallback(ctx, f)
+	}
+}
+
+func (r *run) tellFallback(ctx context.Context, f blocktree.Fallback) {
+	slog.WarnContext(ctx, "changed blocks come from another source than wanted", "volume", r.opt.Volume.String(),
+		"from", f.From, "to", f.To, "reason", f.Reason, "detail", f.Detail)
+	r.opt.OnFallback(f)
+}
+
+func (r *run) checkReport(req cbt.Request, rep cbt.Report) error {
+	if rep.Size != r.lay.Size {
+		return fmt.Errorf("%w: %d bytes, the disk has %d", cbt.ErrSizeMismatch, rep.Size, r.lay.Size)
+	}
+	if rep.Exact && req.Base != nil && !rep.Allocated && rep.BaseChangeID != req.Base.ChangeID {
+		return fmt.Errorf("%w: it is relative to %q, the parent %s is %q",
+			cbt.ErrBaseMismatch, rep.BaseChangeID, r.parent.Name(), req.Base.ChangeID)
+	}
+	return nil
+}
