@@ -138,7 +138,8 @@ type Outcome struct {
 	PointID       string
 	VerifiedBytes int64
 	FileSystem    string // found in what was written, as blkid names it; may be empty
-	// Of one that failed: a reason of package v1alpha1 and a message.
+	// Of one that failed: a reason of package v1alpha1 and a message. Of one that does
+	// not run yet, what it waits for.
 	Reason  string
 	Message string
 	// DeviceBytes is the size of the device if the disk did not fit on it.

@@ -18,6 +18,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/step"
 )
 
@@ -415,7 +416,10 @@ func (j *job) patchVolume(ctx context.Context, pv *corev1.PersistentVolume, chan
 }
 
 func (j *job) labels() map[string]string {
-	return map[string]string{LabelManagedBy: managedBy, LabelPopulation: j.pop.Name}
+	l := mover.RunLabels(rolePopulate, j.pop.UID)
+	l[LabelPopulation] = j.pop.Name
+
+	return l
 }
 
 func (j *job) claimName() string { return j.pop.Spec.Claim.Namespace + "/" + j.pop.Spec.Claim.Name }

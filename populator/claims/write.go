@@ -76,6 +76,12 @@ func (j *job) startMover(ctx context.Context, name string) (step.Result, error) 
 	}
 	mover, err := j.Movers.Job(ctx, j.Client, j.pop, name, j.prime.Name)
 	if err != nil {
+		if res, waits := terminalStore(err); waits {
+			j.event(corev1.EventTypeWarning, res.Reason, res.Message)
+
+			return res, nil
+		}
+
 		return step.Result{}, err
 	}
 	if mover.Labels == nil {
@@ -123,7 +129,7 @@ func (j *job) moverRuns(ctx context.Context, mover *batchv1.Job, out Outcome) (s
 		}
 	}
 	if out.Percent < 0 {
-		return step.Wait(v1alpha1.ReasonPopulating, "the mover starts", look), nil
+		return step.Wait(v1alpha1.ReasonPopulating, "the mover starts: "+out.Message, look), nil
 	}
 	if p := j.pop.Status.Progress; p == nil || *p != out.Percent {
 		percent := out.Percent
