@@ -12,8 +12,8 @@ import (
 	"github.com/varve-io/varve/api/v1alpha1"
 )
 
-// AnnotationReference holds the dataSourceRef of a claim that named a namespace in it:
-// the admission policy that Varve ships moves it there. The API server drops such a
+// AnnotationReference holds namespace/name of a dataSourceRef that named a namespace:
+// the admission policy that Varve ships takes the namespace out and notes it there. The API server drops such a
 // reference, and the provisioner would bind an empty volume (KEP-3294, alpha).
 const AnnotationReference = "varve.io/data-source-ref"
 
@@ -44,7 +44,9 @@ var errNoSource = errors.New("not found")
 // *RefusedError, or passes.
 func (d *Deps) sourceOf(ctx context.Context, claim *corev1.PersistentVolumeClaim) (*source, error) {
 	ref := claim.Spec.DataSourceRef
-	if ref.Namespace != nil && *ref.Namespace != "" && *ref.Namespace != claim.Namespace {
+	// The policy leaves the reference without its namespace, so that the claim stays
+	// pending; it must not be filled from what has the same name here.
+	if claim.Annotations[AnnotationReference] != "" || ref.Namespace != nil && *ref.Namespace != "" && *ref.Namespace != claim.Namespace {
 		return nil, &RefusedError{v1alpha1.ReasonNamespaceInReference,
 			"dataSourceRef names a namespace; leave it out, and name the other namespace in the RecoverySource (spec.from.namespace)"}
 	}
