@@ -199,6 +199,18 @@ func (c *Cluster) ImportImage(ctx context.Context, archive string) error {
 }
 
 // startKubelet starts what makes a node of Kubernetes out of the namespaces.
+// TagImage gives an image one more name on every node that runs.
+func (c *Cluster) TagImage(ctx context.Context, image, name string) error {
+	for _, node := range c.nodeNames() {
+		if n := c.Nodes[node]; n.PID != 0 {
+			if _, err := c.ctr(ctx, n, "images", "tag", "--force", image, name); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 func (c *Cluster) startKubelet(ctx context.Context, n *Node) error {
 	if err := c.run(ctx, n, supervisor.Process{Name: "kubelet", Argv: []string{"kubelet", "--config=" + c.NodePath(n, "kubelet.yaml"),
 		"--kubeconfig=" + c.Path("kubelet-"+n.Name+".kubeconfig"), "--root-dir=" + c.NodePath(n, "kubelet"),
