@@ -20,7 +20,6 @@ func newMoverCommand(a *app) *cobra.Command {
 	for action, short := range map[mover.Action]string{
 		mover.ActionBackup:   "Make a recovery point of the pod's block device",
 		mover.ActionRestore:  "Write a recovery point to the pod's block device",
-		mover.ActionPrune:    "Apply retention to a volume",
 		mover.ActionMaintain: "Maintain the repository",
 	} {
 		cmd.AddCommand(&cobra.Command{

@@ -25,6 +25,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/queue"
 	"github.com/varve-io/varve/populator/step"
 )
 
@@ -112,8 +113,17 @@ func (w *world) Restores(context.Context, v1alpha1.StoreReference, string) (int,
 	return 8, nil
 }
 
-// Event implements Recorder.
-func (w *world) Event(_ runtime.Object, kind, reason, message string) {
+// Normal implements Recorder.
+func (w *world) Normal(_ client.Object, reason, format string, args ...any) {
+	w.said("Normal", reason, fmt.Sprintf(format, args...))
+}
+
+// Warning implements Recorder.
+func (w *world) Warning(_ client.Object, reason, format string, args ...any) {
+	w.said("Warning", reason, fmt.Sprintf(format, args...))
+}
+
+func (w *world) said(kind, reason, message string) {
 	if s := kind + " " + reason + ": " + message; !slices.Contains(w.events, s) {
 		w.events = append(w.events, s)
 	}
@@ -169,7 +179,7 @@ func (w *world) start(hook step.Hook) *incarnation {
 
 		return nil
 	})
-	in.deps = Deps{Client: in.c, Live: in.c, Namespace: varveNS, Points: w, Movers: w, Events: w, Now: func() time.Time { return w.now }}
+	in.deps = Deps{Client: in.c, Live: in.c, Namespace: varveNS, Points: w, Movers: w, Events: w, Queue: queue.New(0, nil), Now: func() time.Time { return w.now }}
 	in.cl, in.po = &Claims{Deps: in.deps}, &Populations{Deps: in.deps}
 
 	return in

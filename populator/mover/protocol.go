@@ -54,7 +54,6 @@ type Action string
 const (
 	ActionBackup   Action = "backup"
 	ActionRestore  Action = "restore"
-	ActionPrune    Action = "prune"
 	ActionMaintain Action = "maintain"
 )
 
@@ -66,7 +65,6 @@ type Task struct {
 	Store   store.Settings `json:"store"`
 	Backup  *BackupTask    `json:"backup,omitempty"`
 	Restore *RestoreTask   `json:"restore,omitempty"`
-	Prune   *PruneTask     `json:"prune,omitempty"`
 }
 
 // BackupTask makes a recovery point of the device.
@@ -83,6 +81,8 @@ type BackupTask struct {
 	Changed csi.Options `json:"changed"`
 	// VerifyUnchanged is the share of the blocks reported unchanged to read, 0 to 1.
 	VerifyUnchanged float64 `json:"verifyUnchanged"`
+	// Retention to apply to the volume once the point is there; nil for none.
+	Retention *backup.Policy `json:"retention,omitempty"`
 }
 
 // RestoreTask writes a recovery point to the device, reads it back and compares.
@@ -92,12 +92,6 @@ type RestoreTask struct {
 	Purpose string `json:"purpose,omitempty"`
 	// NeedFileSystem fails the task if no known file system was written.
 	NeedFileSystem bool `json:"needFileSystem,omitempty"`
-}
-
-// PruneTask applies retention to one volume.
-type PruneTask struct {
-	Volume backup.Volume `json:"volume"`
-	Policy backup.Policy `json:"policy"`
 }
 
 // Result is what a mover answers.
@@ -120,8 +114,11 @@ type Result struct {
 	PointCount int64         `json:"pointCount,omitempty"`
 
 	Restore *RestoreResult `json:"restore,omitempty"`
-	// Removed points, and Reclaimed bytes.
-	Removed   int64 `json:"removed,omitempty"`
+	// Removed points by retention, and KeepError why it could not be applied; the
+	// point itself is not affected.
+	Removed   int64  `json:"removed,omitempty"`
+	KeepError string `json:"keepError,omitempty"`
+	// Reclaimed bytes by maintenance.
 	Reclaimed int64 `json:"reclaimed,omitempty"`
 }
 
@@ -145,7 +142,7 @@ type RestoreResult struct {
 // Encode is the Result as a termination message: at most 4096 bytes, whatever it takes.
 func (r Result) Encode() []byte {
 	r.Version = ProtocolVersion
-	r.Message = clip(r.Message, 1500)
+	r.Message, r.KeepError = clip(r.Message, 1500), clip(r.KeepError, 300)
 	for {
 		p, err := json.Marshal(r)
 		if err == nil && len(p) <= maxResult {
@@ -193,7 +190,7 @@ func DecodeTask(text string) (Task, error) {
 	if t.Version != ProtocolVersion {
 		return t, fmt.Errorf("%s has version %d, this mover speaks %d: controller and mover must be of one image", TaskVariable, t.Version, ProtocolVersion)
 	}
-	has := map[Action]bool{ActionBackup: t.Backup != nil, ActionRestore: t.Restore != nil, ActionPrune: t.Prune != nil, ActionMaintain: true}
+	has := map[Action]bool{ActionBackup: t.Backup != nil, ActionRestore: t.Restore != nil, ActionMaintain: true}
 	if !has[t.Action] {
 		return t, fmt.Errorf("%s does not say what to %s", TaskVariable, t.Action)
 	}

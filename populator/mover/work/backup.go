@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -98,7 +99,7 @@ func Make(ctx context.Context, repo *repository.Repository, t *mover.BackupTask,
 		return mover.Result{}, err
 	}
 
-	return result(ctx, repo, p, rec)
+	return result(ctx, repo, t, p, rec)
 }
 
 // Done finds the point that an earlier attempt made of the same snapshot.
@@ -116,7 +117,7 @@ func Done(ctx context.Context, repo *repository.Repository, t *mover.BackupTask)
 		if err != nil {
 			return mover.Result{}, false, err
 		}
-		r, err := result(ctx, repo, p, rec)
+		r, err := result(ctx, repo, t, p, rec)
 		r.OK = err == nil
 
 		return r, err == nil, err
@@ -125,9 +126,19 @@ func Done(ctx context.Context, repo *repository.Repository, t *mover.BackupTask)
 	return mover.Result{}, false, nil
 }
 
-// result summarises a point.
-func result(ctx context.Context, repo *repository.Repository, p *backup.Point, rec *blocktree.Record) (mover.Result, error) {
+// result summarises a point, after the retention of its volume was applied.
+func result(ctx context.Context, repo *repository.Repository, t *mover.BackupTask, p *backup.Point, rec *blocktree.Record) (mover.Result, error) {
 	r := mover.Result{Point: Summary(rec), SnapshotHandle: rec.SnapshotHandle, ChangeID: rec.ChangeID}
+	if t.Retention != nil {
+		plan, err := backup.Prune(ctx, repo, backup.PruneOptions{Policy: *t.Retention, Volumes: []backup.Volume{t.Volume}, Cluster: t.Volume.Cluster})
+		if err != nil {
+			// The point is made; the next run applies the retention again.
+			slog.ErrorContext(ctx, "retention could not be applied", "error", err)
+			r.KeepError = err.Error()
+		} else {
+			r.Removed = int64(len(plan.Removed()))
+		}
+	}
 	var err error
 	if r.Listed, r.PointCount, err = Newest(ctx, repo, p.Volume); err != nil {
 		return mover.Result{}, err

@@ -50,7 +50,6 @@ type action func(ctx context.Context, e Environment, t mover.Task, repo *store.O
 var actions = map[mover.Action]action{
 	mover.ActionBackup:   makePoint,
 	mover.ActionRestore:  restore,
-	mover.ActionPrune:    prune,
 	mover.ActionMaintain: maintain,
 }
 

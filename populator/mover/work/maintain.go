@@ -10,20 +10,6 @@ import (
 	"github.com/varve-io/varve/populator/store"
 )
 
-// prune applies retention to one volume. The bytes are reclaimed by maintenance.
-func prune(ctx context.Context, _ Environment, t mover.Task, repo *store.Open) (mover.Result, error) {
-	plan, err := backup.Prune(ctx, repo.Repository, backup.PruneOptions{
-		Policy: t.Prune.Policy, Volumes: []backup.Volume{t.Prune.Volume}, Cluster: repo.Cluster(),
-	})
-	if err != nil {
-		return mover.Result{}, err
-	}
-	r := mover.Result{Removed: int64(len(plan.Removed()))}
-	r.Listed, r.PointCount, err = Newest(ctx, repo.Repository, t.Prune.Volume)
-
-	return r, err
-}
-
 // maintain runs what is due, and says how much there is.
 func maintain(ctx context.Context, _ Environment, _ mover.Task, repo *store.Open) (mover.Result, error) {
 	res, err := backup.Maintain(ctx, repo.Repository, backup.MaintainOptions{Mode: repository.MaintenanceAuto})
