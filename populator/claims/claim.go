@@ -65,7 +65,7 @@ func (r *Claims) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, 
 // misplaced speaks up where the admission policy took a reference out of a claim.
 func (r *Claims) misplaced(claim *corev1.PersistentVolumeClaim) (ctrl.Result, error) {
 	if claim.Annotations[AnnotationReference] != "" && claim.Spec.VolumeName == "" {
-		r.Events.Event(claim, corev1.EventTypeWarning, v1alpha1.ReasonNamespaceInReference,
+		r.Events.Warning(claim, v1alpha1.ReasonNamespaceInReference,
 			"dataSourceRef named a namespace, which this cluster would have dropped, and with it the whole reference; leave it out, and name the other namespace in the RecoverySource (spec.from.namespace)")
 	}
 
@@ -92,9 +92,9 @@ func (r *Claims) guard(ctx context.Context, claim *corev1.PersistentVolumeClaim)
 	}
 	r.warned[claim.UID] = true
 	boundWithoutVarve.Inc()
-	r.Events.Event(claim, corev1.EventTypeWarning, v1alpha1.ReasonBoundWithoutUs, fmt.Sprintf(
+	r.Events.Warning(claim, v1alpha1.ReasonBoundWithoutUs,
 		"the claim names %s %s and was bound to volume %s, which Varve did not fill: it does not hold the recovery point and may be empty",
-		claim.Spec.DataSourceRef.Kind, claim.Spec.DataSourceRef.Name, claim.Spec.VolumeName))
+		claim.Spec.DataSourceRef.Kind, claim.Spec.DataSourceRef.Name, claim.Spec.VolumeName)
 
 	return nil
 }
@@ -107,7 +107,7 @@ func (r *Claims) unprotect(ctx context.Context, claim *corev1.PersistentVolumeCl
 // decide resolves what the claim names and writes it down.
 func (r *Claims) decide(ctx context.Context, claim *corev1.PersistentVolumeClaim) (ctrl.Result, error) {
 	if claim.Spec.StorageClassName == nil || *claim.Spec.StorageClassName == "" {
-		r.Events.Event(claim, corev1.EventTypeWarning, v1alpha1.ReasonNoStorageClass,
+		r.Events.Warning(claim, v1alpha1.ReasonNoStorageClass,
 			"the claim has no storage class, and the cluster no default one: there is nothing to make its volume with")
 
 		return ctrl.Result{RequeueAfter: retryMissing}, nil
@@ -162,7 +162,7 @@ func (r *Claims) accept(ctx context.Context, claim *corev1.PersistentVolumeClaim
 
 		return fmt.Errorf("begin to fill claim %s/%s: %w", claim.Namespace, claim.Name, err)
 	}
-	r.Events.Event(claim, corev1.EventTypeNormal, v1alpha1.ReasonPopulating, what)
+	r.Events.Normal(claim, v1alpha1.ReasonPopulating, "%s", what)
 
 	return nil
 }
@@ -184,11 +184,11 @@ func (r *Claims) refuse(ctx context.Context, claim *corev1.PersistentVolumeClaim
 	default:
 		message = "the recovery point could not be looked up, and is tried again: " + message
 	}
-	kind := corev1.EventTypeWarning
+	tell := r.Events.Warning
 	if reason == v1alpha1.ReasonNoRecoveryPoint && src != nil && src.ifNone == v1alpha1.IfNoneWait {
-		kind, message = corev1.EventTypeNormal, message+"; waiting for one"
+		tell, message = r.Events.Normal, message+"; waiting for one"
 	}
-	r.Events.Event(claim, kind, reason, message)
+	tell(claim, reason, "%s", message)
 	if src == nil || src.object == nil {
 		return ctrl.Result{RequeueAfter: again}, nil
 	}

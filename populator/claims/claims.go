@@ -30,11 +30,11 @@ import (
 
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/queue"
 )
 
 // Names in objects. The protocol of prime claims is that of lib-volume-populator, so
@@ -159,9 +159,10 @@ type Movers interface {
 	Release(ctx context.Context, c client.Client, pop *v1alpha1.VolumePopulation) error
 }
 
-// Recorder writes events.
+// Recorder writes events, each once; *report.Events is one.
 type Recorder interface {
-	Event(object runtime.Object, eventtype, reason, message string)
+	Normal(o client.Object, reason, format string, args ...any)
+	Warning(o client.Object, reason, format string, args ...any)
 }
 
 // Deps is what both reconcilers stand on.
@@ -175,6 +176,8 @@ type Deps struct {
 	Points    Points
 	Movers    Movers
 	Events    Recorder
+	// Queue of movers, those of backups too.
+	Queue *queue.Queue
 	// Now is time.Now; tests have their own.
 	Now func() time.Time
 }

@@ -28,8 +28,7 @@ type Populations struct {
 	Deps
 
 	mu      sync.Mutex
-	slots   map[string]map[types.UID]bool // claims that a store's movers write now
-	quarter map[types.UID]int32           // of progress that was told by an event
+	quarter map[types.UID]int32 // of progress that was told by an event
 }
 
 // job is one VolumePopulation that is worked on.
@@ -249,7 +248,7 @@ func (j *job) stopped(ctx context.Context, res step.Result, err error) (ctrl.Res
 	case errors.Is(err, errAgain):
 		return j.divert(ctx, againList().Names()[0])
 	case terminal:
-		j.event(corev1.EventTypeWarning, reason, cause(err).Error()+"; delete the claim and create it again to try again")
+		j.warn(reason, cause(err).Error()+"; delete the claim and create it again to try again")
 		restores.WithLabelValues("failed").Observe(j.since().Seconds())
 		j.condition(v1alpha1.ConditionFailed, metav1.ConditionTrue, reason, cause(err).Error())
 		j.condition(v1alpha1.ConditionComplete, metav1.ConditionFalse, reason, cause(err).Error())
@@ -320,10 +319,17 @@ func (j *job) condition(kind string, status metav1.ConditionStatus, reason, mess
 		Message: limit(message, 4096), ObservedGeneration: j.pop.Generation})
 }
 
-// event tells the claim's user.
-func (j *job) event(kind, reason, message string) {
+// tell tells the claim's user.
+func (j *job) tell(reason, message string) {
 	if j.claim != nil {
-		j.Events.Event(j.claim, kind, reason, limit(message, 1000))
+		j.Events.Normal(j.claim, reason, "%s", message)
+	}
+}
+
+// warn is tell of what somebody may have to look at.
+func (j *job) warn(reason, message string) {
+	if j.claim != nil {
+		j.Events.Warning(j.claim, reason, "%s", message)
 	}
 }
 

@@ -85,7 +85,7 @@ func (j *job) class(ctx context.Context) (*storagev1.StorageClass, error) {
 	name := j.pop.Spec.StorageClassName
 	if err := j.Live.Get(ctx, client.ObjectKey{Name: name}, &class); err != nil {
 		if apierrors.IsNotFound(err) {
-			j.event(corev1.EventTypeWarning, v1alpha1.ReasonNoStorageClass, "storage class "+name+" does not exist")
+			j.warn(v1alpha1.ReasonNoStorageClass, "storage class "+name+" does not exist")
 		}
 
 		return nil, fmt.Errorf("read storage class %s: %w", name, err)
@@ -187,7 +187,7 @@ func (j *job) unusable(ctx context.Context, name string) (string, error) {
 // refuseNode takes the scheduler's choice off the claim, which makes it choose again:
 // an external populator gets no roll-back of its own.
 func (j *job) refuseNode(ctx context.Context, why string) (step.Result, error) {
-	j.event(corev1.EventTypeWarning, v1alpha1.ReasonStartingAnew, why)
+	j.warn(v1alpha1.ReasonStartingAnew, why)
 	if _, ok := j.claim.Annotations[annSelectedNode]; ok {
 		old := j.claim.DeepCopy()
 		delete(j.claim.Annotations, annSelectedNode)
@@ -208,7 +208,7 @@ func (j *job) provisioning(ctx context.Context, prime *corev1.PersistentVolumeCl
 	if why == "" {
 		return step.Wait(v1alpha1.ReasonProvisioning, "waiting for the storage to make the volume", look), nil
 	}
-	j.event(corev1.EventTypeWarning, v1alpha1.ReasonProvisioning, "the storage does not make the volume: "+why)
+	j.warn(v1alpha1.ReasonProvisioning, "the storage does not make the volume: "+why)
 
 	return step.Wait(v1alpha1.ReasonProvisioning, why, retryProvisioning), nil
 }

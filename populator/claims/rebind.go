@@ -143,7 +143,7 @@ func (j *job) completeStep(context.Context) (step.Result, error) {
 	if j.pop.Spec.PointID == "" {
 		message = "the claim has an empty volume, as its source says for want of a recovery point"
 	}
-	j.event(corev1.EventTypeNormal, v1alpha1.ReasonPopulated, message)
+	j.tell(v1alpha1.ReasonPopulated, message)
 	restores.WithLabelValues("succeeded").Observe(j.since().Seconds())
 
 	return step.Done(), nil

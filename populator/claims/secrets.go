@@ -81,13 +81,13 @@ func (j *job) copySecret(ctx context.Context, class string, from, to client.Obje
 	var secret corev1.Secret
 	switch err := j.Live.Get(ctx, from, &secret); {
 	case apierrors.IsForbidden(err):
-		j.event(corev1.EventTypeWarning, v1alpha1.ReasonTenantSecrets, fmt.Sprintf(
+		j.warn(v1alpha1.ReasonTenantSecrets, fmt.Sprintf(
 			"storage class %s takes Secret %s of this namespace, which Varve may not read; an administrator allows it with: kubectl create rolebinding varve-tenant-secrets -n %s --clusterrole=varve-tenant-secrets --serviceaccount=%s:varve-controller",
 			class, from.Name, from.Namespace, j.Namespace))
 
 		return step.Wait(v1alpha1.ReasonTenantSecrets, fmt.Sprintf("Varve may not read Secret %s", from), retryMissing), nil
 	case apierrors.IsNotFound(err):
-		j.event(corev1.EventTypeWarning, v1alpha1.ReasonTenantSecrets, fmt.Sprintf("storage class %s takes Secret %s, which does not exist", class, from))
+		j.warn(v1alpha1.ReasonTenantSecrets, fmt.Sprintf("storage class %s takes Secret %s, which does not exist", class, from))
 
 		return step.Wait(v1alpha1.ReasonTenantSecrets, fmt.Sprintf("Secret %s does not exist", from), retryMissing), nil
 	case err != nil:

@@ -14,7 +14,9 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/queue"
 	"github.com/varve-io/varve/populator/step"
+	"github.com/varve-io/varve/populator/store"
 )
 
 const (
@@ -77,7 +79,7 @@ func (j *job) startMover(ctx context.Context, name string) (step.Result, error) 
 	mover, err := j.Movers.Job(ctx, j.Client, j.pop, name, j.prime.Name)
 	if err != nil {
 		if res, waits := terminalStore(err); waits {
-			j.event(corev1.EventTypeWarning, res.Reason, res.Message)
+			j.warn(res.Reason, res.Message)
 
 			return res, nil
 		}
@@ -154,7 +156,7 @@ func (j *job) tellProgress(percent int32) {
 	j.quarter[uid] = max(quarter, j.quarter[uid])
 	j.mu.Unlock()
 	if tell {
-		j.event(corev1.EventTypeNormal, v1alpha1.ReasonPopulating, fmt.Sprintf("%d %% of recovery point %s are written and verified", quarter*25, short(j.pop.Spec.PointID)))
+		j.tell(v1alpha1.ReasonPopulating, fmt.Sprintf("%d %% of recovery point %s are written and verified", quarter*25, short(j.pop.Spec.PointID)))
 	}
 }
 
@@ -202,7 +204,7 @@ var mountable = map[string]bool{"ext2": true, "ext3": true, "ext4": true, "xfs":
 // moverFailed decides what follows a mover that failed.
 func (j *job) moverFailed(ctx context.Context, out Outcome) (step.Result, error) {
 	s := &j.pop.Status
-	j.event(corev1.EventTypeWarning, out.Reason, out.Message)
+	j.warn(out.Reason, out.Message)
 	switch out.Reason {
 	case v1alpha1.ReasonNoRecoveryPoint: // pruned meanwhile: decided anew
 		return step.Result{}, errAbandon
@@ -234,42 +236,25 @@ func (j *job) moverFailed(ctx context.Context, out Outcome) (step.Result, error)
 	return step.Wait(out.Reason, out.Message, time.Millisecond), j.save(ctx)
 }
 
-// slot reserves one of the restores that the store allows at once; writeStep keeps it
-// until releaseStep.
+// slot takes a place among the store's restores; releaseStep gives it back. A mover
+// that runs keeps its place, whichever process counted it.
 func (j *job) slot(ctx context.Context) (bool, error) {
-	key := string(j.pop.Spec.StoreRef.Kind) + "/" + j.pop.Spec.StoreRef.Name
-	if j.pop.Spec.StoreRef.Kind == v1alpha1.StoreKindRepository {
-		key += "/" + j.pop.Spec.StoreNamespace
-	}
-	limit, err := j.Points.Restores(ctx, j.pop.Spec.StoreRef, j.pop.Spec.StoreNamespace)
+	ref := j.pop.Spec.StoreRef
+	limit, err := j.Points.Restores(ctx, ref, j.pop.Spec.StoreNamespace)
 	if err != nil {
 		return false, fmt.Errorf("limits of the store: %w", err)
 	}
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if j.slots == nil {
-		j.slots = map[string]map[types.UID]bool{}
-	}
-	if j.slots[key] == nil {
-		j.slots[key] = map[types.UID]bool{}
-	}
-	// A mover that runs has its place, whoever counted it: a controller that starts
-	// finds those of the one before.
-	if !j.slots[key][j.pop.Spec.Claim.UID] && j.pop.Status.Attempts == 0 && len(j.slots[key]) >= limit {
-		return false, nil
-	}
-	j.slots[key][j.pop.Spec.Claim.UID] = true
+	ticket := queue.Ticket{ID: j.pop.UID, Kind: queue.Restore, Store: store.KeyOf(ref, j.pop.Spec.StoreNamespace).String(), Limit: limit, Since: j.pop.CreationTimestamp.Time}
+	if j.pop.Status.Attempts > 0 {
+		j.Queue.Resume(ticket)
 
-	return true, nil
+		return true, nil
+	}
+
+	return j.Queue.Start(ticket), nil
 }
 
-func (j *job) freeSlot() {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	for _, held := range j.slots {
-		delete(held, j.pop.Spec.Claim.UID)
-	}
-}
+func (j *job) freeSlot() { j.Queue.Done(j.pop.UID) }
 
 // pods of the job's movers.
 func (j *job) pods(ctx context.Context) ([]corev1.Pod, error) {
