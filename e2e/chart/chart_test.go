@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -134,18 +135,33 @@ func TestValues(t *testing.T) {
 			if image != "ghcr.io/varve-io/varve@sha256:abc" {
 				return fmt.Sprint(image)
 			}
-			for _, e := range c["env"].([]any) {
-				if e := e.(object); e["name"] == "VARVE_IMAGE" && e["value"] == image {
-					return ""
-				}
+			if !slices.Contains(c["args"].([]any), any("--image=ghcr.io/varve-io/varve@sha256:abc")) {
+				return "movers run another image"
 			}
 
-			return "movers run another image"
+			return ""
 		}},
-		{"more arguments", object{"controller": object{"extraArgs": []any{"--zap"}}}, func(o map[string]object) string {
+		{"more arguments", object{"controller": object{"extraArgs": []any{"--workers=2"}}}, func(o map[string]object) string {
 			args := container(o)["args"].([]any)
-			if args[0] != "controller" || args[len(args)-1] != "--zap" {
+			if args[0] != "controller" || args[len(args)-1] != "--workers=2" {
 				return fmt.Sprint(args)
+			}
+
+			return ""
+		}},
+		{"stores on claims", object{"storeVolumes": []any{"nfs"}}, func(o map[string]object) string {
+			mounts := container(o)["volumeMounts"].([]any)
+			last := mounts[len(mounts)-1].(object)
+			if last["mountPath"] != "/var/run/varve/volumes/nfs" {
+				return fmt.Sprint(mounts)
+			}
+
+			return ""
+		}},
+		{"movers", object{"mover": object{"nonRoot": true, "nodeSelector": object{"disk": "fast"}}}, func(o map[string]object) string {
+			text := o["ConfigMap varve-mover"]["data"].(object)["mover.yaml"].(string)
+			if !strings.Contains(text, "disk: fast") || !slices.Contains(container(o)["args"].([]any), any("--mover-non-root")) {
+				return text
 			}
 
 			return ""
@@ -173,8 +189,9 @@ func TestRightsAreNamed(t *testing.T) {
 		rules, _ := o["rules"].([]any)
 		for _, r := range rules {
 			r := r.(object)
-			for _, key := range []string{"apiGroups", "resources", "verbs"} {
-				for _, v := range r[key].([]any) {
+			for _, key := range []string{"apiGroups", "resources", "verbs", "nonResourceURLs"} {
+				values, _ := r[key].([]any)
+				for _, v := range values {
 					switch {
 					case v == "*":
 						t.Errorf("%s has a wildcard in %s", id, key)
