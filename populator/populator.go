@@ -42,6 +42,7 @@ import (
 	"github.com/varve-io/varve/backup/cbt/csi"
 	"github.com/varve-io/varve/backup/cbt/csi/csikube"
 	"github.com/varve-io/varve/populator/backups"
+	"github.com/varve-io/varve/populator/claims"
 	"github.com/varve-io/varve/populator/metrics"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/queue"
@@ -185,6 +186,13 @@ func setup(mgr manager.Manager, cfg *rest.Config, opt Options) error {
 		},
 	}
 	if err := b.Setup(mgr, opt.Workers, wake); err != nil {
+		return err
+	}
+	if err := claims.Setup(mgr, claims.Deps{
+		Client: mgr.GetClient(), Live: mgr.GetAPIReader(), Namespace: opt.Pods.Namespace, Events: events, Queue: q,
+		Points: claims.StorePoints{Stores: st},
+		Movers: claims.PodMovers{Pods: opt.Pods, Stores: st, Live: mgr.GetAPIReader(), Logs: mover.PodLogs{Clientset: clientset}},
+	}); err != nil {
 		return err
 	}
 	k := &stores.Keeper{
