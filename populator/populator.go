@@ -42,9 +42,9 @@ import (
 	"github.com/varve-io/varve/backup/cbt/csi"
 	"github.com/varve-io/varve/backup/cbt/csi/csikube"
 	"github.com/varve-io/varve/populator/backups"
-	"github.com/varve-io/varve/populator/claims"
 	"github.com/varve-io/varve/populator/metrics"
 	"github.com/varve-io/varve/populator/mover"
+	"github.com/varve-io/varve/populator/policies"
 	"github.com/varve-io/varve/populator/queue"
 	"github.com/varve-io/varve/populator/report"
 	"github.com/varve-io/varve/populator/step"
@@ -188,11 +188,11 @@ func setup(mgr manager.Manager, cfg *rest.Config, opt Options) error {
 	if err := b.Setup(mgr, opt.Workers, wake); err != nil {
 		return err
 	}
-	if err := claims.Setup(mgr, claims.Deps{
-		Client: mgr.GetClient(), Live: mgr.GetAPIReader(), Namespace: opt.Pods.Namespace, Events: events, Queue: q,
-		Points: claims.StorePoints{Stores: st},
-		Movers: claims.PodMovers{Pods: opt.Pods, Stores: st, Live: mgr.GetAPIReader(), Logs: mover.PodLogs{Clientset: clientset}},
-	}); err != nil {
+	if err := registry.Register(&metrics.Volumes{Client: mgr.GetClient(), Namespace: opt.Pods.Namespace, Queue: q}); err != nil {
+		return fmt.Errorf("metrics: %w", err)
+	}
+	p := &policies.Reconciler{Client: mgr.GetClient(), Live: mgr.GetAPIReader(), Stores: st, Events: events}
+	if err := errors.Join(p.Setup(mgr, opt.Workers), (&policies.Watch{Reconciler: p}).Setup(mgr, opt.Workers)); err != nil {
 		return err
 	}
 	k := &stores.Keeper{
