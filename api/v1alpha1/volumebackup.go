@@ -127,6 +127,16 @@ type VolumeBackupStatus struct {
 	// Point that was made.
 	// +optional
 	Point *PointSummary `json:"point,omitempty"`
+	// ChangeID that the next delta takes as its base.
+	// +optional
+	ChangeID string `json:"changeID,omitempty"`
+	// Points that the claim has in the store, newest first, and how many there are.
+	// +optional
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=20
+	Points []ListedPoint `json:"points,omitempty"`
+	// +optional
+	PointCount int64 `json:"pointCount,omitempty"`
 	// Progress of the reading, in percent.
 	// +optional
 	Progress *int32 `json:"progress,omitempty"`

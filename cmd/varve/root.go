@@ -132,12 +132,14 @@ environment over the file. Secrets are never flags.`,
 		&cobra.Group{ID: groupBackup, Title: "Backup and restore:"},
 		&cobra.Group{ID: groupRead, Title: "Reading recovery points:"},
 		&cobra.Group{ID: groupKeep, Title: "Looking after recovery points:"},
+		&cobra.Group{ID: groupKubernetes, Title: "Kubernetes:"},
 	)
 	root.AddCommand(
 		newAttachCommand(a),
 		newBackupCommand(a),
 		newCatCommand(a),
 		newCommitCommand(a),
+		newControllerCommand(a),
 		newCpCommand(a),
 		newDetachCommand(a),
 		newDiffCommand(a),
@@ -173,6 +175,7 @@ const (
 	groupBackup     = "backup"
 	groupRead       = "read"
 	groupKeep       = "keep"
+	groupKubernetes = "kubernetes"
 )
 
 // instrument prepares every command below c: flags learn their environment

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"time"
 
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -30,6 +31,8 @@ type State struct {
 	Phase Phase
 	// Result if it Ended. One that left no result behind is given one here.
 	Result Result
+	// Ended is when, if it did and that is known.
+	Ended time.Time
 	// Lost says that the pod's node does not answer: its volume may be held there.
 	Lost bool
 	// Waiting says what a Pending pod waits for, in Kubernetes' words.
@@ -79,7 +82,7 @@ func judge(job *batchv1.Job, pod *corev1.Pod) State {
 	}
 	s := State{Pod: pod.Name, Node: pod.Spec.NodeName}
 	if t := terminated(pod); t != nil {
-		s.Phase = Ended
+		s.Phase, s.Ended = Ended, t.FinishedAt.Time
 		if r, ok := DecodeResult(t.Message); ok {
 			s.Result = r
 		} else {

@@ -24,6 +24,7 @@ const (
 // Ticket asks for a place.
 type Ticket struct {
 	ID    types.UID // of the run's object
+	Name  types.NamespacedName
 	Kind  Kind
 	Store string // the limit counts runs of a store and kind
 	// Serial runs one at a time among those with the same text; empty for none.
@@ -35,7 +36,7 @@ type Ticket struct {
 // Queue is safe for concurrent use.
 type Queue struct {
 	total int
-	wake  func(Kind, types.UID)
+	wake  func(Ticket)
 
 	mu      sync.Mutex
 	running map[types.UID]Ticket
@@ -44,7 +45,7 @@ type Queue struct {
 
 // New makes a queue of total places; 0 for no limit in all. wake, which may be nil, is
 // called for each waiting run when a place may be free; it must not block.
-func New(total int, wake func(Kind, types.UID)) *Queue {
+func New(total int, wake func(Ticket)) *Queue {
 	return &Queue{total: total, wake: wake, running: map[types.UID]Ticket{}, waiting: map[types.UID]Ticket{}}
 }
 
@@ -145,7 +146,7 @@ func (q *Queue) Done(id types.UID) {
 	}
 	q.mu.Unlock()
 	for _, w := range wake {
-		q.wake(w.Kind, w.ID)
+		q.wake(w)
 	}
 }
 

@@ -35,7 +35,7 @@ func TestLimitOfAStore(t *testing.T) {
 
 func TestFirstComeFirstServed(t *testing.T) {
 	var woken []types.UID
-	q := New(0, func(_ Kind, id types.UID) { woken = append(woken, id) })
+	q := New(0, func(w Ticket) { woken = append(woken, w.ID) })
 	q.Start(ticket("a", Backup, 1))
 	q.Start(ticket("b", Backup, 2))
 	q.Start(ticket("c", Backup, 3))
