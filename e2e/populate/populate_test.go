@@ -116,4 +116,3 @@ func TestTwenty(t *testing.T) {
 		}
 	}
 }
-

@@ -22,6 +22,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/metrics/server"
 
 	"github.com/go-logr/logr"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/backup"
@@ -30,6 +31,7 @@ import (
 	"github.com/varve-io/varve/e2e/cluster"
 	"github.com/varve-io/varve/e2e/framework"
 	"github.com/varve-io/varve/populator/claims"
+	"github.com/varve-io/varve/populator/metrics"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/queue"
 	"github.com/varve-io/varve/populator/report"
@@ -101,6 +103,10 @@ func (s *site) run(hook step.Hook) (stop func()) {
 		s.T.Fatal(err)
 	}
 	c := step.Observe(s.Client, hook)
+	count, err := metrics.New(prometheus.NewRegistry())
+	if err != nil {
+		s.T.Fatal(err)
+	}
 	broadcaster := record.NewBroadcaster()
 	broadcaster.StartRecordingToSink(eventSink{s.Clientset})
 	pods := mover.Pods{Namespace: s.varve, Image: s.image, PullPolicy: corev1.PullNever, ServiceAccount: "varve-mover"}
@@ -108,8 +114,8 @@ func (s *site) run(hook step.Hook) (stop func()) {
 		Client: c, Live: s.Client, Namespace: s.varve, Points: claims.StorePoints{Stores: s.stores},
 		Movers: claims.PodMovers{Pods: pods, Stores: s.stores, Live: s.Client, Logs: mover.PodLogs{Clientset: s.Clientset}},
 		Events: report.NewEvents(broadcaster.NewRecorder(s.Client.Scheme(), corev1.EventSource{Component: "varve"})),
-		Queue:  queue.New(0, nil),
-	})
+		Queue:  queue.New(0, nil), Metrics: count,
+	}, 8)
 	if err != nil {
 		s.T.Fatal(err)
 	}
@@ -303,7 +309,6 @@ func (s *site) tidy() {
 		return nil
 	})
 }
-
 
 // sourceOf makes a RecoverySource of another volume than the claim's name says.
 func (s *site) sourceOf(name, volume string) {
