@@ -91,7 +91,7 @@ func (r *Claims) guard(ctx context.Context, claim *corev1.PersistentVolumeClaim)
 		r.warned = map[types.UID]bool{}
 	}
 	r.warned[claim.UID] = true
-	boundWithoutVarve.Inc()
+	r.Metrics.BoundWithoutVarve()
 	r.Events.Warning(claim, v1alpha1.ReasonBoundWithoutUs,
 		"the claim names %s %s and was bound to volume %s, which Varve did not fill: it does not hold the recovery point and may be empty",
 		claim.Spec.DataSourceRef.Kind, claim.Spec.DataSourceRef.Name, claim.Spec.VolumeName)

@@ -34,6 +34,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/metrics"
 	"github.com/varve-io/varve/populator/queue"
 )
 
@@ -177,7 +178,8 @@ type Deps struct {
 	Movers    Movers
 	Events    Recorder
 	// Queue of movers, those of backups too.
-	Queue *queue.Queue
+	Queue   *queue.Queue
+	Metrics *metrics.Metrics
 	// Now is time.Now; tests have their own.
 	Now func() time.Time
 }

@@ -6,7 +6,6 @@ import (
 
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -33,16 +32,16 @@ func (m PodMovers) Job(ctx context.Context, c client.Client, pop *v1alpha1.Volum
 	if err != nil {
 		return nil, fmt.Errorf("store of %s: %w", pop.Name, err)
 	}
-	secret := st.Spec.CredentialsSecretRef.Name
-	if st.SecretNamespace != m.Pods.Namespace {
-		if secret, err = m.copyCredentials(ctx, c, pop, st); err != nil {
-			return nil, err
-		}
+	labels := mover.RunLabels(rolePopulate, pop.UID)
+	labels[LabelPopulation] = pop.Name
+	owner := map[string]string{AnnotationClaim: pop.Spec.Claim.Namespace + "/" + pop.Spec.Claim.Name, mover.AnnotationOwner: "VolumePopulation/" + pop.Namespace + "/" + pop.Name}
+	secret, err := mover.EnsureSecret(ctx, c, m.Stores, st, m.Pods.Namespace, credentialsName(pop), labels, owner)
+	if err != nil {
+		return nil, err
 	}
 
 	return m.Pods.Build(mover.Job{
-		Name: name, Labels: map[string]string{LabelPopulation: pop.Name, mover.LabelRole: rolePopulate, mover.LabelRun: string(pop.UID)},
-		Annotations: map[string]string{AnnotationClaim: pop.Spec.Claim.Namespace + "/" + pop.Spec.Claim.Name, mover.AnnotationOwner: "VolumePopulation/" + pop.Namespace + "/" + pop.Name},
+		Name: name, Labels: labels, Annotations: owner,
 		Task: mover.Task{Action: mover.ActionRestore, Store: st.Settings(), Restore: &mover.RestoreTask{
 			PointID: pop.Spec.PointID, Purpose: "restore to claim " + pop.Spec.Claim.Namespace + "/" + pop.Spec.Claim.Name,
 			NeedFileSystem: pop.Spec.VolumeMode == corev1.PersistentVolumeFilesystem}},
@@ -55,24 +54,6 @@ const rolePopulate = "populate"
 
 func credentialsName(pop *v1alpha1.VolumePopulation) string {
 	return "store-" + string(pop.Spec.Claim.UID)
-}
-
-func (m PodMovers) copyCredentials(ctx context.Context, c client.Client, pop *v1alpha1.VolumePopulation, st *store.Store) (string, error) {
-	data, err := m.Stores.Credentials(ctx, st)
-	if err != nil {
-		return "", fmt.Errorf("credentials of %s: %w", st.Key, err)
-	}
-	twin := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: m.Pods.Namespace, Name: credentialsName(pop),
-		Labels: map[string]string{LabelManagedBy: managedBy, LabelPopulation: pop.Name, mover.LabelRole: rolePopulate, mover.LabelRun: string(pop.UID)}}, Data: data}
-	err = c.Create(ctx, twin)
-	if apierrors.IsAlreadyExists(err) {
-		err = c.Update(ctx, twin) // they may have changed since an earlier attempt
-	}
-	if err != nil {
-		return "", fmt.Errorf("copy credentials of %s: %w", st.Key, err)
-	}
-
-	return twin.Name, nil
 }
 
 // Release implements Movers.

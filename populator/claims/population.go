@@ -249,7 +249,7 @@ func (j *job) stopped(ctx context.Context, res step.Result, err error) (ctrl.Res
 		return j.divert(ctx, againList().Names()[0])
 	case terminal:
 		j.warn(reason, cause(err).Error()+"; delete the claim and create it again to try again")
-		restores.WithLabelValues("failed").Observe(j.since().Seconds())
+		j.Metrics.Restored(false, j.since())
 		j.condition(v1alpha1.ConditionFailed, metav1.ConditionTrue, reason, cause(err).Error())
 		j.condition(v1alpha1.ConditionComplete, metav1.ConditionFalse, reason, cause(err).Error())
 

@@ -144,7 +144,7 @@ func (j *job) completeStep(context.Context) (step.Result, error) {
 		message = "the claim has an empty volume, as its source says for want of a recovery point"
 	}
 	j.tell(v1alpha1.ReasonPopulated, message)
-	restores.WithLabelValues("succeeded").Observe(j.since().Seconds())
+	j.Metrics.Restored(true, j.since())
 
 	return step.Done(), nil
 }

@@ -26,24 +26,20 @@ import (
 	"github.com/varve-io/varve/api/v1alpha1"
 )
 
-// workers of each of the two reconcilers.
-const workers = 8
-
 // Setup adds both reconcilers, and the registration with the data source validator, to
 // a manager. Its cache must hold claims, volumes and Varve's objects of the cluster,
 // and Jobs of Varve's namespace.
-func Setup(mgr ctrl.Manager, d Deps) error {
+func Setup(mgr ctrl.Manager, d Deps, workers int) error {
 	if d.Now == nil {
 		d.Now = time.Now
 	}
 	cached := mgr.GetClient()
-	skip := skipNames(mgr)
 	err := ctrl.NewControllerManagedBy(mgr).Named("claims").
 		For(&corev1.PersistentVolumeClaim{}, builder.WithPredicates(predicate.NewPredicateFuncs(concerns))).
 		Watches(&v1alpha1.RecoverySource{}, handler.EnqueueRequestsFromMapFunc(naming(cached, kindRecoverySource)), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&v1alpha1.VolumeBackup{}, handler.EnqueueRequestsFromMapFunc(naming(cached, kindVolumeBackup))).
 		Watches(&v1alpha1.VolumePopulation{}, handler.EnqueueRequestsFromMapFunc(claimOf), builder.WithPredicates(deletions)).
-		WithOptions(controller.Options{MaxConcurrentReconciles: workers, SkipNameValidation: skip}).
+		WithOptions(controller.Options{MaxConcurrentReconciles: workers}).
 		Complete(&Claims{Deps: d})
 	if err != nil {
 		return fmt.Errorf("set up claims: %w", err)
@@ -53,7 +49,7 @@ func Setup(mgr ctrl.Manager, d Deps) error {
 		Watches(&corev1.PersistentVolumeClaim{}, handler.EnqueueRequestsFromMapFunc(d.populationOfClaim)).
 		Watches(&corev1.PersistentVolume{}, handler.EnqueueRequestsFromMapFunc(d.populationOfVolume)).
 		Watches(&batchv1.Job{}, handler.EnqueueRequestsFromMapFunc(d.populationByLabel)).
-		WithOptions(controller.Options{MaxConcurrentReconciles: workers, SkipNameValidation: skip}).
+		WithOptions(controller.Options{MaxConcurrentReconciles: workers}).
 		Complete(&Populations{Deps: d})
 	if err != nil {
 		return fmt.Errorf("set up populations: %w", err)
@@ -61,9 +57,6 @@ func Setup(mgr ctrl.Manager, d Deps) error {
 
 	return mgr.Add(registration{mgr})
 }
-
-// skipNames lets a process have several managers one after the other, as tests do.
-func skipNames(mgr ctrl.Manager) *bool { return mgr.GetControllerOptions().SkipNameValidation }
 
 // concerns reports whether an object is a claim to look at.
 func concerns(o client.Object) bool {

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	storagev1 "k8s.io/api/storage/v1"
@@ -25,6 +26,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/metrics"
 	"github.com/varve-io/varve/populator/queue"
 	"github.com/varve-io/varve/populator/step"
 )
@@ -179,7 +181,11 @@ func (w *world) start(hook step.Hook) *incarnation {
 
 		return nil
 	})
-	in.deps = Deps{Client: in.c, Live: in.c, Namespace: varveNS, Points: w, Movers: w, Events: w, Queue: queue.New(0, nil), Now: func() time.Time { return w.now }}
+	count, err := metrics.New(prometheus.NewRegistry())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	in.deps = Deps{Client: in.c, Live: in.c, Namespace: varveNS, Points: w, Movers: w, Events: w, Queue: queue.New(0, nil), Metrics: count, Now: func() time.Time { return w.now }}
 	in.cl, in.po = &Claims{Deps: in.deps}, &Populations{Deps: in.deps}
 
 	return in
