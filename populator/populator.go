@@ -46,6 +46,7 @@ import (
 	"github.com/varve-io/varve/populator/claims"
 	"github.com/varve-io/varve/populator/metrics"
 	"github.com/varve-io/varve/populator/mover"
+	"github.com/varve-io/varve/populator/policies"
 	"github.com/varve-io/varve/populator/queue"
 	"github.com/varve-io/varve/populator/report"
 	"github.com/varve-io/varve/populator/step"
@@ -187,6 +188,13 @@ func setup(mgr manager.Manager, cfg *rest.Config, opt Options) error {
 		},
 	}
 	if err := b.Setup(mgr, opt.Workers, wake); err != nil {
+		return err
+	}
+	if err := registry.Register(&metrics.Volumes{Client: mgr.GetClient(), Namespace: opt.Pods.Namespace, Queue: q}); err != nil {
+		return fmt.Errorf("metrics: %w", err)
+	}
+	p := &policies.Reconciler{Client: mgr.GetClient(), Live: mgr.GetAPIReader(), Stores: st, Events: events}
+	if err := errors.Join(p.Setup(mgr, opt.Workers), (&policies.Watch{Reconciler: p}).Setup(mgr, opt.Workers)); err != nil {
 		return err
 	}
 	k := &stores.Keeper{

@@ -59,6 +59,8 @@ and the chart in deploy/ set it up.`,
 	fl.StringVar(&f.opt.MetricsCertDir, "metrics-cert-dir", "", "directory with tls.crt and tls.key for metrics (default a certificate signed by itself)")
 	fl.StringVar(&f.opt.HealthAddress, "health", ":8081", "serve /healthz and /readyz on this address, 0 for none")
 	fl.BoolVar(&f.opt.LeaderElection, "leader-election", true, "work only while holding the Lease varve-controller")
+	// As a Deployment names them: VARVE_NAMESPACE, VARVE_IMAGE.
+	inSection(fl, "", "namespace", "image")
 	return cmd
 }
 

@@ -104,15 +104,15 @@ type OpenOptions struct {
 	Dir string
 	// VolumeDir is where the claim of a volume storage is mounted.
 	VolumeDir string
-	// CacheBytes bounds the connection's cache of blocks; 0 for none. MetadataBytes
-	// that of indexes; 0 for a small default.
+	// CacheBytes bounds the connection's cache of blocks, MetadataBytes that of
+	// indexes; 0 for 64 MiB.
 	CacheBytes, MetadataBytes int64
 	// Create makes the repository if there is none.
 	Create bool
 	Log    *slog.Logger // what Kopia logs, at debug level; nil for nothing
 }
 
-const defaultMetadataBytes = 64 << 20
+const defaultCacheBytes = 64 << 20
 
 // Open connects to the repository. The errors are as those of Stores.Open.
 func (s Settings) Open(ctx context.Context, opt OpenOptions) (_ *Open, err error) {
@@ -129,12 +129,12 @@ func (s Settings) Open(ctx context.Context, opt OpenOptions) (_ *Open, err error
 			err = errors.Join(err, os.RemoveAll(dir))
 		}
 	}()
-	cache := repository.Cache{Directory: filepath.Join(dir, "cache"), ContentBytes: -1, MetadataBytes: defaultMetadataBytes}
-	if opt.CacheBytes > 0 {
-		cache.ContentBytes = opt.CacheBytes
+	cache := repository.Cache{Directory: filepath.Join(dir, "cache"), ContentBytes: opt.CacheBytes, MetadataBytes: opt.MetadataBytes}
+	if cache.ContentBytes == 0 {
+		cache.ContentBytes = defaultCacheBytes
 	}
-	if opt.MetadataBytes > 0 {
-		cache.MetadataBytes = opt.MetadataBytes
+	if cache.MetadataBytes == 0 {
+		cache.MetadataBytes = defaultCacheBytes
 	}
 	if s.Storage.Volume != nil {
 		cache = repository.Cache{Directory: filepath.Join(dir, "cache"), ContentBytes: -1, MetadataBytes: -1}
