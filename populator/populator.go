@@ -5,6 +5,7 @@
 //	store      what BackupStore and Repository objects say, and how they are opened
 //	stores     their status, and the maintenance of their repositories
 //	backups    VolumeBackups: the runs
+//	claims     claims that name a recovery point: resolved, filled, handed over
 //	policies   BackupPolicies: which runs are due; ProtectedVolumes
 //	mover      the pods that move data, and package work in them
 //	queue      who may run now
@@ -42,6 +43,7 @@ import (
 	"github.com/varve-io/varve/backup/cbt/csi"
 	"github.com/varve-io/varve/backup/cbt/csi/csikube"
 	"github.com/varve-io/varve/populator/backups"
+	"github.com/varve-io/varve/populator/claims"
 	"github.com/varve-io/varve/populator/metrics"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/policies"
@@ -199,5 +201,13 @@ func setup(mgr manager.Manager, cfg *rest.Config, opt Options) error {
 		Client: mgr.GetClient(), Live: mgr.GetAPIReader(), Stores: st, Pods: opt.Pods, Events: events, Metrics: count, MaintainEvery: opt.MaintainEvery,
 	}
 
-	return k.Setup(mgr, opt.Workers)
+	if err := k.Setup(mgr, opt.Workers); err != nil {
+		return err
+	}
+
+	return claims.Setup(mgr, claims.Deps{
+		Client: mgr.GetClient(), Live: mgr.GetAPIReader(), Namespace: opt.Pods.Namespace, Points: claims.StorePoints{Stores: st},
+		Movers: claims.PodMovers{Pods: opt.Pods, Stores: st, Live: mgr.GetAPIReader(), Logs: mover.PodLogs{Clientset: clientset}},
+		Events: events, Queue: q, Metrics: count,
+	}, opt.Workers)
 }

@@ -68,4 +68,8 @@ const (
 	ReasonNamespaceInReference = "NamespaceInDataSourceRef"
 	ReasonBoundWithoutUs       = "BoundWithoutVarve"
 	ReasonRestoreFailed        = "RestoreFailed"
+	ReasonNoStorageClass       = "NoStorageClass"
+	ReasonProvisioning         = "Provisioning"
+	ReasonStartingAnew         = "StartingAnew"
+	ReasonHandingOver          = "HandingOver"
 )

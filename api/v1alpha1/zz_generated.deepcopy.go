@@ -1211,6 +1211,10 @@ func (in *VolumePopulationStatus) DeepCopyInto(out *VolumePopulationStatus) {
 		*out = new(int32)
 		**out = **in
 	}
+	if in.RetryAfter != nil {
+		in, out := &in.RetryAfter, &out.RetryAfter
+		*out = (*in).DeepCopy()
+	}
 	if in.StartTime != nil {
 		in, out := &in.StartTime, &out.StartTime
 		*out = (*in).DeepCopy()

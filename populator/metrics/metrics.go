@@ -16,6 +16,7 @@ type Metrics struct {
 	reachable  *prometheus.GaugeVec
 	unverified prometheus.Counter
 	leftovers  prometheus.Gauge
+	strangers  prometheus.Counter
 }
 
 // New registers the metrics.
@@ -37,11 +38,14 @@ func New(r prometheus.Registerer) (*Metrics, error) {
 		unverified: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "varve_verify_failures_total", Help: "Checks that found other bytes than there should be: spot checks of changed blocks, and restores read back.",
 		}),
+		strangers: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "varve_claims_bound_without_varve_total", Help: "Claims that name a recovery point and were bound to a volume that Varve did not fill.",
+		}),
 		leftovers: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "varve_leftover_objects", Help: "Objects of runs that are gone, still to be removed.",
 		}),
 	}
-	for _, c := range []prometheus.Collector{m.runs, m.fallbacks, m.restores, m.reachable, m.unverified, m.leftovers} {
+	for _, c := range []prometheus.Collector{m.runs, m.fallbacks, m.restores, m.reachable, m.unverified, m.leftovers, m.strangers} {
 		if err := r.Register(c); err != nil {
 			return nil, err
 		}
@@ -71,6 +75,9 @@ func (m *Metrics) Fallback(reason string) { m.fallbacks.WithLabelValues(reason).
 func (m *Metrics) Restored(ok bool, took time.Duration) {
 	m.restores.WithLabelValues(result(ok)).Observe(took.Seconds())
 }
+
+// BoundWithoutVarve counts a claim that names a recovery point and got another volume.
+func (m *Metrics) BoundWithoutVarve() { m.strangers.Inc() }
 
 // VerifyFailed counts a check that found other bytes than there should be.
 func (m *Metrics) VerifyFailed() { m.unverified.Inc() }

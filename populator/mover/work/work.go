@@ -49,6 +49,7 @@ type action func(ctx context.Context, e Environment, t mover.Task, repo *store.O
 
 var actions = map[mover.Action]action{
 	mover.ActionBackup:   makePoint,
+	mover.ActionRestore:  restore,
 	mover.ActionMaintain: maintain,
 }
 
@@ -58,7 +59,9 @@ func Run(ctx context.Context, e Environment, t mover.Task) mover.Result {
 	r, err := run(ctx, e, t)
 	if err != nil {
 		slog.ErrorContext(ctx, "failed", "action", string(t.Action), "error", err)
+		restored := r.Restore // how large the device is, for one that is short
 		r = failure(ctx, err)
+		r.Restore = restored
 	}
 	r.Version = mover.ProtocolVersion
 
