@@ -78,15 +78,23 @@ func TestThousandClients(t *testing.T) {
 		if n := srv.Connections(); n != 1000 {
 			t.Errorf("%d connections", n)
 		}
+		want := nbdtest.Image()[512:1536]
 		var wg sync.WaitGroup
 		for _, r := range all {
 			wg.Go(func() {
+				// Each got its deadline when it was dialled, a thousand dials ago.
+				if err := r.SetDeadline(time.Now().Add(nbdtest.Timeout)); err != nil {
+					t.Error(err)
+					return
+				}
 				if _, err := r.Write(nbdtest.Request(proto.CmdRead, 0, 1, 512, 1024)); err != nil {
 					t.Error(err)
 					return
 				}
 				b := make([]byte, 16+1024)
-				if _, err := io.ReadFull(r.Conn, b); err != nil || !bytes.Equal(b[16:], nbdtest.Image()[512:1536]) {
+				if _, err := io.ReadFull(r.Conn, b); err != nil {
+					t.Errorf("a client got no answer: %v", err)
+				} else if !bytes.Equal(b[16:], want) {
 					t.Error("a client got other bytes")
 				}
 			})
