@@ -69,6 +69,20 @@ func (s *serving) collect(r prometheus.Registerer) {
 		func() float64 { return float64(s.catalog.Len()) })
 	gauge("varve_overlay_bytes", "Scratch space that overlays take.",
 		func() float64 { n, _ := s.catalog.OverlayBytes(); return float64(n) })
+	if s.copies != nil {
+		counter("varve_hydrate_filled_bytes_total", "Bytes of disks that arrived in local copies, zeroes included.",
+			func() float64 { return float64(s.copies.Stats().Filled) })
+		counter("varve_hydrate_read_bytes_total", "Bytes read from local copies.",
+			func() float64 { return float64(s.copies.Stats().Read) })
+		gauge("varve_hydrate_bytes", "Space that local copies take.",
+			func() float64 { return float64(s.copies.Stats().Bytes) })
+		gauge("varve_hydrate_limit_bytes", "Space that local copies may take; 0 for no limit.",
+			func() float64 { return float64(s.copies.Stats().Limit) })
+		gauge("varve_hydrate_disks", "Disks in use that have a local copy.",
+			func() float64 { return float64(s.copies.Stats().Open) })
+		gauge("varve_hydrate_disks_complete", "Those of them that are here as a whole.",
+			func() float64 { return float64(s.copies.Stats().Complete) })
+	}
 	gauge("varve_overlays", "Overlays in use.",
 		func() float64 { _, n := s.catalog.OverlayBytes(); return float64(n) })
 }

@@ -23,6 +23,7 @@ var allRows = []row{
 	{"chain", chainRows, false},
 	{"crowd", crowdRows, false},
 	{"nbd", nbdRows, true},
+	{"serve", serveRows, false},
 }
 
 const (

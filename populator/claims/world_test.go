@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -18,7 +19,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
-	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
@@ -59,10 +59,17 @@ type world struct {
 	noNode   bool     // the provisioner gives up on the node
 }
 
+// smallScheme has only what is used: the fake client walks all of a scheme at each write.
+var smallScheme = sync.OnceValues(func() (*runtime.Scheme, error) {
+	s := runtime.NewScheme()
+
+	return s, errors.Join(corev1.AddToScheme(s), storagev1.AddToScheme(s), batchv1.AddToScheme(s), v1alpha1.AddToScheme(s))
+})
+
 func newWorld(t *testing.T, objects ...client.Object) *world {
 	t.Helper()
-	s := clientgoscheme.Scheme
-	if err := v1alpha1.AddToScheme(s); err != nil {
+	s, err := smallScheme()
+	if err != nil {
 		t.Fatal(err)
 	}
 	w := &world{t: t, scheme: s, now: time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC), disks: map[string]string{},
