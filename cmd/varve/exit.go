@@ -70,6 +70,7 @@ var exitCodes = []struct {
 	{backup.ErrTargetTooSmall, exitRefused},
 	{disk.ErrMounted, exitRefused},
 	{disk.ErrTooSmall, exitRefused},
+	{errOtherVolume, exitUsage},
 	{fusefs.ErrNotMounted, exitNotFound},
 	{fusefs.ErrBusy, exitRefused},
 }
