@@ -140,7 +140,7 @@ func caches(namespace string) cache.Options {
 
 	return cache.Options{
 		ByObject: map[client.Object]cache.ByObject{
-			&batchv1.Job{}: here, &corev1.Pod{}: here,
+			&batchv1.Job{}: here, &corev1.Pod{}: here, &v1alpha1.VolumePopulation{}: here,
 			&snapshotv1.VolumeSnapshot{}: mine, &snapshotv1.VolumeSnapshotContent{}: mine,
 		},
 		DefaultTransform: func(o any) (any, error) {
