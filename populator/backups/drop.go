@@ -3,6 +3,7 @@ package backups
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
@@ -90,10 +91,8 @@ func (b *Reconciler) volumesOf(ctx context.Context, uid types.UID) (int, error) 
 		if ref == nil || ref.Namespace != b.Pods.Namespace || v.Spec.PersistentVolumeReclaimPolicy != corev1.PersistentVolumeReclaimDelete {
 			continue
 		}
-		for i := int32(1); i <= mover.MaxAttempts+1; i++ {
-			if ref.Name == cloneName(uid, i) {
-				n++
-			}
+		if strings.HasPrefix(ref.Name, clonePrefix(uid)) {
+			n++
 		}
 	}
 

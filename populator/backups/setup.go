@@ -34,7 +34,12 @@ func (b *Reconciler) Setup(mgr manager.Manager, workers int, wake <-chan event.G
 
 		return []reconcile.Request{{NamespacedName: key}}
 	})
-	deleted := predicate.Funcs{DeleteFunc: func(event.DeleteEvent) bool { left.Wake(); return true }}
+	deleted := predicate.Funcs{DeleteFunc: func(e event.DeleteEvent) bool {
+		b.Queue.Done(e.Object.GetUID())
+		left.Wake()
+
+		return false
+	}}
 	err := builder.ControllerManagedBy(mgr).Named("volumebackup").
 		For(&v1alpha1.VolumeBackup{}, builder.WithPredicates(deleted)).
 		Watches(&batchv1.Job{}, owner).
