@@ -3,6 +3,7 @@ package kubernetes
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -25,6 +26,10 @@ import (
 
 func TestMain(m *testing.M) {
 	if err := v1alpha1.AddToScheme(scheme.Scheme); err != nil {
+		panic(err)
+	}
+	// Tests wait for the cluster more than they work: more at once than processors.
+	if err := flag.Set("test.parallel", "6"); err != nil {
 		panic(err)
 	}
 	framework.Main(m)
