@@ -13,7 +13,7 @@ func inNamespace(s *site) client.ListOption { return client.InNamespace(s.Namesp
 
 // fill writes 24 MiB of noise and some zeros to a 64 MiB device.
 const fill = `dd if=/dev/urandom of=/dev/data bs=1M count=20 2>/dev/null
-dd if=/dev/urandom of=/dev/data bs=1M count=4 seek=50 conv=notrunc 2>/dev/null
+dd if=/dev/urandom of=/dev/data bs=1M count=4 seek=40 conv=notrunc 2>/dev/null
 sync`
 
 // A Block claim comes back byte for byte: in full, by delta, and once more when its

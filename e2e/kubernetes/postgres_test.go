@@ -29,7 +29,7 @@ spec:
     metadata: {labels: {app: ledger}}
     spec:
       terminationGracePeriodSeconds: 1
-      securityContext: {runAsUser: 999, runAsGroup: 999, fsGroup: 999, runAsNonRoot: true}
+      securityContext: {runAsUser: 999, runAsGroup: 999, fsGroup: 999, fsGroupChangePolicy: OnRootMismatch, runAsNonRoot: true}
       containers:
       - name: postgres
         image: ` + postgresImage + `
@@ -166,7 +166,7 @@ func (s *site) overNBD(bucket v1alpha1.S3Storage, volume string, committed int64
 
 		return string(out)
 	}
-	run(varve, "repo", "connect", "s3", "--bucket", bucket.Bucket, "--endpoint", bucket.Endpoint, "--region", bucket.Region, "--disable-tls")
+	run(varve, "repo", "connect", "s3", "--bucket", bucket.Bucket, "--endpoint", bucket.Endpoint, "--region", bucket.Region, "--disable-tls", "--cluster", "e2e")
 	socket := filepath.Join(dir, "nbd.sock")
 	serve := exec.Command(varve, "serve", "--listen", "unix:"+socket)
 	serve.Env = env
