@@ -99,3 +99,21 @@ func (r *run) checkReport(req cbt.Request, rep cbt.Report) error {
 	}
 	return nil
 }
+
+// NoDisk stands in for a disk that nothing has to be read of: that of an increment whose
+// source is known to list nothing. Size is the parent's. VerifyUnchanged must be 0, for
+// there is nothing to check, and a source that lists something after all fails the
+// backup.
+type NoDisk int64
+
+// Size implements Disk.
+func (d NoDisk) Size() int64 { return int64(d) }
+
+// CheckSize implements Disk.
+func (NoDisk) CheckSize() error { return nil }
+
+// ReadAt implements io.ReaderAt: it fails.
+func (NoDisk) ReadAt([]byte, int64) (int, error) { return 0, ErrNoDisk }
+
+// ErrNoDisk means that something has to be read of a NoDisk.
+var ErrNoDisk = errors.New("something changed after all, and no disk is there to read it from; run the backup with the disk")

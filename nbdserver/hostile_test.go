@@ -31,7 +31,9 @@ func resources(t testing.TB) (goroutines, files int) {
 func settled(t *testing.T, goroutines, files int) {
 	t.Helper()
 	deadline := time.Now().Add(20 * time.Second)
-	for {
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for ; ; <-tick.C {
 		g, f := resources(t)
 		if g <= goroutines && f <= files {
 			return
@@ -40,8 +42,6 @@ func settled(t *testing.T, goroutines, files int) {
 			b := make([]byte, 1<<16)
 			t.Fatalf("%d goroutines and %d descriptors before, %d and %d now\n%s", goroutines, files, g, f, b[:runtime.Stack(b, true)])
 		}
-		runtime.Gosched()
-		time.Sleep(time.Millisecond)
 	}
 }
 
@@ -78,15 +78,23 @@ func TestThousandClients(t *testing.T) {
 		if n := srv.Connections(); n != 1000 {
 			t.Errorf("%d connections", n)
 		}
+		want := nbdtest.Image()[512:1536]
 		var wg sync.WaitGroup
 		for _, r := range all {
 			wg.Go(func() {
+				// Each got its deadline when it was dialled, a thousand dials ago.
+				if err := r.SetDeadline(time.Now().Add(nbdtest.Timeout)); err != nil {
+					t.Error(err)
+					return
+				}
 				if _, err := r.Write(nbdtest.Request(proto.CmdRead, 0, 1, 512, 1024)); err != nil {
 					t.Error(err)
 					return
 				}
 				b := make([]byte, 16+1024)
-				if _, err := io.ReadFull(r.Conn, b); err != nil || !bytes.Equal(b[16:], nbdtest.Image()[512:1536]) {
+				if _, err := io.ReadFull(r.Conn, b); err != nil {
+					t.Errorf("a client got no answer: %v", err)
+				} else if !bytes.Equal(b[16:], want) {
 					t.Error("a client got other bytes")
 				}
 			})
@@ -163,7 +171,12 @@ func TestIdleTimeout(t *testing.T) {
 	r.Go("disk")
 	r.Request(proto.CmdRead, 0, 1, 0, 512)
 	<-g.entered
-	time.AfterFunc(100*time.Millisecond, func() { close(g.open) })
+	for range 2 { // one that came later is idle for so long meanwhile
+		later := s.DialOptions(t, nbdtest.Fixed)
+		later.Go("disk")
+		later.WantClosed()
+	}
+	close(g.open)
 	r.WantSimple(1, 0)
 	r.Read(512)
 	r.WantClosed()
@@ -231,6 +244,7 @@ func TestSlowReader(t *testing.T) {
 	var before, now runtime.MemStats
 	runtime.ReadMemStats(&before)
 	t.Run("greedy", func(t *testing.T) {
+		want := nbdtest.Image()[:4096]
 		var greedy []*nbdtest.Raw
 		for range 8 {
 			r := s.DialOptions(t, nbdtest.Fixed)
@@ -245,7 +259,7 @@ func TestSlowReader(t *testing.T) {
 		for _, r := range greedy {
 			got := make([]byte, 4096)
 			for range 50 {
-				if _, err := e.ReadAt(ctx(t), got, 0); err != nil || !bytes.Equal(got, nbdtest.Image()[:4096]) {
+				if _, err := e.ReadAt(ctx(t), got, 0); err != nil || !bytes.Equal(got, want) {
 					t.Fatalf("another client: %v", err)
 				}
 				runtime.ReadMemStats(&now)
@@ -262,15 +276,14 @@ func TestSlowReader(t *testing.T) {
 	settled(t, g, f)
 }
 
-// waitHangup waits until the server has closed its end, by writing: reading
-// would let the server go on.
+// waitHangup waits until the server has closed its end, by writing, which
+// blocks once the socket is full: reading would let the server go on.
 func waitHangup(t *testing.T, r *nbdtest.Raw) {
 	t.Helper()
 	for {
 		if _, err := r.Write(nbdtest.Request(proto.CmdCache, 0, 0, 0, 512)); err != nil {
 			return
 		}
-		time.Sleep(5 * time.Millisecond)
 	}
 }
 

@@ -64,9 +64,22 @@ func (o *Overlay) WriteAt(ctx context.Context, p []byte, off int64) (int, error)
 func (o *Overlay) writePart(ctx context.Context, s *segment, first, from int64, p []byte) error {
 	to := from + int64(len(p))
 	a, b := from/Granule, (to+Granule-1)/Granule
-	if err := o.reserve(s, a, b); err != nil {
+	fresh, err := o.reserve(s, a, b)
+	if err != nil {
 		return err
 	}
+	if err := o.writeGranules(ctx, s, first, from, p); err != nil {
+		o.used.Add(-fresh)
+		return err
+	}
+	o.change(s, first/Granule, a, b, inData)
+	return nil
+}
+
+// writeGranules puts bytes into the granules that writePart took space for.
+func (o *Overlay) writeGranules(ctx context.Context, s *segment, first, from int64, p []byte) error {
+	to := from + int64(len(p))
+	a, b := from/Granule, (to+Granule-1)/Granule
 	// Granules written in part, and not in data yet, are completed first.
 	if from%Granule != 0 || to-from < Granule && first+to < o.size {
 		if err := o.complete(ctx, s, first, a); err != nil {
@@ -81,27 +94,28 @@ func (o *Overlay) writePart(ctx context.Context, s *segment, first, from int64, 
 	if _, err := o.data.WriteAt(p, first+from); err != nil {
 		return fmt.Errorf("write to the overlay: %w", err)
 	}
-	o.change(s, first/Granule, a, b, inData)
 	return nil
 }
 
-// reserve refuses to go beyond the limit with the granules [a, b).
-func (o *Overlay) reserve(s *segment, a, b int64) error {
-	if o.opt.Limit <= 0 {
-		return nil
-	}
-	fresh := int64(0)
+// reserve takes the space that the granules [a, b) of a segment need beyond
+// what they have, and returns how many granules that are, for the caller to
+// give back if it fails. It refuses to go beyond the limit, whoever else is
+// writing elsewhere. The segment's lock is held until the states change.
+func (o *Overlay) reserve(s *segment, a, b int64) (fresh int64, err error) {
 	for i := a; i < b; i++ {
 		if s.get(i) != inData {
 			fresh++
 		}
 	}
-	// Writers of other segments may pass here at once: the limit can be
-	// overrun by what they write at this moment, not more.
-	if fresh > 0 && (o.used.Load()+fresh)*Granule > o.opt.Limit {
-		return errFull
+	for {
+		used := o.used.Load()
+		if fresh > 0 && o.opt.Limit > 0 && (used+fresh)*Granule > o.opt.Limit {
+			return 0, errFull
+		}
+		if o.used.CompareAndSwap(used, used+fresh) {
+			return fresh, nil
+		}
 	}
-	return nil
 }
 
 // complete fills a granule that is not in data with what it reads as now. The
@@ -190,9 +204,21 @@ func (o *Overlay) zeroParts(ctx context.Context, s *segment, first, from, to int
 // zeroKept zeroes a range within a segment and keeps it allocated.
 func (o *Overlay) zeroKept(ctx context.Context, s *segment, first, from, to int64, fast bool) error {
 	a, b := from/Granule, (to+Granule-1)/Granule
-	if err := o.reserve(s, a, b); err != nil {
+	fresh, err := o.reserve(s, a, b)
+	if err != nil {
 		return err
 	}
+	if err := o.zeroGranules(ctx, s, first, from, to, fast); err != nil {
+		o.used.Add(-fresh)
+		return err
+	}
+	o.change(s, first/Granule, a, b, inData)
+	return nil
+}
+
+// zeroGranules zeroes what zeroKept took space for.
+func (o *Overlay) zeroGranules(ctx context.Context, s *segment, first, from, to int64, fast bool) error {
+	a, b := from/Granule, (to+Granule-1)/Granule
 	if fast && (from%Granule != 0 || to%Granule != 0 && first+to != o.size) {
 		return ErrNotFast
 	}
@@ -216,7 +242,6 @@ func (o *Overlay) zeroKept(ctx context.Context, s *segment, first, from, to int6
 	if err != nil {
 		return fmt.Errorf("zero a range of the overlay: %w", err)
 	}
-	o.change(s, first/Granule, a, b, inData)
 	return nil
 }
 

@@ -66,7 +66,8 @@ func (o *Overlay) apply(r stateRun) (grown int64) {
 }
 
 // change sets the states of the granules [from, to) of a segment whose lock is
-// held, and logs those that differ.
+// held, and logs those that differ. Space for those that go to data was taken by
+// reserve.
 func (o *Overlay) change(s *segment, base, from, to int64, v state) {
 	for i := from; i < to; i++ {
 		old := s.get(i)
@@ -80,11 +81,8 @@ func (o *Overlay) change(s *segment, base, from, to int64, v state) {
 		for k := i; k < j; k++ {
 			s.set(k, v)
 		}
-		switch {
-		case old == inData:
+		if old == inData {
 			o.used.Add(i - j)
-		case v == inData:
-			o.used.Add(j - i)
 		}
 		o.log.add(stateRun{start: base + i, count: j - i, state: v})
 		i = j - 1

@@ -80,6 +80,7 @@ type backupResult struct {
 	ReadErrors         []blocktree.Range    `json:"readErrors,omitempty"`
 	Stats              blocktree.Stats      `json:"stats"`
 	SpotCheck          *blocktree.SpotCheck `json:"spotCheck,omitempty"`
+	Fallbacks          []blocktree.Fallback `json:"fallbacks,omitempty"`
 	Notes              []string             `json:"notes,omitempty"`
 }
 
@@ -181,7 +182,7 @@ func (a *app) printBackup(p *backup.Point, rec *blocktree.Record) error {
 	res := backupResult{
 		Name: p.Name(), ID: p.ID, Kind: rec.Kind, Parent: rec.Parent, Generation: rec.Generation,
 		Size: rec.Size, BlockSize: rec.BlockSize, Source: rec.Source, NotCrashConsistent: rec.NotCrashConsistent,
-		ReadErrors: rec.ReadErrors, Stats: rec.Stats, SpotCheck: rec.SpotCheck, Notes: rec.Notes,
+		ReadErrors: rec.ReadErrors, Stats: rec.Stats, SpotCheck: rec.SpotCheck, Fallbacks: rec.Fallbacks, Notes: rec.Notes,
 	}
 	return a.print(res, func(t *table) {
 		st := rec.Stats
@@ -191,6 +192,9 @@ func (a *app) printBackup(p *backup.Point, rec *blocktree.Record) error {
 		if c := rec.SpotCheck; c != nil {
 			t.line("  spot check: %d of %d blocks reported unchanged were read and are; a lie about one in a thousand is found with probability %.1f %%; stripe %d of %d",
 				c.Blocks, c.Candidates, 100*c.Probability, c.Stripe+1, c.Stripes)
+		}
+		for _, f := range rec.Fallbacks {
+			t.line("  changed blocks from %s instead of %s: %s", f.To, f.From, f.Reason)
 		}
 		if rec.NotCrashConsistent {
 			t.line("  not crash-consistent: the disk was written to while it was read")

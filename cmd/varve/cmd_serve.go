@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"time"
@@ -14,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/varve-io/varve/backup/hydrate"
 	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/internal/serve"
@@ -34,6 +37,9 @@ type serveFlags struct {
 	limit     byteSize
 	pad       bool
 	cacheSize byteSize
+	hydrate   bool
+	copies    hydrate.Options
+	copyLimit byteSize
 	readers   int
 	metrics   string
 	refresh   time.Duration
@@ -59,6 +65,10 @@ points are. Where just one point is served, the empty name means it.
 New points appear, and deleted ones refuse new clients, without a restart.
 What a client has open is held by a lease, so that prune skips it.
 
+With --hydrate the disks that clients open arrive in local files as a whole, in
+the background, while reads go first: from then on they are as fast as the local
+disk. What does not fit is read from the repository.
+
 Exports are read-only. With --writable each has a copy-on-write overlay, shared
 by all its clients, gone at the end unless --keep is given; "varve commit" saves
 one as a new recovery point.`,
@@ -70,6 +80,7 @@ one as a new recovery point.`,
   nbdcopy -- [ varve serve shop/db@latest --stdio ] disk.img`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			f.overlays.Limit = int64(f.limit)
+			f.copies.Limit = int64(f.copyLimit)
 			return a.serve(cmd.Context(), append(args, f.volumes...), f)
 		},
 	}
@@ -91,6 +102,9 @@ one as a new recovery point.`,
 	fl.Var(&f.limit, "overlay-limit", "most bytes that an overlay may take; writes beyond it fail for lack of space (default no limit)")
 	fl.BoolVar(&f.pad, "pad", false, "round the size of each disk up to whole sectors of 512 bytes")
 	fl.Var(&f.cacheSize, "cache-size", "memory for decoded blocks, shared by all exports")
+	fl.BoolVar(&f.hydrate, "hydrate", false, "copy whole disks that clients open to local files, in the background, and read from those")
+	fl.StringVar(&f.copies.Dir, "hydrate-dir", "", "directory of those copies, which stay for the next run (default a temporary one)")
+	fl.Var(&f.copyLimit, "hydrate-limit", "most bytes that the copies may take together (default nine tenths of the free space)")
 	fl.IntVar(&f.readers, "readers", 0, "blocks read ahead at once (default one for each CPU; 16 or more help with object stores)")
 	fl.StringVar(&f.metrics, "metrics", "", "serve Prometheus metrics on this address: PORT or :PORT (loopback), or HOST:PORT")
 	fl.DurationVar(&f.refresh, "refresh", 30*time.Second, "time between looks for new and deleted recovery points")
@@ -108,6 +122,8 @@ func (f *serveFlags) check() error {
 		return usagef("--keep needs --overlay-dir, to find the overlays again")
 	case !f.writable && (f.overlays.Dir != "" || f.limit != 0):
 		return usagef("--overlay-dir, --keep and --overlay-limit need --writable")
+	case !f.hydrate && (f.copies.Dir != "" || f.copyLimit != 0):
+		return usagef("--hydrate-dir and --hydrate-limit need --hydrate")
 	case f.stdio && len(f.listen) > 0:
 		return usagef("--stdio serves one client and listens nowhere: leave out --listen")
 	case f.refresh <= 0:
@@ -122,6 +138,11 @@ func (f *serveFlags) check() error {
 func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err error) {
 	if err := f.check(); err != nil {
 		return err
+	}
+	if os.Getenv("GOGC") == "" {
+		// Most of the heap is the block cache, which is cheap to mark: half of it
+		// for garbage keeps the process near the cache's own bound.
+		defer debug.SetGCPercent(debug.SetGCPercent(50))
 	}
 	rules, err := f.rules()
 	if err != nil {
@@ -142,17 +163,28 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 		return err
 	}
 	defer func() { closeAll(listeners) }() // those that Serve has are closed by it
+	began := time.Now()
 	repo, err := a.openRepository(ctx)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
+	opened := time.Now()
 	cache := image.NewCache(int64(f.cacheSize))
 	if f.readers > 0 {
 		cache = image.NewCacheWithWorkers(int64(f.cacheSize), f.readers)
 	}
 	defer cache.Close()
-	catalog, err := a.openCatalog(ctx, repo, cache, selected, &f)
+	copies, err := f.openCopies(a.log)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if copies != nil {
+			err = errors.Join(err, copies.Close())
+		}
+	}()
+	catalog, err := a.openCatalog(ctx, repo, cache, selected, &f, copies)
 	if err != nil {
 		return err
 	}
@@ -169,12 +201,32 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 		exports = nbdserver.Restrict(catalog, rules)
 	}
 	cfg.Catalog = nbdserver.NewAliases(exports, nbdserver.AliasGrace, nil)
-	run := &serving{app: a, flags: f, catalog: catalog, cache: cache, listeners: listeners}
+	run := &serving{app: a, flags: f, catalog: catalog, cache: cache, copies: copies, listeners: listeners, opening: opened.Sub(began), opened: opened}
 	return run.run(ctx, cfg)
 }
 
-func (a *app) openCatalog(ctx context.Context, repo *repository.Repository, cache *image.Cache, selected []string, f *serveFlags) (*serve.Catalog, error) {
-	opt := serve.Options{Select: selected, Foreign: f.foreign, Linger: nbdserver.AliasGrace, Log: a.log}
+// openCopies opens the cache of --hydrate; nil without.
+func (f *serveFlags) openCopies(log *slog.Logger) (*hydrate.Cache, error) {
+	if !f.hydrate {
+		return nil, nil //nolint:nilnil // there is none, and that is no error
+	}
+	opt := f.copies
+	opt.Log, opt.Keep = log, opt.Dir != ""
+	if !opt.Keep {
+		dir, err := os.MkdirTemp("/var/tmp", "varve-hydrate-") // not a tmpfs, as /tmp may be
+		if err != nil {
+			return nil, fmt.Errorf("make a directory for local copies: %w", err)
+		}
+		opt.Dir = dir
+	}
+	if opt.Limit == 0 {
+		opt.FreeShare = 0.9
+	}
+	return hydrate.New(opt)
+}
+
+func (a *app) openCatalog(ctx context.Context, repo *repository.Repository, cache *image.Cache, selected []string, f *serveFlags, copies *hydrate.Cache) (*serve.Catalog, error) {
+	opt := serve.Options{Select: selected, Foreign: f.foreign, Hydrate: copies, Linger: nbdserver.AliasGrace, Log: a.log}
 	if f.pad {
 		opt.Pad = 512
 	}
@@ -272,7 +324,10 @@ type serving struct {
 	flags     serveFlags
 	catalog   *serve.Catalog
 	cache     *image.Cache
+	copies    *hydrate.Cache // nil without --hydrate
 	listeners []net.Listener
+	opening   time.Duration // that it took to open the repository
+	opened    time.Time     // when that was done
 }
 
 func (s *serving) run(ctx context.Context, cfg nbdserver.Config) error {
@@ -320,6 +375,7 @@ func (s *serving) run(ctx context.Context, cfg nbdserver.Config) error {
 			stop()
 			return errors.Join(err, g.Wait())
 		}
+		s.log.Info("ready", "exports", s.catalog.Len(), "opening", s.opening, "after_opening", time.Since(s.opened))
 	}
 	err = g.Wait()
 	if s.flags.writable && s.flags.overlays.Keep {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -258,6 +259,110 @@ func TestServeWritableAndCommit(t *testing.T) {
 	}
 }
 
+// What was hydrated is kept, told by the metrics, and read after a restart;
+// copies of points that were deleted go.
+func TestServeHydrate(t *testing.T) {
+	env, disk := newBackupEnv(t)
+	first := backupJSON(t, env, disk, "--volume", "shop/db", "--block-size", "64K")
+	copies := filepath.Join(env["HOME"], "copies")
+	metrics := func(s *server) string {
+		t.Helper()
+		resp, err := http.Get(s.view.Metrics)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		text, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(text)
+	}
+	args := []string{"--hydrate", "--hydrate-dir", copies, "--hydrate-limit", "64M", "--metrics", "0"}
+	s := startServer(t, env, args...)
+	if !bytes.Equal(s.read(t, "shop/db@latest"), contents(t, disk)) {
+		t.Error("the disk differs")
+	}
+	waitUntil(t, "the disk is here", func() bool { return strings.Contains(metrics(s), "\nvarve_hydrate_disks_complete 1\n") })
+	if text := metrics(s); !strings.Contains(text, "\nvarve_hydrate_filled_bytes_total 1.048576e+06\n") || !strings.Contains(text, "\nvarve_hydrate_limit_bytes 6.7108864e+07\n") {
+		t.Errorf("metrics:\n%s", text)
+	}
+	if r := s.stop(); r.code != exitOK {
+		t.Fatalf("exit code %d: %s", r.code, r.stderr)
+	}
+	s = startServer(t, env, args...)
+	if !bytes.Equal(s.read(t, "shop/db@latest"), contents(t, disk)) {
+		t.Error("the disk differs after a restart")
+	}
+	if text := metrics(s); !strings.Contains(text, "\nvarve_hydrate_filled_bytes_total 0\n") || strings.Contains(text, "\nvarve_hydrate_read_bytes_total 0\n") {
+		t.Errorf("after a restart:\n%s", text)
+	}
+	if r := s.stop(); r.code != exitOK {
+		t.Fatalf("exit code %d: %s", r.code, r.stderr)
+	}
+	changeByte(t, disk, 1000)
+	backupJSON(t, env, disk, "--volume", "shop/db")
+	mustRun(t, env, "forget", first.Name)
+	startServer(t, env, args...).stop()
+	if _, err := os.Stat(filepath.Join(copies, first.ID)); !os.IsNotExist(err) {
+		t.Errorf("the copy of a deleted point: %v", err)
+	}
+}
+
+// The limits of the flags hold.
+func TestServeLimits(t *testing.T) {
+	env, disk := newBackupEnv(t)
+	backupJSON(t, env, disk, "--volume", "shop/db")
+	s := startServer(t, env, "--max-connections", "2", "--max-memory", "32M", "--max-connection-memory", "32M", "--idle-timeout", "20ms")
+	u, err := nbdclient.ParseURI(s.uri("shop/db@latest"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A client without requests is disconnected.
+	c, err := nbdclient.Dial(t.Context(), u, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, conn, err := c.HandOver(u.Export)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := conn.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
+		t.Errorf("an idle client got %d bytes, %v", n, err)
+	}
+	_ = conn.Close()
+	// Those that negotiate count, too; the third one is turned away.
+	var clients []*nbdclient.Client
+	waitUntil(t, "there is room for two", func() bool {
+		for len(clients) < 2 {
+			c, err := nbdclient.Dial(t.Context(), u, nil)
+			if err != nil {
+				return false // the idle one is still counted
+			}
+			clients = append(clients, c)
+		}
+		return true
+	})
+	if c, err := nbdclient.Dial(t.Context(), u, nil); err == nil {
+		_ = c.Close()
+		t.Error("a third client was let in")
+	}
+	for _, c := range clients {
+		_ = c.Close()
+	}
+	// The largest request fits into the least memory.
+	waitUntil(t, "there is room again", func() bool {
+		e, err := enterExport(t.Context(), u.String())
+		if err != nil {
+			return false
+		}
+		defer e.Close()
+		p := make([]byte, 1<<20)
+		_, err = e.ReadAt(t.Context(), p, 0)
+		return err == nil && bytes.Equal(p, contents(t, disk))
+	})
+}
+
 func TestServeRefusals(t *testing.T) {
 	env, disk := newBackupEnv(t)
 	backupJSON(t, env, disk, "--volume", "shop/db")
@@ -276,6 +381,8 @@ func TestServeRefusals(t *testing.T) {
 		{"no such point", []string{"shop/db@2001-01-01"}, "no such recovery point", exitFailure},
 		{"no such metrics address", []string{"--metrics", "nowhere.invalid:1"}, "metrics", exitFailure},
 		{"too little memory", []string{"--max-memory", "1M"}, "32 MiB", exitUsage},
+		{"too little memory for a client", []string{"--max-connection-memory", "1M"}, "32 MiB", exitUsage},
+		{"copies without hydration", []string{"--hydrate-limit", "1G"}, "--hydrate", exitUsage},
 		{"stdio of a test", []string{"--stdio"}, "--stdio", exitUsage},
 	} {
 		t.Run(c.name, func(t *testing.T) {

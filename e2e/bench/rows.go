@@ -23,6 +23,8 @@ var allRows = []row{
 	{"chain", chainRows, false},
 	{"crowd", crowdRows, false},
 	{"nbd", nbdRows, true},
+	{"serve", serveRows, false},
+	{"files", fileRows, false},
 }
 
 const (

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"bufio"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -41,12 +42,13 @@ func TestKernel(t *testing.T) {
 	readonly := s.serve("--listen", "127.0.0.1:0")
 	overlays := s.path("overlays")
 	writable := s.serve("--listen", "127.0.0.1:0", "--writable", "--overlay-dir", overlays, "--keep")
+	restarted := s.serve("--listen", "127.0.0.1:0")
 	port := func(srv *server) string {
 		_, p, _ := strings.Cut(srv.addresses[1], ":")
 		return p
 	}
 	script := fmt.Sprintf(`
-ro=nbd://10.0.2.2:%s rw=nbd://10.0.2.2:%s sum=%s
+ro=nbd://10.0.2.2:%s rw=nbd://10.0.2.2:%s re=nbd://10.0.2.2:%s sum=%s
 check() { test "$(sha256sum /mnt/payload | cut -d' ' -f1)" = $sum; }
 echo "STEP attach by netlink, four connections, read-only ext4"
 varve attach $ro/k/ext4@latest /dev/nbd3 --connections 4
@@ -94,7 +96,28 @@ mount -t xfs -o ro,norecovery /dev/nbd6 /mnt
 check
 umount /mnt
 nbd-client -d /dev/nbd6
-`, port(readonly), port(writable), sum, port(readonly))
+echo "STEP the server is restarted under a reader"
+varve attach $re/k/ext4@latest /dev/nbd7 --connections 4 --reconnect --dead-timeout 4m >/tmp/re 2>&1 &
+while ! grep -q "nbd7 is" /tmp/re; do sleep 0.1; done
+whole=$(sha256sum </dev/nbd7)
+while [ ! -e /tmp/enough ]; do
+	echo 3 >/proc/sys/vm/drop_caches
+	sha256sum </dev/nbd7 || echo failed
+done >/tmp/sums &
+reader=$!
+echo "HOST RESTART"
+while ! grep -q "connected again" /tmp/re; do sleep 0.1; done
+echo 3 >/proc/sys/vm/drop_caches
+test "$(sha256sum </dev/nbd7)" = "$whole"
+touch /tmp/enough
+wait $reader
+test "$(sort -u /tmp/sums)" = "$whole"
+mount -t ext4 -o ro,noload /dev/nbd7 /mnt
+check
+umount /mnt
+varve detach /dev/nbd7
+wait
+`, port(readonly), port(writable), port(restarted), sum, port(readonly))
 	file := s.path("script")
 	if err := os.WriteFile(file, []byte(script), 0o600); err != nil {
 		t.Fatal(err)
@@ -107,9 +130,25 @@ nbd-client -d /dev/nbd6
 	if err != nil {
 		t.Fatal(err)
 	}
-	out := s.run(guest, cache, varveBin, file)
-	if !strings.Contains(out, "GUEST DONE") {
-		t.Errorf("in the guest:\n%s", out)
+	cmd := s.command(guest, cache, varveBin, file)
+	cmd.Stderr = os.Stderr
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var out strings.Builder
+	for lines := bufio.NewScanner(stdout); lines.Scan(); {
+		out.WriteString(lines.Text() + "\n")
+		if strings.Contains(lines.Text(), "HOST RESTART") {
+			restarted.stop()
+			s.serve("--listen", "127.0.0.1:"+port(restarted))
+		}
+	}
+	if err := cmd.Wait(); err != nil || !strings.Contains(out.String(), "GUEST DONE") {
+		t.Errorf("in the guest: %v\n%s", err, out.String())
 	}
 	flushes := strings.Count(s.varve("nbd", "map", "--context", "qemu:allocation-depth", writable.uri("k/ext4@latest")), "\n")
 	if flushes < 3 {

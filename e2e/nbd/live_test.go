@@ -103,59 +103,6 @@ func TestMaintenanceElsewhere(t *testing.T) {
 	s.same(s.path("copy"), pattern)
 }
 
-// A pack is lost: reads of its blocks fail with EIO and a text that names point
-// and block, and the connection lives on.
-func TestMissingBlocks(t *testing.T) {
-	s := newSite(t)
-	extra := s.path("extra.img") // a last point whose changes have packs of their own
-	s.run("cp", s.latest().want, extra)
-	before := s.packs()
-	f, err := os.OpenFile(extra, os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := f.WriteAt(bytes.Repeat([]byte("gone"), 4096), 16<<20); err != nil {
-		t.Fatal(err)
-	}
-	if err := f.Close(); err != nil {
-		t.Fatal(err)
-	}
-	p := s.backupFile(extra)
-	lost := []string{}
-	for path := range s.packs() {
-		if !before[path] {
-			lost = append(lost, path)
-		}
-	}
-	if len(lost) == 0 {
-		t.Fatal("the backup wrote no pack")
-	}
-	srv := s.serve("--refresh", "1h")
-	if err := exec.Command("/usr/bin/python3", "-c", "import nbd").Run(); err != nil {
-		t.Skip("Debian's Python has no module nbd: \"make setup\" installs python3-libnbd")
-	}
-	// The packs go once the export is open: its record lies in one of them.
-	s.run("nbdsh", "-c", fmt.Sprintf(`
-import os
-h.connect_uri(%q)
-for path in %q.split("|"):
-    os.remove(path)
-want = open(%q, "rb").read(1 << 20)
-for i in range(3):
-    try:
-        h.pread(4096, 16 << 20)
-        raise SystemExit("a missing block was read")
-    except nbd.Error as e:
-        assert e.errno == "EIO", e.errno
-    assert h.pread(1 << 20, 0) == want, "the connection does not go on"
-`, srv.uri(p.Name), strings.Join(lost, "|"), extra))
-	_, stderr, err := s.try(varveBin, "nbd", "read", srv.uri(p.Name), "--offset", "16M", "--length", "4096")
-	if err == nil {
-		t.Fatal("a missing block was read")
-	}
-	s.has(stderr, p.Name, "block at 0x1000000", "missing")
-}
-
 // packs returns the files of the repository that hold blocks.
 func (s *site) packs() map[string]bool {
 	s.t.Helper()

@@ -40,13 +40,13 @@ func crowd(ctx context.Context, repo *repository.Repository, o options) error {
 		return err
 	}
 	defer w.Close()
-	c := &crowdWriter{w: w, first: first, files: files, rec: *rec, block: make([]byte, page)}
+	c := &crowdWriter{w: w, first: first, files: files, rec: *rec, block: make([]byte, page), once: o.once}
 	for n := range o.points {
 		if err := c.point(ctx, n, o.volumes); err != nil {
 			return fmt.Errorf("point %d: %w", n, err)
 		}
 	}
-	return nil
+	return w.Flush(ctx)
 }
 
 type crowdWriter struct {
@@ -55,6 +55,14 @@ type crowdWriter struct {
 	files []repository.File
 	rec   blocktree.Record
 	block []byte
+	once  bool // no flush but the last
+}
+
+func (c *crowdWriter) flush(ctx context.Context) error {
+	if c.once {
+		return nil
+	}
+	return c.w.Flush(ctx)
 }
 
 // point writes one point by three flushes, as an increment does: what protects
@@ -74,7 +82,7 @@ func (c *crowdWriter) point(ctx context.Context, n, volumes int) error {
 	if err := c.w.SaveSnapshot(ctx, &held, c.files); err != nil {
 		return err
 	}
-	if err := c.w.Flush(ctx); err != nil {
+	if err := c.flush(ctx); err != nil {
 		return err
 	}
 	if _, err := c.w.WriteBlock(ctx, c.block); err != nil {
@@ -83,7 +91,7 @@ func (c *crowdWriter) point(ctx context.Context, n, volumes int) error {
 	if _, err := c.w.WriteIndex(ctx, c.block); err != nil {
 		return err
 	}
-	if err := c.w.Flush(ctx); err != nil {
+	if err := c.flush(ctx); err != nil {
 		return err
 	}
 	doc, err := rec.Encode()
@@ -110,7 +118,7 @@ func (c *crowdWriter) point(ctx context.Context, n, volumes int) error {
 	if err := c.w.DeleteSnapshot(ctx, held.ManifestID); err != nil {
 		return err
 	}
-	return c.w.Flush(ctx)
+	return c.flush(ctx)
 }
 
 // sourceOf is the source of another volume beside that of a first.

@@ -32,6 +32,7 @@ func main() {
 	flag.IntVar(&o.points, "points", 1, "recovery points in all, each volume in turn")
 	flag.IntVar(&o.pages, "pages", 0, "pages written before a volume's first point, the same as those of that many points")
 	flag.BoolVar(&o.quick, "quick", false, "only write what a point consists of, for thousands of them; all have the disk of the first")
+	flag.BoolVar(&o.once, "once", false, "with -quick, all in one flush: points without the index blobs that come with time")
 	flag.StringVar(&o.read, "first-byte", "", "open this point and read 4 KiB of it, -times times, each with an empty cache; the median in microseconds goes to standard output")
 	flag.IntVar(&o.times, "times", 101, "see -first-byte")
 	flag.Int64Var(&o.offset, "offset", 0, "where -first-byte reads, in bytes")
@@ -48,7 +49,7 @@ type options struct {
 	config                 string
 	size                   int64
 	volumes, points, pages int
-	quick                  bool
+	quick, once            bool
 	read                   string
 	offset                 int64
 	times                  int

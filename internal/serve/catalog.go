@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/hydrate"
 	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/nbdserver"
@@ -27,6 +28,10 @@ type Options struct {
 	Pad int64
 	// Writable puts an overlay over each point.
 	Writable *Overlays
+	// Hydrate, if not nil, has whole disks arrive in its copies, in the
+	// background, from when a client stays. Its owner closes it, after the
+	// catalogue.
+	Hydrate *hydrate.Cache
 	// Linger is how long a point stays open, and leased, after its last
 	// connection.
 	Linger time.Duration
@@ -67,6 +72,7 @@ func Open(ctx context.Context, repo *repository.Repository, cache *image.Cache, 
 		return nil, err
 	}
 	c.current.Store(newListing(cat, c.want.has))
+	c.dropCopies(cat)
 	return c, nil
 }
 
@@ -114,7 +120,21 @@ func (c *Catalog) Refresh(ctx context.Context) error {
 			c.log.InfoContext(ctx, "recovery point was deleted", "export", old.names[i])
 		}
 	}
+	c.dropCopies(cat)
 	return nil
+}
+
+// dropCopies removes the copies of points that are deleted: their data is not
+// to stay on this machine.
+func (c *Catalog) dropCopies(cat *backup.Catalog) {
+	if c.opt.Hydrate == nil {
+		return
+	}
+	known := map[string]bool{}
+	for _, p := range cat.Points() {
+		known[p.ID] = true
+	}
+	c.opt.Hydrate.Retain(func(id string) bool { return known[id] })
 }
 
 // Follow refreshes until ctx ends. A failure is logged and the next try comes

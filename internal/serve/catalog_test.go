@@ -6,14 +6,18 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/hydrate"
 	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/backup/repository/repotest"
 	"github.com/varve-io/varve/nbdserver"
+	"github.com/varve-io/varve/nbdserver/nbdtest"
 )
 
 // memory is a disk to back up.
@@ -163,6 +167,61 @@ func TestDiskReads(t *testing.T) {
 		return true
 	}); err != nil || at != o.Size() {
 		t.Errorf("extents end at %d: %v", at, err)
+	}
+}
+
+// The conformance suite over a recovery point, as it is and with a local copy.
+func TestConformance(t *testing.T) {
+	r := repotest.New(t).Open(t)
+	v, err := backup.ParseVolume("shop/db", "c")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The holes of the suite's image are of 64 KiB.
+	p, _, err := backup.Run(t.Context(), r, backup.Options{Volume: v, Disk: memory(nbdtest.Image()), BlockSize: 64 << 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, hydrated := range []bool{false, true} {
+		t.Run(fmt.Sprintf("hydrated=%v", hydrated), func(t *testing.T) {
+			nbdtest.Run(t, func(t *testing.T) nbdtest.Target {
+				opt := Options{}
+				if hydrated {
+					copies, err := hydrate.New(hydrate.Options{Dir: filepath.Join(t.TempDir(), "copies")})
+					if err != nil {
+						t.Fatal(err)
+					}
+					t.Cleanup(func() {
+						if err := copies.Close(); err != nil {
+							t.Error(err)
+						}
+					})
+					opt.Hydrate = copies
+				}
+				srv, err := nbdserver.New(nbdserver.Config{Catalog: openCatalog(t, r, opt)})
+				if err != nil {
+					t.Fatal(err)
+				}
+				socket := filepath.Join(t.TempDir(), "s")
+				l, err := nbdserver.Listen("unix:" + socket)
+				if err != nil {
+					t.Fatal(err)
+				}
+				served := make(chan error, 1)
+				go func() { served <- srv.Serve(l) }()
+				t.Cleanup(func() {
+					srv.Close()
+					<-served
+				})
+				return nbdtest.Target{Export: p.Name(), Strict: true, Dial: func(t testing.TB) net.Conn {
+					c, err := net.Dial("unix", socket)
+					if err != nil {
+						t.Fatal(err)
+					}
+					return c
+				}}
+			})
+		})
 	}
 }
 

@@ -118,6 +118,14 @@ func (d *Disk) Lend(ctx context.Context, dst []nbdserver.Piece, off int64, n int
 	return dst, nil
 }
 
+// ReadOnce is ReadAt past the cache, for one that passes through the disk once.
+func (d *Disk) ReadOnce(ctx context.Context, p []byte, off int64) error {
+	if err := d.img.ReadOnce(ctx, p, off); err != nil {
+		return d.explain(err)
+	}
+	return nil
+}
+
 // Prefetch asks for a range to be read into the cache.
 func (d *Disk) Prefetch(_ context.Context, off, length int64) error {
 	d.img.Prefetch(off, length)

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/hydrate"
 	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/backup/overlay"
 	"github.com/varve-io/varve/backup/repository"
@@ -24,6 +25,7 @@ type entry struct {
 	err     error
 	export  nbdserver.Export
 	overlay *overlay.Overlay // nil for a read-only one
+	local   *hydrate.Disk    // nil without hydration
 
 	entering sync.Mutex
 	entered  atomic.Bool   // a client stayed
@@ -78,7 +80,15 @@ func (c *Catalog) fill(ctx context.Context, e *entry, p *backup.Point, name stri
 	if err != nil {
 		return err
 	}
-	e.export = &Disk{img: img, name: name, bases: &siblings{c: c, id: p.ID}}
+	disk := &Disk{img: img, name: name, bases: &siblings{c: c, id: p.ID}}
+	e.export = disk
+	if c.opt.Hydrate != nil {
+		if e.local, err = c.opt.Hydrate.Open(disk, p.ID, hydrationUnit(img.BlockSize())); err != nil {
+			c.log.WarnContext(ctx, "no local copy of a disk; it is read from the repository", "export", name, "err", err)
+		} else {
+			e.export = &hydrated{Disk: disk, local: e.local}
+		}
+	}
 	if c.opt.Pad > 0 {
 		e.export = nbdserver.Pad(e.export, c.opt.Pad)
 	}
@@ -91,6 +101,9 @@ func (c *Catalog) fill(ctx context.Context, e *entry, p *backup.Point, name stri
 	}
 	e.overlay, err = c.opt.Writable.open(e.export, p.ID)
 	if err != nil {
+		if e.local != nil {
+			err = errors.Join(err, e.local.Close())
+		}
 		return err
 	}
 	e.export = e.overlay
@@ -113,6 +126,9 @@ func (c *Catalog) enter(ctx context.Context, e *entry, p *backup.Point, name str
 			c.log.WarnContext(ctx, "no lease: prune elsewhere may delete this point while it is read", "export", name, "err", err)
 		}
 		e.lease = lease
+	}
+	if e.local != nil {
+		e.local.Start()
 	}
 	e.entered.Store(true)
 	return nil
@@ -173,6 +189,9 @@ func (e *entry) close(ctx context.Context) error {
 	var err error
 	if e.overlay != nil {
 		err = e.overlay.Close()
+	}
+	if e.local != nil {
+		err = errors.Join(err, e.local.Close())
 	}
 	if e.lease != nil {
 		err = errors.Join(err, e.lease.Close(ctx))

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"time"
@@ -71,10 +72,8 @@ func ServeIoctl(ctx context.Context, u *nbdclient.URI, opt Options, ready func(*
 			return err
 		}
 	}
-	for _, f := range d.files {
-		if err := set("connection", ioSetSock, int(f.Fd())); err != nil {
-			return errors.Join(err, clearSockets(fd))
-		}
+	if err := setSockets(d.files, set); err != nil {
+		return errors.Join(err, clearSockets(fd))
 	}
 	done := make(chan error, 1)
 	go func() { done <- unix.IoctlSetInt(fd, ioDoIt, 0) }() // ends with the connection
@@ -93,6 +92,20 @@ func ServeIoctl(ctx context.Context, u *nbdclient.URI, opt Options, ready func(*
 		err = fmt.Errorf("the connection to the server was lost: %w", err)
 	}
 	return errors.Join(err, clearSockets(fd))
+}
+
+// setSockets gives the connections to the device, all from one thread: the
+// kernel takes further ones only from the task that gave the first
+// (nbd_add_socket).
+func setSockets(files []*os.File, set func(what string, req uint, value int) error) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	for _, f := range files {
+		if err := set("connection", ioSetSock, int(f.Fd())); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // waitCapacity waits until the kernel shows the size of the device, which it

@@ -89,12 +89,12 @@ var image = sync.OnceValue(func() []byte {
 	return b
 })
 
-// timeout bounds how long a server may take for any one step; it is only
+// Timeout bounds how long a server may take for any one step; it is only
 // reached by a server that hangs.
-const timeout = 30 * time.Second
+const Timeout = 30 * time.Second
 
 func testContext(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	ctx, cancel := context.WithTimeout(context.Background(), Timeout)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -110,7 +110,7 @@ func (s Target) DialRaw(t testing.TB) *Raw {
 	t.Helper()
 	c := s.Dial(t)
 	t.Cleanup(func() { _ = c.Close() })
-	_ = c.SetDeadline(time.Now().Add(timeout))
+	_ = c.SetDeadline(time.Now().Add(Timeout))
 	return &Raw{Conn: c, t: t}
 }
 

@@ -107,7 +107,13 @@ func (l *listing) cleanEnd(ctx context.Context) (complete bool, err error) {
 	}
 
 	l.s.count(func(st *Stats) { st.EarlyEnds++ })
-	slog.WarnContext(ctx, "the list of changed blocks ended early as if it were complete; going on", "source", l.name, "offset", end)
+
+	level := slog.LevelInfo
+	if l.breaks == 0 {
+		level = slog.LevelWarn // once is enough to know the driver by
+	}
+
+	slog.Log(ctx, level, "the list of changed blocks ended early as if it were complete; going on", "source", l.name, "offset", end)
 
 	if l.breaks++; l.breaks > l.s.opt.Retry.Breaks {
 		return false, &cbt.Error{

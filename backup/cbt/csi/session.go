@@ -123,6 +123,11 @@ func (s *Session) Whole() cbt.Source { return whole{s} }
 
 // Unchanged asks whether nothing changed since base, before any volume is made of the
 // snapshot, and stops at the first range. Its errors are those of Delta's Changes.
+//
+// An empty list tells no capacity: that the volume has not grown the caller must know
+// from elsewhere (the content's restoreSize). And nothing is spot-checked without a
+// disk, so a driver that says nothing at all, ever, is only found if such backups are
+// made with the disk now and then.
 func (s *Session) Unchanged(ctx context.Context, base cbt.Base) (bool, error) {
 	found := false
 	// No device is there to hold the capacity against.

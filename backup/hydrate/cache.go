@@ -1,0 +1,281 @@
+package hydrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/url"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Options of a Cache.
+type Options struct {
+	// Dir holds the copies and nothing else. It is made if it does not exist.
+	Dir string
+	// Keep leaves copies for a later Cache of the same directory. Without, a
+	// copy goes when its disk is closed.
+	Keep bool
+	// Limit is the most bytes that the data of all copies may take; 0 for no
+	// limit.
+	Limit int64
+	// FreeShare, where Limit is 0, sets it to a part of the space that is free
+	// at the start or taken by copies; 0 for no limit.
+	FreeShare float64
+	// Workers hydrate at once, for all disks together; 0 for half of the
+	// processors, so that readers find one free.
+	Workers int
+	// Retry is the time between passes over an image of which some could not
+	// be read; 0 for a minute.
+	Retry time.Duration
+	Log   *slog.Logger
+}
+
+var (
+	// ErrInUse is the refusal to use a directory, or open a copy in it, twice.
+	ErrInUse = errors.New("this hydration cache is in use by another process: choose another directory")
+	errID    = errors.New("the identity of an image is one to 200 bytes")
+)
+
+// Cache is a directory of copies and the workers that hydrate them.
+type Cache struct {
+	opt  Options
+	log  *slog.Logger
+	lock *os.File
+
+	used    atomic.Int64 // bytes of data, of open copies and others
+	filled  atomic.Int64 // bytes that were added since the start
+	read    atomic.Int64 // bytes that were read from copies
+	noSpace atomic.Bool  // the file system is full; until something goes
+	told    atomic.Bool  // the log says that nothing more is kept
+
+	gate    gate
+	start   sync.Once
+	jobs    chan job
+	cancel  context.CancelFunc
+	ctx     context.Context //nolint:containedctx // ends the workers, which outlive the calls that start them
+	workers sync.WaitGroup
+
+	mu   sync.Mutex
+	open map[string]*Disk
+	idle map[string]idleCopy // copies that nobody has open
+}
+
+// idleCopy is a copy on disk.
+type idleCopy struct {
+	bytes int64
+	last  time.Time
+}
+
+// New opens the cache in a directory.
+func New(opt Options) (*Cache, error) {
+	c := &Cache{opt: opt, log: opt.Log, jobs: make(chan job), open: map[string]*Disk{}, idle: map[string]idleCopy{}}
+	if c.log == nil {
+		c.log = slog.New(slog.DiscardHandler)
+	}
+	if c.opt.Workers <= 0 {
+		c.opt.Workers = max(runtime.GOMAXPROCS(0)/2, 1)
+	}
+	if c.opt.Retry <= 0 {
+		c.opt.Retry = time.Minute
+	}
+	c.gate.init()
+	c.ctx, c.cancel = context.WithCancel(context.Background())
+	if err := os.MkdirAll(opt.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make the directory of the hydration cache: %w", err)
+	}
+	lock, err := os.OpenFile(filepath.Join(opt.Dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock the hydration cache: %w", err)
+	}
+	c.lock = lock
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = ErrInUse
+		}
+		return nil, errors.Join(fmt.Errorf("lock the hydration cache %s: %w", opt.Dir, err), lock.Close())
+	}
+	if err := c.scan(); err != nil {
+		return nil, errors.Join(err, lock.Close())
+	}
+	if opt.Limit == 0 && opt.FreeShare > 0 {
+		var st unix.Statfs_t
+		if err := unix.Statfs(opt.Dir, &st); err != nil {
+			return nil, errors.Join(fmt.Errorf("ask for the free space of the hydration cache: %w", err), lock.Close())
+		}
+		free := float64(st.Bavail)*float64(st.Bsize) + float64(c.used.Load())
+		c.opt.Limit = max(int64(free*opt.FreeShare), 1)
+	}
+	for c.opt.Limit > 0 && c.used.Load() > opt.Limit && c.evict() {
+	}
+	return c, nil
+}
+
+// scan finds the copies that an earlier process left.
+func (c *Cache) scan() error {
+	entries, err := os.ReadDir(c.opt.Dir)
+	if err != nil {
+		return fmt.Errorf("list the hydration cache: %w", err)
+	}
+	for _, e := range entries {
+		st, err := os.Stat(filepath.Join(c.opt.Dir, e.Name(), "data"))
+		if !e.IsDir() || errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("list the hydration cache: %w", err)
+		}
+		n := int64(0)
+		if sys, ok := st.Sys().(*syscall.Stat_t); ok {
+			n = sys.Blocks * 512
+		}
+		c.idle[e.Name()] = idleCopy{bytes: n, last: st.ModTime()}
+		c.used.Add(n)
+	}
+	return nil
+}
+
+// dirName is the name of an image's directory.
+func dirName(id string) (string, error) {
+	name := url.PathEscape(id)
+	if name == "" || len(name) > maxID || strings.HasPrefix(name, ".") || name == "lock" {
+		return "", fmt.Errorf("hydrate %q: %w", id, errID)
+	}
+	return name, nil
+}
+
+// Retain removes the copies of images that are not wanted any more. Those that
+// are open stay until they are closed.
+func (c *Cache) Retain(wanted func(id string) bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for name := range c.idle {
+		if id, err := url.PathUnescape(name); err != nil || !wanted(id) {
+			c.removeLocked(name)
+		}
+	}
+}
+
+// removeLocked removes an idle copy.
+func (c *Cache) removeLocked(name string) {
+	if err := os.RemoveAll(filepath.Join(c.opt.Dir, name)); err != nil {
+		c.log.Warn("cannot remove a copy from the hydration cache", "id", name, "err", err)
+	}
+	c.used.Add(-c.idle[name].bytes)
+	delete(c.idle, name)
+	c.roomAgain()
+}
+
+// roomAgain notes that space became free.
+func (c *Cache) roomAgain() {
+	c.noSpace.Store(false)
+	c.told.Store(false)
+}
+
+// reserve takes space for n bytes, if need be that of idle copies.
+func (c *Cache) reserve(n int64) bool {
+	for !c.noSpace.Load() {
+		used := c.used.Load()
+		if c.opt.Limit <= 0 || used+n <= c.opt.Limit {
+			if c.used.CompareAndSwap(used, used+n) {
+				return true
+			}
+			continue
+		}
+		if !c.evict() {
+			c.tell("the hydration cache has reached its limit; what is not in it is read from the repository", "limit", c.opt.Limit)
+			return false
+		}
+	}
+	return false
+}
+
+// evict removes the idle copy that was longest unused.
+func (c *Cache) evict() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	oldest := ""
+	for name, i := range c.idle {
+		if oldest == "" || i.last.Before(c.idle[oldest].last) {
+			oldest = name
+		}
+	}
+	if oldest == "" {
+		return false
+	}
+	c.removeLocked(oldest)
+	return true
+}
+
+// outOfSpace answers a full file system.
+func (c *Cache) outOfSpace(err error) {
+	if c.evict() {
+		return
+	}
+	c.noSpace.Store(true)
+	c.tell("no space left for the hydration cache; what is not in it is read from the repository", "err", err)
+}
+
+// tell logs once that nothing more is kept.
+func (c *Cache) tell(text string, args ...any) {
+	if !c.told.Swap(true) {
+		c.log.Warn(text, append([]any{"directory", c.opt.Dir, "bytes", c.used.Load()}, args...)...)
+	}
+}
+
+// full tells whether there is no room for a unit.
+func (c *Cache) full(n int64) bool {
+	return c.noSpace.Load() || c.opt.Limit > 0 && c.used.Load()+n > c.opt.Limit && c.told.Load()
+}
+
+// Stats is a snapshot of a cache's counters.
+type Stats struct {
+	Bytes    int64 // of data that copies hold now
+	Limit    int64 // of Bytes; 0 for none
+	Filled   int64 // bytes of images that arrived since the start, zeroes included
+	Read     int64 // bytes that were read from copies
+	Open     int   // copies in use
+	Complete int   // of them, those that hold their whole image
+}
+
+// Stats returns the counters as they are now.
+func (c *Cache) Stats() Stats {
+	st := Stats{Bytes: c.used.Load(), Limit: c.opt.Limit, Filled: c.filled.Load(), Read: c.read.Load()}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	st.Open = len(c.open)
+	for _, d := range c.open {
+		if d.Complete() {
+			st.Complete++
+		}
+	}
+	return st
+}
+
+// Close ends the workers. All disks are closed before. The directory goes if
+// nothing is kept and nothing else is in it.
+func (c *Cache) Close() error {
+	c.cancel()
+	c.workers.Wait()
+	var err error
+	if !c.opt.Keep {
+		c.mu.Lock()
+		for name := range c.idle {
+			c.removeLocked(name)
+		}
+		c.mu.Unlock()
+		err = os.Remove(filepath.Join(c.opt.Dir, "lock"))
+		_ = os.Remove(c.opt.Dir) // perhaps it was somebody's before, with more in it
+	}
+	return errors.Join(err, c.lock.Close())
+}
