@@ -12,7 +12,6 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
@@ -54,7 +53,7 @@ func (w *Watch) Setup(mgr manager.Manager, workers int) error {
 		For(&v1alpha1.ProtectedVolume{}).
 		Watches(&corev1.PersistentVolumeClaim{}, ofClaim).
 		Watches(&v1alpha1.VolumeBackup{}, ofRun).
-		WithOptions(controller.Options{MaxConcurrentReconciles: workers}).
+		WithOptions(report.Controller(workers)).
 		Complete(w)
 	if err != nil {
 		return fmt.Errorf("controller of ProtectedVolumes: %w", err)

@@ -17,7 +17,6 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
@@ -72,7 +71,7 @@ func (p *Reconciler) Setup(mgr manager.Manager, workers int) error {
 		For(&v1alpha1.BackupPolicy{}, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&corev1.PersistentVolumeClaim{}, all, builder.WithPredicates(predicate.Or(predicate.LabelChangedPredicate{}, predicate.ResourceVersionChangedPredicate{}))).
 		Watches(&v1alpha1.VolumeBackup{}, all).
-		WithOptions(controller.Options{MaxConcurrentReconciles: workers}).
+		WithOptions(report.Controller(workers)).
 		Complete(p)
 	if err != nil {
 		return fmt.Errorf("controller of BackupPolicies: %w", err)

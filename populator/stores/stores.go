@@ -18,7 +18,6 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
@@ -81,7 +80,7 @@ func (k *Keeper) Setup(mgr manager.Manager, workers int) error {
 		}[kind]).
 			For(o, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 			Watches(&batchv1.Job{}, owner).
-			WithOptions(controller.Options{MaxConcurrentReconciles: workers}).
+			WithOptions(report.Controller(workers)).
 			Complete(reconcile.Func(func(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
 				return k.Reconcile(ctx, store.Key{Kind: kind, Namespace: req.Namespace, Name: req.Name})
 			}))
