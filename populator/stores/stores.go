@@ -189,8 +189,8 @@ func (k *Keeper) save(ctx context.Context, st *store.Store, status *v1alpha1.Rep
 	case *v1alpha1.Repository:
 		o.Status = *status
 	}
-	if err := k.Client.Status().Update(ctx, st.Object); err != nil {
-		return fmt.Errorf("write status of %s: %w", st.Key, client.IgnoreNotFound(err))
+	if err := client.IgnoreNotFound(k.Client.Status().Update(ctx, st.Object)); err != nil {
+		return fmt.Errorf("write status of %s: %w", st.Key, err)
 	}
 
 	return nil
