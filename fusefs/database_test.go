@@ -1,16 +1,22 @@
 package fusefs_test
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/backup/repository/repotest"
 	"github.com/varve-io/varve/fusefs"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+	"github.com/varve-io/varve/internal/serve"
 )
 
 // An SQLite database is read where it lies in the tree.
@@ -18,14 +24,14 @@ func TestSQLiteFromTheTree(t *testing.T) {
 	needFUSE(t)
 	diskfstest.NeedRoot(t)
 	diskfstest.NeedTool(t, "sqlite3")
-	image := diskfstest.NewImage(t, 64*mib)
-	diskfstest.Run(t, "mkfs.ext4", "-q", "-F", image)
-	dir, unmount := diskfstest.Mount(t, image, "")
+	img := diskfstest.NewImage(t, 64*mib)
+	diskfstest.Run(t, "mkfs.ext4", "-q", "-F", img)
+	dir, unmount := diskfstest.Mount(t, img, "")
 	diskfstest.Run(t, "sqlite3", filepath.Join(dir, "shop.db"),
 		"create table orders(id integer primary key, name text); with recursive n(i) as (select 1 union all select i+1 from n where i<20000) insert into orders select i, 'order '||i from n; create index byname on orders(name);")
 	unmount()
 	repo := repotest.New(t).Open(t)
-	save(t, repo, shopDB, image)
+	save(t, repo, shopDB, img)
 	m := mount(t, repo, fusefs.Options{})
 	got := diskfstest.Run(t, "sqlite3", "-readonly", m.latest(shopDB, "files/shop.db"),
 		"pragma integrity_check; select count(*), sum(id) from orders; select id from orders where name='order 777';")
@@ -40,9 +46,14 @@ func postgres(t testing.TB, bin string, name string, args ...string) string {
 	return diskfstest.Run(t, "setpriv", append([]string{"--reuid=postgres", "--regid=postgres", "--init-groups", "--", filepath.Join(bin, name)}, args...)...)
 }
 
-// A PostgreSQL that is at work is backed up at one moment, as a full and then as an
-// increment; the increment is mounted writable, and PostgreSQL starts on it with
-// every row that it had promised to keep.
+// A PostgreSQL that is at work is backed up as of one moment, as an increment; the increment is
+// mounted writable, and PostgreSQL starts on it with every row that it had promised to
+// keep.
+//
+// The moment is that of a power cut. PostgreSQL works on a disk.img that another process
+// serves, and that process is stopped where it stands (SIGSTOP): nothing is frozen, flushed
+// or told. Its overlay then holds what a disk with a volatile cache would: all that was
+// flushed, and of later writes those that happened to be stored.
 func TestPostgreSQLStartsOnARecoveryPoint(t *testing.T) {
 	needFUSE(t)
 	diskfstest.NeedRoot(t)
@@ -82,14 +93,24 @@ func TestPostgreSQLStartsOnARecoveryPoint(t *testing.T) {
 		return postgres(t, bin, "psql", "-h", sockets, "-d", "postgres", "-qAtc", sql)
 	}
 
-	image := diskfstest.NewImage(t, 256*mib)
-	diskfstest.Run(t, "mkfs.ext4", "-q", "-F", "-b", "4096", image)
-	dir, _ := diskfstest.Mount(t, image, "")
+	img := diskfstest.NewImage(t, 256*mib)
+	diskfstest.Run(t, "mkfs.ext4", "-q", "-F", "-b", "4096", img)
+	dir, unmount := diskfstest.Mount(t, img, "")
 	open(dir)
 	data := filepath.Join(dir, "data")
 	diskfstest.Run(t, "install", "-d", "-o", "postgres", "-m", "0700", data)
 	postgres(t, bin, "initdb", "-D", data, "--auth=trust", "-E", "UTF8", "--locale=C", "--wal-segsize=1")
-	stop := start(data)
+	unmount()
+	r := repotest.New(t)
+	repo := r.Open(t)
+	base := save(t, repo, shopDB, img)
+
+	// The disk at work: an overlay over the full, served by another process.
+	overlays, tree := t.TempDir(), t.TempDir()
+	child := startChild(t, r, tree, overlayVariable+"="+overlays)
+	dir, unmount = diskfstest.Mount(t, filepath.Join(tree, "shop/db/latest/disk.img"), "")
+	open(dir)
+	stop := start(filepath.Join(dir, "data"))
 	stopped := false
 	defer func() {
 		if !stopped {
@@ -97,24 +118,35 @@ func TestPostgreSQLStartsOnARecoveryPoint(t *testing.T) {
 		}
 	}()
 	query("create table orders(id serial primary key, name text)")
-	repo := repotest.New(t).Open(t)
-	save(t, repo, shopDB, frozen(t, dir, image))
 	const rows = 5000
 	for range 5 {
 		query(fmt.Sprintf("insert into orders(name) select 'order '||i from generate_series(1,%d) i", rows/5))
 	}
-	// Work goes on while the disk is copied at one moment.
+	// Work goes on until the disk stops.
 	writer := exec.Command("setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups", "--", filepath.Join(bin, "psql"), "-h", sockets, "-d", "postgres", "-qAtc",
 		"do $$ begin for i in 1..100000 loop insert into orders(name) values ('late'); commit; end loop; end $$")
 	if err := writer.Start(); err != nil {
 		t.Fatal(err)
 	}
 	wait(t, func() bool { return strings.TrimSpace(query("select count(*)>=5100 from orders")) == "t" })
-	point := save(t, repo, shopDB, frozen(t, dir, image))
+	picture := filepath.Join(t.TempDir(), base.ID)
+	if err := child.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	copyErr := exec.Command("cp", "-a", "--sparse=always", filepath.Join(overlays, base.ID), picture).Run()
+	if err := errors.Join(copyErr, child.Process.Signal(syscall.SIGCONT)); err != nil {
+		t.Fatal(err)
+	}
 	_ = writer.Process.Kill()
 	_ = writer.Wait()
 	stop()
 	stopped = true
+	unmount()
+	if err := fusefs.Unmount(tree, false); err != nil {
+		t.Fatal(err)
+	}
+	_ = child.Wait()
+	point := commit(t, repo, base, picture)
 	if point.Kind != "incremental" {
 		t.Errorf("the second point is %s", point.Kind)
 	}
@@ -145,12 +177,19 @@ func TestPostgreSQLStartsOnARecoveryPoint(t *testing.T) {
 	unmount()
 }
 
-// frozen copies the image of a mounted file system at one moment, as a snapshot of
-// the storage would. Programs that write are held up and are not told: what they
-// have not written is not there.
-func frozen(t testing.TB, dir, image string) string {
+// commit makes a recovery point of a kept overlay.
+func commit(t testing.TB, repo *repository.Repository, base *backup.Point, dir string) *backup.Point {
 	t.Helper()
-	diskfstest.Run(t, "fsfreeze", "--freeze", dir)
-	defer diskfstest.Run(t, "fsfreeze", "--unfreeze", dir)
-	return diskfstest.CopyImage(t, image)
+	cache := image.NewCache(64 << 20)
+	defer cache.Close()
+	written, err := serve.KeptOverlay(t.Context(), repo, cache, base, dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer written.Close()
+	p, _, err := backup.Run(t.Context(), repo, backup.Options{Volume: base.Volume, Disk: written, Source: written, Parent: base.ID, Branch: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
 }

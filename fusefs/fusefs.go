@@ -12,6 +12,7 @@ import (
 
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/overlay"
 	"github.com/varve-io/varve/backup/repository"
 )
 
@@ -35,7 +36,8 @@ type Options struct {
 	Writable bool
 	// OverlayDir keeps overlays, each in a directory named by its point, beyond the
 	// mount. If it is empty they lie in the directory for temporary files and
-	// go when the FS is closed.
+	// go when the FS is closed, or, if this process is killed, when the next one
+	// makes an overlay there.
 	OverlayDir string
 	// OverlayLimit is the most bytes that each overlay takes; 0 for no limit.
 	OverlayLimit int64
@@ -64,7 +66,8 @@ type FS struct {
 	mu      sync.Mutex // guards points, scratch, closed
 	closed  bool
 	points  map[string]*point
-	scratch string // temporary directory of overlays, once there is one
+	scratch *overlay.Scratch // for overlays that are not kept, once there is one
+	fetched fetched
 	numbers numbers
 	names   nameBudget
 
@@ -112,8 +115,8 @@ func (f *FS) Close() error {
 		errs = append(errs, p.close())
 	}
 	f.cache.Close()
-	if f.scratch != "" {
-		errs = append(errs, os.RemoveAll(f.scratch))
+	if f.scratch != nil {
+		errs = append(errs, f.scratch.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -137,6 +140,27 @@ func (f *FS) Refresh(ctx context.Context) error {
 
 // Stats are the counters of the FS's cache.
 func (f *FS) Stats() image.CacheStats { return f.cache.Stats() }
+
+// Fetched is what reading the tree has cost up to now.
+func (f *FS) Fetched() FetchedInfo {
+	return FetchedInfo{Bytes: f.fetched.bytes.Load(), Blocks: f.fetched.reads.Load()}
+}
+
+// Points counts the recovery points that are shown.
+func (f *FS) Points() int { return len(f.view.Load().ids) }
+
+// OpenPoints counts those that were read.
+func (f *FS) OpenPoints() int { return len(f.open()) }
+
+// Overlays gives the scratch space that overlays take in bytes, and their number.
+func (f *FS) Overlays() (bytes int64, n int) {
+	for _, p := range f.open() {
+		if o := p.overlayOpen(); o != nil {
+			bytes, n = bytes+o.Used(), n+1
+		}
+	}
+	return bytes, n
+}
 
 // load makes the view of the catalogue as the repository is known now.
 func (f *FS) load(ctx context.Context) error {
@@ -223,12 +247,12 @@ func (f *FS) overlayDir() (string, error) {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.scratch == "" {
-		dir, err := os.MkdirTemp("", "varve-overlay-")
+	if f.scratch == nil {
+		s, err := overlay.NewScratch(os.TempDir())
 		if err != nil {
-			return "", fmt.Errorf("make directory for overlays: %w", err)
+			return "", err //nolint:wrapcheck // says what failed
 		}
-		f.scratch = dir
+		f.scratch = s
 	}
-	return f.scratch, nil
+	return f.scratch.Dir, nil
 }

@@ -90,6 +90,9 @@ func (f *FS) diskPath() string {
 func kernelVolume(d *disk.Disk, name string) (*disk.Volume, error) {
 	var have []string
 	for _, v := range d.Volumes {
+		if err := kernelRefuses(v, name); err != nil {
+			return nil, err
+		}
 		if v.Name == name && (v.Partition != nil || d.Table == nil && name == "") {
 			return v, nil
 		}
@@ -101,6 +104,24 @@ func kernelVolume(d *disk.Disk, name string) (*disk.Volume, error) {
 		return nil, fmt.Errorf("this disk has partitions: name one of %s with --partition", strings.Join(have, ", "))
 	}
 	return nil, fmt.Errorf("there is no partition %s: there are %s", name, strings.Join(have, ", "))
+}
+
+// kernelRefuses says why a volume that was asked for cannot be mounted through a loop device:
+// logical volumes need the device mapper, and what holds them is no file system.
+func kernelRefuses(v *disk.Volume, name string) error {
+	logical := v.Partition == nil && v.Name != ""
+	if v.Name != name || !logical && v.Type != "LVM2_member" {
+		return nil
+	}
+	what := "is a physical volume of LVM"
+	if logical {
+		what = "is a logical volume of LVM"
+	}
+	if name == "" {
+		name = "the disk"
+	}
+	return fmt.Errorf("%s %s, which 'varve mount --kernel' does not activate: its files are read by 'varve mount', 'varve ls' and 'varve cp'; "+
+		"for the kernel's driver attach the disk ('varve attach'), then 'vgchange -ay' and mount", name, what)
 }
 
 // mountLoop mounts a volume of an image through a loop device.

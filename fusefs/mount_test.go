@@ -99,7 +99,10 @@ func (m *mounted) info(t testing.TB, v backup.Volume) fusefs.Info {
 
 // child runs this test program again as a process that mounts and serves until it
 // is killed: see TestMain.
-const childVariable = "FUSEFS_TEST_SERVE"
+const (
+	childVariable   = "FUSEFS_TEST_SERVE"
+	overlayVariable = "FUSEFS_TEST_OVERLAYS" // directory of overlays; disks can be written then
+)
 
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(childVariable); dir != "" {
@@ -118,7 +121,8 @@ func serveUntilKilled(dir, config string) error {
 	if err != nil {
 		return err
 	}
-	tree, err := fusefs.New(ctx, repo, fusefs.Options{})
+	overlays := os.Getenv(overlayVariable)
+	tree, err := fusefs.New(ctx, repo, fusefs.Options{Writable: overlays != "", OverlayDir: overlays})
 	if err != nil {
 		return err
 	}

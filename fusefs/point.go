@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -47,7 +48,7 @@ type volume struct {
 }
 
 func newPoint(f *FS, info *backup.Point) *point {
-	return &point{fs: f, info: info, store: countingStore{store: f.repo}, volumes: map[*disk.Volume]*volume{}}
+	return &point{fs: f, info: info, store: countingStore{store: f.repo, sum: &f.fetched}, volumes: map[*disk.Volume]*volume{}}
 }
 
 // countingStore counts what a point's readers had to fetch. Blocks that another
@@ -56,12 +57,18 @@ type countingStore struct {
 	store blocktree.Store
 	bytes atomic.Int64
 	reads atomic.Int64
+	sum   *fetched // of all points
 }
+
+// fetched counts what all points' readers had to fetch.
+type fetched struct{ bytes, reads atomic.Int64 }
 
 func (c *countingStore) ReadObject(ctx context.Context, oid repository.ObjectID) ([]byte, error) {
 	b, err := c.store.ReadObject(ctx, oid)
 	c.bytes.Add(int64(len(b)))
 	c.reads.Add(1)
+	c.sum.bytes.Add(int64(len(b)))
+	c.sum.reads.Add(1)
 	return b, err //nolint:wrapcheck // passes through
 }
 
@@ -167,14 +174,23 @@ func (p *point) overlay(ctx context.Context) (*overlay.Overlay, error) {
 		return nil, err
 	}
 	p.over, err = overlay.Open(overlayBase{img}, overlay.Options{
-		Dir: filepath.Join(dir, element(p.info.ID)), BaseID: p.info.ID,
-		Limit: p.fs.opt.OverlayLimit, Keep: p.fs.opt.OverlayDir != "",
+		Dir: filepath.Join(dir, element(p.info.ID)),
+		// As 'varve serve' has it, so that 'varve commit' takes either's overlays.
+		BaseID: p.info.ID + ":" + strconv.FormatInt(img.Size(), 10),
+		Limit:  p.fs.opt.OverlayLimit, Keep: p.fs.opt.OverlayDir != "",
 	})
 	if err != nil {
 		p.over = nil
 		return nil, fmt.Errorf("open overlay: %w", err)
 	}
 	return p.over, nil
+}
+
+// overlayOpen gives the overlay, nil if there is none.
+func (p *point) overlayOpen() *overlay.Overlay {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.over
 }
 
 // overlayBase is an image as an overlay wants it.

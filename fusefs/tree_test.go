@@ -131,9 +131,10 @@ func TestFilesAsTheKernelShowsThem(t *testing.T) {
 		size  int64
 		files int
 		dirty bool
+		big   int64 // bytes of one more file
 		log   string
 	}{
-		{name: "ext4", mkfs: mkExt4, size: 256 * mib, files: 5000, log: "clean"},
+		{name: "ext4", mkfs: mkExt4, size: 640 * mib, files: 5000, big: 300 * mib, log: "clean"},
 		{name: "ext4-inline", mkfs: append(mkExt4, "-O", "inline_data"), size: 64 * mib, files: 100, log: "clean"},
 		{name: "ext4-dirty", mkfs: mkExt4, size: 128 * mib, files: 300, dirty: true, log: "replayed"},
 		{name: "xfs", mkfs: mkXFS, size: 512 * mib, files: 5000, log: "clean"},
@@ -142,13 +143,18 @@ func TestFilesAsTheKernelShowsThem(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			needFUSE(t)
 			image := newVolume(t, c.size, slices.Clone(c.mkfs), c.files)
+			if c.big > 0 {
+				addBig(t, image, c.big)
+			}
 			if c.dirty {
 				image = crash(t, image)
 			}
 			repo := repotest.New(t).Open(t)
 			save(t, repo, shopDB, image)
 			m := mount(t, repo, fusefs.Options{})
-			checkDisk(t, m.latest(shopDB, "disk.img"), image)
+			if c.big == 0 { // the other disks are smaller, and as telling
+				checkDisk(t, m.latest(shopDB, "disk.img"), image)
+			}
 
 			options := "ro"
 			if c.name == "xfs-dirty" {
@@ -164,6 +170,26 @@ func TestFilesAsTheKernelShowsThem(t *testing.T) {
 			}
 			checkNumbers(t, m.latest(shopDB, "files"))
 		})
+	}
+}
+
+// addBig adds a large file, which has more extents than an inode holds.
+func addBig(t testing.TB, image string, size int64) {
+	t.Helper()
+	dir, unmount := diskfstest.Mount(t, image, "")
+	defer unmount()
+	f, err := os.Create(filepath.Join(dir, "big"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 4*mib)
+	random := rand.NewChaCha8([32]byte{1})
+	for off := int64(0); off < size && err == nil; off += int64(len(b)) {
+		random.Read(b[:mib/2]) // the rest repeats: hashing and packing it is quick
+		_, err = f.WriteAt(b, off)
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -298,6 +324,52 @@ func TestPartitions(t *testing.T) {
 		if err != nil || !strings.Contains(string(b), want) {
 			t.Errorf("%s: %q, %v; want it to say %q", name, b, err, want)
 		}
+	}
+}
+
+// An MBR with a logical partition, and an LVM2 group whose volume lies in two pieces, are
+// read in the tree as the kernel reads what is on them.
+func TestLogicalPartitionsAndVolumes(t *testing.T) {
+	needFUSE(t)
+	diskfstest.NeedTool(t, "sfdisk")
+	diskfstest.NeedTool(t, "lvm")
+	ext, xfs := newVolume(t, 64*mib, slices.Clone(mkExt4), 20), newVolume(t, 320*mib, slices.Clone(mkXFS), 20)
+	image := diskfstest.NewImage(t, 640*mib)
+	script := filepath.Join(t.TempDir(), "table")
+	table := "label: dos\nstart=1MiB,size=500MiB,type=8e\nstart=510MiB,size=100MiB,type=5\nstart=512MiB,size=64MiB\n"
+	if err := os.WriteFile(script, []byte(table), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	diskfstest.Run(t, "sh", "-c", "sfdisk -q "+image+" < "+script)
+	write := func(volume string, from, length, to int) {
+		diskfstest.Run(t, "dd", "if="+volume, "of="+image, "bs=1M", fmt.Sprintf("skip=%d", from), fmt.Sprintf("count=%d", length),
+			fmt.Sprintf("seek=%d", to), "conv=notrunc,sparse", "status=none")
+	}
+	write(ext, 0, 64, 512)
+	func() {
+		loop := strings.TrimSpace(diskfstest.Run(t, "losetup", "--find", "--show", "--offset", "1048576", "--sizelimit", fmt.Sprint(500*mib), image))
+		defer diskfstest.Run(t, "losetup", "--detach", loop)
+		run := func(args ...string) {
+			config := `devices { scan="/dev" use_devicesfile=0 filter=["a|` + loop + `$|","r|.*|"] } activation { udev_sync=0 udev_rules=0 } backup { backup=0 archive=0 }`
+			diskfstest.Run(t, "lvm", append(args, "--config", config, "--driverloaded", "n")...)
+		}
+		run("pvcreate", "-q", loop)
+		run("vgcreate", "-q", "-s", "1m", "vg", loop)
+		for _, v := range [][]string{{"data", "200m"}, {"other", "10m"}} {
+			run("lvcreate", "-an", "-Zn", "-Wn", "-n", v[0], "-L", v[1], "vg")
+		}
+		run("lvextend", "-L", "320m", "vg/data")
+	}()
+	// The first extent is 1 MiB into the partition.
+	write(xfs, 0, 200, 2)
+	write(xfs, 200, 120, 2+210)
+
+	repo := repotest.New(t).Open(t)
+	save(t, repo, shopDB, image)
+	m := mount(t, repo, fusefs.Options{})
+	for _, c := range []struct{ name, image string }{{"files/p5", ext}, {"files/vg/data", xfs}} {
+		want, _ := diskfstest.Mount(t, c.image, "ro")
+		diskfstest.CompareDirs(t, m.latest(shopDB, c.name), want, through)
 	}
 }
 

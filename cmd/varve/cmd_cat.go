@@ -2,14 +2,12 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 
 	"github.com/spf13/cobra"
 
-	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/fusefs/diskfs"
 )
 
@@ -23,7 +21,8 @@ func newCatCommand(a *app) *cobra.Command {
 without root. Only what the files need is fetched.
 
 On a disk with partitions or logical volumes the path starts with one's name:
-shop/vm@latest:/p1/etc/fstab. "varve ls POINT:/" shows them.`,
+shop/vm@latest:/p1/etc/fstab. "varve ls POINT:/" shows them. Paths may have the
+wildcards *, ? and [] (quote them for the shell).`,
 		Example: `  varve cat shop/db@latest:/etc/fstab
   varve cat shop/db@2026-11-20T10:00:/var/lib/app/data.db > data.db`,
 		Args: cobra.MinimumNArgs(1),
@@ -37,34 +36,14 @@ func addStaleFlag(cmd *cobra.Command, stale *bool) {
 	cmd.Flags().BoolVar(stale, "stale", false, "show the state on disk where the journal cannot be replayed; it may be wrong, not just old")
 }
 
-func (a *app) cat(ctx context.Context, args []string, stale bool) (err error) {
-	repo, err := a.openRepository(ctx)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
-	for _, arg := range args {
-		if err := a.catOne(ctx, repo, arg, stale); err != nil {
-			return err
-		}
-	}
-	return nil
+func (a *app) cat(ctx context.Context, args []string, stale bool) error {
+	return a.eachFile(ctx, args, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool) error {
+		return a.catOne(ctx, files, fsys, name)
+	})
 }
 
-func (a *app) catOne(ctx context.Context, repo *repository.Repository, arg string, stale bool) error {
-	files, name, err := openFiles(ctx, repo, arg)
-	if err != nil {
-		return err
-	}
-	defer files.Close()
-	fsys, inside, err := files.find(name, diskfs.Options{Stale: stale})
-	if err != nil {
-		return err
-	}
-	if fsys == nil {
-		return fmt.Errorf("%s is a list of volumes, not a file", arg)
-	}
-	f, err := fsys.Open(inside)
+func (a *app) catOne(ctx context.Context, files *pointFiles, fsys diskfs.FileSystem, name string) error {
+	f, err := fsys.Open(name)
 	if err != nil {
 		return fmt.Errorf("%s: %w", files.point.Name(), err)
 	}
@@ -72,10 +51,10 @@ func (a *app) catOne(ctx context.Context, repo *repository.Repository, arg strin
 	if st, err := f.Stat(); err != nil {
 		return fmt.Errorf("%s: %w", files.point.Name(), err)
 	} else if !st.Mode().IsRegular() {
-		return fmt.Errorf("%s:%s is %s, not a file", files.point.Name(), name, kindOf(st.Mode()))
+		return fmt.Errorf("%s:%s is %s, not a file", files.point.Name(), rooted(name), kindOf(st.Mode()))
 	}
 	if _, err := io.Copy(a.stdout, contextReader{ctx, f}); err != nil {
-		return fmt.Errorf("%s:%s: %w", files.point.Name(), name, err)
+		return fmt.Errorf("%s:%s: %w", files.point.Name(), rooted(name), err)
 	}
 	return nil
 }

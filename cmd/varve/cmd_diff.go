@@ -14,22 +14,41 @@ import (
 )
 
 func newDiffCommand(a *app) *cobra.Command {
-	return &cobra.Command{
+	var files, stale bool
+	cmd := &cobra.Command{
 		Use:     "diff FROM TO",
 		GroupID: groupKeep,
-		Short:   "List the ranges in which two recovery points differ",
+		Short:   "List the ranges or files in which two recovery points differ",
 		Long: `List the ranges that must be written onto the disk of one recovery point to get
 that of another, of any two points of the repository. Only the indexes in which
 they differ are read. The grain is the block size.
 
-With -o json one object a line: {"offset":0,"length":131072,"zero":true}.`,
-		Example: `  varve diff shop/db@latest~1 shop/db@latest`,
-		Args:    cobra.ExactArgs(2),
+With -o json one object a line, {"offset":0,"length":131072,"zero":true}, and in
+the end {"end":true,"count":1,"bytes":131072}: without it the list is cut.
+
+--files lists the files that were added, removed or changed between two points of
+one volume: by metadata, and by content only where the disk changed below a file.
+With -o json one object a line:
+{"change":"changed","path":"/etc/fstab","what":["content","time"],"from":{…},"to":{…}}.`,
+		Example: `  varve diff shop/db@latest~1 shop/db@latest
+  varve diff --files shop/db@latest~1 shop/db@latest`,
+		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
-			return a.withRepository(ctx, func(repo *repository.Repository) error { return a.diff(ctx, repo, args[0], args[1]) })
+			return a.withRepository(ctx, func(repo *repository.Repository) error {
+				if files {
+					return a.diffFiles(ctx, repo, args[0], args[1], stale)
+				}
+				if stale {
+					return usagef("--stale is for --files")
+				}
+				return a.diff(ctx, repo, args[0], args[1])
+			})
 		},
 	}
+	cmd.Flags().BoolVar(&files, "files", false, "list files instead of ranges; both points must be of one volume")
+	addStaleFlag(cmd, &stale)
+	return cmd
 }
 
 // diffExtent is a line of "varve diff -o json".
@@ -37,6 +56,13 @@ type diffExtent struct {
 	Offset int64 `json:"offset"`
 	Length int64 `json:"length"`
 	Zero   bool  `json:"zero,omitempty"`
+}
+
+// diffEnd is its last line.
+type diffEnd struct {
+	End   bool  `json:"end"`
+	Count int64 `json:"count"`
+	Bytes int64 `json:"bytes"`
 }
 
 // diffCache bounds the indexes that a diff holds, in bytes.
@@ -76,7 +102,11 @@ func (a *app) diff(ctx context.Context, repo *repository.Repository, from, to st
 		_, err := fmt.Fprintf(out, "%15d %12d  %s\n", e.Offset, e.Length, what)
 		return err
 	})
-	if err == nil && a.flags.output != "json" {
+	switch {
+	case err != nil:
+	case a.flags.output == "json":
+		err = enc.Encode(diffEnd{End: true, Count: n, Bytes: bytes})
+	default:
 		_, err = fmt.Fprintf(out, "%s, %s; sizes %d and %d\n", count(int(n), "range", "ranges"), t.bytes(bytes), points[0].Size, points[1].Size)
 	}
 	if err != nil {

@@ -6,9 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -54,6 +57,14 @@ func TestFileCommands(t *testing.T) {
 		{"find by type and size", []string{"find", "shop/db@latest", "--type", "f", "--size", "+50K"}, exitOK, "/data\n"},
 		{"find nothing newer", []string{"find", p + "/", "--newer", "2999-01-01"}, exitOK, ""},
 		{"find by a wrong type", []string{"find", p + "/", "--type", "x"}, exitUsage, "--type"},
+		{"ls a pattern", []string{"ls", p + "/etc/*"}, exitOK, "/etc/app.conf\n"},
+		{"ls several", []string{"ls", p + "/etc", p + "/data"}, exitOK, ":/etc:\n"},
+		{"ls recursively", []string{"ls", "-R", p + "/"}, exitOK, ":/etc:\n"},
+		{"ls recursively as JSON", []string{"ls", "-R", p + "/", "-o", "json"}, exitOK, `"path": "/etc/app.conf"`},
+		{"ls nothing", []string{"ls", p + "/no*"}, exitFailure, "does not exist"},
+		{"cat a pattern", []string{"cat", p + "/etc/*"}, exitOK, "port=1\nx"},
+		{"cat a directory", []string{"cat", p + "/etc"}, exitFailure, "a directory"},
+		{"find in a pattern", []string{"find", p + "/e*", "--name", "other"}, exitOK, "/etc/other\n"},
 		{"tree", []string{"tree", "shop/db@latest"}, exitOK, "├── data\n├── etc\n│   ├── app.conf\n│   └── other\n"},
 		{"tree to a depth", []string{"tree", "shop/db@latest", "-L", "1"}, exitOK, "├── etc\n└── lost+found\n"},
 		{"stat", []string{"stat", p + "/etc/app.conf"}, exitOK, "Size: 7 bytes"},
@@ -181,11 +192,112 @@ func TestMountCommand(t *testing.T) {
 		t.Error("the tree is still there after a signal")
 	}
 
+	// Metrics tell what was fetched.
+	cmd = start(t, env, program, "mount", dir, "--metrics", "127.0.0.1:0", "--log-level", "info", "--log-format", "json")
+	waitUntil(t, "the tree appears", func() bool { return !isEmpty(dir) })
+	if _, err := os.ReadFile(conf); err != nil {
+		t.Error(err)
+	}
+	metrics := metricsOf(t, cmd.Process.Pid)
+	if n := regexp.MustCompile(`(?m)^varve_mount_fetched_bytes_total (\S+)$`).FindStringSubmatch(metrics); n == nil || n[1] == "0" {
+		t.Errorf("the metrics are\n%s", metrics)
+	}
+	mustRun(t, env, "umount", dir)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("after umount: %v", err)
+	}
+
 	// A failure in the background is the command's failure.
 	var exit *exec.ExitError
 	if err := start(t, env, program, "mount", filepath.Join(dir, "missing"), "--daemon").Wait(); !errors.As(err, &exit) {
 		t.Errorf("a mount on nothing in the background: %v", err)
 	}
+}
+
+// Where FUSE cannot be used the error says what to do, and what works without.
+func TestMountWithoutFUSE(t *testing.T) {
+	needFUSE(t)
+	diskfstest.NeedRoot(t)
+	diskfstest.NeedTool(t, "unshare")
+	diskfstest.NeedTool(t, "setpriv")
+	env := newFilesEnv(t)
+	program := buildVarve(t)
+	dir := t.TempDir()
+	diskfstest.Run(t, "chown", "-R", "65534:65534", env["HOME"])
+	for _, d := range []string{dir, env["HOME"], filepath.Dir(program)} { // another user gets there
+		diskfstest.Run(t, "chmod", "0755", d, filepath.Dir(d))
+	}
+	for _, c := range []struct {
+		name string
+		args []string
+		want []string
+	}{
+		{"no device", []string{"unshare", "--mount", "sh", "-c", `mount -t tmpfs none /dev && exec "$0" mount "$1"`, program, dir},
+			[]string{"/dev/fuse does not exist", "modprobe fuse", "--device /dev/fuse", "varve ls"}},
+		{"no fusermount3", []string{"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", "PATH=/nonexistent", program, "mount", dir},
+			[]string{"no fusermount3", "fuse3", "varve ls"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			cmd := exec.Command(c.args[0], c.args[1:]...)
+			for k, v := range env {
+				cmd.Env = append(cmd.Env, k+"="+v)
+			}
+			cmd.Env = append(cmd.Env, "PATH="+os.Getenv("PATH"))
+			out, err := cmd.CombinedOutput()
+			if err == nil {
+				t.Errorf("it mounted: %s", out)
+			}
+			for _, want := range c.want {
+				if !strings.Contains(string(out), want) {
+					t.Errorf("the error has no %q: %s", want, out)
+				}
+			}
+			if !isEmpty(dir) {
+				t.Error("something is mounted")
+			}
+		})
+	}
+}
+
+// metricsOf gets the metrics that a process serves at a port that it chose.
+func metricsOf(t *testing.T, pid int) string {
+	t.Helper()
+	mine, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sockets := map[string]bool{}
+	for _, fd := range mine {
+		if to, err := os.Readlink(fd); err == nil {
+			sockets[to] = true
+		}
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/tcp", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) { // see proc_net_tcp(5): address, state 0A for listening, inode
+		f := strings.Fields(line)
+		if len(f) < 10 || f[3] != "0A" || !sockets["socket:["+f[9]+"]"] {
+			continue
+		}
+		port, err := strconv.ParseUint(f[1][strings.IndexByte(f[1], ':')+1:], 16, 16)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := http.Get(fmt.Sprintf("http://127.0.0.1:%d/metrics", port))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Body.Close()
+		text, err := io.ReadAll(r.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(text)
+	}
+	t.Fatal("the process listens nowhere")
+	return ""
 }
 
 func TestKernelMountSurvivesNothing(t *testing.T) {

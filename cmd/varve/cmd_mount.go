@@ -30,6 +30,7 @@ type mountFlags struct {
 	logFile            string
 	kernel             bool
 	partition          string
+	metrics            string
 }
 
 func newMountCommand(a *app) *cobra.Command {
@@ -101,6 +102,7 @@ The command serves until it is interrupted or 'varve umount DIR' is called; with
 	fl.StringVar(&f.partition, "partition", "", "partition to mount with --kernel, such as p1")
 	fl.BoolVar(&f.daemon, "daemon", false, "go to the background when the tree is there")
 	fl.BoolVar(&f.foreground, "foreground", false, "stay in the foreground (the default)")
+	fl.StringVar(&f.metrics, "metrics", "", "serve Prometheus metrics at this address, such as :9100 (without a host: on the loopback interface)")
 	fl.StringVar(&f.logFile, "log-file", "", "where the background process logs (default nowhere)")
 	return cmd
 }
@@ -152,6 +154,11 @@ func (a *app) mount(ctx context.Context, dir string, f mountFlags) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, tree.Close()) }()
+	stop, err := a.serveMountMetrics(f.metrics, tree)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stop()) }()
 	m, err := tree.Mount(dir)
 	if err != nil {
 		return err

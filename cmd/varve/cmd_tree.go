@@ -44,7 +44,7 @@ func (a *app) tree(ctx context.Context, arg string, depth int, stale bool) error
 			if err != nil {
 				return err //nolint:wrapcheck // names the path itself
 			}
-			n, err := makeTree(ctx, fsys, e, depth)
+			n, err := makeTree(ctx, fsys, e, depth, browse.Visited{})
 			if err != nil {
 				return err
 			}
@@ -52,7 +52,7 @@ func (a *app) tree(ctx context.Context, arg string, depth int, stale bool) error
 		}
 		out := bufio.NewWriter(a.stdout)
 		fmt.Fprintln(out, quoted(files.point.Name()+":"+rooted(name)))
-		dirs, others, err := drawTree(ctx, out, fsys, name, "", depth)
+		dirs, others, err := drawTree(ctx, out, fsys, name, "", depth, browse.Visited{})
 		if err != nil {
 			return err
 		}
@@ -67,9 +67,12 @@ func (a *app) tree(ctx context.Context, arg string, depth int, stale bool) error
 // maxTreeDepth bounds what a hostile image can make of a tree.
 const maxTreeDepth = 1000
 
-func makeTree(ctx context.Context, fsys diskfs.FileSystem, e *browse.Entry, depth int) (n treeNode, err error) {
+func makeTree(ctx context.Context, fsys diskfs.FileSystem, e *browse.Entry, depth int, visited browse.Visited) (n treeNode, err error) {
 	if n.fileInfo, err = describe(fsys, e.Path, e.Info); err != nil || !e.IsDir() || depth == 1 || depth < -maxTreeDepth {
 		return n, err
+	}
+	if err := visited.Add(fsys, e); err != nil {
+		return n, err //nolint:wrapcheck // names the path itself
 	}
 	entries, err := fsys.ReadDir(e.Path)
 	if err != nil {
@@ -83,7 +86,7 @@ func makeTree(ctx context.Context, fsys diskfs.FileSystem, e *browse.Entry, dept
 		if err != nil {
 			return n, err //nolint:wrapcheck // names the path itself
 		}
-		c, err := makeTree(ctx, fsys, child, depth-1)
+		c, err := makeTree(ctx, fsys, child, depth-1, visited)
 		if err != nil {
 			return n, err
 		}
@@ -93,8 +96,12 @@ func makeTree(ctx context.Context, fsys diskfs.FileSystem, e *browse.Entry, dept
 }
 
 // drawTree draws what is below a directory; depth 0 has no bound.
-func drawTree(ctx context.Context, out *bufio.Writer, fsys diskfs.FileSystem, dir, indent string, depth int) (dirs, others int, err error) {
-	if st, err := fsys.Lstat(dir); err != nil || !st.IsDir() || len(indent) > 4*maxTreeDepth {
+func drawTree(ctx context.Context, out *bufio.Writer, fsys diskfs.FileSystem, dir, indent string, depth int, visited browse.Visited) (dirs, others int, err error) {
+	self, err := browse.Lstat(fsys, dir)
+	if err != nil || !self.IsDir() || len(indent) > 4*maxTreeDepth {
+		return 0, 0, err //nolint:wrapcheck // names the path itself
+	}
+	if err := visited.Add(fsys, self); err != nil {
 		return 0, 0, err //nolint:wrapcheck // names the path itself
 	}
 	entries, err := fsys.ReadDir(dir)
@@ -122,7 +129,7 @@ func drawTree(ctx context.Context, out *bufio.Writer, fsys diskfs.FileSystem, di
 		}
 		dirs++
 		if depth != 1 {
-			d, o, err := drawTree(ctx, out, fsys, name, indent+below, depth-1)
+			d, o, err := drawTree(ctx, out, fsys, name, indent+below, depth-1, visited)
 			if err != nil {
 				return dirs, others, err
 			}

@@ -68,8 +68,10 @@ var exitCodes = []struct {
 	{backup.ErrNotBase, exitRefused},
 	{backup.ErrOtherRestore, exitRefused},
 	{backup.ErrTargetTooSmall, exitRefused},
+	{errTargetExists, exitRefused},
 	{disk.ErrMounted, exitRefused},
 	{disk.ErrTooSmall, exitRefused},
+	{errOtherVolume, exitUsage},
 	{fusefs.ErrNotMounted, exitNotFound},
 	{fusefs.ErrBusy, exitRefused},
 }

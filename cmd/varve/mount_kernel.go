@@ -42,6 +42,11 @@ func (a *app) mountKernel(ctx context.Context, point, dir string, f mountFlags) 
 		return err
 	}
 	defer func() { err = errors.Join(err, tree.Close()) }()
+	stopMetrics, err := a.serveMountMetrics(f.metrics, tree)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stopMetrics()) }()
 	stop, err := startWatch(dir)
 	if err != nil {
 		return err

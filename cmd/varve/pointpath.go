@@ -16,7 +16,7 @@ import (
 
 // fileCacheBytes bounds the decoded blocks that a command which reads files
 // keeps: metadata is read again and again, content once.
-const fileCacheBytes = 256 << 20
+const fileCacheBytes = 128 << 20
 
 // pointFiles is the files inside one recovery point.
 type pointFiles struct {
@@ -109,21 +109,30 @@ func (f *pointFiles) whole() *disk.Volume {
 // volumes the first elements name one: /p1/etc/fstab, /vg/root/etc/fstab. fsys
 // is nil for the list of volumes itself.
 func (f *pointFiles) find(name string, opt diskfs.Options) (fsys diskfs.FileSystem, inside string, err error) {
-	if v := f.whole(); v != nil {
+	v, inside := f.volume(name)
+	if v != nil {
 		fsys, err := v.Open(opt)
-		return fsys, relative(name), f.named(v, err)
-	}
-	for _, v := range f.disk.Volumes {
-		rest, ok := strings.CutPrefix(name, "/"+v.Name)
-		if v.Name != "" && ok && (rest == "" || rest[0] == '/') {
-			fsys, err := v.Open(opt)
-			return fsys, relative(rest), f.named(v, err)
-		}
+		return fsys, inside, f.named(v, err)
 	}
 	if name == "/" {
 		return nil, ".", nil
 	}
 	return nil, "", fmt.Errorf("%s has no volume %s: it holds %s", f.point.Name(), name, strings.Join(f.volumeNames(), ", "))
+}
+
+// volume gives the volume that an absolute path lies in, nil if there is none, and the
+// path within it.
+func (f *pointFiles) volume(name string) (*disk.Volume, string) {
+	if v := f.whole(); v != nil {
+		return v, relative(name)
+	}
+	for _, v := range f.disk.Volumes {
+		rest, ok := strings.CutPrefix(name, "/"+v.Name)
+		if v.Name != "" && ok && (rest == "" || rest[0] == '/') {
+			return v, relative(rest)
+		}
+	}
+	return nil, ""
 }
 
 func (f *pointFiles) volumeNames() []string {

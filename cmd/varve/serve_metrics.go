@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/nbdserver"
 	"github.com/varve-io/varve/nbdserver/nbdmetrics"
 )
@@ -36,7 +37,12 @@ func (s *serving) startMetrics(cfg *nbdserver.Config) (*metricsServer, error) {
 	cfg.Metrics = m
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	s.collect(registry)
-	l, err := net.Listen("tcp", loopbackIfBare(s.flags.metrics))
+	return listenMetrics(s.flags.metrics, registry)
+}
+
+// listenMetrics opens the listener for what a registry gathers.
+func listenMetrics(address string, registry *prometheus.Registry) (*metricsServer, error) {
+	l, err := net.Listen("tcp", loopbackIfBare(address))
 	if err != nil {
 		return nil, fmt.Errorf("listen for metrics: %w", err)
 	}
@@ -45,45 +51,56 @@ func (s *serving) startMetrics(cfg *nbdserver.Config) (*metricsServer, error) {
 	return &metricsServer{l, &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, WriteTimeout: time.Minute}}, nil
 }
 
+// metricCollector registers metrics whose values are asked for when they are read.
+type metricCollector struct{ prometheus.Registerer }
+
+func (r metricCollector) counter(name, help string, value func() float64) {
+	r.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, value))
+}
+
+func (r metricCollector) gauge(name, help string, value func() float64) {
+	r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value))
+}
+
+// collectCache registers what a cache of blocks tells.
+func (r metricCollector) collectCache(stats func() image.CacheStats) {
+	r.counter("varve_cache_hits_total", "Blocks that were in the cache, or on their way.",
+		func() float64 { return float64(stats().Hits) })
+	r.counter("varve_cache_misses_total", "Blocks that were read from the repository.",
+		func() float64 { return float64(stats().Misses) })
+	r.counter("varve_cache_index_misses_total", "Indexes that were read from the repository.",
+		func() float64 { return float64(stats().IndexMisses) })
+	r.counter("varve_cache_decoded_bytes_total", "Bytes of blocks read from the repository, decoded.",
+		func() float64 { return float64(stats().Decoded) })
+	r.gauge("varve_cache_bytes", "Memory the cache takes.",
+		func() float64 { return float64(stats().Bytes) })
+	r.gauge("varve_cache_limit_bytes", "Memory the cache may take.",
+		func() float64 { return float64(stats().MaxBytes) })
+}
+
 // collect registers what cache, catalogue and overlays tell.
-func (s *serving) collect(r prometheus.Registerer) {
-	counter := func(name, help string, value func() float64) {
-		r.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, value))
-	}
-	gauge := func(name, help string, value func() float64) {
-		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value))
-	}
-	counter("varve_cache_hits_total", "Blocks that were in the cache, or on their way.",
-		func() float64 { return float64(s.cache.Stats().Hits) })
-	counter("varve_cache_misses_total", "Blocks that were read from the repository.",
-		func() float64 { return float64(s.cache.Stats().Misses) })
-	counter("varve_cache_index_misses_total", "Indexes that were read from the repository.",
-		func() float64 { return float64(s.cache.Stats().IndexMisses) })
-	counter("varve_cache_decoded_bytes_total", "Bytes of blocks read from the repository, decoded.",
-		func() float64 { return float64(s.cache.Stats().Decoded) })
-	gauge("varve_cache_bytes", "Memory the cache takes.",
-		func() float64 { return float64(s.cache.Stats().Bytes) })
-	gauge("varve_cache_limit_bytes", "Memory the cache may take.",
-		func() float64 { return float64(s.cache.Stats().MaxBytes) })
-	gauge("varve_nbd_exports", "Recovery points served.",
+func (s *serving) collect(registry prometheus.Registerer) {
+	r := metricCollector{registry}
+	r.collectCache(s.cache.Stats)
+	r.gauge("varve_nbd_exports", "Recovery points served.",
 		func() float64 { return float64(s.catalog.Len()) })
-	gauge("varve_overlay_bytes", "Scratch space that overlays take.",
+	r.gauge("varve_overlay_bytes", "Scratch space that overlays take.",
 		func() float64 { n, _ := s.catalog.OverlayBytes(); return float64(n) })
 	if s.copies != nil {
-		counter("varve_hydrate_filled_bytes_total", "Bytes of disks that arrived in local copies, zeroes included.",
+		r.counter("varve_hydrate_filled_bytes_total", "Bytes of disks that arrived in local copies, zeroes included.",
 			func() float64 { return float64(s.copies.Stats().Filled) })
-		counter("varve_hydrate_read_bytes_total", "Bytes read from local copies.",
+		r.counter("varve_hydrate_read_bytes_total", "Bytes read from local copies.",
 			func() float64 { return float64(s.copies.Stats().Read) })
-		gauge("varve_hydrate_bytes", "Space that local copies take.",
+		r.gauge("varve_hydrate_bytes", "Space that local copies take.",
 			func() float64 { return float64(s.copies.Stats().Bytes) })
-		gauge("varve_hydrate_limit_bytes", "Space that local copies may take; 0 for no limit.",
+		r.gauge("varve_hydrate_limit_bytes", "Space that local copies may take; 0 for no limit.",
 			func() float64 { return float64(s.copies.Stats().Limit) })
-		gauge("varve_hydrate_disks", "Disks in use that have a local copy.",
+		r.gauge("varve_hydrate_disks", "Disks in use that have a local copy.",
 			func() float64 { return float64(s.copies.Stats().Open) })
-		gauge("varve_hydrate_disks_complete", "Those of them that are here as a whole.",
+		r.gauge("varve_hydrate_disks_complete", "Those of them that are here as a whole.",
 			func() float64 { return float64(s.copies.Stats().Complete) })
 	}
-	gauge("varve_overlays", "Overlays in use.",
+	r.gauge("varve_overlays", "Overlays in use.",
 		func() float64 { _, n := s.catalog.OverlayBytes(); return float64(n) })
 }
 

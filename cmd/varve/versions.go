@@ -15,6 +15,7 @@ import (
 	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/fusefs/diskfs/disk"
 )
 
 // fileVersion is what "varve ls --versions -o json" prints: a state of a file, and the
@@ -29,7 +30,7 @@ type fileVersion struct {
 // fileState is a file in one recovery point.
 type fileState struct {
 	files *pointFiles
-	start int64 // of its volume on the disk; -1 where it does not lie in one piece
+	on    *disk.Volume
 	info  fileInfo
 	stat  *diskfs.Stat
 	file  diskfs.File // of a regular file, else nil
@@ -127,7 +128,7 @@ func openState(ctx context.Context, repo *repository.Repository, p *backup.Point
 	if err != nil {
 		return nil, err
 	}
-	s = &fileState{files: files, start: -1}
+	s = &fileState{files: files}
 	defer func() {
 		if err != nil {
 			s.close()
@@ -140,7 +141,7 @@ func openState(ctx context.Context, repo *repository.Repository, p *backup.Point
 	if fsys == nil {
 		return nil, usagef("--versions: %s is the list of volumes", name)
 	}
-	s.start = files.start(name)
+	s.on, _ = files.volume(name)
 	st, err := fsys.Lstat(inside)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return s, nil
@@ -165,20 +166,6 @@ func openState(ctx context.Context, repo *repository.Repository, p *backup.Point
 // versionCacheBytes bounds what is kept of each of the two points compared.
 const versionCacheBytes = 64 << 20
 
-// start is where the volume that a path lies in begins on the disk, -1 for logical
-// volumes.
-func (f *pointFiles) start(name string) int64 {
-	if f.whole() != nil {
-		return 0
-	}
-	for _, v := range f.disk.Volumes {
-		if v.Partition != nil && (name == "/"+v.Name || strings.HasPrefix(name, "/"+v.Name+"/")) {
-			return v.Partition.Start
-		}
-	}
-	return -1
-}
-
 // sameState compares a file in two points: metadata first, then content where the
 // disk changed below it.
 func sameState(ctx context.Context, a, b *fileState) (bool, error) {
@@ -190,6 +177,12 @@ func sameState(ctx context.Context, a, b *fileState) (bool, error) {
 		!x.Mtime.Equal(y.Mtime) || !x.Ctime.Equal(y.Ctime) || x.Major != y.Major || x.Minor != y.Minor {
 		return false, nil
 	}
+	return sameContent(ctx, a, b)
+}
+
+// sameContent compares what two regular files of one size hold, where the disk changed
+// below; files of other kinds have no content.
+func sameContent(ctx context.Context, a, b *fileState) (bool, error) {
 	if a.file == nil || b.file == nil {
 		return (a.file == nil) == (b.file == nil), nil
 	}
@@ -221,7 +214,7 @@ func sameState(ctx context.Context, a, b *fileState) (bool, error) {
 // untouched reports whether a range of the file lies at the same place of the disk in
 // both points and was not written between them.
 func untouched(ctx context.Context, a, b *fileState, e diskfs.Extent) (bool, error) {
-	if e.Device < 0 || a.start < 0 || a.start != b.start {
+	if e.Device < 0 {
 		return false, nil
 	}
 	for _, s := range []*fileState{a, b} {
@@ -233,17 +226,25 @@ func untouched(ctx context.Context, a, b *fileState, e diskfs.Extent) (bool, err
 			off += x.Length
 		}
 	}
-	at := b.start + e.Device
-	length := min(e.Length, b.files.img.Size()-at)
-	if length <= 0 || at+length > a.files.img.Size() {
-		return false, nil
+	// The last block of a file may be cut off at the volume's end by a hostile image.
+	for off, end := e.Device, min(e.Device+e.Length, a.on.Size, b.on.Size); off < end; {
+		was, n := a.on.Locate(off)
+		at, m := b.on.Locate(off)
+		n = min(n, m, end-off)
+		if n <= 0 || at != was || at+n > min(a.files.img.Size(), b.files.img.Size()) {
+			return false, nil
+		}
+		same := true
+		err := b.files.img.ChangedSince(ctx, a.files.img, at, n, func(_, _ int64, changed bool) error {
+			same = same && !changed
+			return nil
+		})
+		if err != nil || !same {
+			return false, err //nolint:wrapcheck // names the place
+		}
+		off += n
 	}
-	same := true
-	err := b.files.img.ChangedSince(ctx, a.files.img, at, length, func(_, _ int64, changed bool) error {
-		same = same && !changed
-		return nil
-	})
-	return same, err //nolint:wrapcheck // names the place
+	return true, nil
 }
 
 func equalBytes(ctx context.Context, a, b io.ReaderAt, off, length int64) (bool, error) {

@@ -24,6 +24,7 @@ var allRows = []row{
 	{"crowd", crowdRows, false},
 	{"nbd", nbdRows, true},
 	{"serve", serveRows, false},
+	{"files", fileRows, false},
 }
 
 const (

@@ -5,6 +5,7 @@ package browse
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"path"
 	"strings"
@@ -22,8 +23,25 @@ type Entry struct {
 // IsDir tells whether the entry is a directory.
 func (e *Entry) IsDir() bool { return e.Info.IsDir() }
 
-// maxDepth bounds a walk: a hostile directory may be inside itself.
+// maxDepth bounds a walk.
 const maxDepth = 4096
+
+// Visited are the directories of a file system that a walk came through. A hostile image can
+// have a directory inside itself, or under many names each of which has many more
+// below: a walk that goes through each once has an end.
+type Visited map[uint64]bool
+
+// Add notes a directory. It is an error (diskfs.ErrCorrupt) if it was there already: no file
+// system that is read here gives a directory two names.
+func (v Visited) Add(fsys diskfs.FileSystem, e *Entry) error {
+	if v[e.Stat.Ino] {
+		return &fs.PathError{Op: "walk", Path: e.Path, Err: &diskfs.CorruptError{
+			Type: fsys.Inodes().Info().Type, Where: fmt.Sprintf("directory %d", e.Stat.Ino), What: "has several names",
+		}}
+	}
+	v[e.Stat.Ino] = true
+	return nil
+}
 
 // Lstat gives one entry.
 func Lstat(fsys diskfs.FileSystem, name string) (*Entry, error) {
@@ -45,7 +63,7 @@ func statOf(st fs.FileInfo) *diskfs.Stat {
 // what they hold, by name. visit may answer fs.SkipDir. fail, if it is set, is
 // told of what cannot be read and may have the walk go on by answering nil.
 func Walk(ctx context.Context, fsys diskfs.FileSystem, name string, visit func(*Entry) error, fail func(name string, err error) error) error {
-	w := &walker{ctx: ctx, fsys: fsys, visit: visit, fail: fail}
+	w := &walker{ctx: ctx, fsys: fsys, visit: visit, fail: fail, visited: Visited{}}
 	if fail == nil {
 		w.fail = func(_ string, err error) error { return err }
 	}
@@ -53,7 +71,7 @@ func Walk(ctx context.Context, fsys diskfs.FileSystem, name string, visit func(*
 	if err != nil {
 		return err
 	}
-	return w.walk(e, nil)
+	return w.walk(e, 0)
 }
 
 type walker struct {
@@ -61,10 +79,12 @@ type walker struct {
 	fsys  diskfs.FileSystem
 	visit func(*Entry) error
 	fail  func(string, error) error
+
+	visited Visited
 }
 
-// walk visits e; above are the inode numbers of the directories that it is in.
-func (w *walker) walk(e *Entry, above []uint64) error {
+// walk visits e, which so many directories are above of.
+func (w *walker) walk(e *Entry, above int) error {
 	if err := w.ctx.Err(); err != nil {
 		return err //nolint:wrapcheck // cancelled
 	}
@@ -77,7 +97,10 @@ func (w *walker) walk(e *Entry, above []uint64) error {
 	if !e.IsDir() {
 		return nil
 	}
-	if len(above) == maxDepth {
+	if err := w.visited.Add(w.fsys, e); err != nil {
+		return w.fail(e.Path, err)
+	}
+	if above == maxDepth {
 		return w.fail(e.Path, &fs.PathError{Op: "walk", Path: e.Path, Err: errors.New("directories are nested too deeply")})
 	}
 	entries, err := w.fsys.ReadDir(e.Path)
@@ -86,7 +109,6 @@ func (w *walker) walk(e *Entry, above []uint64) error {
 			return err
 		}
 	}
-	above = append(above, e.Stat.Ino)
 	for _, d := range entries {
 		name := Join(e.Path, d.Name())
 		child, err := Lstat(w.fsys, name)
@@ -96,7 +118,7 @@ func (w *walker) walk(e *Entry, above []uint64) error {
 			}
 			continue
 		}
-		if err := w.walk(child, above); err != nil {
+		if err := w.walk(child, above+1); err != nil {
 			return err
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -180,38 +181,97 @@ func (c *copier) content(e *Entry, to string) (err error) {
 		return err //nolint:wrapcheck // names the path itself
 	}
 	defer func() { err = errors.Join(err, out.Close()) }()
-	buf := make([]byte, copyUnit)
+	r := ranges{c: c, src: src, out: out}
 	for off := int64(0); ; {
 		x, err := src.NextData(off)
 		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
-			return err //nolint:wrapcheck // says what is wrong
+			return errors.Join(err, r.wait())
 		}
 		for off = x.Offset; off < x.Offset+x.Length; {
-			if err := c.ctx.Err(); err != nil {
-				return err //nolint:wrapcheck // cancelled
+			n := min(copyUnit, x.Offset+x.Length-off)
+			if !r.copy(off, n) {
+				return r.wait()
 			}
-			p := buf[:min(int64(len(buf)), x.Offset+x.Length-off)]
-			n, err := src.ReadAt(p, off)
-			if n < len(p) && err != nil {
-				return fmt.Errorf("at %d: %w", off, err)
-			}
-			if _, err := out.WriteAt(p, off); err != nil {
-				return err //nolint:wrapcheck // names the path itself
-			}
-			off += int64(n)
-			c.bytes.Add(int64(n))
-			if c.opt.Copied != nil {
-				c.opt.Copied(int64(n))
-			}
+			off += n
 		}
+	}
+	if err := r.wait(); err != nil {
+		return err
 	}
 	return out.Truncate(e.Stat.Size) //nolint:wrapcheck // names the path itself
 }
 
+// copyUnit is what one worker copies at once, in bytes.
 const copyUnit = 1 << 20
+
+var copyBuffers = sync.Pool{New: func() any { return new([copyUnit]byte) }}
+
+// ranges copies the ranges of one file, as many at once as there are workers free.
+type ranges struct {
+	c    *copier
+	src  diskfs.File
+	out  *os.File
+	busy sync.WaitGroup
+	mu   sync.Mutex
+	err  error // the first
+}
+
+// copy copies a range, perhaps later; false if one has failed.
+func (r *ranges) copy(off, n int64) bool {
+	r.mu.Lock()
+	failed := r.err != nil
+	r.mu.Unlock()
+	if failed {
+		return false
+	}
+	r.busy.Add(1)
+	work := func() error {
+		defer r.busy.Done()
+		if err := r.one(off, n); err != nil {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			if r.err == nil {
+				r.err = err
+			}
+		}
+		return nil // told by wait, with the file's name
+	}
+	// Whoever copies a file is a worker itself: it must not wait for another.
+	if !r.c.group.TryGo(work) {
+		_ = work()
+	}
+	return true
+}
+
+func (r *ranges) wait() error {
+	r.busy.Wait()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.err
+}
+
+func (r *ranges) one(off, n int64) error {
+	if err := r.c.ctx.Err(); err != nil {
+		return err //nolint:wrapcheck // cancelled
+	}
+	buf := copyBuffers.Get().(*[copyUnit]byte) //nolint:forcetypeassert // nothing else is put there
+	defer copyBuffers.Put(buf)
+	p := buf[:n]
+	if got, err := r.src.ReadAt(p, off); got < len(p) && err != nil {
+		return fmt.Errorf("at %d: %w", off, err)
+	}
+	if _, err := r.out.WriteAt(p, off); err != nil {
+		return err //nolint:wrapcheck // names the path itself
+	}
+	r.c.bytes.Add(n)
+	if r.c.opt.Copied != nil {
+		r.c.opt.Copied(n)
+	}
+	return nil
+}
 
 // inDirectory calls fn with the open directory that a target path lies in.
 func (c *copier) inDirectory(to string, fn func(dir int, name string) error) error {
@@ -285,12 +345,17 @@ func (c *copier) keep(e *Entry, to string) error {
 				c.warned(e.Path, fmt.Errorf("mode %o: %w", mode, err))
 			}
 		}
-		times := []unix.Timespec{unix.NsecToTimespec(st.Atime.UnixNano()), unix.NsecToTimespec(st.Mtime.UnixNano())}
+		times := []unix.Timespec{timespec(st.Atime), timespec(st.Mtime)}
 		if err := unix.UtimesNanoAt(dir, name, times, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 			c.warned(e.Path, fmt.Errorf("times: %w", err))
 		}
 		return nil
 	})
+}
+
+// timespec is exact for all years: nanoseconds since 1970 fill 64 bits by 2262.
+func timespec(t time.Time) unix.Timespec {
+	return unix.Timespec{Sec: t.Unix(), Nsec: int64(t.Nanosecond())}
 }
 
 func (c *copier) warned(name string, err error) {

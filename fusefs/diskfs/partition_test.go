@@ -151,16 +151,18 @@ func FuzzPartitions(f *testing.F) {
 	if _, err := exec.LookPath("sfdisk"); err != nil {
 		f.Skipf("needs sfdisk: %v", err)
 	}
-	for _, script := range []string{gptScript, mbrScript} {
+	// Inputs are short: the fuzzer makes each that is of interest as small as it can, which
+	// takes minutes for the 16 KiB of a table of 128 entries.
+	for _, script := range []string{strings.Replace(gptScript, "\n", "\ntable-length: 4\n", 1), mbrScript} {
 		image, _ := partitioned(f, 32<<20, 512, script)
 		b, err := os.ReadFile(image)
 		if err != nil {
 			f.Fatal(err)
 		}
-		f.Add(b[:2048], b[len(b)-33*512:], int64(len(b)))
+		f.Add(b[:1536], b[len(b)-1024:], int64(len(b)))
 	}
 	f.Fuzz(func(t *testing.T, head, tail []byte, size int64) {
-		if size < 0 || size > 1<<40 {
+		if size < 0 || size > 1<<40 || len(head) > 8<<10 || len(tail) > 8<<10 {
 			return
 		}
 		r := &endsReader{head: head, tail: tail, size: size}

@@ -33,8 +33,9 @@ type Volume struct {
 	Partition *diskfs.Partition
 	Size      int64
 
-	r   io.ReaderAt
-	err error // why the volume cannot be opened
+	r     io.ReaderAt
+	err   error // why the volume cannot be opened
+	place func(off int64) (at, length int64)
 }
 
 // Open reads the partition table and the volumes' signatures. r must allow
@@ -53,6 +54,7 @@ func Open(r io.ReaderAt, size int64) (*Disk, error) {
 			p := &table.Partitions[i]
 			v := newVolume(fmt.Sprintf("p%d", p.Number), io.NewSectionReader(r, p.Start, p.Length), p.Length)
 			v.Partition = p
+			v.place = func(off int64) (at, length int64) { return p.Start + off, p.Length - off }
 			d.Volumes = append(d.Volumes, v)
 		}
 	}
@@ -62,12 +64,14 @@ func Open(r io.ReaderAt, size int64) (*Disk, error) {
 
 func newVolume(name string, r io.ReaderAt, size int64) *Volume {
 	v := &Volume{Name: name, Size: size, r: r}
+	v.place = func(off int64) (at, length int64) { return off, size - off }
 	v.Type, v.err = diskfs.Probe(r, size)
 	return v
 }
 
 func (d *Disk) addLogicalVolumes() {
 	var pvs []*lvm.PV
+	under := map[*lvm.PV]*Volume{}
 	for _, v := range d.Volumes {
 		if v.Type != "LVM2_member" {
 			continue
@@ -78,6 +82,7 @@ func (d *Disk) addLogicalVolumes() {
 			continue
 		}
 		pvs = append(pvs, pv)
+		under[pv] = v
 	}
 	for _, lv := range lvm.Volumes(pvs) {
 		name := lv.Group + "/" + lv.Name
@@ -85,7 +90,16 @@ func (d *Disk) addLogicalVolumes() {
 			d.Volumes = append(d.Volumes, &Volume{Name: name, Size: lv.Size, err: lv.Err})
 			continue
 		}
-		d.Volumes = append(d.Volumes, newVolume(name, lv, lv.Size))
+		v := newVolume(name, lv, lv.Size)
+		v.place = func(off int64) (at, length int64) {
+			pv, at, length := lv.Locate(off)
+			if pv == nil {
+				return 0, 0
+			}
+			at, _ = under[pv].place(at)
+			return at, length
+		}
+		d.Volumes = append(d.Volumes, v)
 	}
 }
 
@@ -95,6 +109,15 @@ func (v *Volume) ReadAt(p []byte, off int64) (int, error) {
 		return 0, v.err
 	}
 	return v.r.ReadAt(p, off)
+}
+
+// Locate tells where a byte of the volume lies on the disk, and how many bytes follow
+// it there: none if that cannot be said.
+func (v *Volume) Locate(off int64) (at, length int64) {
+	if v.place == nil || off < 0 || off >= v.Size {
+		return 0, 0
+	}
+	return v.place(off)
 }
 
 // Open opens the volume's file system. Errors: diskfs.ErrNotRecognised with what

@@ -94,6 +94,9 @@ func TestPartitionedDisk(t *testing.T) {
 			t.Fatal(err)
 		}
 		v := d.Volumes[1]
+		if at, n := v.Locate(7); at != v.Partition.Start+7 || n != v.Size-7 {
+			t.Errorf("%s: byte 7 is said to be at %d, with %d bytes", label, at, n)
+		}
 		if want := map[string]string{"gpt": "p2", "dos": "p5"}[label]; v.Name != want || v.Type != "ext4" || readFile(t, v) != "in "+label {
 			t.Errorf("%s: volume %+v", label, v)
 		}
@@ -128,6 +131,12 @@ func TestLogicalVolume(t *testing.T) {
 	if len(d.Volumes) != 2 || d.Volumes[1].Name != "vg/data" || readFile(t, d.Volumes[1]) != "logical" {
 		t.Errorf("volumes %+v", d.Volumes)
 	}
+	if at, n := d.Volumes[1].Locate(5000); at != 1<<20+5000 || n != 8<<20-5000 {
+		t.Errorf("byte 5000 of the logical volume is said to be at %d, with %d bytes", at, n)
+	}
+	if _, n := d.Volumes[1].Locate(8 << 20); n != 0 {
+		t.Error("there is said to be something behind the logical volume's end")
+	}
 	if _, err := d.Volumes[0].Open(diskfs.Options{}); !errors.Is(err, diskfs.ErrUnsupported) || !strings.Contains(err.Error(), "physical volume") {
 		t.Errorf("open the physical volume: %v", err)
 	}
@@ -138,6 +147,7 @@ func TestFormats(t *testing.T) {
 	for typ, command := range map[string]string{
 		"ext2": "mke2fs -q -F -t ext2", "ext3": "mke2fs -q -F -t ext3", "ext4": "mke2fs -q -F -t ext4",
 		"xfs": "mkfs.xfs -q -f", "vfat": "mkfs.vfat -F 32",
+		"ntfs": "mkntfs -q -Q -F",
 	} {
 		t.Run(typ, func(t *testing.T) {
 			args := strings.Fields(command)
@@ -158,7 +168,7 @@ func TestFormats(t *testing.T) {
 			}
 		})
 	}
-	if len(formats) != 5 {
+	if len(formats) != 6 {
 		t.Error("a format has no test here")
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"github.com/varve-io/varve/fusefs/diskfs"
 	"github.com/varve-io/varve/fusefs/diskfs/ext4"
 	"github.com/varve-io/varve/fusefs/diskfs/fat"
+	"github.com/varve-io/varve/fusefs/diskfs/ntfs"
 	"github.com/varve-io/varve/fusefs/diskfs/xfs"
 )
 
@@ -17,6 +18,7 @@ var formats = map[string]opener{
 	"ext2": format(ext4.Open),
 	"ext3": format(ext4.Open),
 	"ext4": format(ext4.Open),
+	"ntfs": format(ntfs.Open),
 	"vfat": format(fat.Open),
 	"xfs":  format(xfs.Open),
 }

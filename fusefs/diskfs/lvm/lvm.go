@@ -139,6 +139,21 @@ func (v *Volume) corrupt(format string, args ...any) error {
 	return &diskfs.CorruptError{Type: "lvm2", Where: "logical volume " + v.Group + "/" + v.Name, What: fmt.Sprintf(format, args...)}
 }
 
+// Locate tells where a byte of the volume lies on which physical volume, and how many bytes
+// follow it there; nil if the volume cannot be read or ends before.
+func (v *Volume) Locate(off int64) (pv *PV, at, length int64) {
+	if v.Err != nil || off < 0 || off >= v.Size {
+		return nil, 0, 0
+	}
+	s := v.segment(off)
+	return s.pv, s.offset + off - s.start, s.start + s.length - off
+}
+
+// segment finds the one that a byte lies in.
+func (v *Volume) segment(off int64) segment {
+	return v.segments[sort.Search(len(v.segments), func(i int) bool { return v.segments[i].start+v.segments[i].length > off })]
+}
+
 // ReadAt reads the volume's bytes, as io.ReaderAt. It may be called concurrently.
 func (v *Volume) ReadAt(p []byte, off int64) (int, error) {
 	if v.Err != nil {
@@ -153,8 +168,7 @@ func (v *Volume) ReadAt(p []byte, off int64) (int, error) {
 		if at >= v.Size {
 			return done, io.EOF
 		}
-		i := sort.Search(len(v.segments), func(i int) bool { return v.segments[i].start+v.segments[i].length > at })
-		s := v.segments[i]
+		s := v.segment(at)
 		n := int(min(int64(len(p)-done), s.start+s.length-at))
 		got, err := s.pv.r.ReadAt(p[done:done+n], s.offset+at-s.start)
 		done += got

@@ -1,0 +1,36 @@
+package fusefs
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/fusefs/diskfs/disk"
+)
+
+func TestKernelVolume(t *testing.T) {
+	partition := &disk.Volume{Name: "p1", Type: "ext4", Partition: &diskfs.Partition{Number: 1}}
+	physical := &disk.Volume{Name: "p2", Type: "LVM2_member", Partition: &diskfs.Partition{Number: 2}}
+	logical := &disk.Volume{Name: "vg/root", Type: "ext4"}
+	partitioned := &disk.Disk{Table: &diskfs.Table{}, Volumes: []*disk.Volume{partition, physical, logical}}
+	whole := &disk.Volume{Type: "xfs"}
+	for _, c := range []struct {
+		name, volume string
+		disk         *disk.Disk
+		want         *disk.Volume
+		err          string
+	}{
+		{"a partition", "p1", partitioned, partition, ""},
+		{"a whole disk", "", &disk.Disk{Volumes: []*disk.Volume{whole}}, whole, ""},
+		{"no name", "", partitioned, nil, "--partition"},
+		{"a wrong name", "p7", partitioned, nil, "p1 (ext4)"},
+		{"a logical volume", "vg/root", partitioned, nil, "logical volume of LVM"},
+		{"a physical volume", "p2", partitioned, nil, "physical volume of LVM"},
+		{"a disk that is one", "", &disk.Disk{Volumes: []*disk.Volume{{Type: "LVM2_member"}, logical}}, nil, "the disk is a physical volume"},
+	} {
+		v, err := kernelVolume(c.disk, c.volume)
+		if v != c.want || (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
+			t.Errorf("%s: %+v, %v; want the error to say %q", c.name, v, err, c.err)
+		}
+	}
+}
