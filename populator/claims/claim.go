@@ -170,6 +170,7 @@ func (r *Claims) accept(ctx context.Context, claim *corev1.PersistentVolumeClaim
 // refuse tells the claim's user why nothing happens, and when it is looked at again.
 func (r *Claims) refuse(ctx context.Context, claim *corev1.PersistentVolumeClaim, src *source, err error) (ctrl.Result, error) {
 	reason, message, again := v1alpha1.ReasonRepositoryUnreachable, err.Error(), retryMissing
+	tell := r.Events.Warning
 	var refused *RefusedError
 	switch {
 	case errors.As(err, &refused):
@@ -179,12 +180,13 @@ func (r *Claims) refuse(ctx context.Context, claim *corev1.PersistentVolumeClaim
 		}
 	case errors.Is(err, errNoSource):
 		reason = v1alpha1.ReasonSourceNotFound
+	case errors.Is(err, errNotYet):
+		reason, tell = v1alpha1.ReasonNoRecoveryPoint, r.Events.Normal
 	case ctx.Err() != nil:
 		return ctrl.Result{}, err
 	default:
 		message = "the recovery point could not be looked up, and is tried again: " + message
 	}
-	tell := r.Events.Warning
 	if reason == v1alpha1.ReasonNoRecoveryPoint && src != nil && src.ifNone == v1alpha1.IfNoneWait {
 		tell, message = r.Events.Normal, message+"; waiting for one"
 	}

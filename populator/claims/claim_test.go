@@ -127,24 +127,36 @@ func TestIfNone(t *testing.T) {
 
 // TestGuard has somebody else bind the claim: before it was decided, and after.
 func TestGuard(t *testing.T) {
-	for _, rounds := range []int{0, 1, 2} {
-		w := newWorld(t, newClaim(corev1.PersistentVolumeBlock, "fast"))
+	for i := range 24 {
+		mode, rounds := bothModes[i%2], i/2
+		w := newWorld(t, newClaim(mode, "fast"))
+		w.point.VolumeMode = mode
 		in := w.start(nil)
 		for range rounds {
 			in.round(t)
-			w.provision()
+			w.turn()
+		}
+		if w.claim().Spec.VolumeName != "" {
+			continue // ours is there already
 		}
 		w.disks["theirs"] = pointID
-		mode := corev1.PersistentVolumeBlock
 		w.must(w.c.Create(t.Context(), &corev1.PersistentVolume{ObjectMeta: metav1.ObjectMeta{Name: "theirs"}, Spec: corev1.PersistentVolumeSpec{
 			Capacity: corev1.ResourceList{corev1.ResourceStorage: *resource.NewQuantity(diskSize, resource.BinarySI)}, VolumeMode: &mode,
 			PersistentVolumeReclaimPolicy: corev1.PersistentVolumeReclaimRetain,
 			ClaimRef:                      &corev1.ObjectReference{Namespace: userNS, Name: "data", UID: w.claim().UID},
 			PersistentVolumeSource:        corev1.PersistentVolumeSource{CSI: &corev1.CSIPersistentVolumeSource{VolumeHandle: "theirs"}}}}))
-		w.bind()
+		w.bindFirst("theirs")
 		in.run(t, func() bool { return w.hasEvent("Warning BoundWithoutVarve") && w.settled() })
 		if c := w.claim(); c.Spec.VolumeName != "theirs" {
 			t.Errorf("claim is bound to %s", c.Spec.VolumeName)
 		}
 	}
+}
+
+// bindFirst binds the claim to a volume before the binder looks at others.
+func (w *world) bindFirst(name string) {
+	c := w.claim()
+	c.Spec.VolumeName, c.Status.Phase = name, corev1.ClaimBound
+	w.put(c)
+	w.bind()
 }

@@ -89,15 +89,24 @@ func (j *job) populatedFrom() string {
 // boundStep waits for the binder. A claim that goes away now takes the volume with it
 // as any claim does.
 func (j *job) boundStep(context.Context) (step.Result, error) {
-	name := j.pop.Status.PrimeVolume
-	if j.pop.Status.NewVolume != "" {
-		name = j.pop.Status.NewVolume
-	}
+	name := j.handed()
 	if j.claim == nil || j.claim.DeletionTimestamp != nil || j.claim.Status.Phase == corev1.ClaimBound && j.claim.Spec.VolumeName == name {
 		return step.Done(), nil
 	}
+	if other := j.claim.Spec.VolumeName; other != "" && other != name {
+		return step.Done(), nil // somebody was faster; the binder releases ours
+	}
 
 	return step.Wait(v1alpha1.ReasonHandingOver, "waiting for the claim to be bound to volume "+name, look), nil
+}
+
+// handed is the volume that the claim is given.
+func (j *job) handed() string {
+	if j.pop.Status.NewVolume != "" {
+		return j.pop.Status.NewVolume
+	}
+
+	return j.pop.Status.PrimeVolume
 }
 
 // dropPrimeStep deletes our claim; its volume is not its own any more.
@@ -139,6 +148,9 @@ func (j *job) unprotectStep(ctx context.Context) (step.Result, error) {
 
 // completeStep says so.
 func (j *job) completeStep(context.Context) (step.Result, error) {
+	if j.claim == nil || j.claim.Spec.VolumeName != j.handed() {
+		return step.Done(), nil
+	}
 	message := fmt.Sprintf("the claim holds recovery point %s; %d bytes were verified", short(j.pop.Spec.PointID), j.pop.Status.VerifiedBytes)
 	if j.pop.Spec.PointID == "" {
 		message = "the claim has an empty volume, as its source says for want of a recovery point"

@@ -37,10 +37,14 @@ type source struct {
 	object *v1alpha1.RecoverySource // nil for a VolumeBackup
 }
 
-// errNoSource means that the object that a claim names is not there yet.
-var errNoSource = errors.New("not found")
+// errNoSource means that the object that a claim names is not there, errNotYet that it
+// is there and has no recovery point yet.
+var (
+	errNoSource = errors.New("not found")
+	errNotYet   = errors.New("not yet")
+)
 
-// sourceOf reads what a claim names. The error wraps errNoSource, or is a
+// sourceOf reads what a claim names. The error wraps errNoSource or errNotYet, or is a
 // *RefusedError, or passes.
 func (d *Deps) sourceOf(ctx context.Context, claim *corev1.PersistentVolumeClaim) (*source, error) {
 	ref := claim.Spec.DataSourceRef
@@ -74,7 +78,7 @@ func (d *Deps) sourceOf(ctx context.Context, claim *corev1.PersistentVolumeClaim
 				return nil, &RefusedError{v1alpha1.ReasonNoRecoveryPoint, fmt.Sprintf("VolumeBackup %s failed and made no recovery point", vb.Name)}
 			}
 
-			return nil, fmt.Errorf("VolumeBackup %s has not made its recovery point yet: %w", vb.Name, errNoSource)
+			return nil, fmt.Errorf("VolumeBackup %s has not made its recovery point: %w", vb.Name, errNotYet)
 		}
 
 		return &source{ifNone: v1alpha1.IfNoneFail, query: Query{Store: vb.Spec.StoreRef, Namespace: claim.Namespace,

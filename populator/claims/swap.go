@@ -145,7 +145,11 @@ func (j *job) newVolumeStep(ctx context.Context) (step.Result, error) {
 	}
 	ref := pv.Spec.ClaimRef
 	if ref == nil || ref.UID != j.pop.Spec.Claim.UID || pv.Spec.CSI != nil && pv.Spec.CSI.VolumeHandle != j.pop.Status.VolumeHandle {
-		return step.Result{}, step.Terminal(v1alpha1.ReasonRestoreFailed, fmt.Errorf("there is a volume %s that is not Varve's; remove it", name))
+		// Not for us to decide what it is, nor to delete what it may refer to.
+		message := fmt.Sprintf("there is a volume %s that Varve did not make; remove it", name)
+		j.warn(v1alpha1.ReasonHandingOver, message)
+
+		return step.Wait(v1alpha1.ReasonHandingOver, message, retryMissing), nil
 	}
 
 	return step.Done(), nil
@@ -178,7 +182,7 @@ func (j *job) newVolume(ctx context.Context, name string, old *corev1.Persistent
 	pv.Spec.AccessModes = slices.Clone(j.claim.Spec.AccessModes)
 	pv.Spec.ClaimRef = j.claimRef()
 	if mode == corev1.PersistentVolumeFilesystem {
-		if pv.Spec.CSI != nil {
+		if pv.Spec.CSI != nil && j.pop.Status.FileSystem != "" {
 			pv.Spec.CSI.FSType = j.pop.Status.FileSystem
 		}
 		// XFS refuses a second file system of the same UUID on a node: the one that

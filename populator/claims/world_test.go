@@ -341,6 +341,10 @@ func (w *world) bind() {
 			c.Spec.VolumeName, c.Status.Phase = pv.Name, corev1.ClaimBound
 			w.put(&c)
 		}
+		if c.Spec.VolumeName != "" && c.Spec.VolumeName != pv.Name && pv.Spec.PersistentVolumeReclaimPolicy == corev1.PersistentVolumeReclaimDelete {
+			pv.Status.Phase = corev1.VolumeReleased // the claim was bound elsewhere
+			w.put(pv)
+		}
 		if c.Spec.VolumeName == pv.Name {
 			pv.Status.Phase = corev1.VolumeBound
 			w.put(pv)

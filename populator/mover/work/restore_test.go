@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/varve-io/varve/api/v1alpha1"
@@ -54,8 +56,10 @@ func TestRestore(t *testing.T) {
 	for _, tc := range []struct {
 		name, point string
 		device      []byte
+		loop        bool // as a block device
 		reason      string
 	}{
+		{name: "a block device", point: rec.ID, device: dirty[:size+4096], loop: true},
 		{name: "a larger device full of something else", point: rec.ID, device: dirty},
 		{name: "a device of the same size", point: rec.ID, device: dirty[:size]},
 		{name: "a short device", point: rec.ID, device: dirty[:4<<20], reason: v1alpha1.ReasonDeviceShort},
@@ -63,7 +67,11 @@ func TestRestore(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			path := write("device", tc.device)
-			e := Environment{Device: path, Probe: diskfs.Probe, Log: &bytes.Buffer{}}
+			device := path
+			if tc.loop {
+				device = loopDevice(t, path)
+			}
+			e := Environment{Device: device, Probe: diskfs.Probe, Log: &bytes.Buffer{}}
 			res, err := restore(t.Context(), e, mover.Task{Restore: &mover.RestoreTask{PointID: tc.point}}, &store.Open{Repository: repo})
 			if tc.reason != "" {
 				got := failure(t.Context(), err)
@@ -91,4 +99,24 @@ func TestRestore(t *testing.T) {
 			}
 		})
 	}
+}
+
+// loopDevice is a block device over a file.
+func loopDevice(t *testing.T, file string) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("a loop device needs root")
+	}
+	out, err := exec.Command("losetup", "--find", "--show", file).CombinedOutput()
+	if err != nil {
+		t.Skipf("a loop device needs losetup and free devices: %v: %s", err, out)
+	}
+	dev := strings.TrimSpace(string(out))
+	t.Cleanup(func() {
+		if out, err := exec.Command("losetup", "--detach", dev).CombinedOutput(); err != nil {
+			t.Errorf("detach %s: %v: %s", dev, err, out)
+		}
+	})
+
+	return dev
 }
