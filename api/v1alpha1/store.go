@@ -28,11 +28,13 @@ type RepositorySpec struct {
 	// Varve's namespace for a BackupStore, in its own for a Repository.
 	// Example: {name: varve-store}
 	CredentialsSecretRef corev1.LocalObjectReference `json:"credentialsSecretRef"`
-	// CABundle is trusted for the storage besides the usual authorities: PEM.
+	// CABundle is trusted for the storage besides the usual authorities: PEM. For S3
+	// only.
 	// +optional
 	// +kubebuilder:validation:MaxLength=262144
 	CABundle string `json:"caBundle,omitempty"`
-	// Proxy for HTTPS to the storage. Example: http://proxy.example.com:3128
+	// Proxy for HTTPS to the storage, of movers; the controller takes the one of its
+	// Deployment (HTTPS_PROXY). Example: http://proxy.example.com:3128
 	// +optional
 	// +kubebuilder:validation:MaxLength=2048
 	Proxy string `json:"proxy,omitempty"`

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"k8s.io/apimachinery/pkg/types"
@@ -138,6 +139,9 @@ func (r *run) unchanged(ctx context.Context, repo *store.Open, t *mover.BackupTa
 	if err != nil {
 		return none, err
 	}
+	if pv, err := r.protectedVolume(ctx); err != nil || pv == nil || unreadInARow(pv.Status.Points) >= maxUnread {
+		return none, err
+	}
 	parent := cat.Latest(t.Volume)
 	if parent == nil || parent.ChangeID == "" || parent.VolumeHandle != t.Changed.Target.VolumeHandle {
 		return none, nil
@@ -181,6 +185,20 @@ func (r *run) unchanged(ctx context.Context, repo *store.Open, t *mover.BackupTa
 	res.OK = err == nil
 
 	return res, err
+}
+
+// maxUnread is how many points in a row may be made without reading anything. Nothing is
+// spot-checked then, and a driver that never tells a change would not be found out.
+const maxUnread = 7
+
+// unreadInARow counts the newest points that were made without reading.
+func unreadInARow(points []v1alpha1.PointSummary) int {
+	n := slices.IndexFunc(points, func(p v1alpha1.PointSummary) bool { return p.Source != csi.DeltaName || p.ReadBytes > 0 })
+	if n < 0 {
+		return len(points)
+	}
+
+	return n
 }
 
 // unread is a disk of that size that must not be read: nothing of it changed.

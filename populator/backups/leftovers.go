@@ -46,28 +46,25 @@ func (l *Leftovers) NeedLeaderElection() bool { return true }
 // Start looks around until ctx ends.
 func (l *Leftovers) Start(ctx context.Context) error {
 	const soon = 2 * time.Second
-	for {
+	for ctx.Err() == nil {
 		next := l.Every
 		n, err := l.Sweep(ctx)
-		switch {
-		case ctx.Err() != nil:
-			return nil
-		case err != nil:
+		if err != nil {
 			slog.ErrorContext(ctx, "look for leftovers", "error", err)
-		case n > 0:
+		} else if n > 0 {
 			next = soon
 		}
 		timer := time.NewTimer(next)
 		select {
 		case <-ctx.Done():
 			timer.Stop()
-
-			return nil
 		case <-l.wake:
 			timer.Stop()
 		case <-timer.C:
 		}
 	}
+
+	return nil
 }
 
 // found is what a run left behind.
@@ -205,7 +202,7 @@ func (l *Leftovers) dropRun(ctx context.Context, uid types.UID, bases map[string
 	for i := range snapshots.Items {
 		if s := &snapshots.Items[i]; s.Name != keep || s.Namespace != l.Pods.Namespace {
 			left++
-			if _, err := l.deleteSnapshot(ctx, client.ObjectKeyFromObject(s)); err != nil {
+			if _, err := l.dropOrigin(ctx, s, uid); err != nil {
 				return left, err
 			}
 		}

@@ -29,7 +29,8 @@ const LabelOrigin = "varve.io/origin"
 func originName(uid types.UID) string { return "varve-" + string(uid) }
 func twinName(uid types.UID) string   { return "varve-twin-" + string(uid) }
 
-func cloneName(uid types.UID, n int32) string { return fmt.Sprintf("varve-%s-c%d", uid, n) }
+func clonePrefix(uid types.UID) string        { return "varve-" + string(uid) + "-c" }
+func cloneName(uid types.UID, n int32) string { return fmt.Sprint(clonePrefix(uid), n) }
 func jobName(uid types.UID, n int32) string   { return fmt.Sprintf("varve-%s-%d", uid, n) }
 func secretName(uid types.UID) string         { return "varve-" + string(uid) + "-store" }
 

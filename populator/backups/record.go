@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -72,7 +73,8 @@ func (r *run) recordPoint(ctx context.Context) (step.Result, error) {
 	if first && r.Metrics != nil {
 		r.Metrics.RunEnded(true, s.Point.Source)
 		for _, f := range s.Point.Fallbacks {
-			r.Metrics.Fallback(f)
+			_, reason, _ := strings.Cut(f, ": ")
+			r.Metrics.Fallback(reason)
 		}
 	}
 	if s.BaseRetained != keep {

@@ -9,7 +9,6 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
@@ -19,6 +18,7 @@ import (
 
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/populator/mover"
+	"github.com/varve-io/varve/populator/report"
 )
 
 // Setup has a manager run VolumeBackups, so many at once, and remove what runs left. Runs
@@ -34,13 +34,18 @@ func (b *Reconciler) Setup(mgr manager.Manager, workers int, wake <-chan event.G
 
 		return []reconcile.Request{{NamespacedName: key}}
 	})
-	deleted := predicate.Funcs{DeleteFunc: func(event.DeleteEvent) bool { left.Wake(); return true }}
+	deleted := predicate.Funcs{DeleteFunc: func(e event.DeleteEvent) bool {
+		b.Queue.Done(e.Object.GetUID())
+		left.Wake()
+
+		return false
+	}}
 	err := builder.ControllerManagedBy(mgr).Named("volumebackup").
 		For(&v1alpha1.VolumeBackup{}, builder.WithPredicates(deleted)).
 		Watches(&batchv1.Job{}, owner).
 		Watches(&snapshotv1.VolumeSnapshot{}, owner).
 		WatchesRawSource(source.Channel(wake, &handler.EnqueueRequestForObject{})).
-		WithOptions(controller.Options{MaxConcurrentReconciles: workers}).
+		WithOptions(report.Controller(workers)).
 		Complete(b)
 	if err != nil {
 		return fmt.Errorf("controller of VolumeBackups: %w", err)
