@@ -30,7 +30,7 @@ setup: ## Install the Debian packages that tests and the demo use (needs root)
 .PHONY: check
 check: lint ## Build, vet, lint and the quick tests
 	$(GO) build ./...
-	$(GO) test -short ./...
+	$(GO) test -tags testing -short ./...
 
 .PHONY: test
 test: setup $(KOPIA) ## All tests, with the race detector, beside stock Kopia and real tools
@@ -38,7 +38,11 @@ test: setup $(KOPIA) ## All tests, with the race detector, beside stock Kopia an
 
 .PHONY: model
 model: ## The long run of the model test: a million steps
-	VARVE_MODEL_STEPS=$${STEPS:-1000000} $(GO) test ./backup -run TestModel -timeout 0 -v
+	VARVE_MODEL_STEPS=$${STEPS:-1000000} $(GO) test -tags testing ./backup -run TestModel -timeout 0 -v
+
+.PHONY: faults
+faults: ## The sweeps of failing storage with every operation, not a sample
+	VARVE_FAULTS=all $(GO) test -tags testing ./backup -run 'Failing|Storage' -timeout 0 -v
 
 .PHONY: fuzz
 fuzz: ## Fuzz every parser of untrusted bytes for a while each (TIME=30s)

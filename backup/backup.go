@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/cbt"
 	"github.com/varve-io/varve/backup/repository"
@@ -198,11 +200,7 @@ func (r *run) do(ctx context.Context) (*Point, *blocktree.Record, error) {
 		return nil, nil, err
 	}
 	r.opt.step("prepared")
-	if err := r.protect(ctx); err != nil {
-		return nil, nil, err
-	}
-	r.opt.step("protected")
-	if err := r.list(ctx); err != nil {
+	if err := r.protectAndList(ctx); err != nil {
 		return nil, nil, err
 	}
 	r.opt.step("listed")
@@ -220,6 +218,23 @@ func (r *run) do(ctx context.Context) (*Point, *blocktree.Record, error) {
 	}
 	r.opt.step("done")
 	return p, r.rec, nil
+}
+
+// protectAndList does both at once: the flush of the one waits for storage, the
+// other for the source of changed blocks and for the disk. Nothing is stored
+// before both are done.
+func (r *run) protectAndList(ctx context.Context) error {
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return r.protect(gctx) })
+	listed := r.list(gctx)
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	if listed != nil {
+		return listed
+	}
+	r.opt.step("protected")
+	return nil
 }
 
 // prepare finds the parent and decides the geometry.

@@ -29,6 +29,7 @@ func (d *memTarget) ZeroRange(off, length int64) error {
 }
 
 func (d *memTarget) Sync() error      { return nil }
+func (d *memTarget) Fit() error       { return nil }
 func (d *memTarget) Empty() error     { return nil }
 func (d *memTarget) Fresh() bool      { return false }
 func (d *memTarget) Path() string     { return "memory" }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -118,7 +119,8 @@ func (s *faultSite) thin() {
 }
 
 // sweep counts the operations of a run and then has each of them fail once, and
-// fail for good from there on. run returns what the user would see.
+// fail for good from there on: about as many of them as most says, from a random
+// one on, or all with VARVE_FAULTS=all. run returns what the user would see.
 func (s *faultSite) sweep(op repotest.Op, most int, run func() error) {
 	s.t.Helper()
 	before := s.f.Ops(op)
@@ -136,6 +138,9 @@ func (s *faultSite) sweep(op repotest.Op, most int, run func() error) {
 			continue // Kopia lists its indexes again and again until it can
 		}
 		step := max(1, (2*n+most-1)/most)
+		if os.Getenv("VARVE_FAULTS") == "all" {
+			step = 1
+		}
 		for skip := s.rng.IntN(step); skip < n; skip += step {
 			s.f.Add(repotest.Fault{Op: op, Skip: skip, Count: count})
 			err := run()

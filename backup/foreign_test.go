@@ -94,3 +94,70 @@ func TestVeleroRepository(t *testing.T) {
 		t.Errorf("forget: %v", err)
 	}
 }
+
+// TestForeignPointsStayInARepositoryOfOurs has stock Kopia and Velero write into a
+// repository of Varve's, Kopia even under the name of a volume: what they wrote is
+// listed as theirs, is no parent, and neither prune nor maintenance takes it.
+func TestForeignPointsStayInARepositoryOfOurs(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	site := repotest.New(t)
+	r := site.Open(t)
+	ours, want := chain(t, r, testVolume, 3, 1<<20)
+	rng := rand.New(rand.NewPCG(41, 42))
+	byKopia, byVelero := randomBytes(rng, 1<<20+99), randomBytes(rng, 1<<20+4096)
+	foreign := map[string][]byte{
+		site.WriteFile(t, testVolume.source(), byKopia):                        byKopia,
+		site.WriteVelero(t, "/dev/disk/by-id/vol-2", byVelero, nil).ManifestID: byVelero,
+	}
+	if n := len(mustList(t, r).Points()); n != 3 {
+		t.Errorf("%d points are taken for ours", n)
+	}
+	next, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: want[2]}})
+	if next.Parent != ours[2].ID || next.Generation != 4 {
+		t.Errorf("the next point has parent %s", next.Parent)
+	}
+	plan, err := Prune(ctx, r, PruneOptions{Policy: Policy{Latest: 1}, Cluster: testVolume.Cluster})
+	if err != nil || len(plan.Removed()) != 3 {
+		t.Errorf("pruned %v, %v", plan.Removed(), err)
+	}
+	for id := range foreign {
+		if _, err := Forget(ctx, r, []string{id}, true, false); err == nil {
+			t.Errorf("%s, which is not ours, was forgotten", id)
+		}
+	}
+	maintainNow(t, r)
+	fresh := site.Open(t)
+	cat, err := List(ctx, fresh, ListOptions{Foreign: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	programs := map[string]int{}
+	for _, p := range cat.Points() {
+		programs[p.Foreign]++
+		if data, ok := foreign[p.ID]; ok != (p.Foreign != "") {
+			t.Errorf("%s is listed as by %q", p.Name(), p.Foreign)
+		} else if ok && !bytes.Equal(readImage(t, fresh, p), data) {
+			t.Errorf("%s reads back different", p.Name())
+		}
+	}
+	if programs[""] != 1 || programs["kopia"] != 1 || programs["velero"] != 1 {
+		t.Errorf("points by program: %v", programs)
+	}
+}
+
+// readImage reads a whole point of any program.
+func readImage(t *testing.T, r *repository.Repository, p *Point) []byte {
+	t.Helper()
+	cache := image.NewCache(8 << 20)
+	defer cache.Close()
+	img, err := openPoint(t.Context(), r, cache, p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, img.Size())
+	if _, err := img.ReadAt(got, 0); err != nil && !errors.Is(err, io.EOF) {
+		t.Fatal(err)
+	}
+	return got
+}

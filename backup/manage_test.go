@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/repository"
@@ -475,5 +476,40 @@ func TestDeadRunsAreCleared(t *testing.T) {
 	}
 	if st, err := r.StateOf(ctx, id); err != nil || !st.Found || st.Deleted {
 		t.Errorf("what a living run holds: %+v, %v", st, err)
+	}
+}
+
+// TestKilledWritesAreCleared leaves files as a process does that is killed while it
+// writes a blob: a full maintenance deletes the old ones, which no process can be
+// at any more, and nothing else.
+func TestKilledWritesAreCleared(t *testing.T) {
+	t.Parallel()
+	r, conf := newRepo(t)
+	points, want := chain(t, r, testVolume, 2, 1<<20)
+	pack := packFiles(t, conf, "p")[0]
+	old, young, other := pack+".tmp.0123456789abcdef", pack+".tmp.fedcba9876543210", filepath.Join(filepath.Dir(pack), "notes.tmp.txt")
+	past := time.Now().Add(-25 * time.Hour)
+	for _, path := range []string{old, young, other} {
+		if err := os.WriteFile(path, make([]byte, 1000), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if path == young {
+			continue
+		}
+		if err := os.Chtimes(path, past, past); err != nil {
+			t.Fatal(err)
+		}
+	}
+	res := maintainNow(t, r)
+	if res.Temporary != (repository.Amount{Count: 1, Bytes: 1000}) {
+		t.Errorf("%+v", res.Temporary)
+	}
+	for path, stays := range map[string]bool{old: false, young: true, other: true} {
+		if _, err := os.Stat(path); (err == nil) != stays {
+			t.Errorf("%s: %v", filepath.Base(path), err)
+		}
+	}
+	if !bytes.Equal(readPoint(t, openFresh(t, conf), points[1]), want[1]) {
+		t.Error("reads back different")
 	}
 }

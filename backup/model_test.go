@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"testing"
+	"time"
 
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/cbt"
@@ -103,26 +104,64 @@ type model struct {
 	counts  map[string]int
 }
 
+// modelSteps are taken in each of the modelRuns of an ordinary run.
+const (
+	modelSteps = 1200
+	modelRuns  = 2
+)
+
 func TestModel(t *testing.T) {
-	steps := 1000
+	steps, runs := modelSteps, modelRuns
 	if testing.Short() {
-		steps = 300
+		steps, runs = 300, 1
 	}
+	var seed uint64
 	if s := os.Getenv("VARVE_MODEL_STEPS"); s != "" {
 		n, err := strconv.Atoi(s)
 		if err != nil {
 			t.Fatal(err)
 		}
-		steps = n
+		steps, runs = n, 1
 	}
-	seed := rand.Uint64()
 	if s := os.Getenv("VARVE_MODEL_SEED"); s != "" {
 		n, err := strconv.ParseUint(s, 10, 64)
 		if err != nil {
 			t.Fatal(err)
 		}
-		seed = n
+		seed, runs = n, 1
 	}
+	for i := range runs {
+		t.Run(fmt.Sprint(i), func(t *testing.T) {
+			t.Parallel()
+			seed := seed
+			if seed == 0 {
+				seed = rand.Uint64()
+			}
+			runModel(t, steps, seed)
+		})
+	}
+}
+
+// modelEra is how many steps a repository sees before a new one takes its place:
+// within an epoch of six hours Kopia merges no index blobs, and a run that writes
+// thousands of them would soon do nothing but list them.
+const modelEra = 4000
+
+// runModel plays so many steps, each era with a seed one higher than the last, and
+// says now and then how far it is: a long run takes hours.
+func runModel(t *testing.T, steps int, seed uint64) {
+	started := time.Now()
+	for done := 0; done < steps && !t.Failed(); done += modelEra {
+		n := min(modelEra, steps-done)
+		t.Run(fmt.Sprintf("seed=%d,steps=%d", seed, n), func(t *testing.T) { playModel(t, n, seed) })
+		seed++
+		rate := float64(done+n) / time.Since(started).Seconds()
+		t.Logf("step %d of %d, %.0f a second, %s to go", done+n, steps, rate,
+			time.Duration(float64(steps-done-n)/rate*float64(time.Second)).Round(time.Second))
+	}
+}
+
+func playModel(t *testing.T, steps int, seed uint64) {
 	t.Logf("seed %d, %d steps (VARVE_MODEL_SEED, VARVE_MODEL_STEPS)", seed, steps)
 	m := &model{t: t, rng: rand.New(rand.NewPCG(seed, 1)), counts: map[string]int{}}
 	m.repo, m.conf = newRepo(t)
@@ -137,9 +176,10 @@ func TestModel(t *testing.T) {
 		}
 		m.volumes = append(m.volumes, v)
 	}
-	for range steps {
+	for n := range steps {
 		m.step()
 		if t.Failed() {
+			t.Logf("failed at step %d of seed %d", n, seed)
 			return
 		}
 	}
@@ -148,7 +188,7 @@ func TestModel(t *testing.T) {
 			m.compare(v, id)
 		}
 	}
-	t.Logf("%v", m.counts)
+	t.Logf("%d steps of seed %d: %v", steps, seed, m.counts)
 }
 
 func (m *model) step() {

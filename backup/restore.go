@@ -7,8 +7,11 @@ import (
 	"io"
 	"log/slog"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/backup/repository"
@@ -25,6 +28,9 @@ type RestoreTarget interface {
 	ZeroRange(off, length int64) error
 	// Sync has all that was written survive a power cut.
 	Sync() error
+	// Fit gives a target that may have any size that of the disk; nothing has
+	// been changed before.
+	Fit() error
 	// Empty has the whole target read as zeroes if that is cheap, so that Fresh
 	// holds; else it does nothing.
 	Empty() error
@@ -183,28 +189,42 @@ func newRestore(ctx context.Context, repo *repository.Repository, p *Point, targ
 // written (a read-only connection, storage that is full) the reading goes on
 // without: a restore must not depend on writing to the repository.
 func holdPoints(ctx context.Context, repo *repository.Repository, purpose string, points ...*Point) (release func(), err error) {
+	var mu sync.Mutex
 	var held []*Lease
 	release = func() {
+		var all sync.WaitGroup
 		for _, l := range held {
-			if err := l.Close(context.WithoutCancel(ctx)); err != nil {
-				slog.WarnContext(ctx, "cannot give a lease back; it will expire", "error", err)
-			}
+			all.Go(func() {
+				if err := l.Close(context.WithoutCancel(ctx)); err != nil {
+					slog.WarnContext(ctx, "cannot give a lease back; it will expire", "error", err)
+				}
+			})
 		}
+		all.Wait()
 	}
+	var g errgroup.Group // each flushes, which is waiting for storage
 	for _, p := range points {
 		if p == nil || p.Foreign != "" {
 			continue
 		}
-		l, err := AcquireLease(ctx, repo, p, purpose)
-		switch {
-		case err == nil:
-			held = append(held, l)
-		case errors.Is(err, ErrNoSuchPoint), ctx.Err() != nil:
-			release()
-			return nil, err
-		default:
-			slog.InfoContext(ctx, "reading without a lease: a prune at the same time may delete what is read", "point", p.Name(), "error", err)
-		}
+		g.Go(func() error {
+			l, err := AcquireLease(ctx, repo, p, purpose)
+			switch {
+			case err == nil:
+				mu.Lock()
+				defer mu.Unlock()
+				held = append(held, l)
+			case errors.Is(err, ErrNoSuchPoint), ctx.Err() != nil:
+				return err
+			default:
+				slog.InfoContext(ctx, "reading without a lease: a prune at the same time may delete what is read", "point", p.Name(), "error", err)
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		release()
+		return nil, err
 	}
 	return release, nil
 }
@@ -218,6 +238,11 @@ func openPoint(ctx context.Context, repo *repository.Repository, cache *image.Ca
 }
 
 func (r *restore) run(ctx context.Context) error {
+	if r.opt.Delta {
+		if err := r.target.Fit(); err != nil {
+			return err
+		}
+	}
 	switch {
 	case r.opt.Delta && r.base == nil:
 		r.res.Mode = RestoreCompare
@@ -255,10 +280,13 @@ func (r *restore) full(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if !resumed {
-		if err := r.target.Empty(); err != nil {
-			return err
-		}
+	if resumed {
+		err = r.target.Fit()
+	} else {
+		err = r.target.Empty()
+	}
+	if err != nil {
+		return err
 	}
 	return r.write(ctx, all)
 }

@@ -7,8 +7,10 @@ import (
 	"math"
 	"math/rand/v2"
 	"slices"
+	"sync"
 
 	"github.com/cespare/xxhash/v2"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/cbt"
@@ -45,24 +47,50 @@ func (r *run) spotCheck(ctx context.Context, rep cbt.Report) error {
 	check.Stripe = r.rec.Generation % check.Stripes
 	sample, random := r.chooseSample(check, share)
 	r.opt.Progress(Progress{Phase: "spot check", Total: int64(len(sample)) * r.lay.BlockSize})
-	for i, b := range sample {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		same, err := r.isUnchanged(ctx, b)
-		if err != nil {
-			return err
-		}
-		if !same {
-			return r.mismatch(ctx, rep, b)
-		}
-		r.opt.Progress(Progress{Phase: "spot check", Done: int64(i+1) * r.lay.BlockSize, Total: int64(len(sample)) * r.lay.BlockSize})
+	lie, err := r.firstChanged(ctx, sample)
+	if err != nil {
+		return err
+	}
+	if lie >= 0 {
+		return r.mismatch(ctx, rep, lie)
 	}
 	check.Blocks = int64(len(sample))
 	check.Probability = detection(candidates, int64(random))
 	slog.DebugContext(ctx, "spot check passed", "volume", r.opt.Volume.String(),
 		"blocks", check.Blocks, "candidates", candidates, "probability", check.Probability)
 	return nil
+}
+
+// firstChanged compares the blocks of a sample and returns the first one that did
+// change, or -1.
+func (r *run) firstChanged(ctx context.Context, sample []int64) (int64, error) {
+	var mu sync.Mutex
+	lie, done := int64(-1), int64(0)
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(r.opt.Workers)
+	for _, b := range sample {
+		g.Go(func() error {
+			if err := gctx.Err(); err != nil {
+				return err
+			}
+			same, err := r.isUnchanged(gctx, b)
+			if err != nil {
+				return err
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if !same && (lie < 0 || b < lie) {
+				lie = b
+			}
+			done++
+			r.opt.Progress(Progress{Phase: "spot check", Done: done * r.lay.BlockSize, Total: int64(len(sample)) * r.lay.BlockSize})
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return -1, err
+	}
+	return lie, nil
 }
 
 // detection is the probability that n blocks chosen at random out of

@@ -21,8 +21,9 @@ type TargetOptions struct {
 	Size int64
 	// Force overwrites a target that is mounted or in use otherwise.
 	Force bool
-	// Keep leaves an existing file's content and only changes what is written;
-	// without it a file is emptied first, so that zeroes need no writing.
+	// Keep leaves a file's content, and its size until Fit or Empty, and only changes
+	// what is written; without it a file is emptied first, so that zeroes need no
+	// writing.
 	Keep bool
 	// Buffered does without direct I/O.
 	Buffered bool
@@ -155,11 +156,13 @@ func (t *Target) prepare(o TargetOptions) error {
 			}
 		}
 
-		if err := t.buffered.Truncate(o.Size); err != nil {
-			return fmt.Errorf("set the size of the target to %d: %w", o.Size, err)
+		t.size = o.Size
+		if !o.Keep {
+			if err := t.Fit(); err != nil {
+				return err
+			}
 		}
 
-		t.size = o.Size
 		if t.fresh {
 			t.written = newWrittenMap(t.size)
 		}
@@ -169,6 +172,20 @@ func (t *Target) prepare(o TargetOptions) error {
 	t.id = id
 
 	return err
+}
+
+// Fit gives a file the size it was opened for: for a caller who keeps what an existing
+// one has until it is sure that it is to be written. It does nothing to a device.
+func (t *Target) Fit() error {
+	if t.device {
+		return nil
+	}
+
+	if err := t.buffered.Truncate(t.size); err != nil {
+		return fmt.Errorf("set the size of the target to %d: %w", t.size, err)
+	}
+
+	return nil
 }
 
 // Empty has a file read as zeroes again, so that zeroes need no writing from here on:

@@ -115,6 +115,13 @@ func TestTargetKeepsAFile(t *testing.T) {
 	for _, size := range []int64{1<<20 + 99, 1 << 19, 2 << 20} {
 		path := tempFile(t, content)
 		target := openTarget(t, path, TargetOptions{Size: size, Keep: true})
+		if info, err := os.Stat(path); err != nil || info.Size() != int64(len(content)) {
+			t.Errorf("the size was changed before it was asked for: %v", err)
+		}
+
+		if err := target.Fit(); err != nil {
+			t.Fatal(err)
+		}
 
 		if target.Fresh() || target.Size() != size {
 			t.Errorf("Fresh %v, Size %d; want false, %d", target.Fresh(), target.Size(), size)

@@ -154,9 +154,9 @@ func readFormatBlob(ctx context.Context, st blob.Storage) (*format.KopiaReposito
 	defer release()
 	defer settled()
 	where := place(st.ConnectionInfo())
-	p, err := getBlob(octx, st, format.KopiaRepositoryBlobID)
+	p, err := answered(octx, func() ([]byte, error) { return getBlob(octx, st, format.KopiaRepositoryBlobID) }, func([]byte) {})
 	if errors.Is(err, blob.ErrBlobNotFound) {
-		found, ierr := inspect(octx, st)
+		found, ierr := answered(octx, func() (contents, error) { return inspect(octx, st) }, func(contents) {})
 		if ierr != nil {
 			return nil, explain(octx, where, ierr)
 		}

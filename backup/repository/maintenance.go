@@ -61,6 +61,7 @@ type MaintenanceReport struct {
 	Rewritten  Amount // contents moved out of packs that are mostly empty
 	NotMoved   Amount // contents that could not be read to be moved
 	Reclaimed  Amount // packs deleted
+	Temporary  Amount // files deleted that killed writes had left
 	Damaged    []DamagedSnapshot
 }
 

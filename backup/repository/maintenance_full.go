@@ -89,6 +89,9 @@ func (f *fullRun) do(ctx context.Context) error {
 	if err := f.compactIndexes(); err != nil {
 		return err
 	}
+	if err := f.dropTemporary(ctx); err != nil {
+		return err
+	}
 	return f.task(maintenance.TaskCleanupLogs, func() (maintenancestats.Kind, error) {
 		return maintenance.CleanupLogs(f.w.ctx, f.w.w, f.p.Params.LogRetention.OrDefault())
 	})

@@ -1,6 +1,7 @@
 package repository
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -34,6 +35,12 @@ type OpenOptions struct {
 	// Now is the clock that everything written is dated by; nil for the
 	// machine's. Tests set hosts apart with it.
 	Now func() time.Time
+	// Timeout is how long the storage may take until the repository is open; 0
+	// for OpenTimeout.
+	Timeout time.Duration
+	// Grace is how long a write session goes on after its context was
+	// cancelled; 0 for DefaultGrace.
+	Grace time.Duration
 }
 
 // Open opens a repository that Create or Connect connected. The error wraps
@@ -50,20 +57,81 @@ func Open(ctx context.Context, opt OpenOptions) (*Repository, error) {
 // open is Open with what is remembered of the connection, which is empty for
 // a connection made by stock Kopia.
 func open(ctx context.Context, opt OpenOptions, side sideFile) (*Repository, error) {
-	r, err := openKopia(ctx, opt, side)
+	return openWithin(ctx, opt, side, func(ctx context.Context, r *Repository) error {
+		found, err := r.loadConfig(ctx)
+		if err == nil && !found {
+			if r.foreign, err = r.hasOtherManifests(ctx); err == nil && !r.foreign {
+				err = incompleteError(r.place)
+			}
+		}
+		return err
+	})
+}
+
+// openWithin opens the Kopia repository and calls check, both within the
+// timeout. A storage may hang without a look at its context, as a directory of a
+// dead NFS server does: then it is left behind, to be closed should it ever come
+// back, for the process is about to end.
+func openWithin(ctx context.Context, opt OpenOptions, side sideFile, check func(context.Context, *Repository) error) (*Repository, error) {
+	lc, err := readConnection(opt.ConfigFile)
 	if err != nil {
 		return nil, err
 	}
-	found, err := r.loadConfig(ctx)
-	if err == nil && !found {
-		if r.foreign, err = r.hasOtherManifests(ctx); err == nil && !r.foreign {
-			err = incompleteError(r.place)
+	octx, settled, release := withDeadline(ctx, cmp.Or(opt.Timeout, OpenTimeout))
+	r, err := answered(octx, func() (*Repository, error) {
+		r, err := openKopia(octx, lc, opt, side)
+		if err != nil {
+			return nil, err
 		}
-	}
+		if err := check(octx, r); err != nil {
+			return nil, errors.Join(err, r.Close(context.WithoutCancel(ctx)))
+		}
+		return r, nil
+	}, func(r *Repository) { _ = r.Close(context.WithoutCancel(ctx)) })
+	settled()
 	if err != nil {
-		return nil, errors.Join(err, r.Close(context.WithoutCancel(ctx)))
+		if context.Cause(octx) != nil {
+			err = explain(octx, placeOf(lc), err)
+		}
+		release()
+		return nil, err
 	}
+	r.release = release
 	return r, nil
+}
+
+// answered returns what do returns, or, shortly after ctx ended, the cause of
+// that; late gets what do returns all the same.
+func answered[T any](ctx context.Context, do func() (T, error), late func(T)) (T, error) {
+	type result struct {
+		v   T
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		v, err := do()
+		done <- result{v, err}
+	}()
+	select {
+	case r := <-done:
+		return r.v, r.err
+	case <-ctx.Done():
+	}
+	// Whoever heeds the context is done in a moment, and knows more.
+	timer := time.NewTimer(time.Second)
+	defer timer.Stop()
+	select {
+	case r := <-done:
+		return r.v, r.err
+	case <-timer.C:
+	}
+	go func() {
+		if r := <-done; r.err == nil {
+			late(r.v)
+		}
+	}()
+	var none T
+	return none, context.Cause(ctx)
 }
 
 // tryUnfinished opens a repository that Varve's record is still missing from.
@@ -73,18 +141,14 @@ func (c *connection) tryUnfinished(ctx context.Context, opt ConnectOptions) (*Re
 		return nil, err
 	}
 	defer os.Remove(temp)
-	return openKopia(ctx, OpenOptions{ConfigFile: temp, Password: opt.Password, Log: opt.Log}, c.side)
+	return openWithin(ctx, OpenOptions{ConfigFile: temp, Password: opt.Password, Log: opt.Log}, c.side,
+		func(context.Context, *Repository) error { return nil })
 }
 
-// openKopia opens the Kopia repository, whoever made it.
-func openKopia(ctx context.Context, opt OpenOptions, side sideFile) (*Repository, error) {
-	lc, err := readConnection(opt.ConfigFile)
-	if err != nil {
-		return nil, err
-	}
-	r := &Repository{place: placeOf(lc), cluster: side.Cluster}
-	octx, settled, release := withDeadline(ctx, OpenTimeout)
-	rep, err := repo.Open(logging.WithLogger(octx, kopiaLog(opt.Log)), opt.ConfigFile, opt.Password, &repo.Options{
+// openKopia opens the Kopia repository, whoever made it. The storage keeps ctx.
+func openKopia(ctx context.Context, lc *repo.LocalConfig, opt OpenOptions, side sideFile) (*Repository, error) {
+	r := &Repository{place: placeOf(lc), cluster: side.Cluster, release: func() {}, grace: cmp.Or(opt.Grace, DefaultGrace)}
+	rep, err := repo.Open(logging.WithLogger(ctx, kopiaLog(opt.Log)), opt.ConfigFile, opt.Password, &repo.Options{
 		DoNotWaitForUpgrade:  true,
 		DisableRepositoryLog: true,
 		TimeNowFunc:          opt.Now,
@@ -94,13 +158,10 @@ func openKopia(ctx context.Context, opt OpenOptions, side sideFile) (*Repository
 			r.fatal = err
 		},
 	})
-	settled()
 	if err != nil {
-		err = explain(octx, r.place, err)
-		release()
-		return nil, err
+		return nil, explain(ctx, r.place, err)
 	}
-	r.rep, r.release = rep, release
+	r.rep = rep
 	r.direct, _ = rep.(repo.DirectRepository)
 	if r.direct != nil && side.UniqueID != "" && hexID(r.direct.UniqueID()) != side.UniqueID {
 		err := &stateError{kind: ErrReplaced, text: fmt.Sprintf(

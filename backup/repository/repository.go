@@ -55,6 +55,7 @@ type Repository struct {
 	cluster string
 	foreign bool   // made by Kopia or Velero: never written to
 	release func() // frees what the storage holds, after Close
+	grace   time.Duration
 
 	mu         sync.Mutex // guards refreshSeq and serialises refreshes
 	refreshSeq uint64

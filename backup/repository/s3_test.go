@@ -3,113 +3,25 @@ package repository
 import (
 	"bytes"
 	"errors"
-	"net"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/kopia/kopia/repo/blob"
 	"github.com/minio/minio-go/v7"
-	"github.com/minio/minio-go/v7/pkg/credentials"
+
+	"github.com/varve-io/varve/backup/repository/repotest/servers"
 )
-
-const (
-	s3AccessKey = "varve-test"
-	s3SecretKey = "varve-test-secret"
-	gatewayName = "versitygw-v1.8.0" // as pinned in e2e/tools/go.mod
-)
-
-// gateway builds the S3 server once and returns its path.
-func gateway(t *testing.T) string {
-	t.Helper()
-	root, err := filepath.Abs("../..")
-	if err != nil {
-		t.Fatal(err)
-	}
-	bin := filepath.Join(root, ".cache", "tools", gatewayName)
-	if _, err := os.Stat(bin); err == nil {
-		return bin
-	}
-	if err := os.MkdirAll(filepath.Dir(bin), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	temp := filepath.Join(filepath.Dir(bin), "."+gatewayName+"-"+filepath.Base(t.TempDir()))
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", temp, "github.com/versity/versitygw/cmd/versitygw")
-	build.Dir = filepath.Join(root, "e2e", "tools")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build the S3 server: %v\n%s", err, out)
-	}
-	if err := os.Rename(temp, bin); err != nil {
-		t.Fatal(err)
-	}
-	return bin
-}
-
-// startS3 runs an S3 server over a directory until the test ends and returns
-// its address.
-func startS3(t *testing.T) string {
-	t.Helper()
-	bin := gateway(t)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := l.Addr().String()
-	if err := l.Close(); err != nil {
-		t.Fatal(err)
-	}
-	data, versions := t.TempDir(), t.TempDir()
-	cmd := exec.Command(bin, "--access", s3AccessKey, "--secret", s3SecretKey, "--port", address, "--quiet", "posix", "--versioning-dir", versions, data)
-	var log bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &log, &log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	exited := make(chan error, 1)
-	go func() { exited <- cmd.Wait() }()
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		<-exited
-	})
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		select {
-		case err := <-exited:
-			exited <- err
-			t.Fatalf("S3 server: %v\n%s", err, log.String())
-		case <-t.Context().Done():
-			t.Fatal("S3 server did not start")
-		case <-tick.C:
-			if c, err := net.Dial("tcp", address); err == nil {
-				_ = c.Close()
-				return address
-			}
-		}
-	}
-}
-
-func s3Client(t *testing.T, address string) *minio.Client {
-	t.Helper()
-	c, err := minio.New(address, &minio.Options{Creds: credentials.NewStaticV4(s3AccessKey, s3SecretKey, "")})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return c
-}
 
 func TestS3(t *testing.T) {
 	t.Parallel() // it waits for retries most of the time
-	address := startS3(t)
-	client := s3Client(t, address)
+	address := servers.StartS3(t)
+	client := servers.S3Client(t, address)
 	if err := client.MakeBucket(t.Context(), "plain", minio.MakeBucketOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	s := newSite(t)
-	storage := S3{Bucket: "plain", Prefix: "varve/", Endpoint: address, DisableTLS: true, AccessKeyID: s3AccessKey, SecretAccessKey: s3SecretKey}
+	storage := S3{Bucket: "plain", Prefix: "varve/", Endpoint: address, DisableTLS: true, AccessKeyID: servers.S3AccessKey, SecretAccessKey: servers.S3SecretKey}
 	opt := CreateOptions{ConnectOptions: s.connect()}
 	opt.Storage = &storage
 
@@ -141,34 +53,34 @@ func TestS3(t *testing.T) {
 	}
 
 	denied := opt.ConnectOptions
-	denied.Storage = &S3{Bucket: "plain", Endpoint: address, DisableTLS: true, AccessKeyID: s3AccessKey, SecretAccessKey: "wrong-secret"}
+	denied.Storage = &S3{Bucket: "plain", Endpoint: address, DisableTLS: true, AccessKeyID: servers.S3AccessKey, SecretAccessKey: "wrong-secret"}
 	err = Connect(t.Context(), denied)
 	wantError(t, err, ErrUnreachable)
 	if strings.Contains(err.Error(), "wrong-secret") {
 		t.Errorf("the secret key is in %q", err)
 	}
 	nowhere := opt.ConnectOptions
-	nowhere.Storage = &S3{Bucket: "nosuchbucket", Endpoint: address, DisableTLS: true, AccessKeyID: s3AccessKey, SecretAccessKey: s3SecretKey}
+	nowhere.Storage = &S3{Bucket: "nosuchbucket", Endpoint: address, DisableTLS: true, AccessKeyID: servers.S3AccessKey, SecretAccessKey: servers.S3SecretKey}
 	wantError(t, Connect(t.Context(), nowhere), ErrUnreachable, "does not exist")
 	dead := opt.ConnectOptions
-	dead.Storage = &S3{Bucket: "plain", Endpoint: "127.0.0.1:1", DisableTLS: true, AccessKeyID: s3AccessKey, SecretAccessKey: s3SecretKey}
+	dead.Storage = &S3{Bucket: "plain", Endpoint: "127.0.0.1:1", DisableTLS: true, AccessKeyID: servers.S3AccessKey, SecretAccessKey: servers.S3SecretKey}
 	wantError(t, Connect(t.Context(), dead), ErrUnreachable, "127.0.0.1:1")
 
 	locked := opt
-	locked.Storage = &S3{Bucket: "plain", Prefix: "locked/", Endpoint: address, DisableTLS: true, AccessKeyID: s3AccessKey, SecretAccessKey: s3SecretKey}
+	locked.Storage = &S3{Bucket: "plain", Prefix: "locked/", Endpoint: address, DisableTLS: true, AccessKeyID: servers.S3AccessKey, SecretAccessKey: servers.S3SecretKey}
 	locked.Retention = Retention{Mode: "governance", Period: 30 * 24 * time.Hour}
 	wantError(t, Create(t.Context(), locked), ErrInvalidOptions, "object lock")
 }
 
 func TestS3ObjectLock(t *testing.T) {
-	address := startS3(t)
-	client := s3Client(t, address)
+	address := servers.StartS3(t)
+	client := servers.S3Client(t, address)
 	if err := client.MakeBucket(t.Context(), "locked", minio.MakeBucketOptions{ObjectLocking: true}); err != nil {
 		t.Fatal(err)
 	}
 	s := newSite(t)
 	opt := CreateOptions{ConnectOptions: s.connect(), Retention: Retention{Mode: "compliance", Period: 30 * 24 * time.Hour}}
-	opt.Storage = &S3{Bucket: "locked", Endpoint: address, DisableTLS: true, AccessKeyID: s3AccessKey, SecretAccessKey: s3SecretKey}
+	opt.Storage = &S3{Bucket: "locked", Endpoint: address, DisableTLS: true, AccessKeyID: servers.S3AccessKey, SecretAccessKey: servers.S3SecretKey}
 	if err := Create(t.Context(), opt); err != nil {
 		t.Fatal(err)
 	}

@@ -78,7 +78,8 @@ func openStorage(ctx context.Context, s Storage, create bool) (st blob.Storage, 
 		return nil, nil, err
 	}
 	octx, settled, release := withDeadline(ctx, OpenTimeout)
-	st, err = s.open(octx, create)
+	st, err = answered(octx, func() (blob.Storage, error) { return s.open(octx, create) },
+		func(st blob.Storage) { _ = st.Close(context.WithoutCancel(ctx)) })
 	settled()
 	if err != nil {
 		err = explain(octx, describe(s), err)

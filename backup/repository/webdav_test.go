@@ -2,29 +2,19 @@ package repository
 
 import (
 	"errors"
-	"net/http"
-	"net/http/httptest"
+	"path/filepath"
 	"testing"
 
-	"golang.org/x/net/webdav"
+	"github.com/varve-io/varve/backup/repository/repotest/servers"
 )
 
-func TestWebDAV(t *testing.T) {
-	t.Parallel() // it waits for retries most of the time
-	dav := &webdav.Handler{FileSystem: webdav.Dir(t.TempDir()), LockSystem: webdav.NewMemLS()}
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
-		if user, password, ok := q.BasicAuth(); !ok || user != "varve" || password != "dav-secret" {
-			w.Header().Set("WWW-Authenticate", `Basic realm="test"`)
-			http.Error(w, "who are you?", http.StatusUnauthorized)
-			return
-		}
-		dav.ServeHTTP(w, q)
-	}))
-	t.Cleanup(server.Close)
-
+// roundTrip creates a repository on a storage, writes a block and reads it back
+// through a connection of its own.
+func roundTrip(t *testing.T, storage Storage) site {
+	t.Helper()
 	s := newSite(t)
 	opt := CreateOptions{ConnectOptions: s.connect()}
-	opt.Storage = &WebDAV{URL: server.URL, User: "varve", Password: "dav-secret"}
+	opt.Storage = storage
 	if err := Create(t.Context(), opt); err != nil {
 		t.Fatal(err)
 	}
@@ -33,14 +23,45 @@ func TestWebDAV(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	oid, err := w.WriteBlock(t.Context(), []byte("over WebDAV"))
+	oid, err := w.WriteBlock(t.Context(), []byte("over the network"))
 	if err = errors.Join(err, w.Flush(t.Context()), w.Close()); err != nil {
 		t.Fatal(err)
 	}
-	if p, err := s.mustOpen(t).ReadObject(t.Context(), oid); err != nil || string(p) != "over WebDAV" {
+	if p, err := s.mustOpen(t).ReadObject(t.Context(), oid); err != nil || string(p) != "over the network" {
 		t.Errorf("read %q, %v", p, err)
 	}
-	server.Close()
-	_, err = s.open(t, testPassword)
-	wantError(t, err, ErrUnreachable, server.URL)
+	return s
+}
+
+func TestWebDAV(t *testing.T) {
+	t.Parallel() // it waits for retries most of the time
+	dav := servers.StartWebDAV(t, t.TempDir())
+	s := roundTrip(t, &WebDAV{URL: dav.URL, User: dav.User, Password: dav.Password})
+	dav.Stop()
+	_, err := s.open(t, testPassword)
+	wantError(t, err, ErrUnreachable, dav.URL)
+}
+
+func TestSFTP(t *testing.T) {
+	t.Parallel()
+	server := servers.StartSFTP(t)
+	storage := SFTP{
+		Host: server.Host, Port: server.Port, User: server.User, Password: server.Password,
+		KnownHostsData: server.KnownHosts, Path: filepath.Join(t.TempDir(), "repository"),
+	}
+	roundTrip(t, &storage)
+	for _, bad := range []struct {
+		name   string
+		change func(*SFTP)
+	}{
+		{"password", func(s *SFTP) { s.Password = "wrong-secret" }},
+		{"host key", func(s *SFTP) { s.KnownHostsData = servers.StartSFTP(t).KnownHosts }},
+	} {
+		other := storage
+		bad.change(&other)
+		opt := newSite(t).connect()
+		opt.Storage = &other
+		err := Connect(t.Context(), opt)
+		wantError(t, err, ErrUnreachable)
+	}
 }

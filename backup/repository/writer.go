@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/kopia/kopia/repo"
 	"github.com/kopia/kopia/repo/compression"
@@ -30,19 +31,45 @@ type Writer struct {
 
 	uploaded  atomic.Int64
 	flushGate sync.RWMutex
+	release   func() // ends the session's context
 }
 
-// NewWriter opens a write session.
+// DefaultGrace is how long a write session lives on after its caller's context
+// was cancelled, so that what is under way can still be stored and found by the
+// next run. A storage that hangs is given up then.
+const DefaultGrace = 10 * time.Second
+
+// sessionContext returns a context that is cancelled grace after parent is, or
+// by release.
+func sessionContext(parent context.Context, grace time.Duration) (ctx context.Context, release func()) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(parent))
+	stop := context.AfterFunc(parent, func() {
+		timer := time.AfterFunc(grace, cancel)
+		context.AfterFunc(ctx, func() { timer.Stop() })
+	})
+	return ctx, func() {
+		stop()
+		cancel()
+	}
+}
+
+// NewWriter opens a write session. It outlives ctx by the grace of
+// OpenOptions; Close ends it.
 func (r *Repository) NewWriter(ctx context.Context, purpose string) (*Writer, error) {
 	if !r.Writable() {
 		return nil, fmt.Errorf("%w: %s", ErrReadOnly, r.readOnlyReason())
 	}
-	w := &Writer{r: r}
-	wctx, dw, err := r.direct.NewDirectWriter(ctx, repo.WriteSessionOptions{
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	sctx, release := sessionContext(ctx, r.grace)
+	w := &Writer{r: r, release: release}
+	wctx, dw, err := r.direct.NewDirectWriter(sctx, repo.WriteSessionOptions{
 		Purpose:  purpose,
 		OnUpload: func(n int64) { w.uploaded.Add(n) },
 	})
 	if err != nil {
+		release()
 		return nil, fmt.Errorf("open write session: %w", err)
 	}
 	w.ctx, w.w = wctx, dw
@@ -57,6 +84,7 @@ const indexCompression = "zstd-fastest"
 
 // Close abandons what was not flushed.
 func (w *Writer) Close() error {
+	defer w.release()
 	if err := w.w.Close(context.WithoutCancel(w.ctx)); err != nil {
 		return fmt.Errorf("close write session: %w", err)
 	}
@@ -79,9 +107,12 @@ func (w *Writer) WriteIndex(ctx context.Context, p []byte) (ObjectID, error) {
 	return w.writeDirect(ctx, p, indexPrefix, w.indexCompressor)
 }
 
-func (w *Writer) writeDirect(_ context.Context, p []byte, prefix content.IDPrefix, comp compression.Name) (ObjectID, error) {
+func (w *Writer) writeDirect(ctx context.Context, p []byte, prefix content.IDPrefix, comp compression.Name) (ObjectID, error) {
 	if len(p) > MaxContentSize {
 		return ObjectID{}, fmt.Errorf("object of %d bytes does not fit one content", len(p))
+	}
+	if err := ctx.Err(); err != nil {
+		return ObjectID{}, err
 	}
 	w.flushGate.RLock()
 	defer w.flushGate.RUnlock()

@@ -23,7 +23,8 @@ func newDiffCommand(a *app) *cobra.Command {
 that of another, of any two points of the repository. Only the indexes in which
 they differ are read. The grain is the block size.
 
-With -o json one object a line: {"offset":0,"length":131072,"zero":true}.
+With -o json one object a line, {"offset":0,"length":131072,"zero":true}, and in
+the end {"end":true,"count":1,"bytes":131072}: without it the list is cut.
 
 --files lists the files that were added, removed or changed between two points of
 one volume: by metadata, and by content only where the disk changed below a file.
@@ -55,6 +56,13 @@ type diffExtent struct {
 	Offset int64 `json:"offset"`
 	Length int64 `json:"length"`
 	Zero   bool  `json:"zero,omitempty"`
+}
+
+// diffEnd is its last line.
+type diffEnd struct {
+	End   bool  `json:"end"`
+	Count int64 `json:"count"`
+	Bytes int64 `json:"bytes"`
 }
 
 // diffCache bounds the indexes that a diff holds, in bytes.
@@ -94,7 +102,11 @@ func (a *app) diff(ctx context.Context, repo *repository.Repository, from, to st
 		_, err := fmt.Fprintf(out, "%15d %12d  %s\n", e.Offset, e.Length, what)
 		return err
 	})
-	if err == nil && a.flags.output != "json" {
+	switch {
+	case err != nil:
+	case a.flags.output == "json":
+		err = enc.Encode(diffEnd{End: true, Count: n, Bytes: bytes})
+	default:
 		_, err = fmt.Fprintf(out, "%s, %s; sizes %d and %d\n", count(int(n), "range", "ranges"), t.bytes(bytes), points[0].Size, points[1].Size)
 	}
 	if err != nil {

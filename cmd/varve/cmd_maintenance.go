@@ -78,6 +78,7 @@ type maintenanceResult struct {
 	Rewritten   repository.Amount   `json:"rewritten"`
 	NotMoved    repository.Amount   `json:"unreadable"`
 	Reclaimed   repository.Amount   `json:"reclaimed"`
+	Temporary   repository.Amount   `json:"temporary"`
 	Leases      int                 `json:"expiredLeases"`
 	DeadRuns    int                 `json:"killedBackupsCleared"`
 	Quarantined []backup.Quarantine `json:"quarantined,omitempty"`
@@ -91,7 +92,7 @@ func (a *app) maintain(ctx context.Context, repo *repository.Repository, opt bac
 	res := maintenanceResult{
 		Mode: string(rep.Mode), Busy: rep.Busy, Seconds: rep.End.Sub(rep.Start).Seconds(), Snapshots: rep.Snapshots,
 		InUse: rep.InUse, Unused: rep.Unused, TooRecent: rep.TooRecent, Recovered: rep.Recovered, Lost: rep.Lost,
-		Rewritten: rep.Rewritten, NotMoved: rep.NotMoved, Reclaimed: rep.Reclaimed,
+		Rewritten: rep.Rewritten, NotMoved: rep.NotMoved, Reclaimed: rep.Reclaimed, Temporary: rep.Temporary,
 		Leases: rep.ExpiredLeases, DeadRuns: rep.DeadRuns, Quarantined: rep.Quarantined,
 	}
 	return a.print(res, func(t *table) { writeMaintenance(t, res) })
@@ -116,7 +117,7 @@ func writeMaintenance(t *table, res maintenanceResult) {
 	}{
 		{"in use", res.InUse}, {"marked deleted", res.Unused}, {"unused, but too recent", res.TooRecent},
 		{"taken back", res.Recovered}, {"moved to new packs", res.Rewritten}, {"packs deleted", res.Reclaimed},
-		{"in use, but lost", res.Lost}, {"unreadable", res.NotMoved},
+		{"left by killed writes", res.Temporary}, {"in use, but lost", res.Lost}, {"unreadable", res.NotMoved},
 	} {
 		if row.a.Count > 0 {
 			t.row("  "+row.what, row.a.Count, t.bytes(row.a.Bytes))

@@ -60,7 +60,14 @@ func TestListAndShow(t *testing.T) {
 func TestDiffCommand(t *testing.T) {
 	env, _ := newChainEnv(t, 2)
 	out := mustRun(t, env, "diff", "shop/db@latest~1", "shop/db@latest", "-o", "json").stdout
-	e := fromJSON[diffExtent](t, out)
+	first, last, _ := strings.Cut(out, "\n")
+	e := fromJSON[diffExtent](t, first)
+	if end := fromJSON[diffEnd](t, last); end != (diffEnd{End: true, Count: 1, Bytes: 65536}) {
+		t.Errorf("ends in %+v", end)
+	}
+	if out := mustRun(t, env, "diff", "shop/db@latest", "shop/db@latest", "-o", "json").stdout; fromJSON[diffEnd](t, out) != (diffEnd{End: true}) {
+		t.Errorf("a point differs from itself: %s", out)
+	}
 	if e.Offset != 65536 || e.Length != 65536 || e.Zero {
 		t.Errorf("differs at %+v", e)
 	}

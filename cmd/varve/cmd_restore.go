@@ -22,9 +22,9 @@ import (
 )
 
 type restoreFlags struct {
-	force, verify, delta, restart bool
-	base, changed, spotCheck      string
-	workers                       int
+	force, verify, delta, restart, overwrite bool
+	base, changed, spotCheck                 string
+	workers                                  int
 }
 
 func newRestoreCommand(a *app) *cobra.Command {
@@ -36,9 +36,10 @@ func newRestoreCommand(a *app) *cobra.Command {
 		Long: `Write a recovery point to a device, an image file, or standard output ('-').
 
 A file is made sparse; a device must be at least as large as the disk, and
-neither may be in use unless --force is given. What a device has behind the end
-of the disk is left as it is. A restore that was interrupted goes on where it
-stopped when it is run again.
+neither may be in use unless --force is given. A file that exists is replaced
+with --overwrite only. What a device has behind the end of the disk is left as
+it is. A restore that was interrupted goes on where it stopped when it is run
+again.
 
 --delta keeps what the target has and writes only what differs. With --base,
 the target is known to hold another recovery point (a disk to be rolled back,
@@ -57,6 +58,7 @@ compared. Without --base all of the target is read and compared.
 	}
 	fl := cmd.Flags()
 	fl.BoolVar(&f.force, "force", false, "overwrite a target that is mounted or in use otherwise")
+	fl.BoolVar(&f.overwrite, "overwrite", false, "replace a file that exists")
 	fl.BoolVar(&f.verify, "verify", false, "read the target back and compare")
 	fl.BoolVar(&f.delta, "delta", false, "write only what differs from what the target holds")
 	fl.StringVar(&f.base, "base", "", "recovery point that the target is known to hold (with --delta)")
@@ -136,11 +138,17 @@ func (a *app) restoreToDisk(ctx context.Context, repo *repository.Repository, p 
 	if opt.Journal, err = a.restoreJournal(path); err != nil {
 		return res, err
 	}
-	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+	info, err := os.Stat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		opt.Restart = true // a journal would be of a file that is gone
 		if opt.Delta {
 			return res, usagef("--delta changes what a target holds, but %s does not exist", path)
 		}
+	case err == nil && info.Mode().IsRegular() && info.Size() > 0 && !opt.Delta && !f.overwrite && !exists(opt.Journal):
+		// With a journal the file is, or is found not to be, that of a restore
+		// that was interrupted.
+		return res, fmt.Errorf("%w: %s: replace it with --overwrite, write only what differs with --delta, or choose another name", errTargetExists, path)
 	}
 	target, err := disk.OpenTarget(path, disk.TargetOptions{
 		Size: p.Size, Force: f.force, Keep: true,
@@ -156,6 +164,14 @@ func (a *app) restoreToDisk(ctx context.Context, repo *repository.Repository, p 
 		}
 	}
 	return backup.Restore(ctx, repo, p, target, opt)
+}
+
+// errTargetExists means that a restore would replace a file.
+var errTargetExists = errors.New("the target exists already")
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return path != "" && err == nil
 }
 
 // restoreJournal is where the restore to a target notes how far it is. The name

@@ -117,7 +117,18 @@ func TestRestoreCommand(t *testing.T) {
 	if out := mustRun(t, env, "restore", "shop/db@latest~1", "-").stdout; out != string(want) {
 		t.Error("standard output differs")
 	}
-	if out := mustRun(t, env, "restore", "shop/db@latest", target).stdout; !strings.Contains(out, "restored shop/db@") {
+	// What is there is not replaced unasked, nor cut.
+	if r := runVarve(t, env, "restore", "shop/db@latest", target); r.code != exitRefused || !strings.Contains(r.stderr, "--overwrite") {
+		t.Errorf("over a file that exists: exit code %d, %s", r.code, r.stderr)
+	}
+	sameFiles(t, target, old)
+	empty := filepath.Join(dir, "empty.img")
+	if err := os.WriteFile(empty, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	mustRun(t, env, "restore", "shop/db@latest", empty)
+	sameFiles(t, empty, disk)
+	if out := mustRun(t, env, "restore", "shop/db@latest", target, "--overwrite").stdout; !strings.Contains(out, "restored shop/db@") {
 		t.Errorf("printed %q", out)
 	}
 }

@@ -68,6 +68,7 @@ var exitCodes = []struct {
 	{backup.ErrNotBase, exitRefused},
 	{backup.ErrOtherRestore, exitRefused},
 	{backup.ErrTargetTooSmall, exitRefused},
+	{errTargetExists, exitRefused},
 	{disk.ErrMounted, exitRefused},
 	{disk.ErrTooSmall, exitRefused},
 	{errOtherVolume, exitUsage},

@@ -231,6 +231,9 @@ func TestKillRestore(t *testing.T) {
 	if r := s.run(args...); written > 0 && (r.code != 6 || !strings.Contains(r.stderr, "--restart")) {
 		t.Errorf("another target at the same place: exit code %d: %s", r.code, r.stderr)
 	}
+	if written > 0 && fileSize(t, target) != 1000 {
+		t.Error("a target that was refused was cut")
+	}
 	if err := os.Rename(target+".kept", target); err != nil {
 		t.Fatal(err)
 	}
@@ -245,6 +248,15 @@ func TestKillRestore(t *testing.T) {
 		t.Errorf("%d bytes were written again", again)
 	}
 	s.sameFile(target)
+}
+
+func fileSize(t *testing.T, path string) int64 {
+	t.Helper()
+	st, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return st.Size()
 }
 
 func remove(t *testing.T, path string) {

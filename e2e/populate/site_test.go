@@ -48,11 +48,28 @@ type site struct {
 	stores *store.Stores
 	ref    v1alpha1.StoreReference
 	image  string
+	stops  []func()
 }
 
 func newSite(t *testing.T) *site {
+	s := &site{}
+	// A directory that goes after the controller, which keeps connections in it.
+	dir, err := os.MkdirTemp("", "varve-e2e-stores-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(func() { // after the framework's, which deletes what takes a controller
+		for _, stop := range s.stops {
+			stop()
+		}
+	})
 	f := framework.New(t)
-	s := &site{F: f, varve: f.Namespace + "-v", image: f.VarveImage(), ref: v1alpha1.StoreReference{Kind: v1alpha1.StoreKindBackupStore, Name: f.Namespace}}
+	*s = site{F: f, varve: f.Namespace + "-v", image: f.VarveImage(), ref: v1alpha1.StoreReference{Kind: v1alpha1.StoreKindBackupStore, Name: f.Namespace}}
 	if err := v1alpha1.AddToScheme(f.Client.Scheme()); err != nil {
 		t.Fatal(err)
 	}
@@ -72,7 +89,7 @@ func newSite(t *testing.T) *site {
 		t.Fatal(err)
 	}
 	s.createStore(v1alpha1.Storage{S3: &v1alpha1.S3Storage{Bucket: f.Namespace, Endpoint: ip + ":7070", Region: "us-east-1", DisableTLS: true}})
-	s.stores = &store.Stores{Client: f.Client, Secrets: f.Client, Namespace: s.varve, Dir: t.TempDir()}
+	s.stores = &store.Stores{Client: f.Client, Secrets: f.Client, Namespace: s.varve, Dir: dir}
 	t.Cleanup(func() {
 		ctx := context.Background()
 		_, err := f.Cluster.Kubectl(ctx, nil, "delete", "namespace", s.varve, "--wait=false")
@@ -93,6 +110,7 @@ func (s *site) createStore(storage v1alpha1.Storage) {
 // run starts the reconcilers; the function it returns stops them.
 func (s *site) run(hook step.Hook) (stop func()) {
 	s.T.Helper()
+	ctrl.SetLogger(logr.Discard())
 	opts := ctrl.Options{
 		Scheme: s.Client.Scheme(), Metrics: server.Options{BindAddress: "0"}, LeaderElection: false, Logger: logr.Discard(),
 		Controller: config.Controller{SkipNameValidation: ptr(true)},
@@ -134,9 +152,7 @@ func (s *site) run(hook step.Hook) (stop func()) {
 		}
 		broadcaster.Shutdown()
 	}
-	s.T.Cleanup(func() {
-		s.T.Cleanup(stop) // after what the framework deletes, which needs the controller
-	})
+	s.stops = append(s.stops, stop)
 
 	return stop
 }

@@ -36,6 +36,11 @@ func (r *run) admit(ctx context.Context) (*step.Result, error) {
 	if !st.Writable() {
 		return nil, step.Terminal(v1alpha1.ReasonReadOnly, fmt.Errorf("%s is ReadOnly: it takes no backups", st.Key))
 	}
+	if st.Status.UniqueID == "" {
+		wait := step.Wait(v1alpha1.ReasonStoreNotReady, st.Key.String()+" was not reached yet: its own conditions say why", recheck)
+
+		return &wait, nil
+	}
 	pvc, err := r.claim(ctx)
 	if apierrors.IsNotFound(err) {
 		return nil, step.Terminal(v1alpha1.ReasonClaimNotFound, fmt.Errorf("there is no claim %s", r.vb.Spec.ClaimName))

@@ -149,30 +149,34 @@ func (r *run) dropSnapshots(ctx context.Context) (step.Result, error) {
 	return step.Done(), nil
 }
 
-// dropUnlabelled removes a snapshot that failed before it was taken over: its content
-// deletes it in the storage, by the class's policy or by ours.
+// dropUnlabelled removes a snapshot that was not taken over: its content deletes it in the
+// storage, whatever the class says.
 func (r *run) dropUnlabelled(ctx context.Context) (wait bool, err error) {
 	var vs snapshotv1.VolumeSnapshot
-	key := types.NamespacedName{Namespace: r.vb.Namespace, Name: originName(r.vb.UID)}
-	if err := r.Live.Get(ctx, key, &vs); err != nil {
+	if err := r.Live.Get(ctx, types.NamespacedName{Namespace: r.vb.Namespace, Name: originName(r.vb.UID)}, &vs); err != nil {
 		return false, client.IgnoreNotFound(err)
 	}
+
+	return r.dropOrigin(ctx, &vs, r.vb.UID)
+}
+
+func (b *Reconciler) dropOrigin(ctx context.Context, vs *snapshotv1.VolumeSnapshot, uid types.UID) (wait bool, err error) {
 	if vs.Status != nil && vs.Status.BoundVolumeSnapshotContentName != nil {
-		c, err := r.content(ctx, *vs.Status.BoundVolumeSnapshotContentName)
-		if err != nil {
+		var c snapshotv1.VolumeSnapshotContent
+		err := b.Live.Get(ctx, types.NamespacedName{Name: *vs.Status.BoundVolumeSnapshotContentName}, &c)
+		switch {
+		case client.IgnoreNotFound(err) != nil:
 			return false, err
-		}
-		if c != nil && c.Labels[mover.LabelRun] == string(r.vb.UID) {
+		case err == nil && c.Labels[mover.LabelRun] == string(uid):
 			return false, nil // dropContents has it
-		}
-		if c != nil && c.Spec.VolumeSnapshotRef.UID == vs.UID {
-			if err := r.setPolicy(ctx, c, snapshotv1.VolumeSnapshotContentDelete); err != nil {
+		case err == nil && c.Spec.VolumeSnapshotRef.UID == vs.UID:
+			if err := b.setPolicy(ctx, &c, snapshotv1.VolumeSnapshotContentDelete); err != nil {
 				return false, err
 			}
 		}
 	}
 
-	return r.deleteSnapshot(ctx, key)
+	return b.deleteSnapshot(ctx, client.ObjectKeyFromObject(vs))
 }
 
 // dropContents deletes the contents with the given labels and their snapshots, but for the

@@ -202,7 +202,7 @@ func (l *Leftovers) dropRun(ctx context.Context, uid types.UID, bases map[string
 	for i := range snapshots.Items {
 		if s := &snapshots.Items[i]; s.Name != keep || s.Namespace != l.Pods.Namespace {
 			left++
-			if _, err := l.deleteSnapshot(ctx, client.ObjectKeyFromObject(s)); err != nil {
+			if _, err := l.dropOrigin(ctx, s, uid); err != nil {
 				return left, err
 			}
 		}

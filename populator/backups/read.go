@@ -23,6 +23,10 @@ import (
 	"github.com/varve-io/varve/populator/store"
 )
 
+// startPatience is how long a mover may take to start: some storages take their time to make
+// a volume of a snapshot.
+const startPatience = 2 * time.Hour
+
 // read has a mover read the clone. An attempt that failed is made again where that may
 // help; one whose node was lost gets a clone of its own, as the last may be held there.
 func (r *run) read(ctx context.Context) (step.Result, error) {
@@ -69,6 +73,10 @@ func (r *run) read(ctx context.Context) (step.Result, error) {
 		}
 		if trouble != "" {
 			return step.Wait(v1alpha1.ReasonCloneFailed, "no volume was made of the snapshot yet: "+trouble, recheck), nil
+		}
+
+		if !state.Since.IsZero() && r.now().Sub(state.Since) > startPatience {
+			return step.Result{}, step.Terminal(v1alpha1.ReasonMoverFailed, fmt.Errorf("the mover did not start within %s: %s", startPatience, state.Waiting))
 		}
 
 		return step.Wait(v1alpha1.ReasonRunning, "the mover waits: "+state.Waiting, recheck), nil

@@ -9,7 +9,6 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
@@ -19,6 +18,7 @@ import (
 
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/populator/mover"
+	"github.com/varve-io/varve/populator/report"
 )
 
 // Setup has a manager run VolumeBackups, so many at once, and remove what runs left. Runs
@@ -45,7 +45,7 @@ func (b *Reconciler) Setup(mgr manager.Manager, workers int, wake <-chan event.G
 		Watches(&batchv1.Job{}, owner).
 		Watches(&snapshotv1.VolumeSnapshot{}, owner).
 		WatchesRawSource(source.Channel(wake, &handler.EnqueueRequestForObject{})).
-		WithOptions(controller.Options{MaxConcurrentReconciles: workers}).
+		WithOptions(report.Controller(workers)).
 		Complete(b)
 	if err != nil {
 		return fmt.Errorf("controller of VolumeBackups: %w", err)

@@ -13,6 +13,8 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/client-go/util/retry"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
@@ -37,6 +39,15 @@ const (
 
 // Reconcile looks at one claim.
 func (r *Claims) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, error) {
+	res, err := r.reconcile(ctx, req)
+	if apierrors.IsConflict(err) { // somebody wrote in between; nothing to speak of
+		return ctrl.Result{RequeueAfter: time.Second}, nil
+	}
+
+	return res, err
+}
+
+func (r *Claims) reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, error) {
 	var claim corev1.PersistentVolumeClaim
 	if err := r.Live.Get(ctx, req.NamespacedName, &claim); err != nil {
 		return ctrl.Result{}, client.IgnoreNotFound(err)
@@ -204,28 +215,40 @@ func (r *Claims) refuse(ctx context.Context, claim *corev1.PersistentVolumeClaim
 	return ctrl.Result{RequeueAfter: again}, nil
 }
 
-// noteResolved shows in the RecoverySource what a claim was resolved to.
+// noteResolved shows in the RecoverySource what a claim was resolved to. Claims of one
+// source are resolved at the same time: nobody's entry is lost, and nobody has to look
+// its point up again because of another's.
 func (r *Claims) noteResolved(ctx context.Context, claim *corev1.PersistentVolumeClaim, src *source, p Found) error {
 	if src.object == nil {
 		return nil
 	}
-	rs, old := src.object, src.object.DeepCopy()
-	list := slices.DeleteFunc(rs.Status.Resolved, func(c v1alpha1.ResolvedClaim) bool { return c.UID == claim.UID })
-	message := "claim " + claim.Name + " gets an empty volume"
-	if p.ID != "" {
-		list = append(list, v1alpha1.ResolvedClaim{Claim: claim.Name, UID: claim.UID, PointID: p.ID, PointTime: metav1.NewTime(p.Time)})
-		message = "claim " + claim.Name + " is filled from recovery point " + short(p.ID)
-	}
-	rs.Status.Resolved = list[max(0, len(list)-maxResolved):]
-	meta.SetStatusCondition(&rs.Status.Conditions, metav1.Condition{Type: v1alpha1.ConditionReady, Status: metav1.ConditionTrue,
-		Reason: v1alpha1.ReasonConnected, Message: message, ObservedGeneration: rs.Generation})
-	// Claims of one source are resolved at the same time: nobody's entry is lost.
-	if err := r.Client.Status().Patch(ctx, rs, client.MergeFromWithOptions(old, client.MergeFromWithOptimisticLock{})); err != nil {
+	err := retry.RetryOnConflict(crowd, func() error {
+		rs := &v1alpha1.RecoverySource{}
+		if err := r.Live.Get(ctx, client.ObjectKeyFromObject(src.object), rs); err != nil {
+			return client.IgnoreNotFound(err)
+		}
+		old := rs.DeepCopy()
+		list := slices.DeleteFunc(rs.Status.Resolved, func(c v1alpha1.ResolvedClaim) bool { return c.UID == claim.UID })
+		message := "claim " + claim.Name + " gets an empty volume"
+		if p.ID != "" {
+			list = append(list, v1alpha1.ResolvedClaim{Claim: claim.Name, UID: claim.UID, PointID: p.ID, PointTime: metav1.NewTime(p.Time)})
+			message = "claim " + claim.Name + " is filled from recovery point " + short(p.ID)
+		}
+		rs.Status.Resolved = list[max(0, len(list)-maxResolved):]
+		meta.SetStatusCondition(&rs.Status.Conditions, metav1.Condition{Type: v1alpha1.ConditionReady, Status: metav1.ConditionTrue,
+			Reason: v1alpha1.ReasonConnected, Message: message, ObservedGeneration: rs.Generation})
+
+		return r.Client.Status().Patch(ctx, rs, client.MergeFromWithOptions(old, client.MergeFromWithOptimisticLock{}))
+	})
+	if err != nil {
 		return fmt.Errorf("write what claim %s was resolved to: %w", claim.Name, err)
 	}
 
 	return nil
 }
+
+// crowd is how often, and with which pauses, a write is tried that many want to do.
+var crowd = wait.Backoff{Steps: 20, Duration: 10 * time.Millisecond, Factor: 1.3, Jitter: 1}
 
 // dropFinalizer takes a finalizer off an object.
 func (d *Deps) dropFinalizer(ctx context.Context, o client.Object, name string) error {

@@ -31,6 +31,8 @@ type State struct {
 	Phase Phase
 	// Result if it Ended. One that left no result behind is given one here.
 	Result Result
+	// Since when there is the Job.
+	Since time.Time
 	// Ended is when, if it did and that is known.
 	Ended time.Time
 	// Lost says that the pod's node does not answer: its volume may be held there.
@@ -63,7 +65,10 @@ func Look(ctx context.Context, r client.Reader, namespace, name string) (State, 
 		}
 	}
 
-	return judge(&job, pod), nil
+	s := judge(&job, pod)
+	s.Since = job.CreationTimestamp.Time
+
+	return s, nil
 }
 
 func judge(job *batchv1.Job, pod *corev1.Pod) State {

@@ -12,9 +12,9 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
+	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/varve-io/varve/api/v1alpha1"
@@ -52,9 +52,9 @@ func (w *Watch) Setup(mgr manager.Manager, workers int) error {
 	})
 	err := builder.ControllerManagedBy(mgr).Named("protectedvolume").
 		For(&v1alpha1.ProtectedVolume{}).
-		Watches(&corev1.PersistentVolumeClaim{}, ofClaim).
+		Watches(&corev1.PersistentVolumeClaim{}, ofClaim, builder.WithPredicates(predicate.Funcs{UpdateFunc: selectionChanged})).
 		Watches(&v1alpha1.VolumeBackup{}, ofRun).
-		WithOptions(controller.Options{MaxConcurrentReconciles: workers}).
+		WithOptions(report.Controller(workers)).
 		Complete(w)
 	if err != nil {
 		return fmt.Errorf("controller of ProtectedVolumes: %w", err)
@@ -95,12 +95,12 @@ func (w *Watch) Reconcile(ctx context.Context, req reconcile.Request) (reconcile
 	}
 	changed = w.judge(ctx, &pv, gone) || changed
 	if changed {
-		if err := w.Client.Status().Update(ctx, &pv); err != nil {
+		if err := client.IgnoreNotFound(w.Client.Status().Update(ctx, &pv)); err != nil {
 			if apierrors.IsConflict(err) {
 				return reconcile.Result{RequeueAfter: time.Second}, nil
 			}
 
-			return reconcile.Result{}, fmt.Errorf("status of ProtectedVolume %s: %w", req, client.IgnoreNotFound(err))
+			return reconcile.Result{}, fmt.Errorf("status of ProtectedVolume %s: %w", req, err)
 		}
 	}
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -17,7 +18,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/controller"
+	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
@@ -70,15 +71,22 @@ func (p *Reconciler) Setup(mgr manager.Manager, workers int) error {
 	})
 	err := builder.ControllerManagedBy(mgr).Named("backuppolicy").
 		For(&v1alpha1.BackupPolicy{}, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
-		Watches(&corev1.PersistentVolumeClaim{}, all, builder.WithPredicates(predicate.Or(predicate.LabelChangedPredicate{}, predicate.ResourceVersionChangedPredicate{}))).
-		Watches(&v1alpha1.VolumeBackup{}, all).
-		WithOptions(controller.Options{MaxConcurrentReconciles: workers}).
+		Watches(&corev1.PersistentVolumeClaim{}, all, builder.WithPredicates(predicate.Funcs{UpdateFunc: selectionChanged})).
+		WithOptions(report.Controller(workers)).
 		Complete(p)
 	if err != nil {
 		return fmt.Errorf("controller of BackupPolicies: %w", err)
 	}
 
 	return nil
+}
+
+// selectionChanged says whether an update of a claim can change which policies cover it.
+func selectionChanged(e event.UpdateEvent) bool {
+	was, ok1 := e.ObjectOld.(*corev1.PersistentVolumeClaim)
+	is, ok2 := e.ObjectNew.(*corev1.PersistentVolumeClaim)
+
+	return !ok1 || !ok2 || was.Status.Phase != is.Status.Phase || (was.DeletionTimestamp == nil) != (is.DeletionTimestamp == nil) || !maps.Equal(was.Labels, is.Labels)
 }
 
 // Reconcile starts what is due of a policy.
@@ -97,12 +105,12 @@ func (p *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		return reconcile.Result{}, err
 	}
 	if !equal(was, &policy.Status) {
-		if err := p.Client.Status().Update(ctx, &policy); err != nil {
+		if err := client.IgnoreNotFound(p.Client.Status().Update(ctx, &policy)); err != nil {
 			if apierrors.IsConflict(err) {
 				return reconcile.Result{RequeueAfter: time.Second}, nil
 			}
 
-			return reconcile.Result{}, fmt.Errorf("status of BackupPolicy %s: %w", req, client.IgnoreNotFound(err))
+			return reconcile.Result{}, fmt.Errorf("status of BackupPolicy %s: %w", req, err)
 		}
 	}
 	after := maxWait
@@ -344,7 +352,7 @@ func labelValue(name string) string {
 func (p *Reconciler) protectedVolume(ctx context.Context, policy *v1alpha1.BackupPolicy, pvc *corev1.PersistentVolumeClaim) (*v1alpha1.ProtectedVolume, error) {
 	key := types.NamespacedName{Namespace: pvc.Namespace, Name: backups.ProtectedVolumeName(pvc.Name, policy.Spec.StoreRef)}
 	var pv v1alpha1.ProtectedVolume
-	err := p.Live.Get(ctx, key, &pv)
+	err := p.Client.Get(ctx, key, &pv)
 	if apierrors.IsNotFound(err) {
 		pv = v1alpha1.ProtectedVolume{
 			ObjectMeta: metav1.ObjectMeta{Namespace: key.Namespace, Name: key.Name},

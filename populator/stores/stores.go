@@ -18,7 +18,6 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
@@ -81,7 +80,7 @@ func (k *Keeper) Setup(mgr manager.Manager, workers int) error {
 		}[kind]).
 			For(o, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 			Watches(&batchv1.Job{}, owner).
-			WithOptions(controller.Options{MaxConcurrentReconciles: workers}).
+			WithOptions(report.Controller(workers)).
 			Complete(reconcile.Func(func(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
 				return k.Reconcile(ctx, store.Key{Kind: kind, Namespace: req.Namespace, Name: req.Name})
 			}))
@@ -190,8 +189,8 @@ func (k *Keeper) save(ctx context.Context, st *store.Store, status *v1alpha1.Rep
 	case *v1alpha1.Repository:
 		o.Status = *status
 	}
-	if err := k.Client.Status().Update(ctx, st.Object); err != nil {
-		return fmt.Errorf("write status of %s: %w", st.Key, client.IgnoreNotFound(err))
+	if err := client.IgnoreNotFound(k.Client.Status().Update(ctx, st.Object)); err != nil {
+		return fmt.Errorf("write status of %s: %w", st.Key, err)
 	}
 
 	return nil

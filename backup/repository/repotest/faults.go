@@ -8,6 +8,7 @@ import (
 	"io"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/kopia/kopia/repo/blob"
 	"github.com/kopia/kopia/repo/blob/filesystem"
@@ -41,6 +42,8 @@ type Fault struct {
 
 	Err      error         // answered instead of the result; ErrInjected when nothing else is set
 	Hold     chan struct{} // the operation waits until it is closed, or its context ends
+	Deaf     bool          // Hold goes on when the context ends, as a system call does
+	Delay    time.Duration // the operation takes so much longer
 	Entered  chan struct{} // closed when the first operation is hit
 	Truncate int64         // bytes cut off the end
 	FlipBit  int64         // bit to flip, counted from the start of what is transferred, plus one
@@ -49,7 +52,7 @@ type Fault struct {
 }
 
 func (f *Fault) silent() bool {
-	return f.Hold != nil || f.Entered != nil || f.Truncate > 0 || f.FlipBit > 0 || f.Lose || f.Hide
+	return f.Hold != nil || f.Delay > 0 || f.Entered != nil || f.Truncate > 0 || f.FlipBit > 0 || f.Lose || f.Hide
 }
 
 // Faults injects faults into the storage of one connection. Safe for
@@ -128,8 +131,21 @@ func (f *Fault) apply(ctx context.Context, op Op, id blob.ID) error {
 		return nil
 	}
 	if f.Hold != nil {
+		done := ctx.Done()
+		if f.Deaf {
+			done = nil
+		}
 		select {
 		case <-f.Hold:
+		case <-done:
+			return ctx.Err()
+		}
+	}
+	if f.Delay > 0 {
+		timer := time.NewTimer(f.Delay)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
 		case <-ctx.Done():
 			return ctx.Err()
 		}

@@ -38,10 +38,30 @@ type Repo struct {
 	rewrites    atomic.Int64
 }
 
+// memory is a file system in memory, on Linux.
+const memory = "/dev/shm"
+
+// Dir makes a directory for a repository that goes when the test ends: in
+// memory where that can be had, for a repository syncs every blob, and a suite
+// that makes hundreds would wait for the disk most of its time.
+func Dir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp(memory, "varve-test-*")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Errorf("remove a test's repository: %v", err)
+		}
+	})
+	return dir
+}
+
 // New makes a repository the way "varve repo create filesystem" does.
 func New(t testing.TB) *Repo {
 	t.Helper()
-	dir := t.TempDir()
+	dir := Dir(t)
 	r := &Repo{Dir: filepath.Join(dir, "blobs"), ConfigFile: filepath.Join(dir, "config", "repository.config")}
 	if err := repository.CreateFilesystem(t.Context(), r.Dir, r.ConfigFile, Password); err != nil {
 		t.Fatalf("create repository: %v", err)

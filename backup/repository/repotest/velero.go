@@ -2,6 +2,7 @@ package repotest
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"os"
@@ -75,7 +76,7 @@ func (r *Repo) Connect(t testing.TB) {
 func (r *Repo) WriteVelero(t testing.TB, device string, data []byte, parent *VeleroSnapshot) *VeleroSnapshot {
 	t.Helper()
 	out := &VeleroSnapshot{data: bytes.Clone(data)}
-	r.with(t, r.veleroConfig, time.Now, func(ctx context.Context, w repo.DirectRepositoryWriter) error {
+	r.with(t, cmp.Or(r.veleroConfig, r.ConfigFile), time.Now, func(ctx context.Context, w repo.DirectRepositoryWriter) error {
 		put := func(p []byte, prefix string) (object.ID, error) {
 			ow := w.NewObjectWriter(ctx, object.WriterOptions{Prefix: content.IDPrefix(prefix), Splitter: "FIXED-8M"})
 			defer ow.Close()
@@ -141,6 +142,30 @@ func (r *Repo) WriteVelero(t testing.TB, device string, data []byte, parent *Vel
 		return err
 	})
 	return out
+}
+
+// WriteFile adds a snapshot of a single file as stock Kopia makes it, and
+// returns the ID of its manifest.
+func (r *Repo) WriteFile(t testing.TB, source repository.Source, data []byte) string {
+	t.Helper()
+	var manifest string
+	r.Write(t, func(ctx context.Context, w repo.DirectRepositoryWriter) error {
+		oid, err := writeObject(ctx, w, Object{Data: data})
+		if err != nil {
+			return err
+		}
+		now := fs.UTCTimestampFromTime(w.Time())
+		id, err := snapshot.SaveSnapshot(ctx, w, &snapshot.Manifest{
+			Source:    snapshot.SourceInfo{UserName: source.User, Host: source.Host, Path: source.Path},
+			StartTime: now, EndTime: now,
+			RootEntry: &snapshot.DirEntry{
+				Name: "disk.img", Type: snapshot.EntryTypeFile, Permissions: 0o600, FileSize: int64(len(data)), ModTime: now, ObjectID: oid,
+			},
+		})
+		manifest = string(id)
+		return err
+	})
+	return manifest
 }
 
 // VeleroSnapshot is a snapshot that WriteVelero wrote.

@@ -1,0 +1,159 @@
+package backup
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/backup/repository/repotest"
+)
+
+// TestOpenHangingStorage opens a repository whose storage takes a request and
+// never answers, whether or not it heeds being told to stop: one sentence says
+// so once the time is up.
+func TestOpenHangingStorage(t *testing.T) {
+	for _, row := range []struct {
+		name  string
+		fault repotest.Fault
+	}{
+		{"format", repotest.Fault{Op: repotest.Get, Prefix: "kopia"}},
+		{"format, deaf", repotest.Fault{Op: repotest.Get, Prefix: "kopia", Deaf: true}},
+		{"indexes", repotest.Fault{Op: repotest.List}},
+		{"indexes, deaf", repotest.Fault{Op: repotest.List, Deaf: true}},
+		{"manifests", repotest.Fault{Op: repotest.Get, Prefix: "q"}},
+		{"manifests, deaf", repotest.Fault{Op: repotest.Get, Prefix: "q", Deaf: true}},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			conf, f := repotest.New(t).ConnectFaulty(t)
+			row.fault.Hold, row.fault.Entered = make(chan struct{}), make(chan struct{})
+			row.fault.Err = repotest.ErrInjected
+			f.Add(row.fault)
+			r, err := repository.Open(t.Context(), repository.OpenOptions{
+				ConfigFile: conf, Password: repotest.Password, Timeout: 200 * time.Millisecond,
+			})
+			if err == nil {
+				t.Fatal(errors.Join(errors.New("it opened"), r.Close(t.Context())))
+			}
+			<-row.fault.Entered
+			close(row.fault.Hold)
+			if !errors.Is(err, repository.ErrUnreachable) || !strings.Contains(err.Error(), "does not answer") || strings.Contains(err.Error(), "\n") {
+				t.Errorf("open: %v", err)
+			}
+		})
+	}
+}
+
+// TestOpenIsInterrupted gives up an open that hangs when its context ends.
+func TestOpenIsInterrupted(t *testing.T) {
+	for _, deaf := range []bool{false, true} {
+		conf, f := repotest.New(t).ConnectFaulty(t)
+		hold, entered := make(chan struct{}), make(chan struct{})
+		f.Add(repotest.Fault{Op: repotest.Get, Hold: hold, Entered: entered, Deaf: deaf, Err: repotest.ErrInjected})
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() {
+			<-entered
+			cancel()
+		}()
+		_, err := repository.Open(ctx, repository.OpenOptions{ConfigFile: conf, Password: repotest.Password})
+		close(hold)
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("deaf %v: %v", deaf, err)
+		}
+	}
+}
+
+// TestBackupWithSlowStorage has every operation of storage take its time.
+func TestBackupWithSlowStorage(t *testing.T) {
+	t.Parallel()
+	s := newFaultSite(t)
+	s.f.Add(repotest.Fault{Delay: 20 * time.Millisecond})
+	s.change()
+	s.backup(s.faulty)
+	p := mustList(t, s.faulty).Latest(testVolume)
+	if got, err := s.restored(s.faulty, p); err != nil || !bytes.Equal(got, s.want[p.ID]) {
+		t.Errorf("restore: %v", err)
+	}
+	s.f.Clear()
+	s.check()
+}
+
+// TestInterruptWhileStorageHangs cancels a backup whose storage took a write and
+// does not answer: it ends, and the next one works.
+func TestInterruptWhileStorageHangs(t *testing.T) {
+	for _, prefix := range []string{"p", "q", "x"} {
+		t.Run(prefix, func(t *testing.T) {
+			t.Parallel()
+			s := newFaultSite(t)
+			conf, f := s.repo.ConnectFaulty(t)
+			hanging, err := repository.Open(t.Context(), repository.OpenOptions{
+				ConfigFile: conf, Password: repotest.Password, Grace: 100 * time.Millisecond,
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			entered := make(chan struct{})
+			f.Add(repotest.Fault{Op: repotest.Put, Prefix: prefix, Hold: make(chan struct{}), Entered: entered})
+			ctx, cancel := context.WithCancel(t.Context())
+			go func() {
+				<-entered
+				cancel()
+			}()
+			s.change()
+			_, _, err = Run(ctx, hanging, s.options())
+			if !errors.Is(err, context.Canceled) {
+				t.Errorf("backup: %v", err)
+			}
+			f.Clear()
+			if err := hanging.Close(t.Context()); err != nil {
+				t.Error(err)
+			}
+			s.backup(s.clean)
+			s.check()
+		})
+	}
+}
+
+// TestInterruptKeepsWhatWasStored cancels a backup that has stored blocks: they
+// are found by the next run, which uploads the rest only.
+func TestInterruptKeepsWhatWasStored(t *testing.T) {
+	t.Parallel()
+	s := newFaultSite(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	opt := s.options()
+	opt.Full, opt.Volume = true, Volume{Namespace: "shop", Name: "new", Cluster: "test"}
+	opt.Workers = 1 // what is in work when the second segment ends is no part of the first
+	data := make([]byte, 3*blocktree.SegmentSize)
+	for i := range 3 {
+		copy(data[i*blocktree.SegmentSize:], randomBytes(s.rng, 2<<20))
+	}
+	opt.Disk = &memDisk{data: data}
+	ends := 0
+	opt.step = func(step string) {
+		if step != "segment" {
+			return
+		}
+		if ends++; ends == 2 {
+			cancel()
+		}
+	}
+	if _, _, err := Run(ctx, s.faulty, opt); !errors.Is(err, context.Canceled) {
+		t.Fatalf("backup: %v", err)
+	}
+	if n := len(mustList(t, s.clean).Incomplete()); n != 1 {
+		t.Fatalf("%d incomplete points", n)
+	}
+	opt.step = nil
+	_, rec, err := Run(t.Context(), s.clean, opt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if rec.Stats.Uploaded > 9<<19 { // two of three parts, and indexes
+		t.Errorf("the next run uploaded %d bytes", rec.Stats.Uploaded)
+	}
+}
