@@ -117,7 +117,7 @@ func explain(ctx context.Context, place string, err error) error {
 		return say(ErrWrongPassword, "%s refuses user or password: give the password of that user on the server, and check that the user exists there", place)
 	case errors.Is(err, repo.ErrRepositoryUnavailableDueToUpgradeInProgress):
 		return say(ErrUpgradeInProgress, "the repository in %s is locked by a Kopia client that upgrades its format: wait until it has ended, or, if it was abandoned, run 'kopia repository upgrade rollback'", place)
-	case has("can't handle repositories created using version", "does not support feature", "index version"):
+	case has("can't handle repositories created using version", "does not support feature", "index version", "unsupported key derivation algorithm"):
 		return say(ErrNewerFormat, "the repository in %s was made by a newer version of Kopia (%s): use a newer varve", place, brief(err))
 	case errors.Is(err, repo.ErrRepositoryNotInitialized), has("unable to read format blob") && errors.Is(err, blob.ErrBlobNotFound):
 		return say(ErrNotInitialized, "there is no repository in %s: check the place, or make one with 'varve repo create'", place)

@@ -107,11 +107,12 @@ func TestFileCommands(t *testing.T) {
 	}
 }
 
-// buildVarve makes the program, for tests of processes.
+// buildVarve makes the program, for tests of processes. The tag is Kopia's: it opens
+// what tests with that tag make, and all else.
 func buildVarve(t *testing.T) string {
 	t.Helper()
 	program := filepath.Join(t.TempDir(), "varve")
-	diskfstest.Run(t, "go", "build", "-o", program, ".")
+	diskfstest.Run(t, "go", "build", "-tags", "testing", "-o", program, ".")
 	return program
 }
 

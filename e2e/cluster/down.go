@@ -7,9 +7,12 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/varve-io/varve/e2e/cluster/supervisor"
 )
@@ -85,17 +88,40 @@ func killAndWait(ctx context.Context, pid int) error {
 	})
 }
 
-// loopDevices are those whose file lies below prefix.
+// loopDevices are those whose file lies below prefix, and those that stand on them:
+// a kubelet keeps a block volume's device open by a loop device over it, and while
+// that one lives the lower one stays.
 func loopDevices(ctx context.Context, prefix string) ([]string, error) {
-	out, err := run(ctx, "losetup", "-n", "-l", "-O", "NAME,BACK-FILE")
+	// The file comes last, for it may hold spaces. That of a device in a node's own
+	// mount namespace reads as "/" once the namespace has gone: what names it then is
+	// the inode of the device node.
+	out, err := run(ctx, "losetup", "-n", "-l", "-O", "NAME,BACK-MAJ:MIN,BACK-INO,BACK-FILE")
 	if err != nil {
 		return nil, err
 	}
 	var devices []string
+	type inode struct{ fs, ino string }
+	above := map[inode][]string{}
 	for line := range strings.Lines(out) {
-		if dev, file, ok := strings.Cut(strings.TrimSpace(line), " "); ok && strings.HasPrefix(strings.TrimSpace(file), prefix) {
-			devices = append(devices, dev)
+		f := strings.Fields(line)
+		if len(f) < 4 {
+			continue
 		}
+		if strings.HasPrefix(strings.Join(f[3:], " "), prefix) {
+			devices = append(devices, f[0])
+		} else {
+			lower := inode{f[1], f[2]}
+			above[lower] = append(above[lower], f[0])
+		}
+	}
+	for i := 0; i < len(devices); i++ {
+		var st unix.Stat_t
+		if err := unix.Stat(devices[i], &st); err != nil {
+			return nil, fmt.Errorf("%s: %w", devices[i], err)
+		}
+		node := inode{fmt.Sprintf("%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev)), strconv.FormatUint(st.Ino, 10)}
+		devices = append(devices, above[node]...)
+		delete(above, node)
 	}
 	return devices, nil
 }

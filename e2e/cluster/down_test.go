@@ -1,0 +1,64 @@
+package cluster
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// What a crash leaves of a block volume: the driver's loop device, held by the
+// kubelet's loop device over it.
+func TestDetachStackedLoopDevices(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("loop devices need root")
+	}
+	dir := t.TempDir()
+	attach := func(file string) string {
+		t.Helper()
+		dev, err := run(t.Context(), "losetup", "--find", "--show", file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _, _ = run(context.WithoutCancel(t.Context()), "losetup", "-d", dev) })
+		return strings.TrimSpace(dev)
+	}
+	file := func(name string) string {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, make([]byte, 1<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	if err := os.Mkdir(filepath.Join(dir, "run"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	lower := attach(file("run/volume.img"))
+	upper := attach(lower)
+	other := attach(file("other.img"))
+
+	found, err := loopDevices(t.Context(), filepath.Join(dir, "run")+"/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(found)
+	want := []string{lower, upper}
+	slices.Sort(want)
+	if !slices.Equal(found, want) {
+		t.Fatalf("found %v, want %v", found, want)
+	}
+	if err := detachLoops(t.Context(), found); err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range want {
+		if _, err := run(t.Context(), "losetup", d); err == nil {
+			t.Errorf("%s is still attached", d)
+		}
+	}
+	if _, err := run(t.Context(), "losetup", other); err != nil {
+		t.Errorf("%s was detached: %v", other, err)
+	}
+}
