@@ -6,7 +6,6 @@ import (
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/api/resource"
 
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/e2e/framework"
@@ -108,38 +107,6 @@ func TestRefusals(t *testing.T) {
 		s.restoreClaim(r.restored)
 		t.Log(s.waitEvent(name, r.reason))
 		s.pending(name)
-	}
-}
-
-// A StatefulSet of twenty replicas whose template names one source fills all claims,
-// each from its own volume.
-func TestTwentyAtOnce(t *testing.T) {
-	t.Parallel()
-	s := newSite(t)
-	s.CreateClaim(framework.Claim{Name: "data", Mode: framework.Filesystem, Size: "32Mi"})
-	s.filePod("writer", "data")
-	s.Exec("writer", "echo layer > /data/a; sync")
-	s.backup("first", "data", nil)
-	s.source("latest", func(rs *v1alpha1.RecoverySource) { rs.Spec.From.Volume = "data" })
-	const many = 20
-	for i := range many {
-		s.restoreClaim(restored{Claim: framework.Claim{Name: fmt.Sprintf("copy-%d", i), Mode: framework.Filesystem, Size: "32Mi"}, Source: "latest"})
-	}
-	var pvc corev1.PersistentVolumeClaim
-	for i := range many {
-		s.WaitBound(fmt.Sprintf("copy-%d", i))
-	}
-	s.filePod("reader", "copy-0", "copy-19")
-	for _, dir := range []string{"/copy-0", "/copy-19"} {
-		if got := s.Exec("reader", "cat "+dir+"/a"); got != "layer" {
-			t.Errorf("%s has %q", dir, got)
-		}
-	}
-	if err := s.Client.Get(t.Context(), s.Key("copy-7"), &pvc); err != nil {
-		t.Fatal(err)
-	}
-	if want := resource.MustParse("32Mi"); pvc.Status.Capacity.Storage().Cmp(want) != 0 {
-		t.Errorf("the claim has %s", pvc.Status.Capacity.Storage())
 	}
 }
 
