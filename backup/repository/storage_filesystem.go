@@ -11,6 +11,9 @@ import (
 // Filesystem keeps the repository in a directory.
 type Filesystem struct {
 	Path string
+	// Group gives the files' group what their owner has, for processes of several users
+	// that share the directory. The processes' umask has to let it.
+	Group bool
 }
 
 func (s *Filesystem) validate() error {
@@ -24,6 +27,10 @@ func (s *Filesystem) validate() error {
 }
 
 func (s *Filesystem) options() *filesystem.Options {
+	if s.Group {
+		return &filesystem.Options{Path: s.Path, FileMode: 0o660, DirectoryMode: 0o770}
+	}
+
 	return &filesystem.Options{Path: s.Path, FileMode: 0o600, DirectoryMode: 0o700}
 }
 

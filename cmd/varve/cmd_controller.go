@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"os"
+	"syscall"
 	"time"
 
 	"github.com/go-logr/logr"
@@ -131,6 +132,7 @@ func (a *app) controller(ctx context.Context, f controllerFlags) error {
 	}
 	cfg.QPS, cfg.Burst = 50, 100
 	cfg.UserAgent = "varve-controller/" + opt.Version
+	syscall.Umask(storeUmask)
 	ctrllog.SetLogger(logr.FromSlogHandler(a.log.Handler()))
 	mgr, err := populator.New(cfg, opt)
 	if err != nil {

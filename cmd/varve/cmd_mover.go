@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -36,6 +37,10 @@ result goes to the container's termination message.`,
 	return cmd
 }
 
+// storeUmask lets controller and movers, which are of one group, share a repository on a
+// claim.
+const storeUmask = 0o007
+
 func (a *app) mover(cmd *cobra.Command, action mover.Action) error {
 	text, _ := a.lookupEnv(mover.TaskVariable)
 	task, err := mover.DecodeTask(text)
@@ -45,6 +50,7 @@ func (a *app) mover(cmd *cobra.Command, action mover.Action) error {
 	if task.Action != action {
 		return usagef("$%s is for %s, not %s", mover.TaskVariable, task.Action, action)
 	}
+	syscall.Umask(storeUmask)
 	e := work.Pod(diskfs.Probe, readVersion().Version)
 	e.Log = a.stdout
 	res := work.Run(cmd.Context(), e, task)

@@ -77,7 +77,8 @@ func (s *site) mover(role string) *corev1.Pod {
 func (s *site) ownStore(perSecond string) (server *corev1.Pod, store string) {
 	s.T.Helper()
 	user, yes := int64(65532), true
-	s.CreatePod(framework.Pod{Name: "s3", Change: func(p *corev1.Pod) {
+	// Not on a node that a test may lose.
+	s.CreatePod(framework.Pod{Name: "s3", Node: s.Cluster.Control().Name, Change: func(p *corev1.Pod) {
 		p.Spec.SecurityContext = &corev1.PodSecurityContext{RunAsUser: &user, RunAsGroup: &user, FSGroup: &user, RunAsNonRoot: &yes}
 		p.Spec.Volumes = []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}}}
 		c := &p.Spec.Containers[0]

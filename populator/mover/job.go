@@ -77,7 +77,7 @@ type Job struct {
 	Affinity *corev1.NodeAffinity
 }
 
-// nonRootID is the image's user.
+// nonRootID is the image's user and group, which the controller runs as.
 const nonRootID = 65532
 
 // nodeLostSeconds is how long a pod stays on a node that does not answer.
@@ -95,6 +95,7 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 		labels[k] = v
 	}
 	yes, no, none, once := true, false, int32(0), int32(1)
+	onMismatch := corev1.FSGroupChangeOnRootMismatch
 	user := int64(0)
 	if p.NonRoot {
 		user = nonRootID
@@ -142,7 +143,9 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 				Audience: j.TokenAudience, ExpirationSeconds: &seconds, Path: path.Base(TokenFile)}}},
 		}}})
 	}
+	group := user
 	if v := j.StoreVolume; v != nil {
+		group = nonRootID // what is written is the controller's to read, and the other way round
 		c.VolumeMounts = append(c.VolumeMounts, corev1.VolumeMount{Name: "volume", MountPath: VolumeDir})
 		volumes = append(volumes, corev1.Volume{Name: "volume", VolumeSource: corev1.VolumeSource{
 			PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: v.ClaimName}}})
@@ -150,12 +153,15 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 	spec := corev1.PodSpec{
 		RestartPolicy: corev1.RestartPolicyNever, ServiceAccountName: account, AutomountServiceAccountToken: &no, EnableServiceLinks: &no,
 		SecurityContext: &corev1.PodSecurityContext{
-			RunAsUser: &user, RunAsGroup: &user, RunAsNonRoot: &p.NonRoot,
+			RunAsUser: &user, RunAsGroup: &group, RunAsNonRoot: &p.NonRoot,
 			SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
 		},
 		Containers: []corev1.Container{c}, Volumes: volumes,
 		ImagePullSecrets: p.PullSecrets, NodeSelector: p.NodeSelector, PriorityClassName: p.PriorityClass,
 		Tolerations: append(nodeLost(), p.Tolerations...),
+	}
+	if j.StoreVolume != nil {
+		spec.SecurityContext.FSGroup, spec.SecurityContext.FSGroupChangePolicy = &group, &onMismatch
 	}
 	if j.Affinity != nil {
 		spec.Affinity = &corev1.Affinity{NodeAffinity: j.Affinity}

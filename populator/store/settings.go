@@ -155,7 +155,8 @@ func (s Settings) storage(c Credentials, volumeDir string) (repository.Storage, 
 			return nil, fmt.Errorf("%w: volume.path %q leads out of the claim", ErrSpec, st.Volume.Path)
 		}
 
-		return &repository.Filesystem{Path: filepath.Join(volumeDir, filepath.FromSlash(st.Volume.Path))}, nil
+		// Controller and movers are of different users, and of one group.
+		return &repository.Filesystem{Path: filepath.Join(volumeDir, filepath.FromSlash(st.Volume.Path)), Group: true}, nil
 	}
 
 	return nil, fmt.Errorf("%w: it names no storage", ErrSpec)
