@@ -200,6 +200,7 @@ func Reason(err error) (reason string, again bool) {
 		{ErrOtherRepository, v1alpha1.ReasonOtherRepository, false},
 		{ErrSpec, v1alpha1.ReasonInvalidSpec, false},
 		{ErrNone, v1alpha1.ReasonNoRecoveryPoint, false},
+		{ErrNoMatch, v1alpha1.ReasonNoRecoveryPoint, false},
 		{repository.ErrInvalidOptions, v1alpha1.ReasonInvalidSpec, false},
 		{repository.ErrWrongPassword, v1alpha1.ReasonWrongPassword, false},
 		{repository.ErrReplaced, v1alpha1.ReasonOtherRepository, false},
