@@ -42,6 +42,11 @@ func (s *Stores) Credentials(ctx context.Context, st *Store) (Credentials, error
 	if c.Password() == "" {
 		return nil, fmt.Errorf("%w: Secret %s has no key %s, the repository's password", ErrCredentials, key, KeyPassword)
 	}
+	if st.Tenancy == nil {
+		if err := checkTenant(st.Spec, c); err != nil {
+			return nil, fmt.Errorf("%s: %w", st.Key, err)
+		}
+	}
 
 	return c, nil
 }
