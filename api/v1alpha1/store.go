@@ -169,6 +169,8 @@ type BackupStoreList struct {
 // +kubebuilder:printcolumn:name="Contact",type=date,JSONPath=`.status.lastContact`
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 // +kubebuilder:validation:XValidation:rule="!has(self.spec.storage.volume)",message="a claim as storage is for BackupStores only"
+// +kubebuilder:validation:XValidation:rule="!has(self.spec.storage.rclone)",message="rclone is for BackupStores only"
+// +kubebuilder:validation:XValidation:rule="!has(self.spec.serviceAccountName)",message="a service account of Varve's namespace is for BackupStores only"
 type Repository struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata,omitempty"`

@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -56,6 +57,9 @@ type Reconciler struct {
 	Version         string
 	// Now is the clock; nil for the machine's.
 	Now func() time.Time
+
+	resume  sync.Mutex
+	resumed bool
 }
 
 // DefaultTTL is how long a finished run's object stays.
@@ -98,6 +102,9 @@ func (b *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	if Abandon.has(at) {
 		list = Abandon
 	}
+	if err := b.resumeAll(ctx); err != nil {
+		return reconcile.Result{}, err
+	}
 	if at == "" {
 		if wait, err := r.admit(ctx); err != nil || wait != nil {
 			return r.settle(ctx, wait, err)
@@ -113,6 +120,28 @@ func (b *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	}
 
 	return r.settle(ctx, &res, err)
+}
+
+// resumeAll gives the runs that another process began their places back before this one
+// gives any away: runs of a claim take turns, and limits hold, across a restart.
+func (b *Reconciler) resumeAll(ctx context.Context) error {
+	b.resume.Lock()
+	defer b.resume.Unlock()
+	if b.resumed {
+		return nil
+	}
+	var runs v1alpha1.VolumeBackupList
+	if err := b.Live.List(ctx, &runs); err != nil {
+		return fmt.Errorf("list the runs under way: %w", err)
+	}
+	for i := range runs.Items {
+		if vb := &runs.Items[i]; vb.Status.Step != "" && !finished(vb) && vb.DeletionTimestamp == nil {
+			b.Queue.Resume((&run{Reconciler: b, vb: vb}).ticket())
+		}
+	}
+	b.resumed = true
+
+	return nil
 }
 
 // settle writes down why a run waits, or gives it up.

@@ -15,6 +15,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/step"
 )
 
@@ -126,6 +127,12 @@ func (r *run) contentOf(ctx context.Context, vs *snapshotv1.VolumeSnapshot) (*sn
 	if c.Spec.VolumeSnapshotRef.UID != vs.UID {
 		return nil, nil, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("VolumeSnapshotContent %s belongs to another snapshot", name))
 	}
+	// A claim that was deleted and made again has the same name and another volume. The
+	// content of a twin, made for a handle, does not name the volume.
+	if h := c.Spec.Source.VolumeHandle; h != nil && *h != r.vb.Status.VolumeHandle {
+		return nil, nil, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf(
+			"the snapshot is of volume %q, the run of volume %q: claim %s was made anew meanwhile", *h, r.vb.Status.VolumeHandle, r.vb.Spec.ClaimName))
+	}
 	if c.Status == nil || c.Status.SnapshotHandle == nil || *c.Status.SnapshotHandle == "" {
 		w := step.Wait(v1alpha1.ReasonRunning, "the snapshot has no handle yet", time.Second)
 
@@ -164,7 +171,7 @@ func (r *run) retainOrigin(ctx context.Context) (step.Result, error) {
 	}
 	maps.Copy(c.Labels, r.labels())
 	c.Labels[LabelOrigin] = "true"
-	metav1.SetMetaDataAnnotation(&c.ObjectMeta, "varve.io/owner", r.annotations()["varve.io/owner"])
+	metav1.SetMetaDataAnnotation(&c.ObjectMeta, mover.AnnotationOwner, r.annotations()[mover.AnnotationOwner])
 	if err := r.Client.Patch(ctx, c, client.MergeFrom(old)); err != nil {
 		return step.Result{}, fmt.Errorf("retain VolumeSnapshotContent %s: %w", c.Name, err)
 	}

@@ -134,7 +134,7 @@ func (r *Claims) decide(ctx context.Context, claim *corev1.PersistentVolumeClaim
 		err = admit(claim, found)
 	}
 	var refused *RefusedError
-	if errors.As(err, &refused) && refused.Reason == v1alpha1.ReasonNoRecoveryPoint && src.ifNone == v1alpha1.IfNoneEmpty {
+	if errors.As(err, &refused) && refused.NoneAtAll && src.ifNone == v1alpha1.IfNoneEmpty {
 		found, err = Found{}, nil
 	}
 	if err != nil {
@@ -186,8 +186,12 @@ func (r *Claims) refuse(ctx context.Context, claim *corev1.PersistentVolumeClaim
 	switch {
 	case errors.As(err, &refused):
 		reason, message = refused.Reason, refused.Message
-		if reason == v1alpha1.ReasonNoRecoveryPoint && src != nil && src.ifNone == v1alpha1.IfNoneFail {
+		switch {
+		case reason != v1alpha1.ReasonNoRecoveryPoint || src == nil:
+		case refused.NoneAtAll && src.ifNone == v1alpha1.IfNoneFail:
 			message += "; the claim stays pending (ifNone: Wait would say that one is expected, Empty takes an empty volume)"
+		case src.ifNone == v1alpha1.IfNoneEmpty:
+			message += "; ifNone: Empty is for volumes without any, so the claim stays pending"
 		}
 	case errors.Is(err, errNoSource):
 		reason = v1alpha1.ReasonSourceNotFound

@@ -46,9 +46,11 @@ func TestRefusals(t *testing.T) {
 		{name: "smaller than asked for before", mode: corev1.PersistentVolumeBlock, event: "Warning ClaimTooSmall",
 			world: func(w *world) { w.point.RequestBytes = diskSize + 1 }},
 		{name: "no point", mode: corev1.PersistentVolumeBlock, event: "Warning NoRecoveryPoint",
-			world: func(w *world) { w.findErr = &RefusedError{v1alpha1.ReasonNoRecoveryPoint, "none"} }},
+			world: func(w *world) {
+				w.findErr = &RefusedError{Reason: v1alpha1.ReasonNoRecoveryPoint, Message: "none", NoneAtAll: true}
+			}},
 		{name: "not granted", mode: corev1.PersistentVolumeBlock, event: "Warning NotGranted",
-			world: func(w *world) { w.findErr = &RefusedError{v1alpha1.ReasonNotGranted, "no"} }},
+			world: func(w *world) { w.findErr = &RefusedError{Reason: v1alpha1.ReasonNotGranted, Message: "no"} }},
 		{name: "unreachable", mode: corev1.PersistentVolumeBlock, event: "Warning RepositoryUnreachable",
 			world: func(w *world) { w.findErr = errors.New("no route to host") }},
 		{name: "no source", mode: corev1.PersistentVolumeBlock, event: "Warning SourceNotFound",
@@ -89,7 +91,8 @@ func TestRefusals(t *testing.T) {
 }
 
 func TestIfNone(t *testing.T) {
-	none := &RefusedError{v1alpha1.ReasonNoRecoveryPoint, "none"}
+	none := &RefusedError{Reason: v1alpha1.ReasonNoRecoveryPoint, Message: "none", NoneAtAll: true}
+	notThat := &RefusedError{Reason: v1alpha1.ReasonNoRecoveryPoint, Message: "none so old"}
 	for _, tc := range []struct {
 		name   string
 		ifNone v1alpha1.IfNone
@@ -100,7 +103,8 @@ func TestIfNone(t *testing.T) {
 		{"wait", v1alpha1.IfNoneWait, none, "Normal NoRecoveryPoint", false},
 		{"empty", v1alpha1.IfNoneEmpty, none, "Normal Populated", true},
 		{"empty but unreachable", v1alpha1.IfNoneEmpty, errors.New("no route to host"), "Warning RepositoryUnreachable", false},
-		{"empty but refused", v1alpha1.IfNoneEmpty, &RefusedError{v1alpha1.ReasonNotGranted, "no"}, "Warning NotGranted", false},
+		{"empty but refused", v1alpha1.IfNoneEmpty, &RefusedError{Reason: v1alpha1.ReasonNotGranted, Message: "no"}, "Warning NotGranted", false},
+		{"empty but it has others", v1alpha1.IfNoneEmpty, notThat, "Warning NoRecoveryPoint", false},
 		{"empty but of another mode", v1alpha1.IfNoneEmpty, nil, "Warning VolumeModeMismatch", false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

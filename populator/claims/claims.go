@@ -116,6 +116,9 @@ type Points interface {
 type RefusedError struct {
 	Reason  string
 	Message string
+	// NoneAtAll says that the repository was read and holds no point of the volume: what
+	// ifNone is about. That one which was asked for is missing among others is not.
+	NoneAtAll bool
 }
 
 func (e *RefusedError) Error() string { return e.Message }

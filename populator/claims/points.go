@@ -38,7 +38,7 @@ func (p StorePoints) Find(ctx context.Context, q Query) (Found, error) {
 		out.RequestBytes = found.Record.Claim.RequestBytes
 	}
 	if out.Bytes <= 0 {
-		return Found{}, &RefusedError{v1alpha1.ReasonNoRecoveryPoint, fmt.Sprintf("recovery point %s is of an empty disk", short(out.ID))}
+		return Found{}, &RefusedError{Reason: v1alpha1.ReasonNoRecoveryPoint, Message: fmt.Sprintf("recovery point %s is of an empty disk", short(out.ID))}
 	}
 
 	return out, nil
@@ -62,7 +62,7 @@ func (p StorePoints) Restores(ctx context.Context, ref v1alpha1.StoreReference, 
 // refusal tells what somebody has to change from what may pass.
 func refusal(err error) error {
 	if reason, again := store.Reason(err); !again {
-		return &RefusedError{reason, err.Error()}
+		return &RefusedError{Reason: reason, Message: err.Error(), NoneAtAll: errors.Is(err, store.ErrNone)}
 	}
 
 	return err

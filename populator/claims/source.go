@@ -51,8 +51,7 @@ func (d *Deps) sourceOf(ctx context.Context, claim *corev1.PersistentVolumeClaim
 	// The policy leaves the reference without its namespace, so that the claim stays
 	// pending; it must not be filled from what has the same name here.
 	if claim.Annotations[AnnotationReference] != "" || ref.Namespace != nil && *ref.Namespace != "" && *ref.Namespace != claim.Namespace {
-		return nil, &RefusedError{v1alpha1.ReasonNamespaceInReference,
-			"dataSourceRef names a namespace; leave it out, and name the other namespace in the RecoverySource (spec.from.namespace)"}
+		return nil, &RefusedError{Reason: v1alpha1.ReasonNamespaceInReference, Message: "dataSourceRef names a namespace; leave it out, and name the other namespace in the RecoverySource (spec.from.namespace)"}
 	}
 	key := client.ObjectKey{Namespace: claim.Namespace, Name: ref.Name}
 	switch ref.Kind {
@@ -77,7 +76,7 @@ func (d *Deps) sourceOf(ctx context.Context, claim *corev1.PersistentVolumeClaim
 		}
 		if vb.Status.Point == nil {
 			if vb.Status.Phase == v1alpha1.BackupFailed {
-				return nil, &RefusedError{v1alpha1.ReasonNoRecoveryPoint, fmt.Sprintf("VolumeBackup %s failed and made no recovery point", vb.Name)}
+				return nil, &RefusedError{Reason: v1alpha1.ReasonNoRecoveryPoint, Message: fmt.Sprintf("VolumeBackup %s failed and made no recovery point", vb.Name)}
 			}
 
 			return nil, fmt.Errorf("VolumeBackup %s has not made its recovery point: %w", vb.Name, errNotYet)
@@ -88,8 +87,7 @@ func (d *Deps) sourceOf(ctx context.Context, claim *corev1.PersistentVolumeClaim
 			At:   v1alpha1.RecoveryAt{ID: vb.Status.Point.ID}}}, nil
 	}
 
-	return nil, &RefusedError{v1alpha1.ReasonSourceNotFound,
-		fmt.Sprintf("dataSourceRef names kind %q; Varve knows RecoverySource and VolumeBackup", ref.Kind)}
+	return nil, &RefusedError{Reason: v1alpha1.ReasonSourceNotFound, Message: fmt.Sprintf("dataSourceRef names kind %q; Varve knows RecoverySource and VolumeBackup", ref.Kind)}
 }
 
 func missing(err error, ref *corev1.TypedObjectReference) error {
@@ -106,16 +104,16 @@ func admit(claim *corev1.PersistentVolumeClaim, p Found) error {
 	switch {
 	case p.VolumeMode == mode || p.AllowModeChange:
 	case p.VolumeMode != "":
-		return &RefusedError{v1alpha1.ReasonVolumeModeMismatch, fmt.Sprintf(
+		return &RefusedError{Reason: v1alpha1.ReasonVolumeModeMismatch, Message: fmt.Sprintf(
 			"recovery point %s is of a claim in %s mode, this claim is in %s mode; set volumeMode: %s, or have the store's administrator set allowVolumeModeChange (KEP-3141)",
 			short(p.ID), p.VolumeMode, mode, p.VolumeMode)}
 	case mode == corev1.PersistentVolumeFilesystem:
-		return &RefusedError{v1alpha1.ReasonVolumeModeMismatch, fmt.Sprintf(
+		return &RefusedError{Reason: v1alpha1.ReasonVolumeModeMismatch, Message: fmt.Sprintf(
 			"recovery point %s was not made of a claim, so its volume mode is not known; use volumeMode: Block, or have the store's administrator set allowVolumeModeChange (KEP-3141)",
 			short(p.ID))}
 	}
 	if ask := request(claim); ask < p.RequestBytes {
-		return &RefusedError{v1alpha1.ReasonClaimTooSmall, fmt.Sprintf(
+		return &RefusedError{Reason: v1alpha1.ReasonClaimTooSmall, Message: fmt.Sprintf(
 			"the claim asks for %d bytes, the claim that recovery point %s was made of asked for %d; ask for that much at least",
 			ask, short(p.ID), p.RequestBytes)}
 	}

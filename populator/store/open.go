@@ -42,6 +42,11 @@ func (s *Stores) Credentials(ctx context.Context, st *Store) (Credentials, error
 	if c.Password() == "" {
 		return nil, fmt.Errorf("%w: Secret %s has no key %s, the repository's password", ErrCredentials, key, KeyPassword)
 	}
+	if st.Tenancy == nil {
+		if err := checkTenant(st.Spec, c); err != nil {
+			return nil, fmt.Errorf("%s: %w", st.Key, err)
+		}
+	}
 
 	return c, nil
 }
@@ -200,6 +205,7 @@ func Reason(err error) (reason string, again bool) {
 		{ErrOtherRepository, v1alpha1.ReasonOtherRepository, false},
 		{ErrSpec, v1alpha1.ReasonInvalidSpec, false},
 		{ErrNone, v1alpha1.ReasonNoRecoveryPoint, false},
+		{ErrNoMatch, v1alpha1.ReasonNoRecoveryPoint, false},
 		{repository.ErrInvalidOptions, v1alpha1.ReasonInvalidSpec, false},
 		{repository.ErrWrongPassword, v1alpha1.ReasonWrongPassword, false},
 		{repository.ErrReplaced, v1alpha1.ReasonOtherRepository, false},

@@ -26,8 +26,9 @@ type From struct {
 // Resolve finds the recovery point that a claim in namespace is to be filled from, and
 // reads its record. claim is the claim's name, for what from leaves open.
 //
-// The error wraps ErrNone only if the repository was read and holds none: an unreachable
-// repository is repository.ErrUnreachable. CheckRestore has been asked, too.
+// The error wraps ErrNone only if the repository was read and holds none of the volume: an
+// unreachable repository is repository.ErrUnreachable, and a volume whose points are not
+// what at asks for ErrNoMatch. CheckRestore has been asked, too.
 func (s *Stores) Resolve(ctx context.Context, st *Store, namespace, claim string, from From, at v1alpha1.RecoveryAt) (*Found, error) {
 	if err := s.CheckRestore(ctx, st, namespace, from.Cluster, from.Namespace); err != nil {
 		return nil, err
@@ -77,10 +78,11 @@ func (s *Stores) With(ctx context.Context, st *Store, do func(*Open) error) (err
 	return do(repo)
 }
 
-// Pick chooses among the points of one volume, oldest first. The error wraps ErrNone.
+// Pick chooses among the points of one volume, oldest first. The error wraps ErrNone if
+// there are none at all, else ErrNoMatch.
 func Pick(points []*backup.Point, at v1alpha1.RecoveryAt) (*backup.Point, error) {
 	if len(points) == 0 {
-		return nil, fmt.Errorf("%w: the volume has none", ErrNone)
+		return nil, ErrNone
 	}
 	switch {
 	case at.ID != "":
@@ -88,13 +90,13 @@ func Pick(points []*backup.Point, at v1alpha1.RecoveryAt) (*backup.Point, error)
 		for _, p := range points {
 			if strings.HasPrefix(p.ID, at.ID) {
 				if found != nil {
-					return nil, fmt.Errorf("%w: the ID %s begins those of %s and %s; give more of it", ErrNone, at.ID, found.ID, p.ID)
+					return nil, fmt.Errorf("%w: the ID %s begins those of %s and %s; give more of it", ErrNoMatch, at.ID, found.ID, p.ID)
 				}
 				found = p
 			}
 		}
 		if found == nil {
-			return nil, fmt.Errorf("%w: none of its %d has an ID that begins with %s", ErrNone, len(points), at.ID)
+			return nil, fmt.Errorf("%w: none of its %d has an ID that begins with %s", ErrNoMatch, len(points), at.ID)
 		}
 
 		return found, nil
@@ -106,7 +108,7 @@ func Pick(points []*backup.Point, at v1alpha1.RecoveryAt) (*backup.Point, error)
 			}
 		}
 		if found == nil {
-			return nil, fmt.Errorf("%w: the oldest of its %d is of %s", ErrNone, len(points), points[0].Time.UTC().Format("2006-01-02T15:04:05Z"))
+			return nil, fmt.Errorf("%w: the oldest of its %d is of %s", ErrNoMatch, len(points), points[0].Time.UTC().Format("2006-01-02T15:04:05Z"))
 		}
 
 		return found, nil

@@ -32,7 +32,7 @@ func TestPick(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			p, err := Pick(points, tc.at)
 			switch {
-			case tc.want == "" && !errors.Is(err, ErrNone):
+			case tc.want == "" && (!errors.Is(err, ErrNoMatch) || errors.Is(err, ErrNone)):
 				t.Errorf("got %v, %v", p, err)
 			case tc.want != "" && (err != nil || p.ID != tc.want):
 				t.Errorf("got %v, %v", p, err)

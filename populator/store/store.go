@@ -39,8 +39,10 @@ var (
 	ErrOtherRepository = errors.New("another repository stands in the store's place")
 	// ErrSpec means that the object asks for what cannot be.
 	ErrSpec = errors.New("the store's spec cannot be used")
-	// ErrNone means that the repository was read, and holds no such recovery point.
-	ErrNone = errors.New("the store holds no such recovery point")
+	// ErrNone means that the repository was read, and holds no point of the volume.
+	ErrNone = errors.New("the store holds no recovery point of the volume")
+	// ErrNoMatch means that the volume has points, and none that was asked for.
+	ErrNoMatch = errors.New("none of the volume's recovery points is what was asked for")
 )
 
 // Key names a store for good within a cluster. It is comparable.
