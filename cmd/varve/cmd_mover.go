@@ -5,10 +5,12 @@ import (
 	"os"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/mover/work"
+	"github.com/varve-io/varve/populator/store"
 )
 
 func newMoverCommand(a *app) *cobra.Command {
@@ -45,6 +47,7 @@ func (a *app) mover(cmd *cobra.Command, action mover.Action) error {
 	if task.Action != action {
 		return usagef("$%s is for %s, not %s", mover.TaskVariable, task.Action, action)
 	}
+	unix.Umask(store.VolumeUmask)
 	e := work.Pod(diskfs.Probe, readVersion().Version)
 	e.Log = a.stdout
 	res := work.Run(cmd.Context(), e, task)

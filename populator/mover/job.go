@@ -11,6 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/store"
 )
 
 // Labels and annotations of what Varve makes for a run, in its namespace or elsewhere. They
@@ -64,8 +65,7 @@ type Job struct {
 	// Secret in Varve's namespace with the store's credentials.
 	Secret string
 	// Device is a Block claim in Varve's namespace; empty for none.
-	Device         string
-	DeviceReadOnly bool
+	Device string
 	// TokenAudience mounts a token for it; empty for none.
 	TokenAudience string
 	// StoreVolume is the claim of a volume storage.
@@ -95,9 +95,12 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 		labels[k] = v
 	}
 	yes, no, none, once := true, false, int32(0), int32(1)
-	user := int64(0)
+	user, group := int64(0), int64(0)
 	if p.NonRoot {
-		user = nonRootID
+		user, group = nonRootID, nonRootID
+	}
+	if j.StoreVolume != nil {
+		group = store.VolumeGroup // a user 0 without capabilities reads its group's files only
 	}
 	account := p.ServiceAccount
 	if j.ServiceAccount != "" {
@@ -131,7 +134,7 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 	if j.Device != "" {
 		c.VolumeDevices = []corev1.VolumeDevice{{Name: "device", DevicePath: DevicePath}}
 		volumes = append(volumes, corev1.Volume{Name: "device", VolumeSource: corev1.VolumeSource{
-			PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: j.Device, ReadOnly: j.DeviceReadOnly}}})
+			PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: j.Device}}})
 	}
 	if j.TokenAudience != "" {
 		seconds := int64(3600)
@@ -150,7 +153,7 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 	spec := corev1.PodSpec{
 		RestartPolicy: corev1.RestartPolicyNever, ServiceAccountName: account, AutomountServiceAccountToken: &no, EnableServiceLinks: &no,
 		SecurityContext: &corev1.PodSecurityContext{
-			RunAsUser: &user, RunAsGroup: &user, RunAsNonRoot: &p.NonRoot,
+			RunAsUser: &user, RunAsGroup: &group, RunAsNonRoot: &p.NonRoot,
 			SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
 		},
 		Containers: []corev1.Container{c}, Volumes: volumes,
