@@ -3,6 +3,7 @@ package v1alpha1
 // Types of conditions.
 const (
 	ConditionReady         = "Ready"         // BackupStore, Repository, BackupPolicy, RecoverySource
+	ConditionMaintained    = "Maintained"    // BackupStore, Repository: how the last maintenance ended
 	ConditionProtected     = "Protected"     // ProtectedVolume
 	ConditionComplete      = "Complete"      // VolumeBackup, VolumePopulation
 	ConditionFailed        = "Failed"        // VolumeBackup

@@ -118,7 +118,10 @@ type RepositoryStatus struct {
 	// LastMaintenance is when maintenance last succeeded.
 	// +optional
 	LastMaintenance *metav1.Time `json:"lastMaintenance,omitempty"`
-	// Conditions: Ready.
+	// RetryMaintenance is when maintenance that failed is tried again.
+	// +optional
+	RetryMaintenance *metav1.Time `json:"retryMaintenance,omitempty"`
+	// Conditions: Ready, Maintained.
 	// +optional
 	// +listType=map
 	// +listMapKey=type

@@ -773,6 +773,10 @@ func (in *RepositoryStatus) DeepCopyInto(out *RepositoryStatus) {
 		in, out := &in.LastMaintenance, &out.LastMaintenance
 		*out = (*in).DeepCopy()
 	}
+	if in.RetryMaintenance != nil {
+		in, out := &in.RetryMaintenance, &out.RetryMaintenance
+		*out = (*in).DeepCopy()
+	}
 	if in.Conditions != nil {
 		in, out := &in.Conditions, &out.Conditions
 		*out = make([]v1.Condition, len(*in))

@@ -11,9 +11,9 @@ import (
 // Filesystem keeps the repository in a directory.
 type Filesystem struct {
 	Path string
-	// Group gives the files' group what their owner has, for processes of several users
-	// that share the directory. The processes' umask has to let it.
-	Group bool
+	// Shared lets the directory's group read and write, for programs that run as
+	// different users of one group; their umask must allow it.
+	Shared bool
 }
 
 func (s *Filesystem) validate() error {
@@ -27,7 +27,7 @@ func (s *Filesystem) validate() error {
 }
 
 func (s *Filesystem) options() *filesystem.Options {
-	if s.Group {
+	if s.Shared {
 		return &filesystem.Options{Path: s.Path, FileMode: 0o660, DirectoryMode: 0o770}
 	}
 

@@ -3,11 +3,11 @@ package main
 import (
 	"context"
 	"os"
-	"syscall"
 	"time"
 
 	"github.com/go-logr/logr"
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -16,6 +16,7 @@ import (
 
 	"github.com/varve-io/varve/populator"
 	"github.com/varve-io/varve/populator/mover"
+	"github.com/varve-io/varve/populator/store"
 )
 
 type controllerFlags struct {
@@ -121,6 +122,7 @@ func (a *app) controller(ctx context.Context, f controllerFlags) error {
 		return usagef("--workers must be positive")
 	}
 	opt.Version = readVersion().Version
+	unix.Umask(store.VolumeUmask)
 	var cfg *rest.Config
 	if f.kubeconfig != "" {
 		cfg, err = clientcmd.BuildConfigFromFlags("", f.kubeconfig)
@@ -132,7 +134,6 @@ func (a *app) controller(ctx context.Context, f controllerFlags) error {
 	}
 	cfg.QPS, cfg.Burst = 50, 100
 	cfg.UserAgent = "varve-controller/" + opt.Version
-	syscall.Umask(storeUmask)
 	ctrllog.SetLogger(logr.FromSlogHandler(a.log.Handler()))
 	mgr, err := populator.New(cfg, opt)
 	if err != nil {

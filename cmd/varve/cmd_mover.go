@@ -3,13 +3,14 @@ package main
 import (
 	"fmt"
 	"os"
-	"syscall"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/mover/work"
+	"github.com/varve-io/varve/populator/store"
 )
 
 func newMoverCommand(a *app) *cobra.Command {
@@ -37,10 +38,6 @@ result goes to the container's termination message.`,
 	return cmd
 }
 
-// storeUmask lets controller and movers, which are of one group, share a repository on a
-// claim.
-const storeUmask = 0o007
-
 func (a *app) mover(cmd *cobra.Command, action mover.Action) error {
 	text, _ := a.lookupEnv(mover.TaskVariable)
 	task, err := mover.DecodeTask(text)
@@ -50,7 +47,7 @@ func (a *app) mover(cmd *cobra.Command, action mover.Action) error {
 	if task.Action != action {
 		return usagef("$%s is for %s, not %s", mover.TaskVariable, task.Action, action)
 	}
-	syscall.Umask(storeUmask)
+	unix.Umask(store.VolumeUmask)
 	e := work.Pod(diskfs.Probe, readVersion().Version)
 	e.Log = a.stdout
 	res := work.Run(cmd.Context(), e, task)

@@ -42,9 +42,7 @@ func (m PodMovers) Job(ctx context.Context, c client.Client, pop *v1alpha1.Volum
 
 	return m.Pods.Build(mover.Job{
 		Name: name, Labels: labels, Annotations: owner,
-		Task: mover.Task{Action: mover.ActionRestore, Store: st.Settings(), Restore: &mover.RestoreTask{
-			PointID: pop.Spec.PointID, Purpose: "restore to claim " + pop.Spec.Claim.Namespace + "/" + pop.Spec.Claim.Name,
-			NeedFileSystem: pop.Spec.VolumeMode == corev1.PersistentVolumeFilesystem}},
+		Task:   mover.Task{Action: mover.ActionRestore, Store: st.Settings(), Restore: &mover.RestoreTask{PointID: pop.Spec.PointID}},
 		Secret: secret, Device: prime, StoreVolume: st.Spec.Storage.Volume,
 		Proxy: st.Spec.Proxy, ServiceAccount: st.Spec.ServiceAccountName,
 	})

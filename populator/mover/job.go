@@ -11,6 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/store"
 )
 
 // Labels and annotations of what Varve makes for a run, in its namespace or elsewhere. They
@@ -64,8 +65,7 @@ type Job struct {
 	// Secret in Varve's namespace with the store's credentials.
 	Secret string
 	// Device is a Block claim in Varve's namespace; empty for none.
-	Device         string
-	DeviceReadOnly bool
+	Device string
 	// TokenAudience mounts a token for it; empty for none.
 	TokenAudience string
 	// StoreVolume is the claim of a volume storage.
@@ -77,7 +77,7 @@ type Job struct {
 	Affinity *corev1.NodeAffinity
 }
 
-// nonRootID is the image's user and group, which the controller runs as.
+// nonRootID is the image's user.
 const nonRootID = 65532
 
 // nodeLostSeconds is how long a pod stays on a node that does not answer.
@@ -95,10 +95,12 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 		labels[k] = v
 	}
 	yes, no, none, once := true, false, int32(0), int32(1)
-	onMismatch := corev1.FSGroupChangeOnRootMismatch
-	user := int64(0)
+	user, group := int64(0), int64(0)
 	if p.NonRoot {
-		user = nonRootID
+		user, group = nonRootID, nonRootID
+	}
+	if j.StoreVolume != nil {
+		group = store.VolumeGroup // a user 0 without capabilities reads its group's files only
 	}
 	account := p.ServiceAccount
 	if j.ServiceAccount != "" {
@@ -132,7 +134,7 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 	if j.Device != "" {
 		c.VolumeDevices = []corev1.VolumeDevice{{Name: "device", DevicePath: DevicePath}}
 		volumes = append(volumes, corev1.Volume{Name: "device", VolumeSource: corev1.VolumeSource{
-			PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: j.Device, ReadOnly: j.DeviceReadOnly}}})
+			PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: j.Device}}})
 	}
 	if j.TokenAudience != "" {
 		seconds := int64(3600)
@@ -143,9 +145,7 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 				Audience: j.TokenAudience, ExpirationSeconds: &seconds, Path: path.Base(TokenFile)}}},
 		}}})
 	}
-	group := user
 	if v := j.StoreVolume; v != nil {
-		group = nonRootID // what is written is the controller's to read, and the other way round
 		c.VolumeMounts = append(c.VolumeMounts, corev1.VolumeMount{Name: "volume", MountPath: VolumeDir})
 		volumes = append(volumes, corev1.Volume{Name: "volume", VolumeSource: corev1.VolumeSource{
 			PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: v.ClaimName}}})
@@ -159,9 +159,6 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 		Containers: []corev1.Container{c}, Volumes: volumes,
 		ImagePullSecrets: p.PullSecrets, NodeSelector: p.NodeSelector, PriorityClassName: p.PriorityClass,
 		Tolerations: append(nodeLost(), p.Tolerations...),
-	}
-	if j.StoreVolume != nil {
-		spec.SecurityContext.FSGroup, spec.SecurityContext.FSGroupChangePolicy = &group, &onMismatch
 	}
 	if j.Affinity != nil {
 		spec.Affinity = &corev1.Affinity{NodeAffinity: j.Affinity}

@@ -88,10 +88,6 @@ type BackupTask struct {
 // RestoreTask writes a recovery point to the device, reads it back and compares.
 type RestoreTask struct {
 	PointID string `json:"pointID"`
-	// Purpose is shown to who meets the lease on the point.
-	Purpose string `json:"purpose,omitempty"`
-	// NeedFileSystem fails the task if no known file system was written.
-	NeedFileSystem bool `json:"needFileSystem,omitempty"`
 }
 
 // Result is what a mover answers.

@@ -76,6 +76,9 @@ func (s *Stores) Open(ctx context.Context, st *Store) (*Open, error) {
 
 // Ensure is Open, but makes the repository if there is none and the store is ReadWrite.
 func (s *Stores) Ensure(ctx context.Context, st *Store) (*Open, error) {
+	if err := s.makeVolumeDir(st); err != nil {
+		return nil, err
+	}
 	o, err := s.Open(ctx, st)
 	// A repository that was seen there before and is gone is not made anew: a bucket
 	// was emptied, or its name mistyped.
@@ -88,6 +91,29 @@ func (s *Stores) Ensure(ctx context.Context, st *Store) (*Open, error) {
 	}
 
 	return st.Settings().Open(ctx, OpenOptions{Credentials: c, Dir: s.Dir, VolumeDir: s.volumeDir(st), Create: true})
+}
+
+// makeVolumeDir makes the directory of a volume storage that was never seen, on the claim that is
+// mounted.
+func (s *Stores) makeVolumeDir(st *Store) error {
+	v := st.Spec.Storage.Volume
+	if v == nil || v.Path == "" || !st.Writable() || st.Status.UniqueID != "" {
+		return nil
+	}
+	dir, path := s.volumeDir(st), filepath.FromSlash(v.Path)
+	if dir == "" || !filepath.IsLocal(path) {
+		return nil // opening says what is wrong
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return fmt.Errorf("claim %s: %w", v.ClaimName, err)
+	}
+	defer root.Close()
+	if err := root.MkdirAll(path, 0o770); err != nil {
+		return fmt.Errorf("%w: directory %s on claim %s cannot be made: %w", repository.ErrUnreachable, v.Path, v.ClaimName, err)
+	}
+
+	return nil
 }
 
 func (s *Stores) volumeDir(st *Store) string {

@@ -30,6 +30,14 @@ const (
 	keyStoragePassword = "storagePassword"
 )
 
+// VolumeGroup is the group that the files of a volume storage belong to: the controller's, and
+// that of movers of such a store, which are user 0 without the right to read others' files.
+// Both processes have umask VolumeUmask.
+const (
+	VolumeGroup = 65532
+	VolumeUmask = 0o007
+)
+
 // Credentials are the data of a store's Secret. They are not to be logged.
 type Credentials map[string][]byte
 
@@ -155,8 +163,8 @@ func (s Settings) storage(c Credentials, volumeDir string) (repository.Storage, 
 			return nil, fmt.Errorf("%w: volume.path %q leads out of the claim", ErrSpec, st.Volume.Path)
 		}
 
-		// Controller and movers are of different users, and of one group.
-		return &repository.Filesystem{Path: filepath.Join(volumeDir, filepath.FromSlash(st.Volume.Path)), Group: true}, nil
+		// The controller and its movers are different users of the group VolumeGroup.
+		return &repository.Filesystem{Path: filepath.Join(volumeDir, filepath.FromSlash(st.Volume.Path)), Shared: true}, nil
 	}
 
 	return nil, fmt.Errorf("%w: it names no storage", ErrSpec)

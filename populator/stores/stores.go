@@ -4,16 +4,11 @@ package stores
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"log/slog"
 	"time"
 
 	batchv1 "k8s.io/api/batch/v1"
-	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
@@ -31,13 +26,15 @@ import (
 	"github.com/varve-io/varve/populator/store"
 )
 
-// Role of the objects of maintenance, in label mover.LabelRole.
-const Role = "maintain"
-
 // Times between two looks at a store: one that was reached, and one that was not.
 const (
 	lookEvery  = 10 * time.Minute
 	retryEvery = 30 * time.Second
+	// retryMaintenance is the time after which maintenance that failed is tried again.
+	retryMaintenance = 5 * time.Minute
+	// lookTimeout bounds a look at a store: a storage that takes requests and answers
+	// none must not keep a worker.
+	lookTimeout = 5 * time.Minute
 )
 
 // Keeper looks after stores. Its fields are not to be changed once it runs.
@@ -100,7 +97,7 @@ func (k *Keeper) Reconcile(ctx context.Context, key store.Key) (reconcile.Result
 			k.Metrics.Forget(key.String())
 		}
 
-		return reconcile.Result{}, nil
+		return reconcile.Result{}, k.drop(ctx, key)
 	}
 	if err != nil {
 		return reconcile.Result{}, err
@@ -110,9 +107,15 @@ func (k *Keeper) Reconcile(ctx context.Context, key store.Key) (reconcile.Result
 	}
 	status := st.Status.DeepCopy()
 	if k.fresh(st) {
+		if k.Metrics != nil {
+			k.Metrics.Reachable(key.String(), true) // seen by another process
+		}
+
 		return k.maintain(ctx, st, status)
 	}
-	err = k.look(ctx, st, status)
+	timed, cancel := context.WithTimeout(ctx, lookTimeout)
+	err = k.look(timed, st, status)
+	cancel()
 	if ctx.Err() != nil {
 		return reconcile.Result{}, ctx.Err()
 	}
@@ -194,88 +197,4 @@ func (k *Keeper) save(ctx context.Context, st *store.Store, status *v1alpha1.Rep
 	}
 
 	return nil
-}
-
-// Annotations of a maintenance Job.
-const (
-	annotationKind      = "varve.io/store-kind"
-	annotationNamespace = "varve.io/store-namespace"
-	annotationName      = "varve.io/store-name"
-)
-
-func jobName(k store.Key) string {
-	sum := sha256.Sum256([]byte(k.String()))
-
-	return "varve-maintain-" + hex.EncodeToString(sum[:8])
-}
-
-// maintain starts the repository's maintenance when it is due, and notes how it ended.
-func (k *Keeper) maintain(ctx context.Context, st *store.Store, status *v1alpha1.RepositoryStatus) (reconcile.Result, error) {
-	next := lookEvery
-	if status.LastContact != nil {
-		next = max(status.LastContact.Add(lookEvery).Sub(k.now()), time.Second)
-	}
-	later := reconcile.Result{RequeueAfter: next}
-	if !st.Writable() || k.MaintainEvery <= 0 {
-		return later, nil
-	}
-	name := jobName(st.Key)
-	state, err := mover.Look(ctx, k.Live, k.Pods.Namespace, name)
-	if err != nil {
-		return later, err
-	}
-	switch state.Phase {
-	case mover.Pending, mover.Running:
-		return later, nil
-	case mover.Ended:
-		if state.Result.OK {
-			now := metav1.NewTime(k.now())
-			status.LastMaintenance = &now
-			slog.InfoContext(ctx, "repository maintained", "store", st.Key.String(), "reclaimed", state.Result.Reclaimed)
-		} else {
-			k.Events.Warning(st.Object, state.Result.Reason, "maintenance failed and is tried again: %s", state.Result.Message)
-			// Not at once: the time of the last is what the next is counted from.
-			at := metav1.NewTime(k.now().Add(retryEvery*10 - k.MaintainEvery))
-			status.LastMaintenance = &at
-		}
-		if err := k.save(ctx, st, status); err != nil {
-			return later, err
-		}
-		job := &batchv1.Job{ObjectMeta: metav1.ObjectMeta{Namespace: k.Pods.Namespace, Name: name}}
-		secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: k.Pods.Namespace, Name: name}}
-		err := errors.Join(
-			client.IgnoreNotFound(k.Client.Delete(ctx, job, client.PropagationPolicy(metav1.DeletePropagationBackground))),
-			client.IgnoreNotFound(k.Client.Delete(ctx, secret)))
-
-		return later, err
-	}
-	since := st.Object.GetCreationTimestamp().Time
-	if status.LastMaintenance != nil {
-		since = status.LastMaintenance.Time
-	}
-	if due := since.Add(k.MaintainEvery).Sub(k.now()); due > 0 {
-		later.RequeueAfter = min(next, due)
-
-		return later, nil
-	}
-	labels := mover.RunLabels(Role, st.UID)
-	annotations := map[string]string{
-		mover.AnnotationOwner: st.Key.String(), annotationKind: string(st.Key.Kind), annotationNamespace: st.Key.Namespace, annotationName: st.Key.Name,
-	}
-	secret, err := mover.EnsureSecret(ctx, k.Client, k.Stores, st, k.Pods.Namespace, name, labels, annotations)
-	if err != nil {
-		return later, err
-	}
-	job, err := k.Pods.Build(mover.Job{
-		Name: name, Labels: labels, Annotations: annotations, Task: mover.Task{Action: mover.ActionMaintain, Store: st.Settings()},
-		Secret: secret, StoreVolume: st.Spec.Storage.Volume, Proxy: st.Spec.Proxy, ServiceAccount: st.Spec.ServiceAccountName,
-	})
-	if err != nil {
-		return later, err
-	}
-	if err := k.Client.Create(ctx, job); err != nil && !apierrors.IsAlreadyExists(err) {
-		return later, fmt.Errorf("maintenance of %s: %w", st.Key, err)
-	}
-
-	return later, nil
 }
