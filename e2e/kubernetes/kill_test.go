@@ -404,7 +404,7 @@ func newKiller(t *testing.T) *killer {
 	})
 	s.source("files", func(rs *v1alpha1.RecoverySource) { rs.Spec.From.Volume = "text" })
 	s.scaleController(0)
-	t.Cleanup(func() { s.scaleController(2) })
+	s.atEnd(func() { s.scaleController(2) })
 	k.cfg = s.shippedRights()
 
 	return k
@@ -446,9 +446,7 @@ func TestKilledAtEachWrite(t *testing.T) {
 		steps[p.step] = true
 	}
 	lists := map[string][]string{backups.Backup.Name: backups.Backup.Names()}
-	for _, name := range backups.Abandon.Names() {
-		lists[backups.Abandon.Name] = append(lists[backups.Abandon.Name], name)
-	}
+	lists[backups.Abandon.Name] = append(lists[backups.Abandon.Name], backups.Abandon.Names()...)
 	for _, l := range claims.Lists() {
 		lists[l.Name] = append(lists[l.Name], l.Names()...)
 	}

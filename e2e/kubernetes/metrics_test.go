@@ -34,7 +34,7 @@ func TestBoundWithoutVarve(t *testing.T) {
 		Capacity:               corev1.ResourceList{corev1.ResourceStorage: quantity("16Mi")},
 		PersistentVolumeSource: corev1.PersistentVolumeSource{CSI: &corev1.CSIPersistentVolumeSource{Driver: cluster.DefaultDriver, VolumeHandle: "somebody's"}}}}
 	s.Create(pv)
-	t.Cleanup(func() {
+	s.atEnd(func() {
 		if err := s.Client.Delete(context.Background(), pv); err != nil {
 			t.Error(err)
 		}
@@ -68,7 +68,7 @@ func (s *site) metrics(ctx context.Context) (string, error) {
 	if err := client.IgnoreAlreadyExists(s.Client.Create(ctx, binding)); err != nil {
 		return "", err
 	}
-	s.T.Cleanup(func() {
+	s.atEnd(func() {
 		if err := client.IgnoreNotFound(s.Client.Delete(context.Background(), binding)); err != nil {
 			s.T.Error(err)
 		}

@@ -124,7 +124,7 @@ func (s *site) installWith(values string) {
 
 		return err
 	}
-	s.T.Cleanup(func() {
+	s.atEnd(func() {
 		if err := apply(context.Background(), manifests); err != nil {
 			s.T.Error(err)
 		}
@@ -143,7 +143,7 @@ func TestStoreOnClaim(t *testing.T) {
 		AccessModes: []corev1.PersistentVolumeAccessMode{corev1.ReadWriteOnce},
 		Resources:   corev1.VolumeResourceRequirements{Requests: corev1.ResourceList{corev1.ResourceStorage: quantity("1Gi")}}}}
 	s.Create(claim)
-	t.Cleanup(func() { // after the installation is what it was
+	s.atEnd(func() { // after the installation is what it was
 		if err := s.Client.Delete(context.Background(), claim); err != nil {
 			t.Error(err)
 		}
@@ -158,7 +158,7 @@ func TestStoreOnClaim(t *testing.T) {
 	secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: varveNamespace, Name: "store-" + shelf}, StringData: map[string]string{"password": password}}
 	s.Create(secret)
 	s.Create(bs)
-	t.Cleanup(func() {
+	s.atEnd(func() {
 		for _, o := range []client.Object{bs, secret} {
 			if err := client.IgnoreNotFound(s.Client.Delete(context.Background(), o)); err != nil {
 				t.Error(err)

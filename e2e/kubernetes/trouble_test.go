@@ -95,7 +95,7 @@ func (s *site) ownStore(perSecond string) (server *corev1.Pod, store string) {
 			bs.Spec.Limits = &v1alpha1.Limits{UploadPerSecond: &q, DownloadPerSecond: &q}
 		}
 	})
-	s.T.Cleanup(func() {
+	s.atEnd(func() {
 		bs := &v1alpha1.BackupStore{}
 		bs.Name = store
 		if err := client.IgnoreNotFound(s.Client.Delete(context.Background(), bs)); err != nil {
@@ -268,7 +268,7 @@ func (s *site) cordon(node string, on bool) {
 		s.T.Fatal(err)
 	}
 	if on {
-		s.T.Cleanup(func() {
+		s.atEnd(func() {
 			if err := set(context.Background(), false); err != nil {
 				s.T.Error(err)
 			}
