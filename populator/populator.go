@@ -58,9 +58,9 @@ import (
 type Options struct {
 	// Pods is what movers are made of; Pods.Namespace is Varve's.
 	Pods mover.Pods
-	// Dir takes connections' configuration, VolumesDir has the claims that stores name;
-	// see store.Stores.
-	Dir, VolumesDir string
+	// Dir takes connections' caches and ConfigDir their configuration, VolumesDir has the
+	// claims that stores name; see store.Stores.
+	Dir, ConfigDir, VolumesDir string
 	// Movers at once, in all; 0 for no limit but the stores'.
 	Movers int
 	// Workers reconcile at once, of each kind.
@@ -168,7 +168,10 @@ func setup(mgr manager.Manager, cfg *rest.Config, opt Options) error {
 	}
 	// The newer recorder forgets the text of an event that it has a series of.
 	events := report.NewEvents(mgr.GetEventRecorderFor("varve")) //nolint:staticcheck
-	st := &store.Stores{Client: mgr.GetClient(), Secrets: mgr.GetAPIReader(), Namespace: opt.Pods.Namespace, Dir: opt.Dir, VolumesDir: opt.VolumesDir}
+	st := &store.Stores{
+		Client: mgr.GetClient(), Secrets: mgr.GetAPIReader(), Namespace: opt.Pods.Namespace,
+		Dir: opt.Dir, ConfigDir: opt.ConfigDir, VolumesDir: opt.VolumesDir,
+	}
 	const manyRuns = 4096
 	wake := make(chan event.GenericEvent, manyRuns)
 	q := queue.New(opt.Movers, func(t queue.Ticket) {

@@ -33,8 +33,10 @@ type RepositorySpec struct {
 	// +optional
 	// +kubebuilder:validation:MaxLength=262144
 	CABundle string `json:"caBundle,omitempty"`
-	// Proxy for HTTPS to the storage, of movers; the controller takes the one of its
-	// Deployment (HTTPS_PROXY). Example: http://proxy.example.com:3128
+	// Proxy for HTTPS to the storage, of movers. The controller opens the repository,
+	// too, through the proxy of its own environment (HTTPS_PROXY; controller.env of the
+	// chart), and movers take that if this is not set.
+	// Example: http://proxy.example.com:3128
 	// +optional
 	// +kubebuilder:validation:MaxLength=2048
 	Proxy string `json:"proxy,omitempty"`

@@ -54,7 +54,8 @@ and the chart in deploy/ set it up.`,
 	fl.IntVar(&f.opt.Workers, "workers", 8, "objects of each kind worked on at once")
 	fl.StringVar(&f.verifyUnchanged, "verify-unchanged", "0.1%", "share of the blocks reported unchanged to read and compare in each increment")
 	fl.DurationVar(&f.opt.MaintainEvery, "maintain-every", 6*time.Hour, "time between two maintenance Jobs of a repository, 0 for none")
-	fl.StringVar(&f.opt.Dir, "scratch", "", "directory for connections' configuration, best in memory (default the system's temporary one)")
+	fl.StringVar(&f.opt.Dir, "scratch", "", "directory for connections' caches (default the system's temporary one)")
+	fl.StringVar(&f.opt.ConfigDir, "connections", "", "directory for connections' configuration with the credentials in it, best in memory (default that of --scratch)")
 	fl.StringVar(&f.opt.VolumesDir, "store-volumes", "/var/run/varve/volumes", "directory with the claims that stores keep repositories on, each under its name")
 	fl.StringVar(&f.opt.MetricsAddress, "metrics", ":8443", "serve Prometheus metrics on this address, 0 for none")
 	fl.BoolVar(&f.opt.MetricsInsecure, "metrics-insecure", false, "serve metrics by plain HTTP to anybody, not by HTTPS to who may get /metrics")
@@ -92,6 +93,7 @@ func (f *controllerFlags) pods() (mover.Pods, error) {
 	default:
 		return p, usagef("--image-pull-policy is Always, IfNotPresent or Never, not %q", f.pull)
 	}
+	p.Proxy, p.NoProxy = os.Getenv("HTTPS_PROXY"), os.Getenv("NO_PROXY")
 	for _, name := range f.pullSecrets {
 		p.PullSecrets = append(p.PullSecrets, corev1.LocalObjectReference{Name: name})
 	}

@@ -3,9 +3,11 @@ package claims
 import (
 	"context"
 	"fmt"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
 
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/populator/step"
@@ -36,29 +38,32 @@ func (j *job) stopStep(ctx context.Context) (step.Result, error) {
 	if err != nil || gone {
 		return step.Done(), err
 	}
-	if err := j.letGoInTime(ctx); err != nil {
-		return step.Result{}, err
-	}
 
 	return step.Wait(v1alpha1.ReasonStartingAnew, "waiting for the mover's pod to be gone", look/2), nil
 }
 
-// letGoInTime takes our finalizer off a claim that was to be deleted a minute ago:
-// nobody's namespace is to hang on us. The VolumePopulation goes on by itself.
+// letGoInTime takes our finalizer off a claim that was to be deleted a minute ago, whatever
+// the job is at: nobody's namespace is to hang on us. The VolumePopulation goes on by itself.
 func (j *job) letGoInTime(ctx context.Context) error {
-	if j.claim == nil || j.claim.DeletionTimestamp == nil || j.Now().Sub(j.claim.DeletionTimestamp.Time) < finalizerHeldAtMost {
+	if left, holds := j.holdsFor(); !holds || left > 0 {
 		return nil
 	}
 
 	return j.dropFinalizer(ctx, j.claim, Finalizer)
 }
 
+// holdsFor is how long our finalizer may still hold a claim that is to be deleted.
+func (j *job) holdsFor() (left time.Duration, holds bool) {
+	if j.claim == nil || j.claim.DeletionTimestamp == nil || !controllerutil.ContainsFinalizer(j.claim, Finalizer) {
+		return 0, false
+	}
+
+	return j.claim.DeletionTimestamp.Add(finalizerHeldAtMost).Sub(j.Now()), true
+}
+
 // dropVolumeStep deletes our claim and its volume, the storage's with it: it was never
 // anybody's, whatever the class says of volumes that were.
 func (j *job) dropVolumeStep(ctx context.Context) (step.Result, error) {
-	if err := j.letGoInTime(ctx); err != nil {
-		return step.Result{}, err
-	}
 	prime, err := j.readPrime(ctx)
 	if err != nil {
 		return step.Result{}, err

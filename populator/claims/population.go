@@ -101,6 +101,9 @@ func (r *Populations) reconcile(ctx context.Context, req ctrl.Request) (ctrl.Res
 	if j.claim, err = j.readClaim(ctx); err != nil {
 		return ctrl.Result{}, err
 	}
+	if err := j.letGoInTime(ctx); err != nil {
+		return ctrl.Result{}, err
+	}
 	if meta.IsStatusConditionTrue(pop.Status.Conditions, v1alpha1.ConditionComplete) {
 		return ctrl.Result{}, j.forget(ctx)
 	}
@@ -223,6 +226,9 @@ func (j *job) next(ctx context.Context, done string) (*step.List[*job], error) {
 	case "again":
 		s := &j.pop.Status
 		if meta.FindStatusCondition(s.Conditions, v1alpha1.ConditionFailed) != nil {
+			if err := j.tidy(ctx); err != nil { // the user may take days to see it
+				return nil, err
+			}
 			s.Step = stepFailed
 
 			return nil, j.save(ctx)
@@ -254,7 +260,14 @@ func (j *job) stopped(ctx context.Context, res step.Result, err error) (ctrl.Res
 		j.condition(v1alpha1.ConditionComplete, metav1.ConditionFalse, reason, cause(err).Error())
 
 		return j.divert(ctx, againList().Names()[0])
+	case apierrors.IsConflict(err), err != nil && ctx.Err() != nil:
+		return ctrl.Result{}, err
 	case err != nil:
+		j.warn(v1alpha1.ReasonRestoreError, "this is tried again: "+err.Error())
+		if j.condition(v1alpha1.ConditionComplete, metav1.ConditionFalse, v1alpha1.ReasonRestoreError, err.Error()) {
+			err = errors.Join(err, client.IgnoreNotFound(j.save(ctx)))
+		}
+
 		return ctrl.Result{}, err
 	}
 	if j.condition(v1alpha1.ConditionComplete, metav1.ConditionFalse, res.Reason, res.Message) {
@@ -264,6 +277,9 @@ func (j *job) stopped(ctx context.Context, res step.Result, err error) (ctrl.Res
 	}
 	if res.After <= 0 {
 		res.After = unboundedLook
+	}
+	if left, holds := j.holdsFor(); holds {
+		res.After = min(res.After, max(left, time.Second))
 	}
 
 	return ctrl.Result{RequeueAfter: res.After}, nil

@@ -130,11 +130,17 @@ func (j *job) dropPrimeStep(ctx context.Context) (step.Result, error) {
 // tidyStep removes what was made beside the volume.
 func (j *job) tidyStep(ctx context.Context) (step.Result, error) {
 	j.freeSlot()
+
+	return step.Done(), j.tidy(ctx)
+}
+
+// tidy removes the copies of Secrets.
+func (j *job) tidy(ctx context.Context) error {
 	if err := j.Movers.Release(ctx, j.Client, j.pop); err != nil {
-		return step.Result{}, err
+		return err
 	}
 
-	return step.Done(), j.dropSecrets(ctx)
+	return j.dropSecrets(ctx)
 }
 
 // unprotectStep lets go of the claim.

@@ -16,7 +16,6 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
@@ -24,6 +23,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/report"
 )
 
 // Setup adds both reconcilers, and the registration with the data source validator, to
@@ -39,7 +39,7 @@ func Setup(mgr ctrl.Manager, d Deps, workers int) error {
 		Watches(&v1alpha1.RecoverySource{}, handler.EnqueueRequestsFromMapFunc(naming(cached, kindRecoverySource)), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&v1alpha1.VolumeBackup{}, handler.EnqueueRequestsFromMapFunc(naming(cached, kindVolumeBackup))).
 		Watches(&v1alpha1.VolumePopulation{}, handler.EnqueueRequestsFromMapFunc(claimOf), builder.WithPredicates(deletions)).
-		WithOptions(controller.Options{MaxConcurrentReconciles: workers}).
+		WithOptions(report.Controller(workers)).
 		Complete(&Claims{Deps: d})
 	if err != nil {
 		return fmt.Errorf("set up claims: %w", err)
@@ -49,7 +49,7 @@ func Setup(mgr ctrl.Manager, d Deps, workers int) error {
 		Watches(&corev1.PersistentVolumeClaim{}, handler.EnqueueRequestsFromMapFunc(d.populationOfClaim)).
 		Watches(&corev1.PersistentVolume{}, handler.EnqueueRequestsFromMapFunc(d.populationOfVolume)).
 		Watches(&batchv1.Job{}, handler.EnqueueRequestsFromMapFunc(d.populationByLabel)).
-		WithOptions(controller.Options{MaxConcurrentReconciles: workers}).
+		WithOptions(report.Controller(workers)).
 		Complete(&Populations{Deps: d})
 	if err != nil {
 		return fmt.Errorf("set up populations: %w", err)

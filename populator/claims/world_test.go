@@ -57,6 +57,8 @@ type world struct {
 	short    bool     // devices are shorter than asked
 	holdJobs bool     // movers do not end
 	noNode   bool     // the provisioner gives up on the node
+	released int      // times that credentials were given up
+	metrics  *prometheus.Registry
 }
 
 // smallScheme has only what is used: the fake client walks all of a scheme at each write.
@@ -144,7 +146,11 @@ func (w *world) Job(_ context.Context, _ client.Client, pop *v1alpha1.VolumePopu
 }
 
 // Release implements Movers.
-func (w *world) Release(context.Context, client.Client, *v1alpha1.VolumePopulation) error { return nil }
+func (w *world) Release(context.Context, client.Client, *v1alpha1.VolumePopulation) error {
+	w.released++
+
+	return nil
+}
 
 // Outcome implements Movers.
 func (w *world) Outcome(_ context.Context, job *batchv1.Job) (Outcome, error) {
@@ -188,7 +194,8 @@ func (w *world) start(hook step.Hook) *incarnation {
 
 		return nil
 	})
-	count, err := metrics.New(prometheus.NewRegistry())
+	w.metrics = prometheus.NewRegistry()
+	count, err := metrics.New(w.metrics)
 	if err != nil {
 		w.t.Fatal(err)
 	}

@@ -20,6 +20,10 @@ import (
 )
 
 const (
+	// moverPatience is how long a mover's pod may take to start, or to end, before the
+	// claim's user is told.
+	moverPatience = time.Minute
+
 	firstRetry = 5 * time.Second
 	lastRetry  = 5 * time.Minute
 )
@@ -131,6 +135,10 @@ func (j *job) moverRuns(ctx context.Context, mover *batchv1.Job, out Outcome) (s
 		}
 	}
 	if out.Percent < 0 {
+		if j.Now().Sub(mover.CreationTimestamp.Time) > moverPatience {
+			j.warn(v1alpha1.ReasonMoverWaits, "the mover's pod does not start: "+out.Message)
+		}
+
 		return step.Wait(v1alpha1.ReasonPopulating, "the mover starts: "+out.Message, look), nil
 	}
 	if p := j.pop.Status.Progress; p == nil || *p != out.Percent {
@@ -206,6 +214,8 @@ func (j *job) moverFailed(ctx context.Context, out Outcome) (step.Result, error)
 	s := &j.pop.Status
 	j.warn(out.Reason, out.Message)
 	switch out.Reason {
+	case v1alpha1.ReasonRestoreFailed: // other bytes were read back than were written
+		j.Metrics.VerifyFailed()
 	case v1alpha1.ReasonNoRecoveryPoint: // pruned meanwhile: decided anew
 		return step.Result{}, errAbandon
 	case v1alpha1.ReasonDeviceShort:
@@ -283,6 +293,14 @@ func (j *job) stopMovers(ctx context.Context) (bool, error) {
 		}
 	}
 	pods, err := j.pods(ctx)
+	for _, p := range pods {
+		// It is not ours to say that its node will write no more.
+		if t := p.DeletionTimestamp; t != nil && j.Now().Sub(t.Time) > moverPatience {
+			j.warn(v1alpha1.ReasonMoverWaits, fmt.Sprintf(
+				"the mover's pod on node %s does not end, and the volume is not used elsewhere until it has; if the node is lost, remove it from the cluster or taint it with node.kubernetes.io/out-of-service",
+				p.Spec.NodeName))
+		}
+	}
 
 	return gone && len(pods) == 0, err
 }

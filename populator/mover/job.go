@@ -1,12 +1,15 @@
 package mover
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"path"
+	"strings"
 
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -54,6 +57,9 @@ type Pods struct {
 	Tolerations   []corev1.Toleration
 	NodeSelector  map[string]string
 	PriorityClass string
+	// Proxy for HTTPS of movers whose store names none, and NoProxy what is reached
+	// without any: the controller's own HTTPS_PROXY and NO_PROXY.
+	Proxy, NoProxy string
 }
 
 // Job is one attempt of one run.
@@ -76,6 +82,9 @@ type Job struct {
 	// Affinity to nodes that can reach the device.
 	Affinity *corev1.NodeAffinity
 }
+
+// configBytes bounds what a connection's configuration takes of a mover's memory.
+const configBytes = 16 << 20
 
 // nonRootID is the image's user.
 const nonRootID = 65532
@@ -109,7 +118,7 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 	c := corev1.Container{
 		Name: "mover", Image: p.Image, ImagePullPolicy: p.PullPolicy,
 		Args:                     []string{"mover", string(j.Task.Action)},
-		Env:                      []corev1.EnvVar{{Name: TaskVariable, Value: string(task)}, {Name: "HOME", Value: ScratchDir}, {Name: "TMPDIR", Value: ScratchDir}},
+		Env:                      []corev1.EnvVar{{Name: TaskVariable, Value: string(task)}, {Name: "HOME", Value: ScratchDir}, {Name: "TMPDIR", Value: ConfigDir}},
 		Resources:                p.Resources,
 		TerminationMessagePath:   TerminationPath,
 		TerminationMessagePolicy: corev1.TerminationMessageReadFile,
@@ -119,16 +128,21 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 		},
 		VolumeMounts: []corev1.VolumeMount{
 			{Name: "scratch", MountPath: ScratchDir},
+			{Name: "connection", MountPath: ConfigDir},
 			{Name: "store", MountPath: StoreDir, ReadOnly: true},
 		},
 	}
-	if j.Proxy != "" {
-		c.Env = append(c.Env, corev1.EnvVar{Name: "HTTPS_PROXY", Value: j.Proxy}, corev1.EnvVar{Name: "NO_PROXY", Value: ".svc,.cluster.local"})
+	if proxy := cmp.Or(j.Proxy, p.Proxy); proxy != "" {
+		// The storage's metadata service is in the cluster.
+		none := strings.Trim(p.NoProxy+",.svc,.cluster.local", ",")
+		c.Env = append(c.Env, corev1.EnvVar{Name: "HTTPS_PROXY", Value: proxy}, corev1.EnvVar{Name: "NO_PROXY", Value: none})
 	}
 	// A Secret's files are the mover's to read, whatever its user.
 	mode := int32(0o444)
 	volumes := []corev1.Volume{
 		{Name: "scratch", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}},
+		{Name: "connection", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{
+			Medium: corev1.StorageMediumMemory, SizeLimit: resource.NewQuantity(configBytes, resource.BinarySI)}}},
 		{Name: "store", VolumeSource: corev1.VolumeSource{Secret: &corev1.SecretVolumeSource{SecretName: j.Secret, DefaultMode: &mode}}},
 	}
 	if j.Device != "" {

@@ -38,6 +38,9 @@ const (
 	TokenFile = "/var/run/varve/metadata/token"
 	// ScratchDir is writable, and gone with the pod.
 	ScratchDir = "/var/lib/varve"
+	// ConfigDir is writable and in memory: the connection's configuration has the
+	// credentials in it, which are on no node's disk.
+	ConfigDir = "/var/run/varve/connection"
 	// VolumeDir is the claim of a volume storage.
 	VolumeDir = "/var/run/varve/volume"
 	// TerminationPath takes the Result.

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -51,15 +52,24 @@ func (s *Stores) Credentials(ctx context.Context, st *Store) (Credentials, error
 	return c, nil
 }
 
-// Open is an open repository and the directory of its connection.
+// Open is an open repository and the directories of its connection.
 type Open struct {
 	*repository.Repository
-	dir string
+	dirs []string
 }
 
 // Close ends the connection and removes what it kept.
 func (o *Open) Close(ctx context.Context) error {
-	return errors.Join(o.Repository.Close(ctx), os.RemoveAll(o.dir))
+	return errors.Join(o.Repository.Close(ctx), removeAll(o.dirs))
+}
+
+func removeAll(dirs []string) error {
+	var errs []error
+	for _, dir := range dirs {
+		errs = append(errs, os.RemoveAll(dir))
+	}
+
+	return errors.Join(errs...)
 }
 
 // Open opens a store's repository. Errors of the repository wrap its sentinels
@@ -71,7 +81,7 @@ func (s *Stores) Open(ctx context.Context, st *Store) (*Open, error) {
 		return nil, err
 	}
 
-	return st.Settings().Open(ctx, OpenOptions{Credentials: c, Dir: s.Dir, VolumeDir: s.volumeDir(st)})
+	return st.Settings().Open(ctx, OpenOptions{Credentials: c, Dir: s.Dir, ConfigDir: s.ConfigDir, VolumeDir: s.volumeDir(st)})
 }
 
 // Ensure is Open, but makes the repository if there is none and the store is ReadWrite.
@@ -90,7 +100,7 @@ func (s *Stores) Ensure(ctx context.Context, st *Store) (*Open, error) {
 		return nil, err
 	}
 
-	return st.Settings().Open(ctx, OpenOptions{Credentials: c, Dir: s.Dir, VolumeDir: s.volumeDir(st), Create: true})
+	return st.Settings().Open(ctx, OpenOptions{Credentials: c, Dir: s.Dir, ConfigDir: s.ConfigDir, VolumeDir: s.volumeDir(st), Create: true})
 }
 
 // makeVolumeDir makes the directory of a volume storage that was never seen, on the claim that is
@@ -130,9 +140,13 @@ func (s *Stores) volumeDir(st *Store) string {
 // OpenOptions of Settings.Open.
 type OpenOptions struct {
 	Credentials Credentials
-	// Dir takes a new directory for the connection, which Close removes; empty for
-	// the system's temporary one.
+	// Dir takes a new directory for the connection's caches, which Close removes; empty
+	// for the system's temporary one. They can grow to gigabytes: the indexes of a large
+	// repository.
 	Dir string
+	// ConfigDir takes another for its configuration, which has the storage's credentials
+	// in it: better a file system in memory. Empty for Dir.
+	ConfigDir string
 	// VolumeDir is where the claim of a volume storage is mounted.
 	VolumeDir string
 	// CacheBytes bounds the connection's cache of blocks, MetadataBytes that of
@@ -151,15 +165,20 @@ func (s Settings) Open(ctx context.Context, opt OpenOptions) (_ *Open, err error
 	if err != nil {
 		return nil, err
 	}
-	dir, err := os.MkdirTemp(opt.Dir, "store-")
-	if err != nil {
-		return nil, fmt.Errorf("directory of a connection: %w", err)
-	}
+	var dirs []string
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, os.RemoveAll(dir))
+			err = errors.Join(err, removeAll(dirs))
 		}
 	}()
+	for _, in := range []string{opt.Dir, cmp.Or(opt.ConfigDir, opt.Dir)} {
+		d, err := os.MkdirTemp(in, "store-")
+		if err != nil {
+			return nil, fmt.Errorf("directory of a connection: %w", err)
+		}
+		dirs = append(dirs, d)
+	}
+	dir, config := dirs[0], dirs[1]
 	cache := repository.Cache{Directory: filepath.Join(dir, "cache"), ContentBytes: opt.CacheBytes, MetadataBytes: opt.MetadataBytes}
 	if cache.ContentBytes == 0 {
 		cache.ContentBytes = defaultCacheBytes
@@ -171,7 +190,7 @@ func (s Settings) Open(ctx context.Context, opt OpenOptions) (_ *Open, err error
 		cache = repository.Cache{Directory: filepath.Join(dir, "cache"), ContentBytes: -1, MetadataBytes: -1}
 	}
 	conn := repository.ConnectOptions{
-		ConfigFile: filepath.Join(dir, "repository.config"), Storage: st, Password: opt.Credentials.Password(),
+		ConfigFile: filepath.Join(config, "repository.config"), Storage: st, Password: opt.Credentials.Password(),
 		ReadOnly: s.ReadOnly, Cluster: s.ClusterName, Cache: cache, Log: opt.Log,
 		Limits: repository.Limits{UploadBytesPerSecond: float64(s.Upload), DownloadBytesPerSecond: float64(s.Download)},
 	}
@@ -190,7 +209,7 @@ func (s Settings) Open(ctx context.Context, opt OpenOptions) (_ *Open, err error
 	if err != nil {
 		return nil, err
 	}
-	o := &Open{Repository: repo, dir: dir}
+	o := &Open{Repository: repo, dirs: dirs}
 	if err := s.check(ctx, o); err != nil {
 		return nil, errors.Join(err, repo.Close(context.WithoutCancel(ctx)))
 	}

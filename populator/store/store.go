@@ -114,9 +114,9 @@ type Stores struct {
 	Secrets client.Reader
 	// Namespace is Varve's own.
 	Namespace string
-	// Dir is where connections keep their configuration while they are open, with
-	// the storage's credentials in it: better a file system in memory.
-	Dir string
+	// Dir and ConfigDir are where connections keep caches and configuration while they
+	// are open; see OpenOptions.
+	Dir, ConfigDir string
 	// VolumesDir has the claims that BackupStores name as storage, each mounted under
 	// its claim's name. Empty if there are none.
 	VolumesDir string

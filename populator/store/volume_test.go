@@ -78,12 +78,18 @@ func TestVolumeIsSharedWithMovers(t *testing.T) {
 	}
 	c := fake.NewClientBuilder().WithScheme(s).WithObjects(&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: "varve", Name: "creds"}, Data: creds}).Build()
 	stores := &Stores{Client: c, Secrets: c, Namespace: "varve", VolumesDir: dir}
+	stores.Dir, stores.ConfigDir = t.TempDir(), t.TempDir()
 	repo, err := stores.Ensure(t.Context(), stores.FromBackupStore(&v1alpha1.BackupStore{Spec: v1alpha1.BackupStoreSpec{RepositorySpec: v1alpha1.RepositorySpec{
 		Storage: onVolume.Storage, ClusterName: "here", CredentialsSecretRef: corev1.LocalObjectReference{Name: "creds"}}}}))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer repo.Close(context.WithoutCancel(t.Context()))
+	for where, want := range map[string]int{stores.Dir: 0, stores.ConfigDir: 1} {
+		if found, err := filepath.Glob(filepath.Join(where, "*", "repository.config")); len(found) != want || err != nil {
+			t.Errorf("in %s are %v (%v), want %d", where, found, err, want)
+		}
+	}
 	write(t.Context(), t, repo, "ours")
 	other(t, dir)
 	if err := repo.Refresh(t.Context()); err != nil { // what the other wrote

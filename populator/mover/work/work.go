@@ -26,6 +26,7 @@ type Environment struct {
 	Device    string // path of the block device
 	StoreDir  string // with the store's credentials
 	Scratch   string // writable
+	ConfigDir string // writable, in memory; empty for Scratch
 	VolumeDir string // claim of a volume storage
 	// Log takes lines of progress.
 	Log io.Writer
@@ -39,7 +40,7 @@ type Environment struct {
 // Pod is the environment of a mover's pod.
 func Pod(probe func(io.ReaderAt, int64) (string, error), version string) Environment {
 	return Environment{
-		Device: mover.DevicePath, StoreDir: mover.StoreDir, Scratch: mover.ScratchDir, VolumeDir: mover.VolumeDir,
+		Device: mover.DevicePath, StoreDir: mover.StoreDir, Scratch: mover.ScratchDir, ConfigDir: mover.ConfigDir, VolumeDir: mover.VolumeDir,
 		Log: os.Stdout, Probe: probe, Version: version,
 	}
 }
@@ -77,7 +78,7 @@ func run(ctx context.Context, e Environment, t mover.Task) (r mover.Result, err 
 	if err != nil {
 		return r, err
 	}
-	repo, err := t.Store.Open(ctx, store.OpenOptions{Credentials: c, Dir: e.Scratch, VolumeDir: e.VolumeDir, MetadataBytes: 512 << 20})
+	repo, err := t.Store.Open(ctx, store.OpenOptions{Credentials: c, Dir: e.Scratch, ConfigDir: e.ConfigDir, VolumeDir: e.VolumeDir, MetadataBytes: 512 << 20})
 	if err != nil {
 		return r, err
 	}
