@@ -152,14 +152,18 @@ func (f *F) Eventually(what string, ask func(context.Context) error) {
 func (f *F) Await(ctx context.Context, what string, ask func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, Patience)
 	defer cancel()
+	var last error // that is not about the time being over
 	for {
 		err := ask(ctx)
 		if err == nil {
 			return nil
 		}
+		if deadline, ok := ctx.Deadline(); last == nil || ok && time.Until(deadline) > time.Second {
+			last = err
+		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("wait for %s: %w", what, errors.Join(err, ctx.Err()))
+			return fmt.Errorf("wait for %s: %w", what, errors.Join(last, ctx.Err()))
 		case <-time.After(pollPause):
 		}
 	}

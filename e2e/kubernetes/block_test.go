@@ -34,7 +34,7 @@ func TestBlock(t *testing.T) {
 	if p := points[0].Status.Point; p.Kind != "full" || p.Source != "csi-allocated" {
 		t.Errorf("the first point is %+v, want a full of allocated blocks", p)
 	}
-	if p := points[1].Status.Point; p.Kind != "incremental" || p.Source != "csi-delta" || p.ReadBytes > 8<<20 {
+	if p := points[1].Status.Point; p.Kind != "incremental" || p.Source != "csi-delta" || p.ReadBytes > 16<<20 {
 		t.Errorf("the second point is %+v, want an increment by delta", p)
 	}
 	s.deletePod("writer")

@@ -113,7 +113,7 @@ func TestDocument(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
+	s.atEnd(func() {
 		for _, args := range [][]string{{"namespace", "diary"}, {"backupstore", "backups"}, {"secret", "varve-store", "-n", varveNamespace}} {
 			if _, err := s.Cluster.Kubectl(context.Background(), nil, append([]string{"delete", "--ignore-not-found"}, args...)...); err != nil {
 				t.Error(err)

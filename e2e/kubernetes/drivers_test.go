@@ -1,19 +1,22 @@
 package kubernetes
 
 import (
+	"context"
+	"fmt"
 	"strings"
 	"testing"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/e2e/cluster"
 	"github.com/varve-io/varve/e2e/csidriver"
 	"github.com/varve-io/varve/e2e/framework"
 )
 
 // twoBackups backs a Block claim of a driver up, changes a little of it, has the driver
 // take on a vice, and begins the second backup. It returns what the claim then holds.
-func (s *site) twoBackups(o, vice csidriver.Options) (class, sum string) {
+func (s *site) twoBackups(o, vice csidriver.Options) (d *cluster.Driver, sum string) {
 	s.T.Helper()
-	d := s.Driver(o)
+	d = s.Driver(o)
 	s.CreateClaim(framework.Claim{Name: "data", Class: d.Class(), Mode: framework.Block, Size: "64Mi"})
 	s.blockPod("writer", "data")
 	s.Exec("writer", fill)
@@ -23,7 +26,7 @@ func (s *site) twoBackups(o, vice csidriver.Options) (class, sum string) {
 	s.SetDriver(d, vice)
 	s.startBackup("second", "data", nil)
 
-	return d.Class(), sum
+	return d, sum
 }
 
 // comesBack restores the newest point of claim data to a claim of a class and compares.
@@ -57,12 +60,14 @@ func TestDriverVices(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			s := newSite(t)
-			class, sum := s.twoBackups(csidriver.Options{}, csidriver.Options{Metadata: tc.vice})
+			// The base that is kept goes with the claim, or the driver would not let that go.
+			well := csidriver.Options{KeepSourceOfSnapshots: true}
+			d, sum := s.twoBackups(well, csidriver.Options{KeepSourceOfSnapshots: true, Metadata: tc.vice})
 			p := s.waitBackup("second").Status.Point
 			if p.Kind != "incremental" || p.Source != tc.source || !strings.Contains(strings.Join(p.Fallbacks, " "), tc.fallback) {
 				t.Errorf("the second point is %+v, want an increment by %s because of %q", p, tc.source, tc.fallback)
 			}
-			s.comesBack(class, sum)
+			s.comesBack(d.Class(), sum)
 		})
 	}
 }
@@ -72,11 +77,19 @@ func TestDriverWithoutMetadata(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	o := csidriver.Options{Metadata: csidriver.MetadataOptions{Absent: true}}
-	class, sum := s.twoBackups(o, o)
+	d, sum := s.twoBackups(o, o)
 	if p := s.waitBackup("second").Status.Point; p.Source != "compare" || p.StoredBytes > 8<<20 {
 		t.Errorf("the second point is %+v, want one by comparing", p)
 	}
-	s.comesBack(class, sum)
+	s.Eventually("the driver to have no snapshot", func(context.Context) error {
+		_, snapshots, err := csidriver.Held(s.Cluster.DriverState(d))
+		if err == nil && len(snapshots) > 0 {
+			err = fmt.Errorf("it has %v", snapshots)
+		}
+
+		return err
+	})
+	s.comesBack(d.Class(), sum)
 }
 
 // A driver that is silent about blocks that did change is found out: the spot check
@@ -98,7 +111,8 @@ func TestDriverLies(t *testing.T) {
 	s.waitFailed("second", v1alpha1.ReasonSourceLied)
 }
 
-// A driver without Block volumes can be snapshot, but not be read.
+// A driver without Block volumes can be snapshot, but neither be read nor written: claims
+// of it stay pending, with what the driver says.
 func TestDriverWithoutBlock(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -106,7 +120,14 @@ func TestDriverWithoutBlock(t *testing.T) {
 	s.CreateClaim(framework.Claim{Name: "data", Class: d.Class(), Mode: framework.Filesystem, Size: "32Mi"})
 	s.WaitBound("data")
 	s.startBackup("first", "data", nil)
-	s.waitFailed("first", v1alpha1.ReasonBlockUnsupported)
+	s.CreateClaim(framework.Claim{Name: "other", Mode: framework.Filesystem, Size: "32Mi"})
+	s.WaitBound("other")
+	s.backup("second", "other", nil)
+	s.source("latest", func(rs *v1alpha1.RecoverySource) { rs.Spec.From.Volume = "other" })
+	s.restoreClaim(restored{Claim: framework.Claim{Name: "back", Class: d.Class(), Mode: framework.Filesystem, Size: "32Mi"}, Source: "latest"})
+	t.Log(s.waitEvent("back", v1alpha1.ReasonProvisioning))
+	s.pending("back")
+	t.Log(says(s.waitFailed("first", v1alpha1.ReasonBlockUnsupported).Status.Conditions))
 }
 
 // A device shorter than its driver says is backed up as it is, and comes back.
@@ -114,9 +135,9 @@ func TestDriverShortDevice(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	o := csidriver.Options{ShortBy: 16 << 20}
-	class, sum := s.twoBackups(o, o)
+	d, sum := s.twoBackups(o, o)
 	if p := s.waitBackup("second").Status.Point; p.SizeBytes != 48<<20 {
 		t.Errorf("the point is of %d bytes, the device has %d", p.SizeBytes, 48<<20)
 	}
-	s.comesBack(class, sum)
+	s.comesBack(d.Class(), sum)
 }

@@ -2,11 +2,15 @@ package kubernetes
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"strings"
 	"testing"
 
+	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/e2e/framework"
@@ -111,36 +115,34 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// A StatefulSet of twenty replicas whose template names one source fills all claims,
-// each from its own volume.
-func TestTwentyAtOnce(t *testing.T) {
+// A namespace deleted while a backup runs goes, and nothing of the run stays.
+func TestNamespaceDeletedMidway(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
-	s.CreateClaim(framework.Claim{Name: "data", Mode: framework.Filesystem, Size: "32Mi"})
-	s.filePod("writer", "data")
-	s.Exec("writer", "echo layer > /data/a; sync")
-	s.backup("first", "data", nil)
-	s.source("latest", func(rs *v1alpha1.RecoverySource) { rs.Spec.From.Volume = "data" })
-	const many = 20
-	for i := range many {
-		s.restoreClaim(restored{Claim: framework.Claim{Name: fmt.Sprintf("copy-%d", i), Mode: framework.Filesystem, Size: "32Mi"}, Source: "latest"})
-	}
-	var pvc corev1.PersistentVolumeClaim
-	for i := range many {
-		s.WaitBound(fmt.Sprintf("copy-%d", i))
-	}
-	s.filePod("reader", "copy-0", "copy-19")
-	for _, dir := range []string{"/copy-0", "/copy-19"} {
-		if got := s.Exec("reader", "cat "+dir+"/a"); got != "layer" {
-			t.Errorf("%s has %q", dir, got)
+	_, store := s.ownStore("1Mi")
+	there := s.in(s.Namespace + "-gone")
+	there.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "64Mi"})
+	there.blockPod("writer", "data")
+	there.Exec("writer", fill)
+	run := there.startBackup("first", "data", func(vb *v1alpha1.VolumeBackup) { vb.Spec.StoreRef.Name = store })
+	there.mover("backup")
+	there.Delete(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: there.Namespace}})
+	s.Eventually("what was made for the run to be gone", func(ctx context.Context) error {
+		err := s.nothingOf(ctx, string(run.UID))
+		for _, list := range []client.ObjectList{&snapshotv1.VolumeSnapshotList{}, &snapshotv1.VolumeSnapshotContentList{}} {
+			names, err2 := s.names(ctx, list, func(o client.Object) bool {
+				c, ok := o.(*snapshotv1.VolumeSnapshotContent)
+
+				return strings.Contains(o.GetName(), string(run.UID)) || ok && strings.Contains(c.Spec.VolumeSnapshotRef.Name, string(run.UID))
+			})
+			if len(names) > 0 {
+				err2 = errors.Join(err2, fmt.Errorf("left: %v", names))
+			}
+			err = errors.Join(err, err2)
 		}
-	}
-	if err := s.Client.Get(t.Context(), s.Key("copy-7"), &pvc); err != nil {
-		t.Fatal(err)
-	}
-	if want := resource.MustParse("32Mi"); pvc.Status.Capacity.Storage().Cmp(want) != 0 {
-		t.Errorf("the claim has %s", pvc.Status.Capacity.Storage())
-	}
+
+		return err
+	})
 }
 
 // A claim deleted while it is filled leaves nothing behind.

@@ -49,20 +49,29 @@ var manifests = filepath.Join("..", "..", "deploy", "varve.yaml")
 // site is a test's part of a cluster in which Varve is installed.
 type site struct {
 	*framework.F
+	collected *bool
 }
 
 // newSite installs Varve if no test did so before.
 func newSite(t *testing.T) *site {
 	t.Helper()
-	s := &site{framework.New(t)}
-	t.Cleanup(func() {
-		if t.Failed() {
-			s.collectVarve()
-		}
-	})
+	s := &site{framework.New(t), new(bool)}
+	s.atEnd(func() {})
 	install(s)
 
 	return s
+}
+
+// atEnd has something done when the test ends. If that failed, evidence is kept before.
+func (s *site) atEnd(do func()) {
+	s.T.Helper()
+	s.T.Cleanup(func() {
+		if s.T.Failed() && !*s.collected {
+			*s.collected = true
+			s.collectVarve()
+		}
+		do()
+	})
 }
 
 var installation sync.Mutex // tests run in parallel
@@ -236,7 +245,7 @@ func (s *site) in(namespace string) *site {
 	s.Create(ns)
 	f := *s.F
 	f.Namespace = namespace
-	s.T.Cleanup(func() {
+	s.atEnd(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), framework.Patience)
 		defer cancel()
 		if err := client.IgnoreNotFound(f.Client.Delete(ctx, ns)); err != nil {
@@ -257,7 +266,7 @@ func (s *site) in(namespace string) *site {
 		return f.Client.Get(ctx, f.Key("default"), &corev1.ServiceAccount{})
 	})
 
-	return &site{&f}
+	return &site{&f, s.collected}
 }
 
 // collectVarve keeps what Varve's namespace knows of a failure beside the test's own

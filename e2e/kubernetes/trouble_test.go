@@ -77,7 +77,8 @@ func (s *site) mover(role string) *corev1.Pod {
 func (s *site) ownStore(perSecond string) (server *corev1.Pod, store string) {
 	s.T.Helper()
 	user, yes := int64(65532), true
-	s.CreatePod(framework.Pod{Name: "s3", Change: func(p *corev1.Pod) {
+	// Not on a node that a test may lose.
+	s.CreatePod(framework.Pod{Name: "s3", Node: s.Cluster.Control().Name, Change: func(p *corev1.Pod) {
 		p.Spec.SecurityContext = &corev1.PodSecurityContext{RunAsUser: &user, RunAsGroup: &user, FSGroup: &user, RunAsNonRoot: &yes}
 		p.Spec.Volumes = []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}}}
 		c := &p.Spec.Containers[0]
@@ -94,7 +95,7 @@ func (s *site) ownStore(perSecond string) (server *corev1.Pod, store string) {
 			bs.Spec.Limits = &v1alpha1.Limits{UploadPerSecond: &q, DownloadPerSecond: &q}
 		}
 	})
-	s.T.Cleanup(func() {
+	s.atEnd(func() {
 		bs := &v1alpha1.BackupStore{}
 		bs.Name = store
 		if err := client.IgnoreNotFound(s.Client.Delete(context.Background(), bs)); err != nil {
@@ -132,6 +133,44 @@ func TestRepositoryUnreachable(t *testing.T) {
 	if got := s.SHA256("reader", "/dev/back"); got != sum {
 		t.Error("what came back is not what was backed up")
 	}
+}
+
+// While a claim is filled its events say how far that is. A repository that goes away in
+// the midst of it costs time and nothing else.
+func TestRepositoryUnreachableMidway(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	server, store := s.ownStore("1Mi")
+	to := func(vb *v1alpha1.VolumeBackup) { vb.Spec.StoreRef.Name = store }
+	s.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "32Mi"})
+	s.blockPod("writer", "data")
+	s.Exec("writer", "dd if=/dev/urandom of=/dev/data bs=1M count=20 2>/dev/null; sync")
+	sum := s.SHA256("writer", "/dev/data")
+	s.backup("first", "data", to)
+	s.source("latest", func(rs *v1alpha1.RecoverySource) { rs.Spec.StoreRef.Name, rs.Spec.From.Volume = store, "data" })
+	s.restoreClaim(restored{Claim: framework.Claim{Name: "back", Mode: framework.Block, Size: "32Mi"}, Source: "latest"})
+	s.Eventually("an event of a quarter", func(ctx context.Context) error {
+		all, err := s.events(ctx, "back")
+		if err == nil && !strings.Contains(all, "% of recovery point") {
+			err = errors.New("there are only:\n" + all)
+		}
+
+		return err
+	})
+	restore := s.CutNetwork(server)
+	t.Log(s.waitEvent("back", v1alpha1.ReasonRepositoryUnreachable))
+	s.pending("back")
+	restore()
+	s.WaitBound("back")
+	s.blockPod("reader", "back")
+	if got := s.SHA256("reader", "/dev/back"); got != sum {
+		t.Error("what came back is not what was backed up")
+	}
+	all, err := s.events(t.Context(), "back")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Log(all)
 }
 
 // Killed movers, and killed controllers, cost time and nothing else.
@@ -229,7 +268,7 @@ func (s *site) cordon(node string, on bool) {
 		s.T.Fatal(err)
 	}
 	if on {
-		s.T.Cleanup(func() {
+		s.atEnd(func() {
 			if err := set(context.Background(), false); err != nil {
 				s.T.Error(err)
 			}
