@@ -22,7 +22,6 @@ import (
 	snapshotmetadatav1beta1 "github.com/kubernetes-csi/external-snapshot-metadata/client/apis/snapshotmetadataservice/v1beta1"
 	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
 	batchv1 "k8s.io/api/batch/v1"
-	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -140,8 +139,7 @@ func caches(namespace string) cache.Options {
 
 	return cache.Options{
 		ByObject: map[client.Object]cache.ByObject{
-			&batchv1.Job{}: here, &corev1.Pod{}: here, &v1alpha1.VolumePopulation{}: here,
-			&snapshotv1.VolumeSnapshot{}: mine, &snapshotv1.VolumeSnapshotContent{}: mine,
+			&batchv1.Job{}: here, &v1alpha1.VolumePopulation{}: here, &snapshotv1.VolumeSnapshot{}: mine,
 		},
 		DefaultTransform: func(o any) (any, error) {
 			if m, ok := o.(metav1.Object); ok {

@@ -15,7 +15,7 @@ type ProtectedVolumeSpec struct {
 	// +kubebuilder:validation:MaxLength=253
 	// +kubebuilder:validation:XValidation:rule="self == oldSelf",message="cannot be changed"
 	ClaimName string `json:"claimName"`
-	// StoreRef is where its points are kept.
+	// StoreRef is where its points are kept. Example: {name: main}
 	// +kubebuilder:validation:XValidation:rule="self == oldSelf",message="cannot be changed"
 	StoreRef StoreReference `json:"storeRef"`
 }

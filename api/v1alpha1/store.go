@@ -22,6 +22,7 @@ const (
 type RepositorySpec struct {
 	// Storage of the Kopia repository. It is made there if there is none and
 	// access is ReadWrite.
+	// Example: {s3: {bucket: backups, endpoint: "s3.example.com", region: eu-1}}
 	Storage Storage `json:"storage"`
 	// CredentialsSecretRef names the Secret with the repository's password (key
 	// password) and the storage's credentials (keys as each storage says): in
@@ -29,7 +30,7 @@ type RepositorySpec struct {
 	// Example: {name: varve-store}
 	CredentialsSecretRef corev1.LocalObjectReference `json:"credentialsSecretRef"`
 	// CABundle is trusted for the storage besides the usual authorities: PEM. For S3
-	// only.
+	// only. Example: "-----BEGIN CERTIFICATE-----\n..."
 	// +optional
 	// +kubebuilder:validation:MaxLength=262144
 	CABundle string `json:"caBundle,omitempty"`
@@ -51,12 +52,14 @@ type RepositorySpec struct {
 	// +kubebuilder:default=ReadWrite
 	Access Access `json:"access,omitempty"`
 	// Limits on the use of the storage.
+	// Example: {uploadPerSecond: 50Mi, backups: 8}
 	// +optional
 	Limits *Limits `json:"limits,omitempty"`
 	// ServiceAccountName that movers of this store run as, in the namespace they
 	// run in, for storages that take its identity (IRSA, workload identity); the
-	// mover's own if not set. It is for the store's makers to bind it to nothing
-	// else. Example: varve-mover-prod
+	// mover's own if not set. Bind it to the Role varve-mover of Varve's namespace, by
+	// which storages let it ask for changed blocks, and to nothing else. For
+	// BackupStores only. Example: varve-mover-prod
 	// +optional
 	// +kubebuilder:validation:MaxLength=253
 	ServiceAccountName string `json:"serviceAccountName,omitempty"`
@@ -71,6 +74,7 @@ type BackupStoreSpec struct {
 	AllowedNamespaces *metav1.LabelSelector `json:"allowedNamespaces,omitempty"`
 	// RestoreGrants let namespaces restore what others backed up. A namespace may
 	// always restore its own points of this cluster.
+	// Example: [{from: shop, to: [shop-staging]}]
 	// +optional
 	// +listType=atomic
 	// +kubebuilder:validation:MaxItems=256

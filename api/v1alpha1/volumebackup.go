@@ -41,6 +41,7 @@ type VolumeBackupSpec struct {
 	// +kubebuilder:default=Auto
 	RetainBase RetainBase `json:"retainBase,omitempty"`
 	// BackupVolume overrides what the volume that is read from is made with.
+	// Example: {storageClassName: rbd-read-only-clone}
 	// +optional
 	BackupVolume *BackupVolume `json:"backupVolume,omitempty"`
 	// Retention that is applied to the claim's points in the store once this one is

@@ -20,6 +20,7 @@ import (
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/populator/backups"
 	"github.com/varve-io/varve/populator/report"
+	"github.com/varve-io/varve/populator/store"
 )
 
 // Watch keeps ProtectedVolumes true: it says when a claim is gone or its last run failed,
@@ -80,7 +81,7 @@ func (w *Watch) Reconcile(ctx context.Context, req reconcile.Request) (reconcile
 	gone := apierrors.IsNotFound(err) || pvc.DeletionTimestamp != nil
 	again, changed := time.Duration(0), false
 	if b := pv.Status.Base; b != nil {
-		age, err := w.maxBaseAge(ctx, &pv)
+		age, err := w.maxBaseAge(ctx, &pv, &pvc)
 		if err != nil {
 			return reconcile.Result{}, err
 		}
@@ -140,16 +141,21 @@ func (w *Watch) judge(ctx context.Context, pv *v1alpha1.ProtectedVolume, gone bo
 }
 
 // maxBaseAge is the smallest of the policies that cover the claim; 0 for none.
-func (w *Watch) maxBaseAge(ctx context.Context, pv *v1alpha1.ProtectedVolume) (time.Duration, error) {
+func (w *Watch) maxBaseAge(ctx context.Context, pv *v1alpha1.ProtectedVolume, pvc *corev1.PersistentVolumeClaim) (time.Duration, error) {
 	var list v1alpha1.BackupPolicyList
 	if err := w.Client.List(ctx, &list, client.InNamespace(pv.Namespace)); err != nil {
 		return 0, err
 	}
 	least := time.Duration(0)
-	for _, policy := range list.Items {
-		if policy.Spec.MaxBaseAge != nil && policy.Spec.StoreRef.Name == pv.Spec.StoreRef.Name &&
-			(least == 0 || policy.Spec.MaxBaseAge.Duration < least) {
-			least = policy.Spec.MaxBaseAge.Duration
+	key := store.KeyOf(pv.Spec.StoreRef, pv.Namespace)
+	for i := range list.Items {
+		policy := &list.Items[i]
+		if policy.Spec.MaxBaseAge == nil || store.KeyOf(policy.Spec.StoreRef, policy.Namespace) != key {
+			continue
+		}
+		selector, err := selectorOf(policy)
+		if age := policy.Spec.MaxBaseAge.Duration; err == nil && Covers(selector, pvc) && (least == 0 || age < least) {
+			least = age
 		}
 	}
 

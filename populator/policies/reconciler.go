@@ -31,11 +31,12 @@ import (
 	"github.com/varve-io/varve/populator/store"
 )
 
-// LabelPolicy of a VolumeBackup that a policy started.
-const LabelPolicy = "varve.io/policy"
-
 // maxWait is how long a policy is not looked at without anything having changed.
 const maxWait = 10 * time.Minute
+
+// retryStore is the time until a policy is looked at again whose store is not there, or not
+// for it: what is applied together comes in any order.
+const retryStore = 30 * time.Second
 
 // Reconciler starts the runs of policies. Its fields are not to be changed once it runs.
 type Reconciler struct {
@@ -114,8 +115,11 @@ func (p *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		}
 	}
 	after := maxWait
-	if next != nil {
+	switch c := meta.FindStatusCondition(policy.Status.Conditions, v1alpha1.ConditionReady); {
+	case next != nil:
 		after = min(max(next.Sub(p.now()), time.Second), maxWait)
+	case c != nil && c.Status == metav1.ConditionFalse && c.Reason != v1alpha1.ReasonPaused && c.Reason != v1alpha1.ReasonInvalidSpec:
+		after = retryStore
 	}
 
 	return reconcile.Result{RequeueAfter: after}, nil
@@ -158,9 +162,13 @@ func (p *Reconciler) act(ctx context.Context, policy *v1alpha1.BackupPolicy) (*t
 
 		return nil, err
 	}
-	claims, overlaps, err := p.claims(ctx, policy)
+	selector, err := selectorOf(policy)
 	if err != nil {
 		return not(v1alpha1.ReasonInvalidSpec, err.Error())
+	}
+	claims, overlaps, err := p.claims(ctx, policy, selector)
+	if err != nil {
+		return nil, err
 	}
 	s.Claims = int32(len(claims))
 	if policy.Spec.Paused {
@@ -195,11 +203,7 @@ func (p *Reconciler) act(ctx context.Context, policy *v1alpha1.BackupPolicy) (*t
 
 // claims of the namespace that the policy covers, and those that a policy of an earlier name
 // covers already.
-func (p *Reconciler) claims(ctx context.Context, policy *v1alpha1.BackupPolicy) (mine []corev1.PersistentVolumeClaim, overlaps []string, err error) {
-	selector, err := selectorOf(policy)
-	if err != nil {
-		return nil, nil, err
-	}
+func (p *Reconciler) claims(ctx context.Context, policy *v1alpha1.BackupPolicy, selector labels.Selector) (mine []corev1.PersistentVolumeClaim, overlaps []string, err error) {
 	var list corev1.PersistentVolumeClaimList
 	if err := p.Client.List(ctx, &list, client.InNamespace(policy.Namespace)); err != nil {
 		return nil, nil, err
@@ -213,7 +217,9 @@ func (p *Reconciler) claims(ctx context.Context, policy *v1alpha1.BackupPolicy) 
 	for i := range others.Items {
 		o := &others.Items[i]
 		if o.Name < policy.Name && o.DeletionTimestamp == nil && !o.Spec.Paused && store.KeyOf(o.Spec.StoreRef, o.Namespace) == key {
-			if s, err := selectorOf(o); err == nil {
+			// One that cannot run covers nothing.
+			_, wrong := parseSchedule(o.Spec.Schedule)
+			if s, err := selectorOf(o); err == nil && wrong == nil {
 				earlier = append(earlier, s)
 			}
 		}
@@ -293,59 +299,6 @@ func (p *Reconciler) claim(ctx context.Context, policy *v1alpha1.BackupPolicy, c
 	}
 
 	return next, nil
-}
-
-// start makes the run that was due at a time, unless it is too late for it or one is under
-// way. Its name is that time's, so that making it twice is making it once.
-func (p *Reconciler) start(ctx context.Context, policy *v1alpha1.BackupPolicy, pvc *corev1.PersistentVolumeClaim, pv *v1alpha1.ProtectedVolume, due time.Time) error {
-	var before *metav1.Time
-	if d := policy.Spec.Schedule.StartingDeadline; d != nil {
-		at := metav1.NewTime(due.Add(d.Duration))
-		before = &at
-		if p.now().After(at.Time) {
-			p.Events.Warning(pv, v1alpha1.ReasonStartTooLate, "the run of %s could not be started in time", due.UTC().Format(time.RFC3339))
-
-			return nil
-		}
-	}
-	var runs v1alpha1.VolumeBackupList
-	if err := p.Client.List(ctx, &runs, client.InNamespace(policy.Namespace)); err != nil {
-		return err
-	}
-	key := store.KeyOf(policy.Spec.StoreRef, policy.Namespace)
-	for i := range runs.Items {
-		r := &runs.Items[i]
-		if r.Spec.ClaimName == pvc.Name && store.KeyOf(r.Spec.StoreRef, r.Namespace) == key && r.Status.CompletionTime == nil && r.DeletionTimestamp == nil {
-			return nil // the run before is not over: it serves for this time
-		}
-	}
-	kind := v1alpha1.BackupTypeAuto
-	if e := policy.Spec.FullEvery; e != nil && pv.Status.LastFull != nil && due.Sub(pv.Status.LastFull.Time) >= e.Duration {
-		kind = v1alpha1.BackupTypeFull
-	}
-	const longest = 200
-	vb := &v1alpha1.VolumeBackup{
-		ObjectMeta: metav1.ObjectMeta{
-			Namespace: policy.Namespace, Name: fmt.Sprintf("%s-%d", pv.Name[:min(len(pv.Name), longest)], due.Unix()),
-			Labels: map[string]string{LabelPolicy: labelValue(policy.Name)},
-		},
-		Spec: v1alpha1.VolumeBackupSpec{
-			ClaimName: pvc.Name, StoreRef: policy.Spec.StoreRef, Type: kind, SnapshotClassName: policy.Spec.SnapshotClassName,
-			RetainBase: policy.Spec.RetainBase, BackupVolume: policy.Spec.BackupVolume, Retention: policy.Spec.Retention, StartBefore: before,
-		},
-	}
-	if err := p.Client.Create(ctx, vb); err != nil && !apierrors.IsAlreadyExists(err) {
-		return fmt.Errorf("start the backup of claim %s: %w", pvc.Name, err)
-	}
-
-	return nil
-}
-
-// labelValue cuts a name to what a label takes.
-func labelValue(name string) string {
-	const most = 63
-
-	return strings.TrimRight(name[:min(len(name), most)], "-.")
 }
 
 // protectedVolume reads or makes that of a claim and the policy's store.

@@ -113,6 +113,9 @@ func (s Settings) storage(c Credentials, volumeDir string) (repository.Storage, 
 	if s.CABundle != "" && s.Storage.S3 == nil {
 		return nil, fmt.Errorf("%w: caBundle is for s3; for other storages add the authority to the image or mount it into it", ErrSpec)
 	}
+	if s.Upload < 0 || s.Download < 0 {
+		return nil, fmt.Errorf("%w: limits below 0 bytes a second", ErrSpec)
+	}
 	switch st := s.Storage; {
 	case st.S3 != nil:
 		out := &repository.S3{
