@@ -153,11 +153,11 @@ func (d *treeDrawer) draw(e *browse.Entry, indent string, depth int) error {
 			}
 		}
 		fmt.Fprintln(d.out, indent+branch+shown)
-		if err != nil || !child.IsDir() {
-			d.others++
-			return nil
+		if err == nil && child.IsDir() {
+			d.dirs++
+			return d.draw(child, indent+below, depth-1)
 		}
-		d.dirs++
-		return d.draw(child, indent+below, depth-1)
+		d.others++
+		return nil
 	})
 }

@@ -132,12 +132,14 @@ environment over the file. Secrets are never flags.`,
 		&cobra.Group{ID: groupBackup, Title: "Backup and restore:"},
 		&cobra.Group{ID: groupRead, Title: "Reading recovery points:"},
 		&cobra.Group{ID: groupKeep, Title: "Looking after recovery points:"},
+		&cobra.Group{ID: groupKubernetes, Title: "Kubernetes:"},
 	)
 	root.AddCommand(
 		newAttachCommand(a),
 		newBackupCommand(a),
 		newCatCommand(a),
 		newCommitCommand(a),
+		newControllerCommand(a),
 		newCpCommand(a),
 		newDetachCommand(a),
 		newDiffCommand(a),
@@ -149,6 +151,7 @@ environment over the file. Secrets are never flags.`,
 		newMountCommand(a),
 		newMountWatchCommand(),
 		newMountLoopCommand(),
+		newMoverCommand(a),
 		newNBDCommand(a),
 		newPinCommand(a),
 		newPruneCommand(a),
@@ -163,6 +166,7 @@ environment over the file. Secrets are never flags.`,
 		newVerifyCommand(a),
 		newVersionCommand(a),
 	)
+	root.InitDefaultCompletionCmd()
 	a.instrument(root)
 	return root
 }
@@ -173,12 +177,22 @@ const (
 	groupBackup     = "backup"
 	groupRead       = "read"
 	groupKeep       = "keep"
+	groupKubernetes = "kubernetes"
 )
 
 // instrument prepares every command below c: flags learn their environment
 // variables, and errors before a command's own code are told apart.
 func (a *app) instrument(c *cobra.Command) {
 	describeEnvironment(c)
+	if c.HasParent() && !c.Runnable() {
+		// Cobra would print help and succeed, whatever the word after it.
+		c.RunE = func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usagef("unknown command %q for %q", args[0], cmd.CommandPath())
+			}
+			return cmd.Help()
+		}
+	}
 	if run := c.RunE; run != nil {
 		c.RunE = func(cmd *cobra.Command, args []string) error {
 			a.started = true
@@ -210,6 +224,9 @@ func (a *app) openRepository(ctx context.Context) (*repository.Repository, error
 	config, err := a.configFile()
 	if err != nil {
 		return nil, err
+	}
+	if err := repository.Connected(config); err != nil {
+		return nil, err // before a password is asked for in vain
 	}
 	password, err := a.password(ctx, existingPassword)
 	if err != nil {
