@@ -74,7 +74,7 @@ func TestFileCommands(t *testing.T) {
 		{"ls -l", []string{"ls", "-l", p + "/etc"}, exitOK, "-rw-r-----"},
 		{"cp a pattern", []string{"cp", p + "/etc/*", dir}, exitOK, "copied 2 files"},
 		{"cp over a file", []string{"cp", p + "/etc/other", dir}, exitFailure, "--force"},
-		{"cp over a file by force", []string{"cp", "-f", p + "/etc/other", dir}, exitOK, "copied 1 files"},
+		{"cp over a file by force", []string{"cp", "-f", p + "/etc/other", dir}, exitOK, "copied 1 file and 0 directories"},
 		{"cp a directory", []string{"cp", p + "/etc", dir}, exitFailure, "--recursive"},
 		{"cp a tree", []string{"cp", "-r", p + "/", filepath.Join(dir, "all")}, exitOK, "copied 3 files and 3 directories"},
 		{"cp several to a file", []string{"cp", p + "/etc/*", filepath.Join(dir, "new")}, exitUsage, "need a directory"},
@@ -192,6 +192,28 @@ func TestCpNamesWhatItLeavesOut(t *testing.T) {
 	var res cpResult
 	if err := json.Unmarshal([]byte(r.stdout), &res); err != nil || r.code != exitFailure || res.Files != 1 || len(res.Failed) != 1 || res.Failed[0].Path != "etc/other" {
 		t.Errorf("exit code %d, %v\n%s", r.code, err, r.stdout)
+	}
+}
+
+// Without root owners and devices cannot be kept: the copy says so, once.
+func TestCpWithoutRoot(t *testing.T) {
+	diskfstest.NeedRoot(t)
+	diskfstest.NeedTool(t, "setpriv")
+	env := newFilesEnv(t)
+	program := buildVarve(t)
+	diskfstest.Run(t, "chown", "-R", "65534:65534", env["HOME"])
+	for _, d := range []string{env["HOME"], filepath.Dir(program)} { // another user gets there
+		diskfstest.Run(t, "chmod", "0755", d, filepath.Dir(d))
+	}
+	target := filepath.Join(env["HOME"], "copy")
+	cmd := exec.Command("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", program, "cp", "-r", "shop/db@latest:/etc", target)
+	cmd.Env = append(os.Environ(), env.list()...)
+	out, err := cmd.CombinedOutput()
+	if err != nil || strings.Count(string(out), "only root can set them") != 1 || !strings.Contains(string(out), "files=3") {
+		t.Errorf("%v\n%s", err, out)
+	}
+	if b, err := os.ReadFile(filepath.Join(target, "app.conf")); err != nil || string(b) != "port=1\n" {
+		t.Errorf("the copy holds %q, %v", b, err)
 	}
 }
 
