@@ -44,6 +44,9 @@ type Options struct {
 	// AllowOther lets other users in, by the permissions of the files. disk.img
 	// stays the mounting user's.
 	AllowOther bool
+	// Aside is what MountKernel mounts and unmounts loop devices by; if it is nil this process
+	// does it itself, and must not be killed meanwhile.
+	Aside Aside
 	// Log takes what a program cannot be told by an errno; nil for slog's default.
 	Log *slog.Logger
 }

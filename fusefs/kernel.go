@@ -25,6 +25,7 @@ const kernelState = "/run/varve"
 type KernelMounted struct {
 	Dir    string // absolute
 	by     BlockDevices
+	aside  Aside
 	tree   *Mounted     // below a loop device
 	device *BlockDevice // else
 	handle handle       // of the point, where there is no tree
@@ -69,11 +70,11 @@ func (f *FS) MountKernel(dir, volume string, by BlockDevices) (m *KernelMounted,
 	if err := os.MkdirAll(tree, 0o700); err != nil {
 		return nil, fmt.Errorf("mount: %w", err)
 	}
-	m = &KernelMounted{Dir: dir, by: by}
+	m = &KernelMounted{Dir: dir, by: by, aside: f.opt.Aside}
 	if by != nil {
 		err = m.onDevice(f.ctx, p, vol)
 	} else if m.tree, err = f.Mount(tree); err == nil {
-		err = mountLoop(filepath.Join(tree, f.diskPath()), vol, dir)
+		err = f.mountLoop(filepath.Join(tree, f.diskPath()), loopVolume(vol), dir)
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", p.info.Name(), err), m.Close())
@@ -82,19 +83,19 @@ func (f *FS) MountKernel(dir, volume string, by BlockDevices) (m *KernelMounted,
 }
 
 // mountDevice mounts the file system on a device.
-func mountDevice(device string, v *disk.Volume, dir string) error {
+func mountDevice(device, typ, dir string) error {
 	// No programs and devices of a stranger's disk.
 	options := "ro,nosuid,nodev"
-	if v.Type == "xfs" {
+	if typ == "xfs" {
 		options += ",nouuid" // the disk itself may be mounted as well
 	}
 	args := []string{"-o", options, device, dir}
-	if v.Type != "" {
-		args = append([]string{"-t", v.Type}, args...)
+	if typ != "" {
+		args = append([]string{"-t", typ}, args...)
 	}
 	out, err := exec.Command("mount", args...).CombinedOutput() //nolint:gosec // names checked by diskfs and this package
 	if err != nil {
-		return fmt.Errorf("mount with the kernel: %w: %s", err, strings.TrimSpace(string(out)))
+		return fmt.Errorf("mount with the kernel: %w: %s", err, strings.Join(strings.Fields(string(out)), " "))
 	}
 	return nil
 }
@@ -120,7 +121,11 @@ func kernelVolume(d *disk.Disk, name string) (*disk.Volume, error) {
 			return v, nil
 		}
 		if v.Partition != nil {
-			have = append(have, fmt.Sprintf("%s (%s)", v.Name, v.Type))
+			typ := v.Type
+			if typ == "" {
+				typ = "unknown"
+			}
+			have = append(have, fmt.Sprintf("%s (%s)", v.Name, typ))
 		}
 	}
 	if name == "" {
@@ -165,11 +170,20 @@ func (m *KernelMounted) Close() error {
 	if m.device != nil {
 		return m.closeDevice()
 	}
-	err := unmountKernel(m.Dir, true, m.by)
-	if m.tree != nil {
-		err = errors.Join(err, m.tree.Close())
+	if m.tree == nil {
+		return removeTree(m.Dir)
 	}
-	return errors.Join(err, removeTree(m.Dir))
+	var err error
+	select {
+	case <-m.tree.Done(): // unmounted by others; the directory may have a mount of another process by now
+	default:
+		if m.aside != nil {
+			err = m.aside.Unmount(m.Dir)
+		} else {
+			err = unmountKernel(m.Dir, true, m.by)
+		}
+	}
+	return errors.Join(err, m.tree.Close(), removeTree(m.Dir))
 }
 
 // kernelTree is the directory of the tree under a kernel mount.
@@ -179,7 +193,7 @@ func kernelTree(dir string) string {
 }
 
 func removeTree(dir string) error {
-	if err := os.Remove(kernelTree(dir)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Remove(kernelTree(dir)); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EBUSY) { // busy: another's
 		return fmt.Errorf("clean up: %w", err)
 	}
 	return nil

@@ -139,7 +139,7 @@ func (m *KernelMounted) onDevice(ctx context.Context, p *point, v *disk.Volume) 
 	// From here on another process can clean up; before, the device goes with this one.
 	err = writeDevice(m.Dir, deviceState{device: m.device.File.Name(), token: m.device.Token, pid: os.Getpid()})
 	if err == nil {
-		err = mountDevice(m.device.File.Name(), v, m.Dir)
+		err = mountDevice(m.device.File.Name(), v.Type, m.Dir)
 	}
 	return errors.Join(err, m.device.File.Close())
 }

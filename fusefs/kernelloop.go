@@ -12,20 +12,52 @@ import (
 	"github.com/varve-io/varve/fusefs/diskfs/disk"
 )
 
-// mountLoop mounts a volume of an image through a loop device.
-func mountLoop(image string, v *disk.Volume, dir string) error {
+// Aside does in another process what has the kernel ask this one through FUSE. A thread that
+// waits for such an answer cannot be killed: if it was of the process that gives the
+// answers, and that was killed meanwhile, both would stay for ever.
+type Aside interface {
+	// MountLoop calls the function of this name.
+	MountLoop(image string, v LoopVolume, dir string) error
+	// Unmount calls UnmountKernel, lazily.
+	Unmount(dir string) error
+}
+
+// LoopVolume is a file system in an image.
+type LoopVolume struct {
+	Type          string // as mount(8) calls it; empty where that has to find out
+	Start, Length int64  // bytes of the image; a length of 0 is to its end
+}
+
+func loopVolume(v *disk.Volume) LoopVolume {
+	if v.Partition == nil {
+		return LoopVolume{Type: v.Type}
+	}
+	return LoopVolume{Type: v.Type, Start: v.Partition.Start, Length: v.Partition.Length}
+}
+
+// mountLoop calls MountLoop, aside if it can.
+func (f *FS) mountLoop(image string, v LoopVolume, dir string) error {
+	if f.opt.Aside != nil {
+		return f.opt.Aside.MountLoop(image, v, dir) //nolint:wrapcheck // says what failed
+	}
+	return MountLoop(image, v, dir)
+}
+
+// MountLoop mounts a file system of an image through a loop device, read-only; the device can
+// be written, for the journal, and goes with the mount.
+func MountLoop(image string, v LoopVolume, dir string) error {
 	loop, err := attachLoop(image, v)
 	if err != nil {
 		return err
 	}
 	defer loop.Close() // the mount keeps it; without one it is free again
-	return mountDevice(loop.Name(), v, dir)
+	return mountDevice(loop.Name(), v.Type, dir)
 }
 
 // loopTries bounds the races for a free loop device with other programs.
 const loopTries = 32
 
-func attachLoop(image string, v *disk.Volume) (*os.File, error) {
+func attachLoop(image string, v LoopVolume) (*os.File, error) {
 	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
 	if err != nil {
 		return nil, fmt.Errorf("mounting with the kernel needs loop devices (modprobe loop): %w", err)
@@ -39,10 +71,7 @@ func attachLoop(image string, v *disk.Volume) (*os.File, error) {
 	config := unix.LoopConfig{Fd: uint32(back.Fd())} //nolint:gosec // a descriptor
 	config.Info.Flags = unix.LO_FLAGS_AUTOCLEAR
 	copy(config.Info.File_name[:len(config.Info.File_name)-1], image)
-	if v.Partition != nil {
-		config.Info.Offset = uint64(v.Partition.Start)     //nolint:gosec // not negative
-		config.Info.Sizelimit = uint64(v.Partition.Length) //nolint:gosec // not negative
-	}
+	config.Info.Offset, config.Info.Sizelimit = uint64(v.Start), uint64(v.Length) //nolint:gosec // not negative
 	for range loopTries {
 		n, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE) //nolint:gosec // a descriptor
 		if err != nil {

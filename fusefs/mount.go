@@ -71,7 +71,7 @@ func (f *FS) Mount(dir string) (*Mounted, error) {
 	}
 	server, err := fuse.NewServer(fusenode.NewNodeFS(&catalogDir{fs: f}, opt), fmt.Sprintf("/dev/fd/%d", fd), &opt.MountOptions)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("start FUSE on %s: %w", dir, err), unix.Close(fd), Unmount(dir, true), h.stop())
+		return nil, errors.Join(fmt.Errorf("start FUSE on %s: %w", dir, err), unix.Close(fd), unmountAt(dir, true), h.stop())
 	}
 	m := &Mounted{Dir: dir, server: server, helper: h, served: make(chan struct{})}
 	go func() {
@@ -79,7 +79,7 @@ func (f *FS) Mount(dir string) (*Mounted, error) {
 		server.Serve()
 	}()
 	if err := server.WaitMount(); err != nil {
-		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), Unmount(dir, true))
+		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), unmountAt(dir, true))
 	}
 	if err := refusePolls(dir); err != nil {
 		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), m.Close())
@@ -123,9 +123,9 @@ const closeGrace = 5 * time.Second
 // directory all the same; their reads are answered for a few seconds more, then
 // by the end of this process.
 func (m *Mounted) Close() error {
-	err := Unmount(m.Dir, false)
+	err := unmountAt(m.Dir, false)
 	if err != nil && !errors.Is(err, ErrNotMounted) {
-		err = Unmount(m.Dir, true)
+		err = unmountAt(m.Dir, true)
 	}
 	if errors.Is(err, ErrNotMounted) {
 		err = nil

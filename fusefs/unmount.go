@@ -78,6 +78,13 @@ func Unmount(dir string, lazy bool) error {
 	if err != nil {
 		return err
 	}
+	return unmountAt(dir, lazy)
+}
+
+// unmountAt is Unmount of a directory whose path is resolved. It asks the tree nothing, which
+// the process that serves it must not do while it can be killed: a thread that waits for its
+// own process's answer keeps that process, and the mount, for ever.
+func unmountAt(dir string, lazy bool) error {
 	if typ, err := mountType(dir); err != nil {
 		return err
 	} else if typ != fsType {

@@ -149,23 +149,34 @@ func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags
 			},
 		})
 		sum.Files, sum.Dirs, sum.Bytes = sum.Files+res.Files, sum.Dirs+res.Dirs, sum.Bytes+res.Bytes
+		sum.OwnersLost += res.OwnersLost
 		return err //nolint:wrapcheck // names the file
 	})
 	task.Done()
 	if err != nil {
 		return err
 	}
+	if sum.OwnersLost > 0 {
+		a.log.Warn("owners are not kept, since only root can set them: all belongs to you", "files", sum.OwnersLost)
+	}
 	slices.SortFunc(failed, func(a, b cpFailure) int { return strings.Compare(a.Path, b.Path) })
 	for _, f := range failed {
 		a.log.Error("not copied", "file", f.Path, "error", f.Error)
 	}
 	err = a.print(cpResult{target, sum, failed}, func(t *table) {
-		t.line("copied %d files and %d directories, %s of data, to %s", sum.Files, sum.Dirs, t.bytes(sum.Bytes), target)
+		t.line("copied %s and %s, %s of data, to %s", counted(sum.Files, "file", "files"), counted(sum.Dirs, "directory", "directories"), t.bytes(sum.Bytes), target)
 	})
 	if len(failed) > 0 {
 		err = errors.Join(err, &incompleteError{failed, target})
 	}
 	return err
+}
+
+func counted(n int64, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, many)
 }
 
 func (a *app) cpTar(ctx context.Context, sources []string, f cpFlags) error {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -37,6 +38,7 @@ func (a *app) mountKernel(ctx context.Context, point, dir string, f mountFlags) 
 	if opt.Point, err = cat.Resolve(point); err != nil {
 		return err
 	}
+	opt.Aside = aside{}
 	tree, err := fusefs.New(ctx, repo, opt)
 	if err != nil {
 		return err
@@ -74,10 +76,7 @@ func startWatch(dir string) (stop func() error, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("mount: %w", err)
 	}
-	// This very program, even when the file was replaced since.
-	cmd := exec.Command("/proc/self/exe", mountWatchName, full) //nolint:gosec // this program
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // Ctrl-C is not for it
+	cmd := thisProgram(mountWatchName, full)
 	pipe, err := cmd.StdinPipe()
 	if err != nil {
 		return nil, fmt.Errorf("start the watch over the mount: %w", err)
@@ -91,6 +90,57 @@ func startWatch(dir string) (stop func() error, err error) {
 		}
 		return nil
 	}, nil
+}
+
+// thisProgram runs this very program, even when the file was replaced since.
+func thisProgram(args ...string) *exec.Cmd {
+	cmd := exec.Command("/proc/self/exe", args...) //nolint:gosec // this program
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // Ctrl-C is not for it
+	return cmd
+}
+
+// aside runs this program again for what the process that serves a tree must not do itself.
+type aside struct{}
+
+var _ fusefs.Aside = aside{}
+
+func (aside) MountLoop(image string, v fusefs.LoopVolume, dir string) error {
+	return runAside(mountLoopName, "--type="+v.Type, fmt.Sprintf("--start=%d", v.Start), fmt.Sprintf("--length=%d", v.Length), "--", image, dir)
+}
+
+// Unmount has a watch that has nothing to wait for.
+func (aside) Unmount(dir string) error { return runAside(mountWatchName, "--", dir) }
+
+func runAside(args ...string) error {
+	out, err := thisProgram(args...).CombinedOutput()
+	if err != nil {
+		if text := strings.TrimPrefix(strings.TrimSpace(string(out)), "varve: "); text != "" {
+			return errors.New(text)
+		}
+		return fmt.Errorf("run %s: %w", args[0], err)
+	}
+	return nil
+}
+
+const mountLoopName = "mount-loop"
+
+// newMountLoopCommand is for aside only.
+func newMountLoopCommand() *cobra.Command {
+	var v fusefs.LoopVolume
+	cmd := &cobra.Command{
+		Use:    mountLoopName + " IMAGE DIR",
+		Hidden: true,
+		Args:   cobra.ExactArgs(2),
+		RunE: func(_ *cobra.Command, args []string) error {
+			return fusefs.MountLoop(args[0], v, args[1])
+		},
+	}
+	fl := cmd.Flags()
+	fl.StringVar(&v.Type, "type", "", "type of the file system")
+	fl.Int64Var(&v.Start, "start", 0, "first byte of it in the image")
+	fl.Int64Var(&v.Length, "length", 0, "its bytes; 0 for all to the end")
+	return cmd
 }
 
 const mountWatchName = "mount-watch"

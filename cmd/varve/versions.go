@@ -200,54 +200,57 @@ func sameContent(ctx context.Context, a, b *fileState) (bool, error) {
 				return false, err //nolint:wrapcheck // says what is wrong
 			}
 			off = e.Offset + e.Length
-			if same, err := untouched(ctx, a, b, e); err != nil || same {
-				if err != nil {
+			ranges, err := suspects(ctx, a, b, e)
+			if err != nil {
+				return false, err
+			}
+			for _, r := range ranges {
+				if same, err := equalBytes(ctx, a.file, b.file, r.Offset, r.Length); err != nil || !same {
 					return false, err
 				}
-				continue
-			}
-			if same, err := equalBytes(ctx, a.file, b.file, e.Offset, e.Length); err != nil || !same {
-				return false, err
 			}
 		}
 	}
 	return true, nil
 }
 
-// untouched reports whether a range of the file lies at the same place of the disk in
-// both points and was not written between them.
-func untouched(ctx context.Context, a, b *fileState, e diskfs.Extent) (bool, error) {
+// suspects lists the ranges of the file, within one that is data, that may differ: what was
+// written on the disk between the points, or all where the two do not lie at the same place.
+func suspects(ctx context.Context, a, b *fileState, e diskfs.Extent) ([]diskfs.Extent, error) {
+	all := []diskfs.Extent{e}
 	if e.Device < 0 {
-		return false, nil
+		return all, nil
 	}
 	for _, s := range []*fileState{a, b} {
 		for off := e.Offset; off < e.Offset+e.Length; {
 			x, err := s.file.NextData(off)
 			if err != nil || x.Offset != off || x.Device != e.Device+off-e.Offset {
-				return false, nil //nolint:nilerr // the comparison of bytes meets the error again
+				return all, nil //nolint:nilerr // the comparison of bytes meets the error again
 			}
 			off += x.Length
 		}
 	}
+	var list []diskfs.Extent
 	// The last block of a file may be cut off at the volume's end by a hostile image.
 	for off, end := e.Device, min(e.Device+e.Length, a.on.Size, b.on.Size); off < end; {
 		was, n := a.on.Locate(off)
 		at, m := b.on.Locate(off)
 		n = min(n, m, end-off)
 		if n <= 0 || at != was || at+n > min(a.files.img.Size(), b.files.img.Size()) {
-			return false, nil
+			return all, nil
 		}
-		same := true
-		err := b.files.img.ChangedSince(ctx, a.files.img, at, n, func(_, _ int64, changed bool) error {
-			same = same && !changed
+		err := b.files.img.ChangedSince(ctx, a.files.img, at, n, func(start, length int64, changed bool) error {
+			if changed {
+				list = append(list, diskfs.Extent{Offset: e.Offset + off - e.Device + start - at, Length: length})
+			}
 			return nil
 		})
-		if err != nil || !same {
-			return false, err //nolint:wrapcheck // names the place
+		if err != nil {
+			return nil, err //nolint:wrapcheck // names the place
 		}
 		off += n
 	}
-	return true, nil
+	return list, nil
 }
 
 func equalBytes(ctx context.Context, a, b io.ReaderAt, off, length int64) (bool, error) {

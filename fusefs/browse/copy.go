@@ -60,6 +60,9 @@ type CopyResult struct {
 	Files int64 `json:"files"` // all but directories
 	Dirs  int64 `json:"directories"`
 	Bytes int64 `json:"bytes"` // data; holes stay holes
+	// OwnersLost counts files and directories that belong to the copying user now, since only
+	// root can give files away.
+	OwnersLost int64 `json:"ownersLost,omitempty"`
 }
 
 // Copy copies a file, or a directory with all that is below, out of an image to a
@@ -97,7 +100,7 @@ func Copy(ctx context.Context, fsys diskfs.FileSystem, name, target string, opt 
 	if err == nil {
 		err = c.finish()
 	}
-	return CopyResult{Files: c.files.Load(), Dirs: int64(len(c.dirs)), Bytes: c.bytes.Load()}, err
+	return CopyResult{Files: c.files.Load(), Dirs: int64(len(c.dirs)), Bytes: c.bytes.Load(), OwnersLost: c.ownersLost.Load()}, err
 }
 
 type copier struct {
@@ -107,10 +110,11 @@ type copier struct {
 	group *errgroup.Group
 	ctx   context.Context //nolint:containedctx // lives for one copy
 
-	files, bytes atomic.Int64
-	dirs         []made // their metadata is set last: writing into them changes it
-	later        []made // hard links, whose first name must be there
-	links        map[uint64]string
+	files, bytes, ownersLost atomic.Int64
+
+	dirs  []made // their metadata is set last: writing into them changes it
+	later []made // hard links, whose first name must be there
+	links map[uint64]string
 
 	telling sync.Mutex      // one at a time
 	missing map[string]bool // paths in the target of files that could not be read
@@ -377,8 +381,11 @@ func (c *copier) keep(e *Entry, to string) error {
 	st := e.Stat
 	link := e.Info.Mode().Type() == fs.ModeSymlink
 	return c.inDirectory(to, func(dir int, name string) error {
-		if err := unix.Fchownat(dir, name, int(st.UID), int(st.GID), unix.AT_SYMLINK_NOFOLLOW); err != nil && os.Geteuid() == 0 {
-			c.warned(e.Path, fmt.Errorf("owner %d:%d: %w", st.UID, st.GID, err))
+		if err := unix.Fchownat(dir, name, int(st.UID), int(st.GID), unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			if os.Geteuid() == 0 {
+				c.warned(e.Path, fmt.Errorf("owner %d:%d: %w", st.UID, st.GID, err))
+			}
+			c.ownersLost.Add(1)
 		}
 		mode := st.Mode & 0o7777
 		if os.Geteuid() != 0 && (int(st.UID) != os.Geteuid() || int(st.GID) != os.Getegid()) {
