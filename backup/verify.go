@@ -462,7 +462,12 @@ func (v *verifier) forget(ctx context.Context, w *repository.Writer, oid reposit
 
 // LastVerified returns the last results, by point ID.
 func LastVerified(ctx context.Context, r *repository.Repository) (map[string]VerifyRecord, error) {
-	recs, err := r.ListRecords(ctx, verifyKind, nil)
+	return lastVerified(ctx, r, nil)
+}
+
+// lastVerified is LastVerified of the records with some labels.
+func lastVerified(ctx context.Context, r *repository.Repository, labels map[string]string) (map[string]VerifyRecord, error) {
+	recs, err := r.ListRecords(ctx, verifyKind, labels)
 	if err != nil {
 		return nil, err
 	}
