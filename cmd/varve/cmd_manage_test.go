@@ -164,6 +164,13 @@ func TestVerifyNamesDamage(t *testing.T) {
 	if b := backupJSON(t, env, disk, "--volume", "shop/db"); len(b.Notes) != 1 || !strings.Contains(b.Notes[0], "found damaged") {
 		t.Errorf("a backup on a damaged point: %+v", b)
 	}
+	// A point that was found damaged takes no other's place.
+	plan := fromJSON[pruneResult](t, mustRun(t, env, "prune", "--keep-latest", "1", "-n", "-o", "json").stdout)
+	for i, p := range plan.Volumes[0].Points {
+		if whole := i == 2; !p.Keep || strings.Contains(strings.Join(p.Reasons, " "), "damaged") == whole {
+			t.Errorf("prune: %+v", p)
+		}
+	}
 	if r := runVarve(t, env, "verify", "--quarantine"); r.code != exitDamaged || !strings.Contains(r.stdout, "stored again") {
 		t.Errorf("exit code %d: %s%s", r.code, r.stdout, r.stderr)
 	}
