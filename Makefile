@@ -55,6 +55,11 @@ lint: $(LINT) ## Lint; depguard keeps the layers
 .PHONY: generate
 generate: $(CRDGEN) ## Generate the objects' deep copies and CRDs from api/
 	$(CRDGEN) object crd:maxDescLen=1024 paths=./api/... output:crd:dir=deploy/crds output:object:dir=api/v1alpha1
+	@$(MAKE) --no-print-directory manifests
+
+.PHONY: manifests
+manifests: ## Render the Helm chart into deploy/varve.yaml
+	cd e2e/chart && CGO_ENABLED=0 $(GO) run ./cmd/render -chart $(CURDIR)/deploy/helm/varve -o $(CURDIR)/deploy/varve.yaml
 
 .PHONY: demo
 demo: setup build ## The tour: a real disk backed up four times, read, and restored

@@ -93,8 +93,12 @@ type Options struct {
 	CheckpointEvery time.Duration
 	VolumeHandle    string
 	FileSystem      string
-	ToolVersion     string
-	Progress        func(Progress)
+	// Claim that the disk belongs to in Kubernetes, for the record.
+	Claim *blocktree.Claim
+	// Time whose state the disk holds: that of a snapshot; zero for now.
+	Time        time.Time
+	ToolVersion string
+	Progress    func(Progress)
 
 	// step is called at each step of a run; tests let others interfere there.
 	step func(string)
@@ -265,12 +269,16 @@ func (r *run) prepare(ctx context.Context) error {
 		return err
 	}
 	now := r.repo.Now().UTC()
+	at := now
+	if !r.opt.Time.IsZero() {
+		at = r.opt.Time.UTC()
+	}
 	rec := &blocktree.Record{
 		ID: newID(), Generation: 1, Kind: blocktree.KindFull,
 		Namespace: v.Namespace, Name: v.Name, Cluster: v.Cluster,
-		Start: now, Time: pointTime(now, cat.Of(v)),
+		Start: now, Time: pointTime(at, cat.Of(v)),
 		Size: r.lay.Size, BlockSize: r.lay.BlockSize,
-		VolumeHandle: r.opt.VolumeHandle, FileSystem: r.opt.FileSystem,
+		VolumeHandle: r.opt.VolumeHandle, FileSystem: r.opt.FileSystem, Claim: r.opt.Claim,
 		NotCrashConsistent: r.opt.NotCrashConsistent, ToolVersion: r.opt.ToolVersion, Notes: r.notes,
 	}
 	if latest != nil {

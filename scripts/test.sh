@@ -18,6 +18,7 @@ for p in kopia faults nbd bench; do
 	[ -d "e2e/$p" ] && packages+=("./$p/...")
 done
 (cd e2e && go test -timeout 40m -v "${packages[@]}") >"$log.e2e" 2>&1 || rc=1
+(cd e2e/chart && go test -count=1 -v ./...) >>"$log.e2e" 2>&1 || rc=1
 grep -E '^(ok|FAIL|panic:)|^--- FAIL|^    --- FAIL' "$log.e2e" || true
 if [ $rc -ne 0 ]; then
 	grep -vE '^(=== |--- PASS|    --- PASS|ok|\?|PASS)' "$log.e2e" | tail -n 300

@@ -3,6 +3,7 @@ package v1alpha1
 // Types of conditions.
 const (
 	ConditionReady         = "Ready"         // BackupStore, Repository, BackupPolicy, RecoverySource
+	ConditionMaintained    = "Maintained"    // BackupStore, Repository: how the last maintenance ended
 	ConditionProtected     = "Protected"     // ProtectedVolume
 	ConditionComplete      = "Complete"      // VolumeBackup, VolumePopulation
 	ConditionFailed        = "Failed"        // VolumeBackup
@@ -40,6 +41,14 @@ const (
 	ReasonDeviceNotReadable = "DeviceNotReadable"
 	ReasonDeviceShort       = "DeviceShort"
 	ReasonMoverFailed       = "MoverFailed"
+	ReasonCloneFailed       = "CloneFailed"
+	ReasonStartTooLate      = "StartTooLate"
+	ReasonOverlaps          = "Overlaps"
+	ReasonPaused            = "Paused"
+	ReasonNoRun             = "NoRunYet"
+	ReasonCompared          = "Compared"
+	ReasonRetentionFailed   = "RetentionFailed"
+	ReasonMaintained        = "Maintained"
 	ReasonSourceLied        = "ChangedBlocksMissing"
 	ReasonDelta             = "Delta"
 	ReasonAllocated         = "Allocated"
@@ -59,4 +68,10 @@ const (
 	ReasonNamespaceInReference = "NamespaceInDataSourceRef"
 	ReasonBoundWithoutUs       = "BoundWithoutVarve"
 	ReasonRestoreFailed        = "RestoreFailed"
+	ReasonRestoreError         = "RestoreError"
+	ReasonMoverWaits           = "MoverWaits"
+	ReasonNoStorageClass       = "NoStorageClass"
+	ReasonProvisioning         = "Provisioning"
+	ReasonStartingAnew         = "StartingAnew"
+	ReasonHandingOver          = "HandingOver"
 )

@@ -30,9 +30,10 @@ type BackupPolicySpec struct {
 	// Example: {matchLabels: {backup: daily}}
 	// +optional
 	Selector *metav1.LabelSelector `json:"selector,omitempty"`
-	// Schedule is when.
+	// Schedule is when. Example: {cron: "0 */6 * * *", spread: 30m}
 	Schedule Schedule `json:"schedule"`
-	// Retention is how long points stay; without it they stay for ever.
+	// Retention is how long points stay; without it they stay for ever. It is applied
+	// after each run. Example: {latest: 8, daily: 7, weekly: 5}
 	// +optional
 	Retention *Retention `json:"retention,omitempty"`
 	// FullEvery takes a full backup, which trusts no changed-block tracking, when
@@ -53,6 +54,7 @@ type BackupPolicySpec struct {
 	// +optional
 	MaxBaseAge *metav1.Duration `json:"maxBaseAge,omitempty"`
 	// BackupVolume overrides what the volume that is read from is made with.
+	// Example: {storageClassName: rbd-read-only-clone}
 	// +optional
 	BackupVolume *BackupVolume `json:"backupVolume,omitempty"`
 	// Paused starts no runs and prunes nothing. Example: true

@@ -15,7 +15,7 @@ type ProtectedVolumeSpec struct {
 	// +kubebuilder:validation:MaxLength=253
 	// +kubebuilder:validation:XValidation:rule="self == oldSelf",message="cannot be changed"
 	ClaimName string `json:"claimName"`
-	// StoreRef is where its points are kept.
+	// StoreRef is where its points are kept. Example: {name: main}
 	// +kubebuilder:validation:XValidation:rule="self == oldSelf",message="cannot be changed"
 	StoreRef StoreReference `json:"storeRef"`
 }
@@ -45,6 +45,14 @@ type PointSummary struct {
 	StoredBytes int64 `json:"storedBytes,omitempty"`
 }
 
+// ListedPoint names a recovery point.
+type ListedPoint struct {
+	// ID of the point, 32 hexadecimal digits.
+	ID string `json:"id"`
+	// Time it stands for.
+	Time metav1.Time `json:"time"`
+}
+
 // BaseSnapshot is the storage snapshot that is kept for the next increment.
 type BaseSnapshot struct {
 	// Name of the VolumeSnapshot in Varve's namespace.
@@ -53,6 +61,9 @@ type BaseSnapshot struct {
 	Content string `json:"content"`
 	// Handle is what the driver calls the snapshot.
 	Handle string `json:"handle"`
+	// ChangeID is what a delta takes as its base; with most drivers the handle.
+	// +optional
+	ChangeID string `json:"changeID,omitempty"`
 	// PointID of the recovery point that was made of it.
 	PointID string `json:"pointID"`
 	// Time it was taken.

@@ -23,14 +23,15 @@ const (
 type RecoverySourceSpec struct {
 	// StoreRef is where from. Example: {name: main}
 	StoreRef StoreReference `json:"storeRef"`
-	// From names the volume.
+	// From names the volume. Example: {namespace: shop, volume: data-postgres-0}
 	// +optional
 	From RecoveryFrom `json:"from,omitempty"`
 	// At is which of its points; the latest if not set.
+	// Example: {time: "2026-11-20T10:00:00Z"}
 	// +optional
 	At RecoveryAt `json:"at,omitempty"`
 	// IfNone: Fail, Wait or Empty. Only a repository that could be read and holds
-	// no point counts as none.
+	// no point of the volume at all counts as none.
 	// +optional
 	// +kubebuilder:default=Fail
 	IfNone IfNone `json:"ifNone,omitempty"`

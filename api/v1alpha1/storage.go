@@ -8,15 +8,18 @@ import "k8s.io/apimachinery/pkg/api/resource"
 // +kubebuilder:validation:XValidation:rule="[has(self.s3), has(self.gcs), has(self.azure), has(self.b2), has(self.sftp), has(self.webdav), has(self.rclone), has(self.volume)].filter(x, x).size() == 1",message="name exactly one storage"
 type Storage struct {
 	// S3 bucket of any maker. Credentials: accessKeyID, secretAccessKey,
-	// sessionToken (optional); none to use the service account's role.
+	// sessionToken (optional); a BackupStore may have none, to use the service
+	// account's role.
 	// Example: {bucket: backups, endpoint: "s3.example.com", region: eu-1}
 	// +optional
 	S3 *S3Storage `json:"s3,omitempty"`
-	// GCS is Google Cloud Storage. Credentials: credentials.json.
+	// GCS is Google Cloud Storage. Credentials: credentials.json; a BackupStore may
+	// have none, to use workload identity.
 	// Example: {bucket: backups}
 	// +optional
 	GCS *GCSStorage `json:"gcs,omitempty"`
-	// Azure Blob Storage. Credentials: accountKey, or sasToken, or clientSecret.
+	// Azure Blob Storage. Credentials: accountKey, or sasToken, or clientSecret; a
+	// BackupStore may have none, to use workload identity.
 	// Example: {container: backups, account: example}
 	// +optional
 	Azure *AzureStorage `json:"azure,omitempty"`
@@ -24,11 +27,12 @@ type Storage struct {
 	// Example: {bucket: backups}
 	// +optional
 	B2 *B2Storage `json:"b2,omitempty"`
-	// SFTP server. Credentials: privateKey or password, and knownHosts.
+	// SFTP server. Credentials: privateKey or storagePassword, and
+	// knownHosts.
 	// Example: {host: backup.example.com, user: varve, path: /srv/varve}
 	// +optional
 	SFTP *SFTPStorage `json:"sftp,omitempty"`
-	// WebDAV server. Credentials: user, password.
+	// WebDAV server. Credentials: user, storagePassword.
 	// Example: {url: "https://dav.example.com/varve"}
 	// +optional
 	WebDAV *WebDAVStorage `json:"webdav,omitempty"`
@@ -95,15 +99,16 @@ type AzureStorage struct {
 	// +kubebuilder:validation:MaxLength=1024
 	Prefix string `json:"prefix,omitempty"`
 	// Domain of the service; blob.core.windows.net if empty.
+	// Example: blob.core.usgovcloudapi.net
 	// +optional
 	// +kubebuilder:validation:MaxLength=255
 	Domain string `json:"domain,omitempty"`
 	// TenantID of a service principal, with ClientID and the credential
-	// clientSecret.
+	// clientSecret. Example: 72f988bf-86f1-41af-91ab-2d7cd011db47
 	// +optional
 	// +kubebuilder:validation:MaxLength=255
 	TenantID string `json:"tenantID,omitempty"`
-	// ClientID of a service principal.
+	// ClientID of a service principal. Example: 11111111-2222-3333-4444-555555555555
 	// +optional
 	// +kubebuilder:validation:MaxLength=255
 	ClientID string `json:"clientID,omitempty"`

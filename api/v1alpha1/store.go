@@ -22,17 +22,22 @@ const (
 type RepositorySpec struct {
 	// Storage of the Kopia repository. It is made there if there is none and
 	// access is ReadWrite.
+	// Example: {s3: {bucket: backups, endpoint: "s3.example.com", region: eu-1}}
 	Storage Storage `json:"storage"`
 	// CredentialsSecretRef names the Secret with the repository's password (key
 	// password) and the storage's credentials (keys as each storage says): in
 	// Varve's namespace for a BackupStore, in its own for a Repository.
 	// Example: {name: varve-store}
 	CredentialsSecretRef corev1.LocalObjectReference `json:"credentialsSecretRef"`
-	// CABundle is trusted for the storage besides the usual authorities: PEM.
+	// CABundle is trusted for the storage besides the usual authorities: PEM. For S3
+	// only. Example: "-----BEGIN CERTIFICATE-----\n..."
 	// +optional
 	// +kubebuilder:validation:MaxLength=262144
 	CABundle string `json:"caBundle,omitempty"`
-	// Proxy for HTTPS to the storage. Example: http://proxy.example.com:3128
+	// Proxy for HTTPS to the storage, of movers. The controller opens the repository,
+	// too, through the proxy of its own environment (HTTPS_PROXY; controller.env of the
+	// chart), and movers take that if this is not set.
+	// Example: http://proxy.example.com:3128
 	// +optional
 	// +kubebuilder:validation:MaxLength=2048
 	Proxy string `json:"proxy,omitempty"`
@@ -47,12 +52,14 @@ type RepositorySpec struct {
 	// +kubebuilder:default=ReadWrite
 	Access Access `json:"access,omitempty"`
 	// Limits on the use of the storage.
+	// Example: {uploadPerSecond: 50Mi, backups: 8}
 	// +optional
 	Limits *Limits `json:"limits,omitempty"`
 	// ServiceAccountName that movers of this store run as, in the namespace they
 	// run in, for storages that take its identity (IRSA, workload identity); the
-	// mover's own if not set. It is for the store's makers to bind it to nothing
-	// else. Example: varve-mover-prod
+	// mover's own if not set. Bind it to the Role varve-mover of Varve's namespace, by
+	// which storages let it ask for changed blocks, and to nothing else. For
+	// BackupStores only. Example: varve-mover-prod
 	// +optional
 	// +kubebuilder:validation:MaxLength=253
 	ServiceAccountName string `json:"serviceAccountName,omitempty"`
@@ -67,6 +74,7 @@ type BackupStoreSpec struct {
 	AllowedNamespaces *metav1.LabelSelector `json:"allowedNamespaces,omitempty"`
 	// RestoreGrants let namespaces restore what others backed up. A namespace may
 	// always restore its own points of this cluster.
+	// Example: [{from: shop, to: [shop-staging]}]
 	// +optional
 	// +listType=atomic
 	// +kubebuilder:validation:MaxItems=256
@@ -116,7 +124,10 @@ type RepositoryStatus struct {
 	// LastMaintenance is when maintenance last succeeded.
 	// +optional
 	LastMaintenance *metav1.Time `json:"lastMaintenance,omitempty"`
-	// Conditions: Ready.
+	// RetryMaintenance is when maintenance that failed is tried again.
+	// +optional
+	RetryMaintenance *metav1.Time `json:"retryMaintenance,omitempty"`
+	// Conditions: Ready, Maintained.
 	// +optional
 	// +listType=map
 	// +listMapKey=type
@@ -167,6 +178,8 @@ type BackupStoreList struct {
 // +kubebuilder:printcolumn:name="Contact",type=date,JSONPath=`.status.lastContact`
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 // +kubebuilder:validation:XValidation:rule="!has(self.spec.storage.volume)",message="a claim as storage is for BackupStores only"
+// +kubebuilder:validation:XValidation:rule="!has(self.spec.storage.rclone)",message="rclone is for BackupStores only"
+// +kubebuilder:validation:XValidation:rule="!has(self.spec.serviceAccountName)",message="a service account of Varve's namespace is for BackupStores only"
 type Repository struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata,omitempty"`

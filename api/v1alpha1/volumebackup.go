@@ -1,6 +1,7 @@
 package v1alpha1
 
 import (
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 )
@@ -40,8 +41,17 @@ type VolumeBackupSpec struct {
 	// +kubebuilder:default=Auto
 	RetainBase RetainBase `json:"retainBase,omitempty"`
 	// BackupVolume overrides what the volume that is read from is made with.
+	// Example: {storageClassName: rbd-read-only-clone}
 	// +optional
 	BackupVolume *BackupVolume `json:"backupVolume,omitempty"`
+	// Retention that is applied to the claim's points in the store once this one is
+	// made; without it none is deleted. Example: {daily: 7, weekly: 5}
+	// +optional
+	Retention *Retention `json:"retention,omitempty"`
+	// StartBefore gives the run up if it could not start until then.
+	// Example: "2026-11-21T06:00:00Z"
+	// +optional
+	StartBefore *metav1.Time `json:"startBefore,omitempty"`
 	// TTL is how long this object stays after the run ended; 72h if not set. The
 	// recovery point is not affected. Example: 24h
 	// +optional
@@ -63,6 +73,21 @@ const (
 	BackupFailed       BackupPhase = "Failed"
 )
 
+// ClaimSummary is what is known of a claim when its backup begins. A restore is held
+// to it.
+type ClaimSummary struct {
+	// VolumeMode: Block or Filesystem.
+	VolumeMode corev1.PersistentVolumeMode `json:"volumeMode"`
+	// RequestBytes that the claim asked for, and CapacityBytes of its volume.
+	RequestBytes  int64 `json:"requestBytes"`
+	CapacityBytes int64 `json:"capacityBytes"`
+	// +optional
+	StorageClassName string `json:"storageClassName,omitempty"`
+	// +optional
+	// +listType=atomic
+	AccessModes []corev1.PersistentVolumeAccessMode `json:"accessModes,omitempty"`
+}
+
 // VolumeBackupStatus is the state of a run. What is needed to go on after a
 // controller was killed is here, written before the step that needs it.
 type VolumeBackupStatus struct {
@@ -81,6 +106,19 @@ type VolumeBackupStatus struct {
 	// Driver of the volume.
 	// +optional
 	Driver string `json:"driver,omitempty"`
+	// Claim as it was.
+	// +optional
+	Claim *ClaimSummary `json:"claim,omitempty"`
+	// SnapshotClassName of the snapshot.
+	// +optional
+	SnapshotClassName string `json:"snapshotClassName,omitempty"`
+	// OriginContent is the VolumeSnapshotContent that the driver made the snapshot
+	// with, until the one in Varve's namespace has taken its place.
+	// +optional
+	OriginContent string `json:"originContent,omitempty"`
+	// SnapshotBytes is the size of a volume made from the snapshot.
+	// +optional
+	SnapshotBytes int64 `json:"snapshotBytes,omitempty"`
 	// SnapshotHandle is what the driver calls the snapshot that is read.
 	// +optional
 	SnapshotHandle string `json:"snapshotHandle,omitempty"`
@@ -90,12 +128,29 @@ type VolumeBackupStatus struct {
 	// Point that was made.
 	// +optional
 	Point *PointSummary `json:"point,omitempty"`
+	// ChangeID that the next delta takes as its base.
+	// +optional
+	ChangeID string `json:"changeID,omitempty"`
+	// Points that the claim has in the store, newest first, and how many there are.
+	// +optional
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=20
+	Points []ListedPoint `json:"points,omitempty"`
+	// +optional
+	PointCount int64 `json:"pointCount,omitempty"`
 	// Progress of the reading, in percent.
 	// +optional
 	Progress *int32 `json:"progress,omitempty"`
 	// Attempts of the mover.
 	// +optional
 	Attempts int32 `json:"attempts,omitempty"`
+	// Clones that were made of the snapshot: one more when a node was lost with the
+	// last.
+	// +optional
+	Clones int32 `json:"clones,omitempty"`
+	// BaseRetained says that the snapshot was kept as the base of the next run.
+	// +optional
+	BaseRetained bool `json:"baseRetained,omitempty"`
 	// +optional
 	StartTime *metav1.Time `json:"startTime,omitempty"`
 	// +optional

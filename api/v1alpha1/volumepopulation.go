@@ -35,6 +35,9 @@ type VolumePopulationSpec struct {
 	PointBytes int64 `json:"pointBytes,omitempty"`
 	// VolumeMode of the claim.
 	VolumeMode corev1.PersistentVolumeMode `json:"volumeMode"`
+	// StorageClassName of the claim.
+	// +optional
+	StorageClassName string `json:"storageClassName,omitempty"`
 }
 
 // VolumePopulationStatus is the state of a filling. It is written before every step,
@@ -46,6 +49,13 @@ type VolumePopulationStatus struct {
 	// SelectedNode that the volume was made for, with WaitForFirstConsumer.
 	// +optional
 	SelectedNode string `json:"selectedNode,omitempty"`
+	// RequestBytes is how large a volume is asked for, once that is more than the
+	// claim asks for: the point's disk did not fit on a shorter device.
+	// +optional
+	RequestBytes int64 `json:"requestBytes,omitempty"`
+	// VolumeHandle is what the driver calls the volume.
+	// +optional
+	VolumeHandle string `json:"volumeHandle,omitempty"`
 	// PrimeVolume is the PV that was written, NewVolume the one that is handed over.
 	// +optional
 	PrimeVolume string `json:"primeVolume,omitempty"`
@@ -63,9 +73,16 @@ type VolumePopulationStatus struct {
 	// Progress of the writing, in percent.
 	// +optional
 	Progress *int32 `json:"progress,omitempty"`
-	// Attempts of the mover.
+	// Attempts of the mover: the number of its Job.
 	// +optional
 	Attempts int32 `json:"attempts,omitempty"`
+	// Failures among them that were not the repository's absence. It is given up
+	// after the fifth.
+	// +optional
+	Failures int32 `json:"failures,omitempty"`
+	// RetryAfter is when the next attempt may begin.
+	// +optional
+	RetryAfter *metav1.Time `json:"retryAfter,omitempty"`
 	// +optional
 	StartTime *metav1.Time `json:"startTime,omitempty"`
 	// +optional

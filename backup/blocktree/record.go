@@ -74,6 +74,8 @@ type Record struct {
 	ReadErrors []Range `json:"readErrors,omitempty"`
 	// FileSystem is the type found in the superblock, if any.
 	FileSystem string `json:"fileSystem,omitempty"`
+	// Claim is the Kubernetes claim that was backed up; nil for other disks.
+	Claim *Claim `json:"claim,omitempty"`
 
 	Stats     Stats      `json:"stats"`
 	SpotCheck *SpotCheck `json:"spotCheck,omitempty"`
@@ -85,6 +87,18 @@ type Record struct {
 
 	// Extra holds the fields of newer minor versions.
 	Extra map[string]json.RawMessage `json:"-"`
+}
+
+// Claim is what a restore wants to know of the PersistentVolumeClaim that a point was
+// made of. Its name and namespace are the volume's.
+type Claim struct {
+	UID          string   `json:"uid,omitempty"`
+	VolumeMode   string   `json:"volumeMode"`   // Block or Filesystem
+	RequestBytes int64    `json:"requestBytes"` // what the claim asked for
+	Capacity     int64    `json:"capacity"`     // of its PersistentVolume, in bytes
+	StorageClass string   `json:"storageClass,omitempty"`
+	Driver       string   `json:"driver,omitempty"`
+	AccessModes  []string `json:"accessModes,omitempty"`
 }
 
 // Range is a part of a disk, in bytes.
@@ -248,7 +262,7 @@ func (r *Record) keepExtra(p []byte) error {
 func optionalField(k string) bool {
 	switch k {
 	case "parent", "zeroBlock", "zeroSegment", "source", "changeID", "volumeHandle",
-		"snapshotHandle", "notCrashConsistent", "readErrors", "fileSystem", "spotCheck", "fallbacks", "notes", "toolVersion":
+		"snapshotHandle", "notCrashConsistent", "readErrors", "fileSystem", "claim", "spotCheck", "fallbacks", "notes", "toolVersion":
 		return true
 	}
 	return false

@@ -11,6 +11,9 @@ import (
 // Filesystem keeps the repository in a directory.
 type Filesystem struct {
 	Path string
+	// Shared lets the directory's group read and write, for programs that run as
+	// different users of one group; their umask must allow it.
+	Shared bool
 }
 
 func (s *Filesystem) validate() error {
@@ -24,6 +27,10 @@ func (s *Filesystem) validate() error {
 }
 
 func (s *Filesystem) options() *filesystem.Options {
+	if s.Shared {
+		return &filesystem.Options{Path: s.Path, FileMode: 0o660, DirectoryMode: 0o770}
+	}
+
 	return &filesystem.Options{Path: s.Path, FileMode: 0o600, DirectoryMode: 0o700}
 }
 

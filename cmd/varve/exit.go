@@ -119,7 +119,8 @@ func exitCode(err error) int {
 	return exitFailure
 }
 
-// message is what a user reads of an error: one line.
+// message is what a user reads of an error: one line, and nothing that would do harm to a
+// terminal, since names of files in it can be a stranger's.
 func message(err error) string {
-	return strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
+	return printable(strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; "))
 }

@@ -132,12 +132,14 @@ environment over the file. Secrets are never flags.`,
 		&cobra.Group{ID: groupBackup, Title: "Backup and restore:"},
 		&cobra.Group{ID: groupRead, Title: "Reading recovery points:"},
 		&cobra.Group{ID: groupKeep, Title: "Looking after recovery points:"},
+		&cobra.Group{ID: groupKubernetes, Title: "Kubernetes:"},
 	)
 	root.AddCommand(
 		newAttachCommand(a),
 		newBackupCommand(a),
 		newCatCommand(a),
 		newCommitCommand(a),
+		newControllerCommand(a),
 		newCpCommand(a),
 		newDetachCommand(a),
 		newDiffCommand(a),
@@ -148,6 +150,7 @@ environment over the file. Secrets are never flags.`,
 		newMaintenanceCommand(a),
 		newMountCommand(a),
 		newMountWatchCommand(),
+		newMoverCommand(a),
 		newNBDCommand(a),
 		newPinCommand(a),
 		newPruneCommand(a),
@@ -173,6 +176,7 @@ const (
 	groupBackup     = "backup"
 	groupRead       = "read"
 	groupKeep       = "keep"
+	groupKubernetes = "kubernetes"
 )
 
 // instrument prepares every command below c: flags learn their environment

@@ -116,11 +116,17 @@ func (c *Cluster) AddDriver(ctx context.Context, name string, o csidriver.Option
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	d := &Driver{Name: name, Options: o, Port: 50051}
-	for _, other := range c.Drivers {
-		if other.Class() == d.Class() {
-			return nil, fmt.Errorf("a driver %s runs already", other.Name)
+	if err := c.change(func() error {
+		for _, other := range c.Drivers {
+			if other.Class() == d.Class() {
+				return fmt.Errorf("a driver %s runs already", other.Name)
+			}
+			d.Port = max(d.Port, other.Port+1)
 		}
-		d.Port = max(d.Port, other.Port+1)
+		c.Drivers[name] = d
+		return nil
+	}); err != nil {
+		return nil, err
 	}
 	if err := os.MkdirAll(c.DriverState(d), 0o700); err != nil {
 		return nil, err
@@ -130,10 +136,6 @@ func (c *Cluster) AddDriver(ctx context.Context, name string, o csidriver.Option
 	}
 	manifest, err := c.driverManifest(d)
 	if err != nil {
-		return nil, err
-	}
-	c.Drivers[name] = d
-	if err := c.save(); err != nil {
 		return nil, err
 	}
 	if err := c.Apply(ctx, manifest); err != nil {
@@ -213,6 +215,8 @@ func (c *Cluster) RemoveDriver(ctx context.Context, d *Driver) error {
 	}
 	loops, err := loopDevices(ctx, c.DriverState(d)+"/")
 	errs = append(errs, err, detachLoops(ctx, loops), os.RemoveAll(c.DriverState(d)))
-	delete(c.Drivers, d.Name)
-	return errors.Join(append(errs, c.save())...)
+	return errors.Join(append(errs, c.change(func() error {
+		delete(c.Drivers, d.Name)
+		return nil
+	}))...)
 }

@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"hash/fnv"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/varve-io/varve/e2e/cluster/supervisor"
 )
@@ -175,6 +177,38 @@ func (c *Cluster) nodeNames() []string {
 	}
 	slices.Sort(names)
 	return names
+}
+
+// changing orders those of a process who change the cluster's record: tests in
+// parallel, each with a Cluster of its own.
+var changing sync.Mutex
+
+// change applies do to the record as it now is, and writes it. Nodes and drivers that
+// c has already stay the same objects.
+func (c *Cluster) change(do func() error) error {
+	changing.Lock()
+	defer changing.Unlock()
+	now, err := read()
+	if err != nil {
+		return err
+	}
+	update(c.Nodes, now.Nodes)
+	update(c.Drivers, now.Drivers)
+	if err := do(); err != nil {
+		return err
+	}
+	return c.save()
+}
+
+func update[T any](have, now map[string]*T) {
+	for name, v := range now {
+		if old := have[name]; old != nil {
+			*old = *v
+		} else {
+			have[name] = v
+		}
+	}
+	maps.DeleteFunc(have, func(name string, _ *T) bool { return now[name] == nil })
 }
 
 func (c *Cluster) save() error {

@@ -198,6 +198,18 @@ func (c *Cluster) ImportImage(ctx context.Context, archive string) error {
 	return nil
 }
 
+// TagImage gives an image one more name on every node that runs.
+func (c *Cluster) TagImage(ctx context.Context, image, name string) error {
+	for _, node := range c.nodeNames() {
+		if n := c.Nodes[node]; n.PID != 0 {
+			if _, err := c.ctr(ctx, n, "images", "tag", "--force", image, name); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // startKubelet starts what makes a node of Kubernetes out of the namespaces.
 func (c *Cluster) startKubelet(ctx context.Context, n *Node) error {
 	if err := c.run(ctx, n, supervisor.Process{Name: "kubelet", Argv: []string{"kubelet", "--config=" + c.NodePath(n, "kubelet.yaml"),
@@ -230,8 +242,7 @@ func (c *Cluster) AddNode(ctx context.Context, number int) (*Node, error) {
 	if err := c.spawn(ctx, n); err != nil {
 		return nil, err
 	}
-	c.Nodes[n.Name] = n
-	if err := c.save(); err != nil {
+	if err := c.change(func() error { c.Nodes[n.Name] = n; return nil }); err != nil {
 		return nil, err
 	}
 	for _, step := range []func(context.Context, *Node) error{
@@ -264,7 +275,12 @@ func (c *Cluster) LoseNode(ctx context.Context, n *Node) error {
 		return err
 	}
 	n.PID = 0
-	return errors.Join(detachLoops(ctx, loops), c.save())
+	return errors.Join(detachLoops(ctx, loops), c.change(func() error {
+		if known := c.Nodes[n.Name]; known != nil {
+			known.PID = 0
+		}
+		return nil
+	}))
 }
 
 // SetDeviceOwnership switches containerd's device_ownership_from_security_context on

@@ -24,9 +24,9 @@ if ! go run ./cluster/cmd/e2e-cluster exec true 2>/dev/null; then
 	go run ./cluster/cmd/e2e-cluster up || exit 1
 fi
 go run ./cluster/cmd/e2e-cluster image ../bin/image/varve.tar || exit 1
-export VARVE_E2E_IMAGE=localhost/varve:e2e
+export VARVE_E2E_IMAGE=localhost/varve:e2e VARVE_E2E_KILLS=${VARVE_E2E_KILLS:-all}
 # Those packages need a cluster; one at a time, as they share it.
-mapfile -t packages < <(go list -f '{{range .XTestImports}}{{if eq . "github.com/varve-io/varve/e2e/framework"}}{{$.ImportPath}}{{end}}{{end}}' ./... | sort -u)
+mapfile -t packages < <(go list -f '{{range .XTestImports}}{{if eq . "github.com/varve-io/varve/e2e/framework"}}{{$.ImportPath}}{{end}}{{end}}{{range .TestImports}}{{if eq . "github.com/varve-io/varve/e2e/framework"}}{{$.ImportPath}}{{end}}{{end}}' ./... | sort -u)
 rc=0
 VARVE_E2E_UP=1 go test -p 1 -count=1 -timeout 60m -v -run "${RUN:-.}" ./cluster/... ./csidriver/... "${packages[@]}" 2>&1 | tee "$log" |
 	grep --line-buffered -E '^(ok|FAIL|panic:)|^ *--- (FAIL|PASS)'

@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -125,4 +127,21 @@ func (f *inFlight) begin(key string) (end func(), ok bool) {
 		defer f.mu.Unlock()
 		delete(f.keys, key)
 	}, true
+}
+
+// Held lists what the driver whose state lies in dir keeps, sorted: the IDs of its
+// volumes and of the snapshots that were not deleted.
+func Held(dir string) (volumes, snapshots []string, err error) {
+	s := &state{dir: dir}
+	err = s.with(func(r *records) error {
+		volumes = slices.Sorted(maps.Keys(r.Vols))
+		for id, sn := range r.Snaps {
+			if !sn.Deleted {
+				snapshots = append(snapshots, id)
+			}
+		}
+		slices.Sort(snapshots)
+		return nil
+	})
+	return volumes, snapshots, err
 }

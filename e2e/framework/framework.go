@@ -9,6 +9,7 @@ import (
 	"os"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -59,11 +60,10 @@ func New(t *testing.T) *F {
 		t.Fatal(err)
 	}
 	cfg.QPS, cfg.Burst = 200, 400
-	s := scheme.Scheme
-	if err := errors.Join(snapshotv1.AddToScheme(s), groupsnapshotv1.AddToScheme(s)); err != nil {
+	if err := addKinds(); err != nil {
 		t.Fatal(err)
 	}
-	cl, err := client.NewWithWatch(cfg, client.Options{Scheme: s})
+	cl, err := client.NewWithWatch(cfg, client.Options{Scheme: scheme.Scheme})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -86,6 +86,11 @@ func New(t *testing.T) *F {
 	})
 	return f
 }
+
+// addKinds makes snapshots known to client-go's scheme, once: tests run in parallel.
+var addKinds = sync.OnceValue(func() error {
+	return errors.Join(snapshotv1.AddToScheme(scheme.Scheme), groupsnapshotv1.AddToScheme(scheme.Scheme))
+})
 
 var notName = regexp.MustCompile(`[^a-z0-9]+`)
 
@@ -147,14 +152,18 @@ func (f *F) Eventually(what string, ask func(context.Context) error) {
 func (f *F) Await(ctx context.Context, what string, ask func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, Patience)
 	defer cancel()
+	var last error // that is not about the time being over
 	for {
 		err := ask(ctx)
 		if err == nil {
 			return nil
 		}
+		if deadline, ok := ctx.Deadline(); last == nil || ok && time.Until(deadline) > time.Second {
+			last = err
+		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("wait for %s: %w", what, errors.Join(err, ctx.Err()))
+			return fmt.Errorf("wait for %s: %w", what, errors.Join(last, ctx.Err()))
 		case <-time.After(pollPause):
 		}
 	}

@@ -166,7 +166,8 @@ func (f *F) AllowModeChange(s *snapshotv1.VolumeSnapshot) {
 }
 
 // Driver starts a CSI driver of the test's own, with its sidecars. It ends with the
-// test, after the test's volumes.
+// test, after the test's volumes; the test fails if the driver still holds any, or a
+// snapshot.
 func (f *F) Driver(o csidriver.Options) *cluster.Driver {
 	f.T.Helper()
 	d, err := f.Cluster.AddDriver(f.T.Context(), "d"+random()+".csi.varve.io", o)
@@ -180,6 +181,15 @@ func (f *F) Driver(o csidriver.Options) *cluster.Driver {
 		f.clear()
 		ctx, cancel := context.WithTimeout(context.Background(), Patience)
 		defer cancel()
+		if err := f.Await(ctx, "driver "+d.Name+" to hold nothing", func(context.Context) error {
+			volumes, snapshots, err := csidriver.Held(f.Cluster.DriverState(d))
+			if err == nil && len(volumes)+len(snapshots) > 0 {
+				err = fmt.Errorf("it has volumes %v and snapshots %v", volumes, snapshots)
+			}
+			return err
+		}); err != nil {
+			f.T.Error(err)
+		}
 		if err := f.Cluster.RemoveDriver(ctx, d); err != nil {
 			f.T.Errorf("remove driver %s: %v", d.Name, err)
 		}

@@ -1,0 +1,207 @@
+package chart
+
+import (
+	"fmt"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"sigs.k8s.io/yaml"
+)
+
+const (
+	chartDir = "../../deploy/helm/varve"
+	plain    = "../../deploy/varve.yaml"
+)
+
+type object = map[string]any
+
+func render(t *testing.T, values object) []byte {
+	t.Helper()
+	text, err := Render(chartDir, values)
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	return text
+}
+
+// parse returns objects by kind and name, and fails on two of the same.
+func parse(t *testing.T, text []byte) map[string]object {
+	t.Helper()
+	objects := map[string]object{}
+	for _, doc := range strings.Split("\n"+string(text), "\n---\n") {
+		var o object
+		if err := yaml.UnmarshalStrict([]byte(doc), &o); err != nil {
+			t.Fatalf("%v in\n%s", err, doc)
+		}
+		if o == nil {
+			continue // comments
+		}
+		meta := o["metadata"].(object)
+		id := fmt.Sprint(o["kind"], " ", meta["name"])
+		if objects[id] != nil {
+			t.Errorf("%s is there twice", id)
+		}
+		objects[id] = o
+	}
+
+	return objects
+}
+
+func TestPlainManifestsAreTheChart(t *testing.T) {
+	text, err := os.ReadFile(plain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, want := parse(t, text), parse(t, render(t, PlainValues()))
+	if len(want) < 20 {
+		t.Fatalf("the chart has %d objects only", len(want))
+	}
+	for id, o := range want {
+		if !reflect.DeepEqual(got[id], o) {
+			t.Errorf("%s is not as the chart has it; run make manifests", id)
+		}
+	}
+	for id := range got {
+		if want[id] == nil {
+			t.Errorf("%s is not in the chart; run make manifests", id)
+		}
+	}
+}
+
+func TestDefinitionsStay(t *testing.T) {
+	files, err := os.ReadDir("../../deploy/crds")
+	if err != nil {
+		t.Fatal(err)
+	}
+	objects := parse(t, render(t, nil))
+	for _, f := range files {
+		plural, _, _ := strings.Cut(strings.TrimPrefix(f.Name(), "varve.io_"), ".")
+		crd := objects["CustomResourceDefinition "+plural+".varve.io"]
+		if crd == nil {
+			t.Errorf("%s is not in the chart", f.Name())
+
+			continue
+		}
+		if got := crd["metadata"].(object)["annotations"].(object)["helm.sh/resource-policy"]; got != "keep" {
+			t.Errorf("%s goes with the release: %v", f.Name(), got)
+		}
+	}
+	without := parse(t, render(t, object{"crds": object{"install": false}}))
+	if len(without) != len(objects)-len(files) {
+		t.Errorf("%d objects without definitions, %d with their %d", len(without), len(objects), len(files))
+	}
+}
+
+func TestValues(t *testing.T) {
+	const policy = "MutatingAdmissionPolicy varve-no-namespace-in-datasourceref"
+	container := func(o map[string]object) object {
+		spec := o["Deployment varve-controller"]["spec"].(object)["template"].(object)["spec"].(object)
+
+		return spec["containers"].([]any)[0].(object)
+	}
+	for _, tc := range []struct {
+		name   string
+		values object
+		check  func(o map[string]object) string
+	}{
+		{"Helm makes the namespace", nil, func(o map[string]object) string {
+			if o["Namespace "+Namespace] != nil {
+				return "the chart makes it too"
+			}
+
+			return ""
+		}},
+		{"no policy where the cluster has no such thing", nil, func(o map[string]object) string {
+			if o[policy] != nil {
+				return "there is one"
+			}
+
+			return ""
+		}},
+		{"policy of an older cluster", object{"admissionPolicy": object{"apiVersion": "v1beta1"}}, func(o map[string]object) string {
+			if o[policy] == nil || o[policy]["apiVersion"] != "admissionregistration.k8s.io/v1beta1" {
+				return "it is not v1beta1"
+			}
+
+			return ""
+		}},
+		{"pinned image", object{"image": object{"digest": "sha256:abc"}}, func(o map[string]object) string {
+			c := container(o)
+			image := c["image"]
+			if image != "ghcr.io/varve-io/varve@sha256:abc" {
+				return fmt.Sprint(image)
+			}
+			if !slices.Contains(c["args"].([]any), any("--image=ghcr.io/varve-io/varve@sha256:abc")) {
+				return "movers run another image"
+			}
+
+			return ""
+		}},
+		{"more arguments", object{"controller": object{"extraArgs": []any{"--workers=2"}}}, func(o map[string]object) string {
+			args := container(o)["args"].([]any)
+			if args[0] != "controller" || args[len(args)-1] != "--workers=2" {
+				return fmt.Sprint(args)
+			}
+
+			return ""
+		}},
+		{"stores on claims", object{"storeVolumes": []any{"nfs"}}, func(o map[string]object) string {
+			mounts := container(o)["volumeMounts"].([]any)
+			last := mounts[len(mounts)-1].(object)
+			if last["mountPath"] != "/var/run/varve/volumes/nfs" {
+				return fmt.Sprint(mounts)
+			}
+
+			return ""
+		}},
+		{"movers", object{"mover": object{"nonRoot": true, "nodeSelector": object{"disk": "fast"}}}, func(o map[string]object) string {
+			text := o["ConfigMap varve-mover"]["data"].(object)["mover.yaml"].(string)
+			if !strings.Contains(text, "disk: fast") || !slices.Contains(container(o)["args"].([]any), any("--mover-non-root")) {
+				return text
+			}
+
+			return ""
+		}},
+		{"scheduling", object{"controller": object{"nodeSelector": object{"a": "b"}, "priorityClassName": "high", "tolerations": []any{object{"operator": "Exists"}}}}, func(o map[string]object) string {
+			spec := o["Deployment varve-controller"]["spec"].(object)["template"].(object)["spec"].(object)
+			if spec["priorityClassName"] != "high" || spec["nodeSelector"].(object)["a"] != "b" || len(spec["tolerations"].([]any)) != 1 {
+				return fmt.Sprint(spec)
+			}
+
+			return ""
+		}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if wrong := tc.check(parse(t, render(t, tc.values))); wrong != "" {
+				t.Error(wrong)
+			}
+		})
+	}
+}
+
+// No wildcard, no Secret of a tenant, and no right to escalate.
+func TestRightsAreNamed(t *testing.T) {
+	for id, o := range parse(t, render(t, PlainValues())) {
+		rules, _ := o["rules"].([]any)
+		for _, r := range rules {
+			r := r.(object)
+			for _, key := range []string{"apiGroups", "resources", "verbs", "nonResourceURLs"} {
+				values, _ := r[key].([]any)
+				for _, v := range values {
+					switch {
+					case v == "*":
+						t.Errorf("%s has a wildcard in %s", id, key)
+					case v == "secrets" && o["kind"] == "ClusterRole" && id != "ClusterRole varve-tenant-secrets":
+						t.Errorf("%s opens Secrets everywhere", id)
+					case v == "escalate", v == "bind", v == "impersonate", v == "pods/exec":
+						t.Errorf("%s may %v", id, v)
+					}
+				}
+			}
+		}
+	}
+}

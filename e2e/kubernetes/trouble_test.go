@@ -1,0 +1,287 @@
+package kubernetes
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/e2e/cluster"
+	"github.com/varve-io/varve/e2e/framework"
+)
+
+// nothingOf is nil if no object of Varve's namespace, and no volume, has a UID in its
+// name, labels or claim.
+func (s *site) nothingOf(ctx context.Context, uid string) error {
+	var left []string
+	for _, list := range []client.ObjectList{&corev1.PersistentVolumeClaimList{}, &corev1.PodList{}, &batchv1.JobList{}, &corev1.SecretList{}, &v1alpha1.VolumePopulationList{}, &corev1.PersistentVolumeList{}} {
+		names, err := s.names(ctx, list, func(o client.Object) bool {
+			if strings.Contains(o.GetName(), uid) {
+				return true
+			}
+			for _, v := range o.GetLabels() {
+				if strings.Contains(v, uid) {
+					return true
+				}
+			}
+			pv, ok := o.(*corev1.PersistentVolume)
+
+			return ok && pv.Spec.ClaimRef != nil && (strings.Contains(pv.Spec.ClaimRef.Name, uid) || string(pv.Spec.ClaimRef.UID) == uid)
+		})
+		if err != nil {
+			return err
+		}
+		left = append(left, names...)
+	}
+	if len(left) > 0 {
+		return fmt.Errorf("left: %s", strings.Join(left, ", "))
+	}
+
+	return nil
+}
+
+// mover waits for the running pod of a mover with a role in Varve's namespace that
+// belongs to an object of the test's.
+func (s *site) mover(role string) *corev1.Pod {
+	s.T.Helper()
+	var found *corev1.Pod
+	s.Eventually("a mover that runs", func(ctx context.Context) error {
+		var pods corev1.PodList
+		if err := s.Client.List(ctx, &pods, client.InNamespace(varveNamespace), client.MatchingLabels{"varve.io/role": role}); err != nil {
+			return err
+		}
+		for i := range pods.Items {
+			p := &pods.Items[i]
+			mine := strings.Contains(p.Annotations["varve.io/owner"]+p.Annotations["varve.io/claim"], s.Namespace+"/")
+			if mine && p.Status.Phase == corev1.PodRunning && p.DeletionTimestamp == nil {
+				found = p
+
+				return nil
+			}
+		}
+
+		return errors.New("there is none")
+	})
+
+	return found
+}
+
+// ownStore makes an S3 server of the test's own and a store on it, slow enough for
+// something to happen to who uses it.
+func (s *site) ownStore(perSecond string) (server *corev1.Pod, store string) {
+	s.T.Helper()
+	user, yes := int64(65532), true
+	// Not on a node that a test may lose.
+	s.CreatePod(framework.Pod{Name: "s3", Node: s.Cluster.Control().Name, Change: func(p *corev1.Pod) {
+		p.Spec.SecurityContext = &corev1.PodSecurityContext{RunAsUser: &user, RunAsGroup: &user, FSGroup: &user, RunAsNonRoot: &yes}
+		p.Spec.Volumes = []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}}}
+		c := &p.Spec.Containers[0]
+		c.Image, c.Command = cluster.S3Image, nil
+		c.Args = []string{"--port", ":7070", "--region", "us-east-1", "posix", "--sidecar", "/data/meta", "/data/buckets"}
+		c.Env = []corev1.EnvVar{{Name: "ROOT_ACCESS_KEY", Value: cluster.S3AccessKey}, {Name: "ROOT_SECRET_KEY", Value: cluster.S3SecretKey}}
+		c.VolumeMounts = []corev1.VolumeMount{{Name: "data", MountPath: "/data/buckets", SubPath: "buckets"}, {Name: "data", MountPath: "/data/meta", SubPath: "meta"}}
+	}})
+	server = s.WaitReady("s3")
+	store = s.Namespace
+	s.store(store, s.bucketAt(server.Status.PodIP+":7070", "backups"), func(bs *v1alpha1.BackupStore) {
+		if perSecond != "" {
+			q := quantity(perSecond)
+			bs.Spec.Limits = &v1alpha1.Limits{UploadPerSecond: &q, DownloadPerSecond: &q}
+		}
+	})
+	s.atEnd(func() {
+		bs := &v1alpha1.BackupStore{}
+		bs.Name = store
+		if err := client.IgnoreNotFound(s.Client.Delete(context.Background(), bs)); err != nil {
+			s.T.Error(err)
+		}
+	})
+
+	return server, store
+}
+
+// With the repository out of reach, a claim stays pending and says so, and is filled
+// when it is back.
+func TestRepositoryUnreachable(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	server, store := s.ownStore("")
+	to := func(vb *v1alpha1.VolumeBackup) { vb.Spec.StoreRef.Name = store }
+	s.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "64Mi"})
+	s.blockPod("writer", "data")
+	s.Exec("writer", fill)
+	sum := s.SHA256("writer", "/dev/data")
+	s.backup("first", "data", to)
+
+	restore := s.CutNetwork(server)
+	s.source("latest", func(rs *v1alpha1.RecoverySource) {
+		rs.Spec.StoreRef.Name, rs.Spec.From.Volume = store, "data"
+		rs.Spec.IfNone = v1alpha1.IfNoneEmpty // not to be read is not to be empty
+	})
+	s.restoreClaim(restored{Claim: framework.Claim{Name: "back", Mode: framework.Block, Size: "64Mi"}, Source: "latest"})
+	t.Log(s.waitEvent("back", v1alpha1.ReasonRepositoryUnreachable))
+	s.pending("back")
+	restore()
+	s.WaitBound("back")
+	s.blockPod("reader", "back")
+	if got := s.SHA256("reader", "/dev/back"); got != sum {
+		t.Error("what came back is not what was backed up")
+	}
+}
+
+// While a claim is filled its events say how far that is. A repository that goes away in
+// the midst of it costs time and nothing else.
+func TestRepositoryUnreachableMidway(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	server, store := s.ownStore("1Mi")
+	to := func(vb *v1alpha1.VolumeBackup) { vb.Spec.StoreRef.Name = store }
+	s.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "32Mi"})
+	s.blockPod("writer", "data")
+	s.Exec("writer", "dd if=/dev/urandom of=/dev/data bs=1M count=20 2>/dev/null; sync")
+	sum := s.SHA256("writer", "/dev/data")
+	s.backup("first", "data", to)
+	s.source("latest", func(rs *v1alpha1.RecoverySource) { rs.Spec.StoreRef.Name, rs.Spec.From.Volume = store, "data" })
+	s.restoreClaim(restored{Claim: framework.Claim{Name: "back", Mode: framework.Block, Size: "32Mi"}, Source: "latest"})
+	s.Eventually("an event of a quarter", func(ctx context.Context) error {
+		all, err := s.events(ctx, "back")
+		if err == nil && !strings.Contains(all, "% of recovery point") {
+			err = errors.New("there are only:\n" + all)
+		}
+
+		return err
+	})
+	restore := s.CutNetwork(server)
+	t.Log(s.waitEvent("back", v1alpha1.ReasonRepositoryUnreachable))
+	s.pending("back")
+	restore()
+	s.WaitBound("back")
+	s.blockPod("reader", "back")
+	if got := s.SHA256("reader", "/dev/back"); got != sum {
+		t.Error("what came back is not what was backed up")
+	}
+	all, err := s.events(t.Context(), "back")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Log(all)
+}
+
+// Killed movers, and killed controllers, cost time and nothing else.
+func TestKilled(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	_, store := s.ownStore("8Mi")
+	to := func(vb *v1alpha1.VolumeBackup) { vb.Spec.StoreRef.Name = store }
+	s.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "64Mi"})
+	s.blockPod("writer", "data")
+	s.Exec("writer", fill)
+	sum := s.SHA256("writer", "/dev/data")
+	s.startBackup("first", "data", to)
+	s.kill(s.mover("backup"))
+	s.killControllers()
+	vb := s.waitBackup("first")
+	if vb.Status.Attempts < 2 {
+		t.Errorf("the mover was killed, and there was %d attempt", vb.Status.Attempts)
+	}
+	s.source("latest", func(rs *v1alpha1.RecoverySource) { rs.Spec.StoreRef.Name, rs.Spec.From.Volume = store, "data" })
+	s.restoreClaim(restored{Claim: framework.Claim{Name: "back", Mode: framework.Block, Size: "64Mi"}, Source: "latest"})
+	s.kill(s.mover("populate"))
+	s.pending("back")
+	s.killControllers()
+	s.WaitBound("back")
+	s.blockPod("reader", "back")
+	if got := s.SHA256("reader", "/dev/back"); got != sum {
+		t.Error("what came back is not what was backed up")
+	}
+}
+
+func (s *site) kill(pod *corev1.Pod) {
+	s.T.Helper()
+	if err := s.KillPod(pod); err != nil {
+		s.T.Fatal(err)
+	}
+}
+
+func (s *site) killControllers() {
+	s.T.Helper()
+	pods, err := s.controllers(s.T.Context())
+	if err != nil || len(pods) == 0 {
+		s.T.Fatalf("there are no controllers to kill: %v", err)
+	}
+	for i := range pods {
+		s.kill(&pods[i])
+	}
+}
+
+// A node lost during a backup: the mover goes to another node, and the point is made.
+func TestNodeLoss(t *testing.T) {
+	s := newSite(t) // alone: other tests' pods must not be on the node
+	nodes := s.Nodes(2)
+	if err := s.Cluster.TagImage(t.Context(), s.VarveImage(), shippedImage); err != nil {
+		t.Fatal(err)
+	}
+	_, store := s.ownStore("4Mi")
+	to := func(vb *v1alpha1.VolumeBackup) { vb.Spec.StoreRef.Name = store }
+	s.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "64Mi"})
+	s.RunPod(framework.Pod{Name: "writer", Node: nodes[0].Name, Claims: map[string]corev1.PersistentVolumeMode{"data": framework.Block}})
+	s.Exec("writer", fill)
+	sum := s.SHA256("writer", "/dev/data")
+	// Movers go to the second node; the controllers stay with the first.
+	s.cordon(nodes[0].Name, true)
+	s.startBackup("first", "data", to)
+	pod := s.mover("backup")
+	s.cordon(nodes[0].Name, false)
+	if pod.Spec.NodeName != nodes[1].Name {
+		t.Fatalf("the mover runs on %s", pod.Spec.NodeName)
+	}
+	s.LoseNode(nodes[1])
+	// In steps, as each takes its time: the node is found to be lost, and the mover's pod.
+	s.Eventually("another attempt", func(ctx context.Context) error {
+		var vb v1alpha1.VolumeBackup
+		if err := s.Client.Get(ctx, s.Key("first"), &vb); err != nil {
+			return err
+		}
+		if vb.Status.Attempts < 2 {
+			return fmt.Errorf("there was %d; %s", vb.Status.Attempts, says(vb.Status.Conditions))
+		}
+
+		return nil
+	})
+	// The node stays lost, and with it the volume that the first mover read: the run ends.
+	s.waitBackup("first")
+	s.source("latest", func(rs *v1alpha1.RecoverySource) { rs.Spec.StoreRef.Name, rs.Spec.From.Volume = store, "data" })
+	s.restoreClaim(restored{Claim: framework.Claim{Name: "back", Mode: framework.Block, Size: "64Mi"}, Source: "latest"})
+	s.WaitBound("back")
+	s.RunPod(framework.Pod{Name: "reader", Node: nodes[0].Name, Claims: map[string]corev1.PersistentVolumeMode{"back": framework.Block}})
+	if got := s.SHA256("reader", "/dev/back"); got != sum {
+		t.Error("what came back is not what was backed up")
+	}
+}
+
+// cordon keeps new pods away from a node, until the test ends at the latest.
+func (s *site) cordon(node string, on bool) {
+	s.T.Helper()
+	set := func(ctx context.Context, on bool) error {
+		n := &corev1.Node{}
+		n.Name = node
+
+		return s.Client.Patch(ctx, n, client.RawPatch("application/merge-patch+json", fmt.Appendf(nil, `{"spec":{"unschedulable":%t}}`, on)))
+	}
+	if err := set(s.T.Context(), on); err != nil {
+		s.T.Fatal(err)
+	}
+	if on {
+		s.atEnd(func() {
+			if err := set(context.Background(), false); err != nil {
+				s.T.Error(err)
+			}
+		})
+	}
+}

@@ -1,0 +1,158 @@
+package backups
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/step"
+	"github.com/varve-io/varve/populator/store"
+)
+
+// defaultClass marks the VolumeSnapshotClass to use for its driver
+// (external-snapshotter, pkg/utils).
+const defaultClass = "snapshot.storage.kubernetes.io/is-default-class"
+
+// admit checks that the run can be begun, and that it is its turn. It notes what later steps
+// need to know of the claim. nil means go.
+func (r *run) admit(ctx context.Context) (*step.Result, error) {
+	if before := r.vb.Spec.StartBefore; before != nil && r.now().After(before.Time) {
+		return nil, step.Terminal(v1alpha1.ReasonStartTooLate, fmt.Errorf("it could not start before %s: %s", before.UTC().Format("2006-01-02T15:04:05Z"), r.waitedFor()))
+	}
+	st, err := r.store(ctx)
+	if err != nil {
+		return nil, r.refuse(err)
+	}
+	if err := r.Stores.CheckUse(ctx, st, r.vb.Namespace); err != nil {
+		return nil, r.refuse(err)
+	}
+	if !st.Writable() {
+		return nil, step.Terminal(v1alpha1.ReasonReadOnly, fmt.Errorf("%s is ReadOnly: it takes no backups", st.Key))
+	}
+	if st.Status.UniqueID == "" {
+		wait := step.Wait(v1alpha1.ReasonStoreNotReady, st.Key.String()+" was not reached yet: its own conditions say why", recheck)
+
+		return &wait, nil
+	}
+	pvc, err := r.claim(ctx)
+	if apierrors.IsNotFound(err) {
+		return nil, step.Terminal(v1alpha1.ReasonClaimNotFound, fmt.Errorf("there is no claim %s", r.vb.Spec.ClaimName))
+	}
+	if err != nil {
+		return nil, err
+	}
+	if pvc.DeletionTimestamp != nil {
+		return nil, step.Terminal(v1alpha1.ReasonClaimNotFound, fmt.Errorf("claim %s is being deleted", pvc.Name))
+	}
+	if pvc.Status.Phase != corev1.ClaimBound || pvc.Spec.VolumeName == "" {
+		wait := step.Wait(v1alpha1.ReasonClaimNotBound, fmt.Sprintf("claim %s is not bound", pvc.Name), recheck)
+
+		return &wait, nil
+	}
+	var pv corev1.PersistentVolume
+	if err := r.Live.Get(ctx, types.NamespacedName{Name: pvc.Spec.VolumeName}, &pv); err != nil {
+		return nil, fmt.Errorf("read volume %s of claim %s: %w", pvc.Spec.VolumeName, pvc.Name, err)
+	}
+	if pv.Spec.CSI == nil {
+		return nil, step.Terminal(v1alpha1.ReasonNotCSI, fmt.Errorf("volume %s of claim %s is not a CSI volume: there are no snapshots of it", pv.Name, pvc.Name))
+	}
+	s := &r.vb.Status
+	if s.SnapshotClassName, err = r.snapshotClass(ctx, pv.Spec.CSI.Driver); err != nil {
+		return nil, err
+	}
+	if !r.Queue.Start(r.ticket()) {
+		wait := step.Wait(v1alpha1.ReasonQueued, "waits for its turn: other runs of this claim or of "+st.Key.String()+", or restores, go first", 0)
+
+		return &wait, nil
+	}
+	if pvc.UID != s.ClaimUID {
+		s.ClaimUID, s.Driver, s.VolumeHandle = pvc.UID, pv.Spec.CSI.Driver, pv.Spec.CSI.VolumeHandle
+	}
+	s.Claim = summary(pvc, &pv)
+
+	return nil, nil // recorded with the first step
+}
+
+// waitedFor is what a run that did not start was waiting for.
+func (r *run) waitedFor() string {
+	if c := meta.FindStatusCondition(r.vb.Status.Conditions, v1alpha1.ConditionComplete); c != nil {
+		return c.Message
+	}
+
+	return "the controller did not get to it"
+}
+
+// refuse makes errors terminal that nobody but a person can help; others are tried again.
+func (r *run) refuse(err error) error {
+	switch reason, _ := store.Reason(err); reason {
+	case v1alpha1.ReasonStoreNotFound, v1alpha1.ReasonNamespaceNotAllowed, v1alpha1.ReasonReadOnly, v1alpha1.ReasonInvalidSpec:
+		return step.Terminal(reason, err)
+	}
+
+	return err
+}
+
+func summary(pvc *corev1.PersistentVolumeClaim, pv *corev1.PersistentVolume) *v1alpha1.ClaimSummary {
+	c := &v1alpha1.ClaimSummary{
+		VolumeMode: corev1.PersistentVolumeFilesystem, RequestBytes: pvc.Spec.Resources.Requests.Storage().Value(),
+		CapacityBytes: pv.Spec.Capacity.Storage().Value(), StorageClassName: pv.Spec.StorageClassName,
+		AccessModes: slices.Clone(pvc.Spec.AccessModes),
+	}
+	if pv.Spec.VolumeMode != nil {
+		c.VolumeMode = *pv.Spec.VolumeMode
+	}
+
+	return c
+}
+
+// snapshotClass is the one that the run names, or the driver's default, or its only one.
+func (r *run) snapshotClass(ctx context.Context, driver string) (string, error) {
+	none := func(format string, args ...any) error {
+		return step.Terminal(v1alpha1.ReasonNoSnapshotClass, fmt.Errorf(format, args...))
+	}
+	if name := r.vb.Spec.SnapshotClassName; name != "" {
+		var class snapshotv1.VolumeSnapshotClass
+		err := r.Live.Get(ctx, types.NamespacedName{Name: name}, &class)
+		switch {
+		case apierrors.IsNotFound(err):
+			return "", none("there is no VolumeSnapshotClass %s", name)
+		case err != nil:
+			return "", err
+		case class.Driver != driver:
+			return "", none("VolumeSnapshotClass %s is of driver %s, the claim's volume of %s", name, class.Driver, driver)
+		}
+
+		return name, nil
+	}
+	var classes snapshotv1.VolumeSnapshotClassList
+	if err := r.Live.List(ctx, &classes); err != nil {
+		return "", err
+	}
+	var all, marked []string
+	for _, c := range classes.Items {
+		if c.Driver != driver {
+			continue
+		}
+		all = append(all, c.Name)
+		if c.Annotations[defaultClass] == "true" {
+			marked = append(marked, c.Name)
+		}
+	}
+	switch {
+	case len(marked) == 1:
+		return marked[0], nil
+	case len(all) == 1:
+		return all[0], nil
+	case len(all) == 0:
+		return "", none("driver %s has no VolumeSnapshotClass: create one", driver)
+	}
+
+	return "", none("driver %s has the VolumeSnapshotClasses %v: mark one of them with the annotation %s: \"true\", or set snapshotClassName", driver, all, defaultClass)
+}

@@ -1,0 +1,116 @@
+package backups
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/tools/record"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/client/fake"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/mover"
+	"github.com/varve-io/varve/populator/queue"
+	"github.com/varve-io/varve/populator/report"
+	"github.com/varve-io/varve/populator/store"
+)
+
+// newCluster has a store that was reached, and claim data in namespace shop on a volume of
+// driver csi with its one snapshot class.
+func newCluster(t *testing.T, objects ...client.Object) (client.WithWatch, *Reconciler) {
+	t.Helper()
+	s := runtime.NewScheme()
+	if err := errors.Join(corev1.AddToScheme(s), batchv1.AddToScheme(s), v1alpha1.AddToScheme(s), snapshotv1.AddToScheme(s)); err != nil {
+		t.Fatal(err)
+	}
+	c := fake.NewClientBuilder().WithScheme(s).WithStatusSubresource(&v1alpha1.VolumeBackup{}, &v1alpha1.ProtectedVolume{}).WithObjects(
+		&v1alpha1.BackupStore{ObjectMeta: metav1.ObjectMeta{Name: "main"}, Status: v1alpha1.RepositoryStatus{UniqueID: "1"}},
+		&corev1.PersistentVolumeClaim{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "data", UID: "claim"},
+			Spec:       corev1.PersistentVolumeClaimSpec{VolumeName: "pv"}, Status: corev1.PersistentVolumeClaimStatus{Phase: corev1.ClaimBound},
+		},
+		&corev1.PersistentVolume{ObjectMeta: metav1.ObjectMeta{Name: "pv"}, Spec: corev1.PersistentVolumeSpec{
+			PersistentVolumeSource: corev1.PersistentVolumeSource{CSI: &corev1.CSIPersistentVolumeSource{Driver: "csi", VolumeHandle: "vol-1"}}}},
+		&snapshotv1.VolumeSnapshotClass{ObjectMeta: metav1.ObjectMeta{Name: "snap"}, Driver: "csi"},
+	).WithObjects(objects...).Build()
+
+	return c, &Reconciler{
+		Client: c, Live: c, Pods: mover.Pods{Namespace: "varve"}, Queue: queue.New(0, nil), Events: report.NewEvents(record.NewFakeRecorder(100)),
+		Stores: &store.Stores{Client: c, Secrets: c, Namespace: "varve"},
+	}
+}
+
+func newRun(name, step string) *v1alpha1.VolumeBackup {
+	vb := &v1alpha1.VolumeBackup{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name, UID: types.UID(name)},
+		Spec:       v1alpha1.VolumeBackupSpec{ClaimName: "data", StoreRef: v1alpha1.StoreReference{Name: "main"}},
+		Status:     v1alpha1.VolumeBackupStatus{Step: step},
+	}
+	if step != "" {
+		vb.Status.ClaimUID, vb.Status.VolumeHandle = "claim", "vol-1"
+	}
+
+	return vb
+}
+
+func (b *Reconciler) look(t *testing.T, name string) *v1alpha1.VolumeBackup {
+	t.Helper()
+	key := types.NamespacedName{Namespace: "shop", Name: name}
+	if _, err := b.Reconcile(t.Context(), reconcile.Request{NamespacedName: key}); err != nil {
+		t.Fatal(err)
+	}
+	var vb v1alpha1.VolumeBackup
+	if err := b.Live.Get(t.Context(), key, &vb); err != nil {
+		t.Fatal(err)
+	}
+
+	return &vb
+}
+
+// A process that just began sees a new run first, and must not begin it beside the one of
+// the same claim that another process was at.
+func TestRunsTakeTurnsAcrossARestart(t *testing.T) {
+	_, b := newCluster(t, newRun("under-way", "Read"), newRun("fresh", ""))
+	vb := b.look(t, "fresh")
+	c := meta.FindStatusCondition(vb.Status.Conditions, v1alpha1.ConditionComplete)
+	if vb.Status.Step != "" || c == nil || c.Reason != v1alpha1.ReasonQueued {
+		t.Errorf("it is at step %q with condition %v, and should wait for its turn", vb.Status.Step, c)
+	}
+	_, b = newCluster(t, newRun("fresh", ""))
+	if vb := b.look(t, "fresh"); vb.Status.Step != Backup.Steps[0].Name {
+		t.Errorf("alone it is at step %q", vb.Status.Step)
+	}
+}
+
+// The snapshot of a claim that was made anew under the same name is another volume's.
+func TestSnapshotOfAnotherVolume(t *testing.T) {
+	for handle, want := range map[string]string{"vol-1": v1alpha1.ReasonRunning, "vol-2": v1alpha1.ReasonSnapshotGone} {
+		yes, content, snapshot := true, "content", "snap-1"
+		origin := &snapshotv1.VolumeSnapshot{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: originName("run"), UID: "vs"},
+			Status:     &snapshotv1.VolumeSnapshotStatus{BoundVolumeSnapshotContentName: &content, ReadyToUse: &yes},
+		}
+		made := &snapshotv1.VolumeSnapshotContent{
+			ObjectMeta: metav1.ObjectMeta{Name: content},
+			Spec: snapshotv1.VolumeSnapshotContentSpec{
+				Source: snapshotv1.VolumeSnapshotContentSource{VolumeHandle: &handle}, VolumeSnapshotRef: corev1.ObjectReference{UID: "vs"},
+			},
+			Status: &snapshotv1.VolumeSnapshotContentStatus{SnapshotHandle: &snapshot, ReadyToUse: &yes},
+		}
+		_, b := newCluster(t, origin, made, newRun("run", "Snapshot"))
+		vb := b.look(t, "run")
+		c := meta.FindStatusCondition(vb.Status.Conditions, v1alpha1.ConditionComplete)
+		if c == nil || c.Reason != want || (want == v1alpha1.ReasonSnapshotGone) != strings.Contains(c.Message, "made anew") {
+			t.Errorf("a snapshot of %s: %v", handle, c)
+		}
+	}
+}

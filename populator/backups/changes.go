@@ -1,0 +1,211 @@
+package backups
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"time"
+
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/cbt/csi"
+	"github.com/varve-io/varve/backup/cbt/csi/csikube"
+	"github.com/varve-io/varve/populator/mover"
+	"github.com/varve-io/varve/populator/mover/work"
+	"github.com/varve-io/varve/populator/step"
+	"github.com/varve-io/varve/populator/store"
+)
+
+// askPatience bounds the question whether anything changed: a storage that takes longer is
+// asked again by the mover, which has the time.
+const askPatience = time.Minute
+
+// task is what the mover is told. It is made anew for each attempt from what the cluster
+// says then.
+func (r *run) task(ctx context.Context) (*mover.BackupTask, error) {
+	s := &r.vb.Status
+	st, err := r.store(ctx)
+	if err != nil {
+		return nil, r.refuse(err)
+	}
+	target, driver, err := csikube.Snapshot(ctx, r.Live, types.NamespacedName{Namespace: r.Pods.Namespace, Name: twinName(r.vb.UID)}, s.VolumeHandle)
+	if err != nil {
+		return nil, err
+	}
+	endpoint, err := csikube.Service(ctx, r.Live, driver)
+	if err != nil {
+		return nil, err
+	}
+	t := &mover.BackupTask{
+		Volume: st.Volume(r.vb.Namespace, r.vb.Spec.ClaimName), Full: r.vb.Spec.Type == v1alpha1.BackupTypeFull,
+		Time: s.SnapshotTime.Time, VerifyUnchanged: r.VerifyUnchanged,
+		Claim: blocktree.Claim{
+			UID: string(s.ClaimUID), VolumeMode: string(s.Claim.VolumeMode), RequestBytes: s.Claim.RequestBytes,
+			Capacity: s.Claim.CapacityBytes, StorageClass: s.Claim.StorageClassName, Driver: s.Driver,
+		},
+		Changed: csi.Options{Endpoint: endpoint, TokenFile: mover.TokenFile, Target: target},
+	}
+	for _, m := range s.Claim.AccessModes {
+		t.Claim.AccessModes = append(t.Claim.AccessModes, string(m))
+	}
+	if endpoint.Address == "" {
+		t.Changed.TokenFile = ""
+	}
+	if t.Retention, err = Policy(r.vb.Spec.Retention); err != nil {
+		return nil, step.Terminal(v1alpha1.ReasonInvalidSpec, err)
+	}
+	pv, err := r.protectedVolume(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if pv != nil && pv.Status.Base != nil && pv.Status.ClaimUID == s.ClaimUID {
+		b := pv.Status.Base
+		t.Changed.Base = &csi.Snapshot{Namespace: r.Pods.Namespace, Name: b.Name, Handle: b.Handle, ChangeID: b.ChangeID, VolumeHandle: s.VolumeHandle}
+	}
+
+	return t, nil
+}
+
+// Policy is a Retention as package backup applies it; nil for none.
+func Policy(r *v1alpha1.Retention) (*backup.Policy, error) {
+	if r == nil {
+		return nil, nil
+	}
+	p := &backup.Policy{
+		Latest: int(r.Latest), Hourly: int(r.Hourly), Daily: int(r.Daily), Weekly: int(r.Weekly), Monthly: int(r.Monthly), Yearly: int(r.Yearly),
+	}
+	if r.Within != nil {
+		p.Within = r.Within.Duration
+	}
+	if err := p.Check(); err != nil {
+		return nil, fmt.Errorf("retention: %w", err)
+	}
+
+	return p, nil
+}
+
+// askChanges asks, before any volume is made of the snapshot, whether an earlier attempt has
+// made the point already, and whether anything changed at all: if not, the point is
+// written here and now.
+func (r *run) askChanges(ctx context.Context) (step.Result, error) {
+	if r.vb.Status.Point != nil {
+		return step.Done(), nil
+	}
+	t, err := r.task(ctx)
+	if errors.Is(err, csikube.ErrNotReady) {
+		return step.Wait(v1alpha1.ReasonRunning, err.Error(), time.Second), nil
+	}
+	if err != nil {
+		return step.Result{}, err
+	}
+	st, err := r.store(ctx)
+	if err != nil {
+		return step.Result{}, r.refuse(err)
+	}
+	var res mover.Result
+	err = r.Stores.With(ctx, st, func(repo *store.Open) error {
+		var found bool
+		if res, found, err = work.Done(ctx, repo.Repository, t); err != nil || found {
+			return err
+		}
+		res, err = r.unchanged(ctx, repo, t)
+
+		return err
+	})
+	if err != nil {
+		return step.Result{}, err
+	}
+	if res.OK {
+		return step.Done(), r.succeed(ctx, res)
+	}
+
+	return step.Done(), nil
+}
+
+// unchanged makes the point if the storage says that nothing changed since the parent. That
+// it could not be asked is no failure: the mover asks again and steps down with a reason.
+func (r *run) unchanged(ctx context.Context, repo *store.Open, t *mover.BackupTask) (mover.Result, error) {
+	none := mover.Result{}
+	if t.Full || t.Changed.Endpoint.Address == "" || t.Changed.Base == nil || r.Tokens == nil {
+		return none, nil
+	}
+	cat, err := backup.List(ctx, repo.Repository, backup.ListOptions{Volume: &t.Volume})
+	if err != nil {
+		return none, err
+	}
+	if pv, err := r.protectedVolume(ctx); err != nil || pv == nil || unreadInARow(pv.Status.Points) >= maxUnread {
+		return none, err
+	}
+	parent := cat.Latest(t.Volume)
+	if parent == nil || parent.ChangeID == "" || parent.VolumeHandle != t.Changed.Target.VolumeHandle {
+		return none, nil
+	}
+	rec, err := backup.LoadRecord(ctx, repo.Repository, parent)
+	if err != nil {
+		return none, err
+	}
+	if rec.Claim == nil || rec.Claim.Capacity != t.Claim.Capacity {
+		return none, nil // it grew: only the device tells its size
+	}
+	opt := *t
+	opt.Changed.TokenFile, opt.Changed.Tokens = "", r.Tokens(t.Changed.Endpoint.Audience)
+	opt.Changed.Retry.Attempts = 2
+	session, err := csi.Open(ctx, opt.Changed)
+	if err != nil {
+		return none, err
+	}
+	defer session.Close()
+	ask, cancel := context.WithTimeout(ctx, askPatience)
+	defer cancel()
+	same, err := session.Unchanged(ask, cbt.Base{
+		PointID: parent.ID, ChangeID: parent.ChangeID, SnapshotHandle: parent.SnapshotHandle, VolumeHandle: parent.VolumeHandle, Size: parent.Size,
+	})
+	if err != nil || !same {
+		if err != nil && ctx.Err() == nil {
+			slog.InfoContext(ctx, "cannot ask here whether anything changed; the mover will", "run", r.vb.Namespace+"/"+r.vb.Name, "error", err)
+		}
+
+		return none, ctx.Err()
+	}
+	o := work.Options(&opt, r.Version)
+	o.Disk, o.Parent, o.VerifyUnchanged, o.FileSystem = unread(parent.Size), parent.ID, 0, rec.FileSystem
+	o.Source = session.Delta()
+	res, err := work.Make(ctx, repo.Repository, &opt, o)
+	if errors.Is(err, errUnread) || err != nil && ctx.Err() == nil {
+		slog.InfoContext(ctx, "an empty delta did not make a point; the mover will", "run", r.vb.Namespace+"/"+r.vb.Name, "error", err)
+
+		return none, nil
+	}
+	res.OK = err == nil
+
+	return res, err
+}
+
+// maxUnread is how many points in a row may be made without reading anything. Nothing is
+// spot-checked then, and a driver that never tells a change would not be found out.
+const maxUnread = 7
+
+// unreadInARow counts the newest points that were made without reading.
+func unreadInARow(points []v1alpha1.PointSummary) int {
+	n := slices.IndexFunc(points, func(p v1alpha1.PointSummary) bool { return p.Source != csi.DeltaName || p.ReadBytes > 0 })
+	if n < 0 {
+		return len(points)
+	}
+
+	return n
+}
+
+// unread is a disk of that size that must not be read: nothing of it changed.
+type unread int64
+
+var errUnread = errors.New("a disk of which nothing changed was to be read")
+
+func (unread) ReadAt([]byte, int64) (int, error) { return 0, errUnread }
+func (u unread) Size() int64                     { return int64(u) }
+func (unread) CheckSize() error                  { return nil }

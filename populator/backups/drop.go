@@ -1,0 +1,266 @@
+package backups
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/mover"
+	"github.com/varve-io/varve/populator/step"
+)
+
+// dropClone removes the movers, the volumes made of the snapshot, and the copied Secret.
+func (r *run) dropClone(ctx context.Context) (step.Result, error) {
+	left, err := r.dropMovers(ctx, r.vb.UID)
+	if err != nil || left > 0 {
+		return step.Wait(v1alpha1.ReasonRunning, "the mover and the volume it read are being removed", time.Second), err
+	}
+
+	return step.Done(), nil
+}
+
+// dropMovers removes a run's Jobs, then its claims and Secrets, and says how many are left.
+func (b *Reconciler) dropMovers(ctx context.Context, uid types.UID) (left int, err error) {
+	mine := []client.ListOption{client.InNamespace(b.Pods.Namespace), client.MatchingLabels{mover.LabelRun: string(uid), mover.LabelRole: Role}}
+	var jobs batchv1.JobList
+	if err := b.Live.List(ctx, &jobs, mine...); err != nil {
+		return 0, err
+	}
+	for i := range jobs.Items {
+		if jobs.Items[i].DeletionTimestamp == nil {
+			if err := b.dropJob(ctx, jobs.Items[i].Name); err != nil {
+				return 0, err
+			}
+		}
+	}
+	var pods corev1.PodList
+	if err := b.Live.List(ctx, &pods, mine...); err != nil {
+		return 0, err
+	}
+	for i := range pods.Items {
+		if err := b.dropLostPod(ctx, &pods.Items[i]); err != nil {
+			return 0, err
+		}
+	}
+	// The claims' own protection holds them while a pod uses them.
+	var claims corev1.PersistentVolumeClaimList
+	if err := b.Live.List(ctx, &claims, mine...); err != nil {
+		return 0, err
+	}
+	for i := range claims.Items {
+		if claims.Items[i].DeletionTimestamp == nil {
+			if err := client.IgnoreNotFound(b.Client.Delete(ctx, &claims.Items[i])); err != nil {
+				return 0, err
+			}
+		}
+	}
+	left = len(jobs.Items) + len(pods.Items) + len(claims.Items)
+	var volumes int
+	if left == 0 {
+		if volumes, err = b.volumesOf(ctx, uid); err != nil {
+			return 0, err
+		}
+		secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: b.Pods.Namespace, Name: secretName(uid)}}
+		if err := client.IgnoreNotFound(b.Client.Delete(ctx, secret)); err != nil {
+			return 0, fmt.Errorf("delete the copied credentials: %w", err)
+		}
+	}
+
+	return left + volumes, nil
+}
+
+// volumePatience is how long a volume that was released is waited for.
+const volumePatience = 30 * time.Second
+
+// volumesOf counts the volumes of a run's claims: a driver may need the snapshot until they
+// are gone. One that stays, as drivers do not delete what a lost node may still have, is the
+// provisioner's to delete when it can: no run is held up by it.
+func (b *Reconciler) volumesOf(ctx context.Context, uid types.UID) (int, error) {
+	var volumes corev1.PersistentVolumeList
+	if err := b.Client.List(ctx, &volumes); err != nil {
+		return 0, err
+	}
+	n := 0
+	for _, v := range volumes.Items {
+		ref := v.Spec.ClaimRef
+		if ref == nil || ref.Namespace != b.Pods.Namespace || v.Spec.PersistentVolumeReclaimPolicy != corev1.PersistentVolumeReclaimDelete {
+			continue
+		}
+		if since := v.Status.LastPhaseTransitionTime; v.Status.Phase != corev1.VolumeBound && since != nil && b.now().Sub(since.Time) > volumePatience {
+			continue
+		}
+		if strings.HasPrefix(ref.Name, clonePrefix(uid)) {
+			n++
+		}
+	}
+
+	return n, nil
+}
+
+// lostPodAfter is how long a pod may take to end before its node is looked at.
+const lostPodAfter = 30 * time.Second
+
+// dropLostPod deletes the pod of a node that does not answer: nobody else will.
+func (b *Reconciler) dropLostPod(ctx context.Context, pod *corev1.Pod) error {
+	if pod.DeletionTimestamp == nil || b.now().Sub(pod.DeletionTimestamp.Time) < lostPodAfter || pod.Spec.NodeName == "" {
+		return nil
+	}
+	var node corev1.Node
+	err := b.Live.Get(ctx, types.NamespacedName{Name: pod.Spec.NodeName}, &node)
+	if client.IgnoreNotFound(err) != nil {
+		return err
+	}
+	for _, c := range node.Status.Conditions {
+		if c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue {
+			return nil
+		}
+	}
+	zero := int64(0)
+
+	return client.IgnoreNotFound(b.Client.Delete(ctx, pod, &client.DeleteOptions{GracePeriodSeconds: &zero, Preconditions: &metav1.Preconditions{UID: &pod.UID}}))
+}
+
+// dropSnapshots removes the snapshots of the claim that no run needs any more: of this run,
+// unless it is kept as the base, and the base before it.
+func (r *run) dropSnapshots(ctx context.Context) (step.Result, error) {
+	pv, err := r.protectedVolume(ctx)
+	if err != nil {
+		return step.Result{}, err
+	}
+	keep := ""
+	if pv != nil && pv.Status.Base != nil {
+		keep = pv.Status.Base.Name
+	}
+	if r.vb.Status.ClaimUID == "" {
+		return step.Done(), nil // it never came to a snapshot
+	}
+	if isFailed(r.vb) {
+		if wait, err := r.dropUnlabelled(ctx); wait || err != nil {
+			return step.Wait(v1alpha1.ReasonRunning, "the snapshot is being removed", time.Second), err
+		}
+	}
+	left, err := r.dropContents(ctx, client.MatchingLabels{LabelVolume: volumeLabel(r.vb.Status.ClaimUID, r.key())}, keep)
+	if err != nil || left > 0 {
+		return step.Wait(v1alpha1.ReasonRunning, "snapshots are being removed", time.Second), err
+	}
+
+	return step.Done(), nil
+}
+
+// dropUnlabelled removes a snapshot that was not taken over: its content deletes it in the
+// storage, whatever the class says.
+func (r *run) dropUnlabelled(ctx context.Context) (wait bool, err error) {
+	var vs snapshotv1.VolumeSnapshot
+	if err := r.Live.Get(ctx, types.NamespacedName{Namespace: r.vb.Namespace, Name: originName(r.vb.UID)}, &vs); err != nil {
+		return false, client.IgnoreNotFound(err)
+	}
+
+	return r.dropOrigin(ctx, &vs, r.vb.UID)
+}
+
+func (b *Reconciler) dropOrigin(ctx context.Context, vs *snapshotv1.VolumeSnapshot, uid types.UID) (wait bool, err error) {
+	if vs.Status != nil && vs.Status.BoundVolumeSnapshotContentName != nil {
+		var c snapshotv1.VolumeSnapshotContent
+		err := b.Live.Get(ctx, types.NamespacedName{Name: *vs.Status.BoundVolumeSnapshotContentName}, &c)
+		switch {
+		case client.IgnoreNotFound(err) != nil:
+			return false, err
+		case err == nil && c.Labels[mover.LabelRun] == string(uid):
+			return false, nil // dropContents has it
+		case err == nil && c.Spec.VolumeSnapshotRef.UID == vs.UID:
+			if err := b.setPolicy(ctx, &c, snapshotv1.VolumeSnapshotContentDelete); err != nil {
+				return false, err
+			}
+		}
+	}
+
+	return b.deleteSnapshot(ctx, client.ObjectKeyFromObject(vs))
+}
+
+// dropContents deletes the contents with the given labels and their snapshots, but for the
+// one named keep, and says how many are left. A content that is the last of its handle
+// takes the storage's snapshot with it.
+func (b *Reconciler) dropContents(ctx context.Context, labels client.MatchingLabels, keep string) (left int, err error) {
+	var contents snapshotv1.VolumeSnapshotContentList
+	if err := b.Live.List(ctx, &contents, labels); err != nil {
+		return 0, err
+	}
+	handles := map[string]int{}
+	for _, c := range contents.Items {
+		handles[handleOf(&c)]++
+	}
+	for i := range contents.Items {
+		c := &contents.Items[i]
+		if c.Name == keep {
+			continue
+		}
+		left++
+		policy := snapshotv1.VolumeSnapshotContentDelete
+		if handles[handleOf(c)] > 1 {
+			// Another content names the same snapshot: the twin, which goes last.
+			if c.Labels[LabelOrigin] == "" {
+				continue
+			}
+			policy = snapshotv1.VolumeSnapshotContentRetain
+		}
+		if c.DeletionTimestamp == nil {
+			if err := b.setPolicy(ctx, c, policy); err != nil {
+				return left, err
+			}
+		}
+		ref := c.Spec.VolumeSnapshotRef
+		var vs snapshotv1.VolumeSnapshot
+		err := b.Live.Get(ctx, types.NamespacedName{Namespace: ref.Namespace, Name: ref.Name}, &vs)
+		if client.IgnoreNotFound(err) != nil {
+			return left, err
+		}
+		if err == nil && (ref.UID == "" || ref.UID == vs.UID) {
+			if _, err := b.deleteSnapshot(ctx, client.ObjectKeyFromObject(&vs)); err != nil {
+				return left, err
+			}
+			if policy == snapshotv1.VolumeSnapshotContentDelete {
+				continue // the snapshot's end deletes the content, and that the storage's
+			}
+		}
+		if c.DeletionTimestamp == nil {
+			if err := client.IgnoreNotFound(b.Client.Delete(ctx, c, client.Preconditions{UID: &c.UID})); err != nil {
+				return left, err
+			}
+		}
+	}
+
+	return left, nil
+}
+
+func handleOf(c *snapshotv1.VolumeSnapshotContent) string {
+	switch {
+	case c.Status != nil && c.Status.SnapshotHandle != nil:
+		return *c.Status.SnapshotHandle
+	case c.Spec.Source.SnapshotHandle != nil:
+		return *c.Spec.Source.SnapshotHandle
+	}
+
+	return c.Name
+}
+
+func (b *Reconciler) setPolicy(ctx context.Context, c *snapshotv1.VolumeSnapshotContent, p snapshotv1.DeletionPolicy) error {
+	if c.Spec.DeletionPolicy == p {
+		return nil
+	}
+	old := c.DeepCopy()
+	c.Spec.DeletionPolicy = p
+	if err := client.IgnoreNotFound(b.Client.Patch(ctx, c, client.MergeFrom(old))); err != nil {
+		return fmt.Errorf("deletion policy of VolumeSnapshotContent %s: %w", c.Name, err)
+	}
+
+	return nil
+}

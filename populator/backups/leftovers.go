@@ -1,0 +1,212 @@
+package backups
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/mover"
+)
+
+// Leftovers removes what runs left that are gone: deleted while they ran, alone or with their
+// namespace. It removes retained bases that no ProtectedVolume names any more, too. It
+// looks around at its start, every Every, and after Wake.
+type Leftovers struct {
+	*Reconciler
+	Every time.Duration
+	wake  chan struct{}
+}
+
+// NewLeftovers looks around once a minute.
+func NewLeftovers(b *Reconciler) *Leftovers {
+	return &Leftovers{Reconciler: b, Every: time.Minute, wake: make(chan struct{}, 1)}
+}
+
+// Wake has it look around soon. It does not block.
+func (l *Leftovers) Wake() {
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+// NeedLeaderElection has only the leader remove anything.
+func (l *Leftovers) NeedLeaderElection() bool { return true }
+
+// Start looks around until ctx ends.
+func (l *Leftovers) Start(ctx context.Context) error {
+	const soon = 2 * time.Second
+	for ctx.Err() == nil {
+		next := l.Every
+		n, err := l.Sweep(ctx)
+		if err != nil {
+			slog.ErrorContext(ctx, "look for leftovers", "error", err)
+		} else if n > 0 {
+			next = soon
+		}
+		timer := time.NewTimer(next)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+		case <-l.wake:
+			timer.Stop()
+		case <-timer.C:
+		}
+	}
+
+	return nil
+}
+
+// found is what a run left behind.
+type found struct {
+	owner string // Kind/namespace/name
+}
+
+// Sweep looks around once and says how many objects are still left.
+func (l *Leftovers) Sweep(ctx context.Context) (int, error) {
+	runs, err := l.all(ctx)
+	if err != nil {
+		return 0, err
+	}
+	bases, err := l.bases(ctx)
+	if err != nil {
+		return 0, err
+	}
+	left := 0
+	var errs []error
+	for uid, f := range runs {
+		alive, err := l.underWay(ctx, uid, f.owner)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if alive {
+			continue
+		}
+		l.Queue.Done(uid)
+		n, err := l.dropRun(ctx, uid, bases)
+		left += n
+		errs = append(errs, err)
+	}
+	if l.Metrics != nil {
+		l.Metrics.Leftovers(left)
+	}
+
+	return left, errors.Join(errs...)
+}
+
+// all finds the runs that have objects, by their UIDs.
+func (l *Leftovers) all(ctx context.Context) (map[types.UID]*found, error) {
+	mine := client.MatchingLabels{mover.LabelManagedBy: mover.ManagedBy, mover.LabelRole: Role}
+	here := client.InNamespace(l.Pods.Namespace)
+	runs := map[types.UID]*found{}
+	note := func(o client.Object) {
+		uid := types.UID(o.GetLabels()[mover.LabelRun])
+		if uid == "" {
+			return
+		}
+		f := runs[uid]
+		if f == nil {
+			f = &found{}
+			runs[uid] = f
+		}
+		if f.owner == "" {
+			f.owner = o.GetAnnotations()[mover.AnnotationOwner]
+		}
+	}
+	var snapshots snapshotv1.VolumeSnapshotList
+	var contents snapshotv1.VolumeSnapshotContentList
+	var claims corev1.PersistentVolumeClaimList
+	var jobs batchv1.JobList
+	if err := errors.Join(l.Live.List(ctx, &snapshots, mine), l.Live.List(ctx, &contents, mine), l.Live.List(ctx, &claims, mine, here), l.Live.List(ctx, &jobs, mine, here)); err != nil {
+		return nil, fmt.Errorf("list objects of runs: %w", err)
+	}
+	for i := range snapshots.Items {
+		note(&snapshots.Items[i])
+	}
+	for i := range contents.Items {
+		note(&contents.Items[i])
+	}
+	for i := range claims.Items {
+		note(&claims.Items[i])
+	}
+	for i := range jobs.Items {
+		note(&jobs.Items[i])
+	}
+
+	return runs, nil
+}
+
+// bases are the names of the contents that ProtectedVolumes keep.
+func (l *Leftovers) bases(ctx context.Context) (map[string]bool, error) {
+	var volumes v1alpha1.ProtectedVolumeList
+	if err := l.Live.List(ctx, &volumes); err != nil {
+		return nil, fmt.Errorf("list ProtectedVolumes: %w", err)
+	}
+	bases := map[string]bool{}
+	for _, v := range volumes.Items {
+		if v.Status.Base != nil && v.DeletionTimestamp == nil {
+			bases[v.Status.Base.Content] = true
+		}
+	}
+
+	return bases, nil
+}
+
+// underWay says whether a run will look after its objects itself.
+func (l *Leftovers) underWay(ctx context.Context, uid types.UID, owner string) (bool, error) {
+	key, ok := ownerKey(owner)
+	if !ok {
+		slog.WarnContext(ctx, "an object of a backup does not say whose it is; it is left alone", "run", string(uid), "owner", owner)
+
+		return true, nil
+	}
+	var vb v1alpha1.VolumeBackup
+	err := l.Live.Get(ctx, key, &vb)
+	if apierrors.IsNotFound(err) {
+		return false, nil
+	}
+
+	return err != nil || vb.UID == uid && vb.DeletionTimestamp == nil && !finished(&vb), err
+}
+
+// dropRun removes the objects of a run, but for its snapshot if that is somebody's base.
+func (l *Leftovers) dropRun(ctx context.Context, uid types.UID, bases map[string]bool) (int, error) {
+	left, err := l.dropMovers(ctx, uid)
+	if err != nil || left > 0 {
+		return left, err
+	}
+	keep := ""
+	if bases[twinName(uid)] {
+		keep = twinName(uid)
+	}
+	mine := client.MatchingLabels{mover.LabelRun: string(uid), mover.LabelRole: Role}
+	if left, err = l.dropContents(ctx, mine, keep); err != nil || left > 0 {
+		return left, err
+	}
+	// Snapshots that never came to a content of ours.
+	var snapshots snapshotv1.VolumeSnapshotList
+	if err := l.Live.List(ctx, &snapshots, mine); err != nil {
+		return 0, err
+	}
+	for i := range snapshots.Items {
+		if s := &snapshots.Items[i]; s.Name != keep || s.Namespace != l.Pods.Namespace {
+			left++
+			if _, err := l.dropOrigin(ctx, s, uid); err != nil {
+				return left, err
+			}
+		}
+	}
+
+	return left, nil
+}

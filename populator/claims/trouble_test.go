@@ -1,0 +1,123 @@
+package claims
+
+import (
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/varve-io/varve/api/v1alpha1"
+)
+
+func (w *world) told(reason string) bool {
+	return slices.ContainsFunc(w.events, func(e string) bool { return strings.HasPrefix(e, "Warning "+reason+":") })
+}
+
+// counter is the value of a metric without labels.
+func (w *world) counter(name string) float64 {
+	w.t.Helper()
+	all, err := w.metrics.Gather()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, f := range all {
+		if f.GetName() == name {
+			return f.GetMetric()[0].GetCounter().GetValue()
+		}
+	}
+
+	return 0
+}
+
+// A claim that is to be deleted is let go of after a minute, whatever is in the way of the
+// rest, and what is in the way is told.
+func TestClaimIsLetGoOfInTime(t *testing.T) {
+	claim := newClaim(corev1.PersistentVolumeFilesystem, "fast")
+	claim.Finalizers = []string{Finalizer}
+	asked := metav1.NewTime(time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC))
+	claim.DeletionTimestamp = &asked
+	volume := func(name string) *corev1.PersistentVolume {
+		return &corev1.PersistentVolume{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: corev1.PersistentVolumeSpec{
+			PersistentVolumeReclaimPolicy: corev1.PersistentVolumeReclaimDelete, // somebody set it so: a step that cannot be done
+			PersistentVolumeSource:        corev1.PersistentVolumeSource{CSI: &corev1.CSIPersistentVolumeSource{VolumeHandle: "h"}}}}
+	}
+	pop := &v1alpha1.VolumePopulation{
+		ObjectMeta: metav1.ObjectMeta{Namespace: varveNS, Name: PopulationName(claim.UID), UID: "pop", Finalizers: []string{stateFinalizer}},
+		Spec: v1alpha1.VolumePopulationSpec{Claim: v1alpha1.ClaimReference{Namespace: userNS, Name: claim.Name, UID: claim.UID},
+			PointID: pointID, PointBytes: diskSize, VolumeMode: corev1.PersistentVolumeFilesystem, StorageClassName: "fast"},
+		Status: v1alpha1.VolumePopulationStatus{Step: "drop-prime-volume", PrimeVolume: "old", NewVolume: VolumePrefix + string(claim.UID), VolumeHandle: "h"},
+	}
+	w := newWorld(t, claim, pop, volume("old"), volume(VolumePrefix+string(claim.UID)))
+	in := w.start(nil)
+	req := ctrl.Request{NamespacedName: client.ObjectKeyFromObject(pop)}
+	w.now = asked.Add(59 * time.Second)
+	if _, err := in.po.Reconcile(t.Context(), req); err == nil {
+		t.Fatal("the step can be done, so this test shows nothing")
+	}
+	if w.claim() == nil {
+		t.Fatal("the claim was let go of at once")
+	}
+	if err := w.c.Get(t.Context(), req.NamespacedName, pop); err != nil {
+		t.Fatal(err)
+	}
+	if c := meta.FindStatusCondition(pop.Status.Conditions, v1alpha1.ConditionComplete); c == nil || c.Reason != v1alpha1.ReasonRestoreError || !w.told(v1alpha1.ReasonRestoreError) {
+		t.Errorf("condition %v, events %v", c, w.events)
+	}
+	w.now = asked.Add(60 * time.Second)
+	if _, err := in.po.Reconcile(t.Context(), req); err == nil {
+		t.Error("the rest was forgotten with the claim")
+	}
+	if c := w.claim(); c != nil {
+		t.Errorf("after a minute the claim still has finalizers %v", c.Finalizers)
+	}
+}
+
+// While a claim that is to be deleted is held, it is looked at in time to let it go.
+func TestHeldClaimIsLookedAtInTime(t *testing.T) {
+	claim := newClaim(corev1.PersistentVolumeFilesystem, "fast")
+	claim.Finalizers = []string{Finalizer}
+	asked := metav1.NewTime(time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC))
+	claim.DeletionTimestamp = &asked
+	w := newWorld(t, claim)
+	j := &job{Populations: w.start(nil).po, claim: claim, pop: &v1alpha1.VolumePopulation{}}
+	w.now = asked.Add(20 * time.Second)
+	if left, holds := j.holdsFor(); !holds || left != 40*time.Second {
+		t.Errorf("held for %v, %v", left, holds)
+	}
+}
+
+func TestTroubleIsTold(t *testing.T) {
+	for _, tc := range []struct {
+		name    string
+		mode    corev1.PersistentVolumeMode
+		outcome Outcome
+		reason  string
+		gone    bool // given up: the copies of credentials, too
+		lies    float64
+	}{
+		{name: "the pod does not start", mode: corev1.PersistentVolumeBlock, reason: v1alpha1.ReasonMoverWaits,
+			outcome: Outcome{State: Running, Percent: -1, Message: "ImagePullBackOff"}},
+		{name: "no file system", mode: corev1.PersistentVolumeFilesystem, reason: v1alpha1.ReasonUnknownFileSystem, gone: true,
+			outcome: Outcome{State: Succeeded, PointID: pointID, VerifiedBytes: diskSize}},
+		{name: "other bytes read back", mode: corev1.PersistentVolumeBlock, reason: v1alpha1.ReasonRestoreFailed, gone: true, lies: attemptsBeforeGivingUp,
+			outcome: Outcome{State: Failed, Reason: v1alpha1.ReasonRestoreFailed, Message: "block 7"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := newWorld(t, newClaim(tc.mode, "fast"))
+			w.point.VolumeMode = tc.mode
+			w.outcome = func(*batchv1.Job) Outcome { return tc.outcome }
+			in := w.start(nil)
+			in.run(t, func() bool { return w.told(tc.reason) && (!tc.gone || w.released > 0) })
+			if v := w.counter("varve_verify_failures_total"); v != tc.lies {
+				t.Errorf("varve_verify_failures_total is %v, want %v", v, tc.lies)
+			}
+		})
+	}
+}

@@ -1,0 +1,335 @@
+package claims
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
+	storagev1 "k8s.io/api/storage/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/queue"
+	"github.com/varve-io/varve/populator/step"
+	"github.com/varve-io/varve/populator/store"
+)
+
+const (
+	// moverPatience is how long a mover's pod may take to start, or to end, before the
+	// claim's user is told.
+	moverPatience = time.Minute
+
+	firstRetry = 5 * time.Second
+	lastRetry  = 5 * time.Minute
+)
+
+// writeStep has a mover write the recovery point to the volume and verify it. It is
+// done when the result is in the object.
+func (j *job) writeStep(ctx context.Context) (step.Result, error) {
+	s := &j.pop.Status
+	if j.pop.Spec.PointID == "" || s.VerifiedBytes > 0 {
+		return step.Done(), nil
+	}
+	if free, err := j.slot(ctx); err != nil || !free {
+		return step.Wait(v1alpha1.ReasonQueued, "waiting until other restores from the store are done", look), err
+	}
+	if s.Attempts == 0 {
+		s.Attempts = 1
+		if err := j.save(ctx); err != nil {
+			return step.Result{}, err
+		}
+	}
+	name := fmt.Sprintf("restore-%s-%d", j.pop.Spec.Claim.UID, s.Attempts)
+	var mover batchv1.Job
+	err := j.Live.Get(ctx, client.ObjectKey{Namespace: j.Namespace, Name: name}, &mover)
+	if apierrors.IsNotFound(err) {
+		return j.startMover(ctx, name)
+	}
+	if err != nil {
+		return step.Result{}, fmt.Errorf("read mover %s: %w", name, err)
+	}
+	out, err := j.Movers.Outcome(ctx, &mover)
+	if err != nil {
+		return step.Result{}, err
+	}
+	switch out.State {
+	case Succeeded:
+		return j.written(ctx, out)
+	case Failed:
+		return j.moverFailed(ctx, out)
+	}
+
+	return j.moverRuns(ctx, &mover, out)
+}
+
+// startMover creates the Job of this attempt, once those of earlier ones and their
+// pods are gone: two would write over each other.
+func (j *job) startMover(ctx context.Context, name string) (step.Result, error) {
+	if gone, err := j.stopMovers(ctx); err != nil || !gone {
+		return step.Wait(v1alpha1.ReasonPopulating, "waiting for an earlier mover's pod to be gone", look), err
+	}
+	if after := j.pop.Status.RetryAfter; after != nil {
+		if wait := after.Sub(j.Now()); wait > 0 {
+			c := conditionOf(j.pop)
+
+			return step.Wait(c.Reason, c.Message, wait), nil
+		}
+	}
+	mover, err := j.Movers.Job(ctx, j.Client, j.pop, name, j.prime.Name)
+	if err != nil {
+		if res, waits := terminalStore(err); waits {
+			j.warn(res.Reason, res.Message)
+
+			return res, nil
+		}
+
+		return step.Result{}, err
+	}
+	if mover.Labels == nil {
+		mover.Labels = map[string]string{}
+	}
+	for k, v := range j.labels() {
+		mover.Labels[k] = v
+	}
+	if mover.Spec.Template.Labels == nil {
+		mover.Spec.Template.Labels = map[string]string{}
+	}
+	mover.Spec.Template.Labels[LabelPopulation] = j.pop.Name
+	if err := j.Client.Create(ctx, mover); err != nil && !apierrors.IsAlreadyExists(err) {
+		return step.Result{}, fmt.Errorf("create mover %s: %w", name, err)
+	}
+
+	return step.Wait(v1alpha1.ReasonPopulating, "the recovery point is being written", look), nil
+}
+
+func conditionOf(pop *v1alpha1.VolumePopulation) metav1.Condition {
+	for _, c := range pop.Status.Conditions {
+		if c.Type == v1alpha1.ConditionComplete && c.Reason != "" {
+			return c
+		}
+	}
+
+	return metav1.Condition{Reason: v1alpha1.ReasonPopulating}
+}
+
+// moverRuns watches a mover that has not ended, and the node that it was chosen for.
+func (j *job) moverRuns(ctx context.Context, mover *batchv1.Job, out Outcome) (step.Result, error) {
+	if j.pop.Status.SelectedNode != "" && out.Percent < 0 {
+		waits, err := j.unscheduled(ctx, mover)
+		if err != nil {
+			return step.Result{}, err
+		}
+		if waits {
+			why, err := j.unusable(ctx, j.pop.Status.SelectedNode)
+			if err != nil {
+				return step.Result{}, err
+			}
+			if why != "" {
+				return j.refuseNode(ctx, fmt.Sprintf("node %s %s; the volume is made anew elsewhere", j.pop.Status.SelectedNode, why))
+			}
+		}
+	}
+	if out.Percent < 0 {
+		if j.Now().Sub(mover.CreationTimestamp.Time) > moverPatience {
+			j.warn(v1alpha1.ReasonMoverWaits, "the mover's pod does not start: "+out.Message)
+		}
+
+		return step.Wait(v1alpha1.ReasonPopulating, "the mover starts: "+out.Message, look), nil
+	}
+	if p := j.pop.Status.Progress; p == nil || *p != out.Percent {
+		percent := out.Percent
+		j.pop.Status.Progress = &percent
+		if err := j.save(ctx); err != nil {
+			return step.Result{}, err
+		}
+	}
+	j.tellProgress(out.Percent)
+
+	return step.Wait(v1alpha1.ReasonPopulating, "the recovery point is being written", look), nil
+}
+
+// tellProgress writes an event for each quarter of the work.
+func (j *job) tellProgress(percent int32) {
+	quarter, uid := percent/25, j.pop.Spec.Claim.UID
+	j.mu.Lock()
+	if j.quarter == nil {
+		j.quarter = map[types.UID]int32{}
+	}
+	tell := quarter > j.quarter[uid]
+	j.quarter[uid] = max(quarter, j.quarter[uid])
+	j.mu.Unlock()
+	if tell {
+		j.tell(v1alpha1.ReasonPopulating, fmt.Sprintf("%d %% of recovery point %s are written and verified", quarter*25, short(j.pop.Spec.PointID)))
+	}
+}
+
+// unscheduled reports whether a mover's pod waits for a node.
+func (j *job) unscheduled(ctx context.Context, mover *batchv1.Job) (bool, error) {
+	pods, err := j.pods(ctx)
+	if err != nil {
+		return false, err
+	}
+	for _, p := range pods {
+		if metav1.IsControlledBy(&p, mover) && p.Spec.NodeName == "" {
+			return true, nil
+		}
+	}
+
+	return false, nil
+}
+
+// written takes a mover's result, if it is that of the whole point.
+func (j *job) written(ctx context.Context, out Outcome) (step.Result, error) {
+	if out.PointID != j.pop.Spec.PointID || out.VerifiedBytes < max(j.pop.Spec.PointBytes, 1) {
+		return j.moverFailed(ctx, Outcome{State: Failed, Reason: v1alpha1.ReasonRestoreFailed, Message: fmt.Sprintf(
+			"the mover verified %d bytes of %q, not the %d of %s", out.VerifiedBytes, out.PointID, j.pop.Spec.PointBytes, j.pop.Spec.PointID)})
+	}
+	if j.pop.Spec.VolumeMode == corev1.PersistentVolumeFilesystem && !mountable[out.FileSystem] {
+		what := "no file system that is known"
+		if out.FileSystem != "" {
+			what = out.FileSystem
+		}
+
+		return step.Result{}, step.Terminal(v1alpha1.ReasonUnknownFileSystem, fmt.Errorf(
+			"recovery point %s holds %s: a driver could format what it does not recognise, so it is not given to a claim in Filesystem mode; restore it with volumeMode: Block",
+			short(j.pop.Spec.PointID), what))
+	}
+	s := &j.pop.Status
+	percent := int32(100)
+	s.VerifiedBytes, s.FileSystem, s.Progress = out.VerifiedBytes, out.FileSystem, &percent
+
+	return step.Done(), j.save(ctx)
+}
+
+// mountable are the file systems that drivers mount and do not format over.
+var mountable = map[string]bool{"ext2": true, "ext3": true, "ext4": true, "xfs": true, "btrfs": true, "f2fs": true, "ntfs": true, "exfat": true, "vfat": true, "jfs": true}
+
+// moverFailed decides what follows a mover that failed.
+func (j *job) moverFailed(ctx context.Context, out Outcome) (step.Result, error) {
+	s := &j.pop.Status
+	j.warn(out.Reason, out.Message)
+	switch out.Reason {
+	case v1alpha1.ReasonRestoreFailed: // other bytes were read back than were written
+		j.Metrics.VerifyFailed()
+	case v1alpha1.ReasonNoRecoveryPoint: // pruned meanwhile: decided anew
+		return step.Result{}, errAbandon
+	case v1alpha1.ReasonDeviceShort:
+		asked := max(request(j.claim), j.pop.Spec.PointBytes, s.RequestBytes)
+		if out.DeviceBytes > 0 && out.DeviceBytes < j.pop.Spec.PointBytes && s.Failures < attemptsBeforeGivingUp {
+			s.Failures++
+			s.Attempts++
+			s.RequestBytes = asked + j.pop.Spec.PointBytes - out.DeviceBytes
+
+			return step.Result{}, errAgain // whose divert saves this, too
+		}
+	}
+	if out.Reason != v1alpha1.ReasonRepositoryUnreachable {
+		s.Failures++
+	}
+	if s.Failures >= attemptsBeforeGivingUp {
+		return step.Result{}, step.Terminal(out.Reason, fmt.Errorf("given up after %d attempts: %s", s.Failures, out.Message))
+	}
+	wait := min(firstRetry<<min(s.Attempts-1, 16), lastRetry)
+	if out.Reason == v1alpha1.ReasonRepositoryUnreachable {
+		wait = min(wait, time.Minute)
+	}
+	after := metav1.NewTime(j.Now().Add(wait))
+	s.Attempts++
+	s.RetryAfter = &after
+	j.condition(v1alpha1.ConditionComplete, metav1.ConditionFalse, out.Reason, out.Message)
+
+	return step.Wait(out.Reason, out.Message, time.Millisecond), j.save(ctx)
+}
+
+// slot takes a place among the store's restores; releaseStep gives it back. A mover
+// that runs keeps its place, whichever process counted it.
+func (j *job) slot(ctx context.Context) (bool, error) {
+	ref := j.pop.Spec.StoreRef
+	limit, err := j.Points.Restores(ctx, ref, j.pop.Spec.StoreNamespace)
+	if err != nil {
+		return false, fmt.Errorf("limits of the store: %w", err)
+	}
+	ticket := queue.Ticket{ID: j.pop.UID, Kind: queue.Restore, Store: store.KeyOf(ref, j.pop.Spec.StoreNamespace).String(), Limit: limit, Since: j.pop.CreationTimestamp.Time}
+	if j.pop.Status.Attempts > 0 {
+		j.Queue.Resume(ticket)
+
+		return true, nil
+	}
+
+	return j.Queue.Start(ticket), nil
+}
+
+func (j *job) freeSlot() { j.Queue.Done(j.pop.UID) }
+
+// pods of the job's movers.
+func (j *job) pods(ctx context.Context) ([]corev1.Pod, error) {
+	var pods corev1.PodList
+	if err := j.Live.List(ctx, &pods, client.InNamespace(j.Namespace), client.MatchingLabels{LabelPopulation: j.pop.Name}); err != nil {
+		return nil, fmt.Errorf("list movers of %s: %w", j.pop.Name, err)
+	}
+
+	return pods.Items, nil
+}
+
+// stopMovers deletes all Jobs of the population and reports whether they and their
+// pods are gone.
+func (j *job) stopMovers(ctx context.Context) (bool, error) {
+	var jobs batchv1.JobList
+	if err := j.Live.List(ctx, &jobs, client.InNamespace(j.Namespace), client.MatchingLabels{LabelPopulation: j.pop.Name}); err != nil {
+		return false, fmt.Errorf("list movers of %s: %w", j.pop.Name, err)
+	}
+	gone := len(jobs.Items) == 0
+	for i := range jobs.Items {
+		if jobs.Items[i].DeletionTimestamp != nil {
+			continue
+		}
+		if err := j.Client.Delete(ctx, &jobs.Items[i], client.PropagationPolicy(metav1.DeletePropagationForeground)); client.IgnoreNotFound(err) != nil {
+			return false, fmt.Errorf("delete mover %s: %w", jobs.Items[i].Name, err)
+		}
+	}
+	pods, err := j.pods(ctx)
+	for _, p := range pods {
+		// It is not ours to say that its node will write no more.
+		if t := p.DeletionTimestamp; t != nil && j.Now().Sub(t.Time) > moverPatience {
+			j.warn(v1alpha1.ReasonMoverWaits, fmt.Sprintf(
+				"the mover's pod on node %s does not end, and the volume is not used elsewhere until it has; if the node is lost, remove it from the cluster or taint it with node.kubernetes.io/out-of-service",
+				p.Spec.NodeName))
+		}
+	}
+
+	return gone && len(pods) == 0, err
+}
+
+// releaseStep has the volume be nobody's: no mover, no pod, no attachment.
+func (j *job) releaseStep(ctx context.Context) (step.Result, error) {
+	j.freeSlot()
+	gone, err := j.stopMovers(ctx)
+	if err != nil || !gone {
+		return step.Wait(v1alpha1.ReasonHandingOver, "waiting for the mover's pod to be gone", look), err
+	}
+	if err := j.Movers.Release(ctx, j.Client, j.pop); err != nil {
+		return step.Result{}, err
+	}
+
+	return j.detached(ctx)
+}
+
+// detached waits until the prime's volume is attached nowhere.
+func (j *job) detached(ctx context.Context) (step.Result, error) {
+	var list storagev1.VolumeAttachmentList
+	if err := j.Live.List(ctx, &list); err != nil {
+		return step.Result{}, fmt.Errorf("list attachments: %w", err)
+	}
+	for _, a := range list.Items {
+		if pv := a.Spec.Source.PersistentVolumeName; pv != nil && *pv == j.pop.Status.PrimeVolume {
+			return step.Wait(v1alpha1.ReasonHandingOver, fmt.Sprintf("waiting for volume %s to be detached from node %s", *pv, a.Spec.NodeName), look), nil
+		}
+	}
+
+	return step.Done(), nil
+}

@@ -1,0 +1,83 @@
+package mover
+
+import (
+	"testing"
+	"time"
+
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/varve-io/varve/api/v1alpha1"
+)
+
+func TestJudge(t *testing.T) {
+	failed := &batchv1.Job{Status: batchv1.JobStatus{Conditions: []batchv1.JobCondition{{Type: batchv1.JobFailureTarget, Status: corev1.ConditionTrue, Reason: "BackoffLimitExceeded"}}}}
+	ended := func(message string) *corev1.Pod {
+		return &corev1.Pod{Status: corev1.PodStatus{Phase: corev1.PodFailed, ContainerStatuses: []corev1.ContainerStatus{{
+			State: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: 137, Message: message, FinishedAt: metav1.Now()}}}}}}
+	}
+	now := metav1.NewTime(time.Now())
+	for _, tc := range []struct {
+		name   string
+		job    *batchv1.Job
+		pod    *corev1.Pod
+		phase  Phase
+		ok     bool
+		reason string
+		again  bool
+		lost   bool
+	}{
+		{name: "no pod yet", job: &batchv1.Job{}, phase: Pending},
+		{name: "pod deleted", job: failed, phase: Ended, reason: v1alpha1.ReasonMoverFailed, again: true},
+		{name: "runs", job: &batchv1.Job{}, pod: &corev1.Pod{Status: corev1.PodStatus{Phase: corev1.PodRunning}}, phase: Running},
+		{name: "result", job: &batchv1.Job{}, pod: ended(string(Result{OK: true}.Encode())), phase: Ended, ok: true},
+		{name: "reason", job: failed, pod: ended(string(Result{Reason: v1alpha1.ReasonDeviceShort}.Encode())), phase: Ended, reason: v1alpha1.ReasonDeviceShort},
+		{name: "killed", job: failed, pod: ended(""), phase: Ended, reason: v1alpha1.ReasonMoverFailed, again: true},
+		{
+			name: "node lost", job: failed, phase: Ended, reason: v1alpha1.ReasonMoverFailed, again: true, lost: true,
+			pod: &corev1.Pod{ObjectMeta: metav1.ObjectMeta{DeletionTimestamp: &now}, Spec: corev1.PodSpec{NodeName: "e2e-2"}, Status: corev1.PodStatus{Phase: corev1.PodRunning}},
+		},
+		{
+			name: "ends", job: &batchv1.Job{}, phase: Running,
+			pod: &corev1.Pod{ObjectMeta: metav1.ObjectMeta{DeletionTimestamp: &now}, Status: corev1.PodStatus{Phase: corev1.PodRunning}},
+		},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			s := judge(tc.job, tc.pod)
+			if s.Phase != tc.phase || s.Result.OK != tc.ok || s.Result.Reason != tc.reason || s.Result.Again != tc.again || s.Lost != tc.lost {
+				t.Errorf("judged as %+v", s)
+			}
+		})
+	}
+}
+
+// Movers must be allowed at the baseline level, and have no credentials of the cluster.
+func TestPodIsHarmless(t *testing.T) {
+	pods := Pods{Namespace: "varve-system", Image: "varve", ServiceAccount: "varve-mover"}
+	job, err := pods.Build(Job{Name: "a", Secret: "store", Device: "clone", TokenAudience: "metadata", Task: Task{Action: ActionMaintain}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec := job.Spec.Template.Spec
+	c := spec.Containers[0]
+	switch sc := c.SecurityContext; {
+	case *spec.AutomountServiceAccountToken, spec.HostNetwork, spec.HostPID, spec.HostIPC:
+		t.Error("the pod has more than it needs")
+	case *sc.AllowPrivilegeEscalation, *sc.Privileged, !*sc.ReadOnlyRootFilesystem, len(sc.Capabilities.Add) > 0, len(sc.Capabilities.Drop) != 1 || sc.Capabilities.Drop[0] != "ALL":
+		t.Errorf("its container may do more than it needs: %+v", sc)
+	case spec.SecurityContext.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault:
+		t.Error("it has no seccomp profile")
+	}
+	for _, v := range spec.Volumes {
+		if v.HostPath != nil {
+			t.Errorf("volume %s is of the host", v.Name)
+		}
+	}
+	if *job.Spec.BackoffLimit != 0 || spec.RestartPolicy != corev1.RestartPolicyNever {
+		t.Error("the Job would try again by itself")
+	}
+	if task, err := DecodeTask(c.Env[0].Value); err != nil || task.Action != ActionMaintain {
+		t.Errorf("the task does not come back: %+v, %v", task, err)
+	}
+}

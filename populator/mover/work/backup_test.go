@@ -1,0 +1,175 @@
+package work
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/cbt/csi"
+	"github.com/varve-io/varve/populator/mover"
+	"github.com/varve-io/varve/populator/store"
+)
+
+// pod is a mover's pod of files: a device, and a store on a directory.
+type pod struct {
+	t *testing.T
+	Environment
+	settings store.Settings
+	disk     []byte
+}
+
+func newPod(t *testing.T) *pod {
+	dir := t.TempDir()
+	p := &pod{t: t, settings: store.Settings{Storage: v1alpha1.Storage{Volume: &v1alpha1.VolumeStorage{ClaimName: "nfs", Path: "cluster"}}, ClusterName: "e2e"}}
+	p.Environment = Environment{
+		Device: filepath.Join(dir, "device"), StoreDir: filepath.Join(dir, "store"), Scratch: filepath.Join(dir, "scratch"), VolumeDir: filepath.Join(dir, "volume"),
+		Log: &bytes.Buffer{}, Version: "test",
+	}
+	for _, d := range []string{p.StoreDir, p.Scratch, p.VolumeDir} {
+		if err := os.Mkdir(d, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(p.StoreDir, store.KeyPassword), []byte("secret\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := store.ReadCredentials(p.StoreDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o, err := p.settings.Open(t.Context(), store.OpenOptions{Credentials: c, Dir: p.Scratch, VolumeDir: p.VolumeDir, Create: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := o.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	rng := rand.NewChaCha8([32]byte{1})
+	p.disk = make([]byte, 3<<20)
+	_, _ = rng.Read(p.disk)
+	p.write()
+
+	return p
+}
+
+func (p *pod) write() {
+	p.t.Helper()
+	if err := os.WriteFile(p.Device, p.disk, 0o600); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+func (p *pod) task(snapshot string) mover.Task {
+	return mover.Task{Version: mover.ProtocolVersion, Action: mover.ActionBackup, Store: p.settings, Backup: &mover.BackupTask{
+		Volume: backup.Volume{Namespace: "shop", Name: "data", Cluster: "e2e"}, Time: time.Date(2026, 11, 21, 10, 0, 0, 0, time.UTC),
+		Claim:   blocktree.Claim{VolumeMode: "Block", RequestBytes: 3 << 20},
+		Changed: csi.Options{Target: csi.Snapshot{Namespace: "varve", Name: snapshot, Handle: snapshot, VolumeHandle: "vol-1"}},
+	}}
+}
+
+func (p *pod) run(t mover.Task) mover.Result {
+	p.t.Helper()
+	r := Run(p.t.Context(), p.Environment, t)
+	if !r.OK {
+		p.t.Fatalf("%s: %s", r.Reason, r.Message)
+	}
+
+	return r
+}
+
+func TestBackup(t *testing.T) {
+	p := newPod(t)
+	first := p.run(p.task("snap-1"))
+	if first.Point == nil || first.Point.Kind != "full" || first.SnapshotHandle != "snap-1" || first.PointCount != 1 {
+		t.Fatalf("the first point is %+v of %+v", first.Point, first)
+	}
+	if !first.Point.Time.Time.Equal(time.Date(2026, 11, 21, 10, 0, 0, 0, time.UTC)) {
+		t.Errorf("its time is %v, not the snapshot's", first.Point.Time)
+	}
+	if last, ok := mover.LastProgress(p.Log.(*bytes.Buffer).String()); !ok || last.Done > last.Total {
+		t.Errorf("no progress was shown: %+v", last)
+	}
+
+	// An attempt whose answer was lost made the point all the same.
+	if again := p.run(p.task("snap-1")); again.Point.ID != first.Point.ID || again.PointCount != 1 {
+		t.Errorf("the same snapshot made another point: %+v", again)
+	}
+
+	p.disk[1<<20] ^= 1
+	p.write()
+	task := p.task("snap-2")
+	task.Backup.Retention = &backup.Policy{Latest: 1}
+	second := p.run(task)
+	if second.Point.Kind != "incremental" || second.PointCount != 1 || second.Removed != 1 || len(second.Listed) != 1 || second.Listed[0].ID != second.Point.ID {
+		t.Errorf("the second point is %+v of %+v", second.Point, second)
+	}
+}
+
+// A claim that was deleted and made again has another volume: nothing to build on.
+func TestOtherVolume(t *testing.T) {
+	p := newPod(t)
+	p.run(p.task("snap-1"))
+	task := p.task("snap-2")
+	task.Backup.Changed.Target.VolumeHandle = "vol-2"
+	if r := p.run(task); r.Point.Kind != "full" || r.PointCount != 2 {
+		t.Errorf("the point of the new volume is %+v", r.Point)
+	}
+}
+
+func TestShortDevice(t *testing.T) {
+	p := newPod(t)
+	p.run(p.task("snap-1"))
+	p.disk = p.disk[:2<<20]
+	p.write()
+	r := Run(t.Context(), p.Environment, p.task("snap-2"))
+	if r.OK || r.Reason != v1alpha1.ReasonDeviceShort || r.Again {
+		t.Errorf("a device that lacks its end: %+v", r)
+	}
+}
+
+func TestFailures(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		spoil  func(p *pod)
+		reason string
+		again  bool
+	}{
+		{"no device", func(p *pod) { _ = os.Remove(p.Device) }, v1alpha1.ReasonDeviceNotReadable, true},
+		{"no credentials", func(p *pod) { _ = os.RemoveAll(p.StoreDir) }, v1alpha1.ReasonCredentialsMissing, false},
+		{"wrong password", func(p *pod) { _ = os.WriteFile(filepath.Join(p.StoreDir, store.KeyPassword), []byte("other"), 0o600) }, v1alpha1.ReasonWrongPassword, false},
+		{"no repository", func(p *pod) { _ = os.RemoveAll(filepath.Join(p.VolumeDir, "cluster")) }, v1alpha1.ReasonRepositoryUnreachable, true},
+		{"other repository", func(p *pod) { p.settings.UniqueID = "00" }, v1alpha1.ReasonOtherRepository, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := newPod(t)
+			tc.spoil(p)
+			r := Run(t.Context(), p.Environment, p.task("snap-1"))
+			if r.OK || r.Reason != tc.reason || r.Again != tc.again {
+				t.Errorf("got %+v", r)
+			}
+		})
+	}
+}
+
+func TestToldToEnd(t *testing.T) {
+	p := newPod(t)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(errors.New("SIGTERM"))
+	if r := Run(ctx, p.Environment, p.task("snap-1")); r.OK || !r.Again {
+		t.Errorf("a mover that was told to end is not tried again: %+v", r)
+	}
+}
+
+func TestMaintain(t *testing.T) {
+	p := newPod(t)
+	p.run(p.task("snap-1"))
+	p.run(mover.Task{Version: mover.ProtocolVersion, Action: mover.ActionMaintain, Store: p.settings})
+}

@@ -1,0 +1,122 @@
+package work
+
+import (
+	"bytes"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/disk"
+	"github.com/varve-io/varve/backup/repository/repotest"
+	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/populator/mover"
+	"github.com/varve-io/varve/populator/store"
+)
+
+// ext4Magic is all that Probe takes to call a disk ext4: the superblock's magic and a
+// feature that ext3 lacks (extents).
+func ext4Magic(p []byte) {
+	p[1024+0x38], p[1024+0x39] = 0x53, 0xef
+	p[1024+0x60] = 0x40
+}
+
+func TestRestore(t *testing.T) {
+	const size = 5<<20 + 4096
+	data := make([]byte, size)
+	rng := rand.NewChaCha8([32]byte{1})
+	_, _ = rng.Read(data[:1<<20])
+	_, _ = rng.Read(data[4<<20:])
+	ext4Magic(data)
+	dir := t.TempDir()
+	write := func(name string, p []byte) string {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, p, 0o600); err != nil {
+			t.Fatal(err)
+		}
+
+		return path
+	}
+	repo := repotest.New(t).Open(t)
+	src, err := disk.Open(write("source", data), disk.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer src.Close()
+	_, rec, err := backup.Run(t.Context(), repo, backup.Options{Disk: src, Volume: backup.Volume{Namespace: "shop", Name: "db", Cluster: "test"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dirty := bytes.Repeat([]byte{0xa5}, size+8192)
+	for _, tc := range []struct {
+		name, point string
+		device      []byte
+		loop        bool // as a block device
+		reason      string
+	}{
+		{name: "a block device", point: rec.ID, device: dirty[:size+4096], loop: true},
+		{name: "a larger device full of something else", point: rec.ID, device: dirty},
+		{name: "a device of the same size", point: rec.ID, device: dirty[:size]},
+		{name: "a short device", point: rec.ID, device: dirty[:4<<20], reason: v1alpha1.ReasonDeviceShort},
+		{name: "a point that is gone", point: "00000000000000000000000000000000", device: dirty, reason: v1alpha1.ReasonNoRecoveryPoint},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			path := write("device", tc.device)
+			device := path
+			if tc.loop {
+				device = loopDevice(t, path)
+			}
+			e := Environment{Device: device, Probe: diskfs.Probe, Log: &bytes.Buffer{}}
+			res, err := restore(t.Context(), e, mover.Task{Restore: &mover.RestoreTask{PointID: tc.point}}, &store.Open{Repository: repo})
+			if tc.reason != "" {
+				got := failure(t.Context(), err)
+				if got.Reason != tc.reason {
+					t.Errorf("reason %s (%v), want %s", got.Reason, err, tc.reason)
+				}
+				if tc.reason == v1alpha1.ReasonDeviceShort && res.Restore.DeviceBytes != int64(len(tc.device)) {
+					t.Errorf("says that the device has %d bytes", res.Restore.DeviceBytes)
+				}
+
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			have, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(have[:size], data) {
+				t.Error("the device does not hold the point")
+			}
+			if r := res.Restore; r.VerifiedBytes != size || r.FileSystem != "ext4" || r.DeviceBytes != int64(len(tc.device)) {
+				t.Errorf("result %+v", r)
+			}
+		})
+	}
+}
+
+// loopDevice is a block device over a file.
+func loopDevice(t *testing.T, file string) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("a loop device needs root")
+	}
+	out, err := exec.Command("losetup", "--find", "--show", file).CombinedOutput()
+	if err != nil {
+		t.Skipf("a loop device needs losetup and free devices: %v: %s", err, out)
+	}
+	dev := strings.TrimSpace(string(out))
+	t.Cleanup(func() {
+		if out, err := exec.Command("losetup", "--detach", dev).CombinedOutput(); err != nil {
+			t.Errorf("detach %s: %v: %s", dev, err, out)
+		}
+	})
+
+	return dev
+}

@@ -1,0 +1,165 @@
+// Package queue decides which runs may have a mover now: so many backups and restores for
+// each store, and so many in all, restores before backups.
+//
+// It is memory of one process only. What may run again after a restart is for the
+// runs' objects to say: a run under way calls Resume, which always succeeds.
+package queue
+
+import (
+	"sync"
+	"time"
+
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// Kind of a run.
+type Kind string
+
+// Kinds of runs.
+const (
+	Restore Kind = "restore"
+	Backup  Kind = "backup"
+)
+
+// Ticket asks for a place.
+type Ticket struct {
+	ID    types.UID // of the run's object
+	Name  types.NamespacedName
+	Kind  Kind
+	Store string // the limit counts runs of a store and kind
+	// Serial runs one at a time among those with the same text; empty for none.
+	Serial string
+	Limit  int // of the store and kind
+	Since  time.Time
+}
+
+// Queue is safe for concurrent use.
+type Queue struct {
+	total int
+	wake  func(Ticket)
+
+	mu      sync.Mutex
+	running map[types.UID]Ticket
+	waiting map[types.UID]Ticket
+}
+
+// New makes a queue of total places; 0 for no limit in all. wake, which may be nil, is
+// called for each waiting run when a place may be free; it must not block.
+func New(total int, wake func(Ticket)) *Queue {
+	return &Queue{total: total, wake: wake, running: map[types.UID]Ticket{}, waiting: map[types.UID]Ticket{}}
+}
+
+// Start takes a place if there is one, else the ticket waits. Asking again keeps the place.
+func (q *Queue) Start(t Ticket) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if _, has := q.running[t.ID]; has {
+		return true
+	}
+	if old, waits := q.waiting[t.ID]; waits && old.Since.Before(t.Since) {
+		t.Since = old.Since
+	}
+	if !q.fits(t) {
+		q.waiting[t.ID] = t
+
+		return false
+	}
+	delete(q.waiting, t.ID)
+	q.running[t.ID] = t
+
+	return true
+}
+
+// fits says whether t may start now: there is a place, and nobody waits who goes first.
+func (q *Queue) fits(t Ticket) bool {
+	same := 0
+	for _, r := range q.running {
+		if r.Kind == t.Kind && r.Store == t.Store {
+			same++
+		}
+		if t.Serial != "" && r.Serial == t.Serial {
+			return false
+		}
+	}
+	if t.Limit > 0 && same >= t.Limit {
+		return false
+	}
+	free := q.total - len(q.running)
+	if q.total > 0 && free <= 0 {
+		return false
+	}
+	for _, w := range q.waiting {
+		if w.ID == t.ID {
+			continue
+		}
+		if w.Kind == t.Kind && w.Store == t.Store && w.Since.Before(t.Since) && (w.Serial == "" || !q.serialBusy(w.Serial)) {
+			same++
+		}
+		if q.total > 0 && w.Kind == Restore && t.Kind == Backup && !q.storeFull(w) {
+			free--
+		}
+	}
+
+	return (t.Limit <= 0 || same < t.Limit) && (q.total <= 0 || free > 0)
+}
+
+func (q *Queue) serialBusy(serial string) bool {
+	for _, r := range q.running {
+		if r.Serial == serial {
+			return true
+		}
+	}
+
+	return false
+}
+
+func (q *Queue) storeFull(w Ticket) bool {
+	same := 0
+	for _, r := range q.running {
+		if r.Kind == w.Kind && r.Store == w.Store {
+			same++
+		}
+	}
+
+	return w.Limit > 0 && same >= w.Limit
+}
+
+// Resume takes a place whatever the limits: the run had one in another process.
+func (q *Queue) Resume(t Ticket) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	delete(q.waiting, t.ID)
+	q.running[t.ID] = t
+}
+
+// Done gives the place, or the wait for one, back and wakes those who wait.
+func (q *Queue) Done(id types.UID) {
+	q.mu.Lock()
+	_, had := q.running[id]
+	delete(q.running, id)
+	delete(q.waiting, id)
+	var wake []Ticket
+	if had && q.wake != nil {
+		for _, w := range q.waiting {
+			wake = append(wake, w)
+		}
+	}
+	q.mu.Unlock()
+	for _, w := range wake {
+		q.wake(w)
+	}
+}
+
+// Oldest is since when the run of a kind that waits longest does; zero if none waits.
+func (q *Queue) Oldest(k Kind) time.Time {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	var oldest time.Time
+	for _, w := range q.waiting {
+		if w.Kind == k && (oldest.IsZero() || w.Since.Before(oldest)) {
+			oldest = w.Since
+		}
+	}
+
+	return oldest
+}

@@ -1,0 +1,118 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/blocktree"
+)
+
+// Found is a recovery point and its record.
+type Found struct {
+	Point *backup.Point
+	// Record is nil for a point that another program wrote.
+	Record *blocktree.Record
+}
+
+// From names a volume in a store; empty parts are the claim's own.
+type From struct {
+	Cluster, Namespace, Volume string
+}
+
+// Resolve finds the recovery point that a claim in namespace is to be filled from, and
+// reads its record. claim is the claim's name, for what from leaves open.
+//
+// The error wraps ErrNone only if the repository was read and holds none of the volume: an
+// unreachable repository is repository.ErrUnreachable, and a volume whose points are not
+// what at asks for ErrNoMatch. CheckRestore has been asked, too.
+func (s *Stores) Resolve(ctx context.Context, st *Store, namespace, claim string, from From, at v1alpha1.RecoveryAt) (*Found, error) {
+	if err := s.CheckRestore(ctx, st, namespace, from.Cluster, from.Namespace); err != nil {
+		return nil, err
+	}
+	v := backup.Volume{Cluster: from.Cluster, Namespace: from.Namespace, Name: from.Volume}
+	if v.Cluster == "" {
+		v.Cluster = st.Spec.ClusterName
+	}
+	if v.Namespace == "" {
+		v.Namespace = namespace
+	}
+	if v.Name == "" {
+		v.Name = claim
+	}
+	var found *Found
+	err := s.With(ctx, st, func(repo *Open) error {
+		cat, err := backup.List(ctx, repo.Repository, backup.ListOptions{Volume: &v})
+		if err != nil {
+			return err
+		}
+		p, err := Pick(cat.Of(v), at)
+		if err != nil {
+			return fmt.Errorf("%s:%s in %s: %w", v.Cluster, v, st.Key, err)
+		}
+		found = &Found{Point: p}
+		if p.Foreign == "" {
+			found.Record, err = backup.LoadRecord(ctx, repo.Repository, p)
+		}
+
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+
+	return found, nil
+}
+
+// With opens a store, calls do with it and closes it.
+func (s *Stores) With(ctx context.Context, st *Store, do func(*Open) error) (err error) {
+	repo, err := s.Open(ctx, st)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
+
+	return do(repo)
+}
+
+// Pick chooses among the points of one volume, oldest first. The error wraps ErrNone if
+// there are none at all, else ErrNoMatch.
+func Pick(points []*backup.Point, at v1alpha1.RecoveryAt) (*backup.Point, error) {
+	if len(points) == 0 {
+		return nil, ErrNone
+	}
+	switch {
+	case at.ID != "":
+		var found *backup.Point
+		for _, p := range points {
+			if strings.HasPrefix(p.ID, at.ID) {
+				if found != nil {
+					return nil, fmt.Errorf("%w: the ID %s begins those of %s and %s; give more of it", ErrNoMatch, at.ID, found.ID, p.ID)
+				}
+				found = p
+			}
+		}
+		if found == nil {
+			return nil, fmt.Errorf("%w: none of its %d has an ID that begins with %s", ErrNoMatch, len(points), at.ID)
+		}
+
+		return found, nil
+	case at.Time != nil:
+		var found *backup.Point
+		for _, p := range points {
+			if !p.Time.After(at.Time.Time) && (found == nil || p.Time.After(found.Time)) {
+				found = p
+			}
+		}
+		if found == nil {
+			return nil, fmt.Errorf("%w: the oldest of its %d is of %s", ErrNoMatch, len(points), points[0].Time.UTC().Format("2006-01-02T15:04:05Z"))
+		}
+
+		return found, nil
+	}
+
+	return points[len(points)-1], nil
+}
