@@ -50,6 +50,9 @@ func TestListAndShow(t *testing.T) {
 	if res.Record == nil || res.Record.ID != views[0].ID {
 		t.Errorf("shown %+v", res)
 	}
+	if out := mustRun(t, env, "list", "--volume", "shop/none").stdout; !strings.Contains(out, "shop/none") {
+		t.Errorf("a volume without points: %s", out)
+	}
 	for _, args := range [][]string{{"show", "shop/none@latest"}, {"show", "shop/db@latest~7"}, {"show", "shop/db"}} {
 		if r := runVarve(t, env, args...); r.code != exitNotFound || !strings.Contains(r.stderr, "no such recovery point") {
 			t.Errorf("%v: exit code %d, %s", args, r.code, r.stderr)
