@@ -115,6 +115,9 @@ func (r *run) askChanges(ctx context.Context) (step.Result, error) {
 			return err
 		}
 		res, err = r.unchanged(ctx, repo, t)
+		if res.KeepError != "" {
+			res.KeepError = repo.Redact(errors.New(res.KeepError)).Error()
+		}
 
 		return err
 	})
