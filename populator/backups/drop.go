@@ -78,8 +78,12 @@ func (b *Reconciler) dropMovers(ctx context.Context, uid types.UID) (left int, e
 	return left + volumes, nil
 }
 
+// volumePatience is how long a volume that was released is waited for.
+const volumePatience = 30 * time.Second
+
 // volumesOf counts the volumes of a run's claims: a driver may need the snapshot until they
-// are gone.
+// are gone. One that stays, as drivers do not delete what a lost node may still have, is the
+// provisioner's to delete when it can: no run is held up by it.
 func (b *Reconciler) volumesOf(ctx context.Context, uid types.UID) (int, error) {
 	var volumes corev1.PersistentVolumeList
 	if err := b.Client.List(ctx, &volumes); err != nil {
@@ -89,6 +93,9 @@ func (b *Reconciler) volumesOf(ctx context.Context, uid types.UID) (int, error) 
 	for _, v := range volumes.Items {
 		ref := v.Spec.ClaimRef
 		if ref == nil || ref.Namespace != b.Pods.Namespace || v.Spec.PersistentVolumeReclaimPolicy != corev1.PersistentVolumeReclaimDelete {
+			continue
+		}
+		if since := v.Status.LastPhaseTransitionTime; v.Status.Phase != corev1.VolumeBound && since != nil && b.now().Sub(since.Time) > volumePatience {
 			continue
 		}
 		if strings.HasPrefix(ref.Name, clonePrefix(uid)) {
