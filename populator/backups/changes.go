@@ -115,6 +115,9 @@ func (r *run) askChanges(ctx context.Context) (step.Result, error) {
 			return err
 		}
 		res, err = r.unchanged(ctx, repo, t)
+		if res.KeepError != "" {
+			res.KeepError = repo.Redact(errors.New(res.KeepError)).Error()
+		}
 
 		return err
 	})
@@ -178,7 +181,7 @@ func (r *run) unchanged(ctx context.Context, repo *store.Open, t *mover.BackupTa
 	o.Source = session.Delta()
 	res, err := work.Make(ctx, repo.Repository, &opt, o)
 	if errors.Is(err, errUnread) || err != nil && ctx.Err() == nil {
-		slog.InfoContext(ctx, "an empty delta did not make a point; the mover will", "run", r.vb.Namespace+"/"+r.vb.Name, "error", err)
+		slog.InfoContext(ctx, "an empty delta did not make a point; the mover will", "run", r.vb.Namespace+"/"+r.vb.Name, "error", repo.Redact(err))
 
 		return none, nil
 	}

@@ -55,7 +55,9 @@ func (s *Stores) Credentials(ctx context.Context, st *Store) (Credentials, error
 // Open is an open repository and the directories of its connection.
 type Open struct {
 	*repository.Repository
-	dirs []string
+	// Redact keeps the store's credentials out of errors of this repository.
+	Redact func(error) error
+	dirs   []string
 }
 
 // Close ends the connection and removes what it kept.
@@ -168,7 +170,7 @@ func (s Settings) Open(ctx context.Context, opt OpenOptions) (_ *Open, err error
 	var dirs []string
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, removeAll(dirs))
+			err = errors.Join(opt.Credentials.Redact(err), removeAll(dirs))
 		}
 	}()
 	for _, in := range []string{opt.Dir, cmp.Or(opt.ConfigDir, opt.Dir)} {
@@ -209,7 +211,7 @@ func (s Settings) Open(ctx context.Context, opt OpenOptions) (_ *Open, err error
 	if err != nil {
 		return nil, err
 	}
-	o := &Open{Repository: repo, dirs: dirs}
+	o := &Open{Repository: repo, Redact: opt.Credentials.Redact, dirs: dirs}
 	if err := s.check(ctx, o); err != nil {
 		return nil, errors.Join(err, repo.Close(context.WithoutCancel(ctx)))
 	}
