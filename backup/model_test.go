@@ -23,7 +23,9 @@ import (
 
 // The model test plays random steps on a few volumes and a repository, and
 // holds every recovery point against a plain copy of the bytes that the disk
-// had. VARVE_MODEL_STEPS and VARVE_MODEL_SEED choose the run.
+// had. VARVE_MODEL_STEPS and VARVE_MODEL_SEED choose the run, VARVE_MODEL_WRITES how
+// many times as often as else the disks are written between other steps: a long run
+// is then about large changes rather than many points.
 
 const pageSize = 4096
 
@@ -102,6 +104,7 @@ type model struct {
 	repo    *repository.Repository
 	volumes []*modelVolume
 	counts  map[string]int
+	writes  int // how many times as often as else steps write, at least 1
 }
 
 // modelSteps are taken in each of the modelRuns of an ordinary run.
@@ -116,13 +119,18 @@ func TestModel(t *testing.T) {
 		steps, runs = 300, 1
 	}
 	var seed uint64
-	if s := os.Getenv("VARVE_MODEL_STEPS"); s != "" {
-		n, err := strconv.Atoi(s)
-		if err != nil {
-			t.Fatal(err)
+	writes := 1
+	number := func(name string, set func(n int)) {
+		if s := os.Getenv(name); s != "" {
+			n, err := strconv.Atoi(s)
+			if err != nil || n < 1 {
+				t.Fatalf("%s=%s is not a number above 0", name, s)
+			}
+			set(n)
 		}
-		steps, runs = n, 1
 	}
+	number("VARVE_MODEL_STEPS", func(n int) { steps, runs = n, 1 })
+	number("VARVE_MODEL_WRITES", func(n int) { writes = n })
 	if s := os.Getenv("VARVE_MODEL_SEED"); s != "" {
 		n, err := strconv.ParseUint(s, 10, 64)
 		if err != nil {
@@ -137,23 +145,26 @@ func TestModel(t *testing.T) {
 			if seed == 0 {
 				seed = rand.Uint64()
 			}
-			runModel(t, steps, seed)
+			runModel(t, steps, writes, seed)
 		})
 	}
 }
 
-// modelEra is how many steps a repository sees before a new one takes its place:
-// within an epoch of six hours Kopia merges no index blobs, and a run that writes
+// modelEra is how many steps a repository sees before a new one takes its place, if
+// they write no more often than else: within an epoch of six hours Kopia merges no index blobs, and a run that writes
 // thousands of them would soon do nothing but list them.
 const modelEra = 4000
 
 // runModel plays so many steps, each era with a seed one higher than the last, and
 // says now and then how far it is: a long run takes hours.
-func runModel(t *testing.T, steps int, seed uint64) {
+func runModel(t *testing.T, steps, writes int, seed uint64) {
 	started := time.Now()
-	for done := 0; done < steps && !t.Failed(); done += modelEra {
-		n := min(modelEra, steps-done)
-		t.Run(fmt.Sprintf("seed=%d,steps=%d", seed, n), func(t *testing.T) { playModel(t, n, seed) })
+	total, writing := weights(writes)
+	_, once := weights(1)
+	era := modelEra * total / (total - writing + once)
+	for done := 0; done < steps && !t.Failed(); done += era {
+		n := min(era, steps-done)
+		t.Run(fmt.Sprintf("seed=%d,steps=%d", seed, n), func(t *testing.T) { playModel(t, n, writes, seed) })
 		seed++
 		rate := float64(done+n) / time.Since(started).Seconds()
 		t.Logf("step %d of %d, %.0f a second, %s to go", done+n, steps, rate,
@@ -161,9 +172,9 @@ func runModel(t *testing.T, steps int, seed uint64) {
 	}
 }
 
-func playModel(t *testing.T, steps int, seed uint64) {
-	t.Logf("seed %d, %d steps (VARVE_MODEL_SEED, VARVE_MODEL_STEPS)", seed, steps)
-	m := &model{t: t, rng: rand.New(rand.NewPCG(seed, 1)), counts: map[string]int{}}
+func playModel(t *testing.T, steps, writes int, seed uint64) {
+	t.Logf("seed %d, %d steps, writes times %d (VARVE_MODEL_SEED, _STEPS, _WRITES)", seed, steps, writes)
+	m := &model{t: t, rng: rand.New(rand.NewPCG(seed, 1)), counts: map[string]int{}, writes: writes}
 	m.repo, m.conf = newRepo(t)
 	for i := range 3 {
 		v := &modelVolume{
@@ -191,37 +202,54 @@ func playModel(t *testing.T, steps int, seed uint64) {
 	t.Logf("%d steps of seed %d: %v", steps, seed, m.counts)
 }
 
-func (m *model) step() {
-	v := m.volumes[m.rng.IntN(len(m.volumes))]
-	kinds := []struct {
-		weight int
-		name   string
-		do     func(*modelVolume)
-	}{
-		{60, "write", m.write},
-		{10, "zero", m.zero},
-		{3, "resize", m.resize},
-		{4, "backup compare", func(v *modelVolume) { m.backup(v, nil, false) }},
-		{1, "backup full", func(v *modelVolume) { m.backup(v, nil, true) }},
-		{6, "backup exact", func(v *modelVolume) { m.backup(v, m.listing(v, 0), false) }},
-		{3, "backup over-reported", func(v *modelVolume) { m.backup(v, m.listing(v, 20), false) }},
-		{2, "lie", m.lie},
-		{2, "crash", m.crash},
-		{6, "read", m.read},
-		{2, "delete", m.delete},
-		{1, "prune", m.prune},
-		{1, "maintain", m.maintain},
-		{1, "reopen", m.reopen},
-	}
-	total := 0
-	for _, k := range kinds {
+// modelKinds are the steps and how often each is taken; the first two write.
+var modelKinds = []struct {
+	weight int
+	name   string
+	do     func(*model, *modelVolume)
+}{
+	{60, "write", (*model).write},
+	{10, "zero", (*model).zero},
+	{3, "resize", (*model).resize},
+	{4, "backup compare", func(m *model, v *modelVolume) { m.backup(v, nil, false) }},
+	{1, "backup full", func(m *model, v *modelVolume) { m.backup(v, nil, true) }},
+	{6, "backup exact", func(m *model, v *modelVolume) { m.backup(v, m.listing(v, 0), false) }},
+	{3, "backup over-reported", func(m *model, v *modelVolume) { m.backup(v, m.listing(v, 20), false) }},
+	{2, "lie", (*model).lie},
+	{2, "crash", (*model).crash},
+	{6, "read", (*model).read},
+	{2, "delete", (*model).delete},
+	{1, "prune", (*model).prune},
+	{1, "maintain", (*model).maintain},
+	{1, "reopen", (*model).reopen},
+}
+
+// modelWriting is how many of modelKinds write.
+const modelWriting = 2
+
+// weights returns the sum of all weights and of those that write.
+func weights(writes int) (total, writing int) {
+	for i, k := range modelKinds {
+		if i < modelWriting {
+			k.weight *= writes
+			writing += k.weight
+		}
 		total += k.weight
 	}
+	return total, writing
+}
+
+func (m *model) step() {
+	v := m.volumes[m.rng.IntN(len(m.volumes))]
+	total, _ := weights(m.writes)
 	n := m.rng.IntN(total)
-	for _, k := range kinds {
+	for i, k := range modelKinds {
+		if i < modelWriting {
+			k.weight *= m.writes
+		}
 		if n -= k.weight; n < 0 {
 			m.counts[k.name]++
-			k.do(v)
+			k.do(m, v)
 			return
 		}
 	}

@@ -54,8 +54,9 @@ type RestoreOptions struct {
 	// Changed lists what changed on the target since it held Base; nil for
 	// nothing.
 	Changed []image.Range
-	// SpotCheck is the share of the blocks taken for unchanged with Base that is
-	// read from the target and compared, from 0 to 1.
+	// SpotCheck is the share of the blocks taken for unchanged with Base, or for
+	// written by a restore that was interrupted, that is read from the target and
+	// compared, from 0 to 1.
 	SpotCheck float64
 	// Journal is the file from which a killed restore goes on; empty for none.
 	Journal string
@@ -276,7 +277,7 @@ func (r *restore) run(ctx context.Context) error {
 
 func (r *restore) full(ctx context.Context) error {
 	all := []image.Range{{Length: r.img.Size()}}
-	resumed, err := r.openJournal(all)
+	resumed, err := r.openJournal(ctx, all)
 	if err != nil {
 		return err
 	}

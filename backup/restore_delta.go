@@ -51,19 +51,33 @@ func (r *restore) delta(ctx context.Context) error {
 	if err := r.spotCheck(ctx, ranges, same); err != nil {
 		return err
 	}
-	if _, err := r.openJournal(ranges); err != nil {
+	if _, err := r.openJournal(ctx, ranges); err != nil {
 		return err
 	}
 	return r.write(ctx, ranges)
 }
 
 // spotCheck reads some of what is taken for unchanged from the target, before
-// anything is written: neighbours of what changed, the first and the last
-// bytes, and samples spread at random.
+// anything is written.
 func (r *restore) spotCheck(ctx context.Context, changed, same []image.Range) error {
 	if r.opt.SpotCheck <= 0 || len(same) == 0 {
 		return nil
 	}
+	bad, err := r.look(ctx, "spot check", r.spots(changed, same))
+	if err != nil {
+		return err
+	}
+	if len(bad) > 0 {
+		return fmt.Errorf("%w %s: bytes %d to %d are not what it has there, and nothing was reported to have changed them; nothing was written: "+
+			"restore with --delta alone, which compares all of the target, or in full",
+			ErrNotBase, r.opt.Base.Name(), bad[0].Offset, bad[0].Offset+bad[0].Length)
+	}
+	return nil
+}
+
+// spots chooses what a spot check of same reads: neighbours of what changed, the
+// first and the last bytes, and samples spread at random.
+func (r *restore) spots(changed, same []image.Range) []image.Range {
 	var spots []image.Range
 	add := func(off int64) {
 		off = off / spotUnit * spotUnit
@@ -88,25 +102,24 @@ func (r *restore) spotCheck(ctx context.Context, changed, same []image.Range) er
 		}
 		add(same[at].Offset + pick - behind)
 	}
-	spots = subtractRanges(mergeRanges(spots), changed) // only what is unchanged of each
+	return subtractRanges(mergeRanges(spots), changed) // only what is unchanged of each
+}
+
+// look reads ranges from the target and returns the first pieces that differ
+// from the point.
+func (r *restore) look(ctx context.Context, phase string, ranges []image.Range) (bad []image.Range, err error) {
 	buf := disk.AlignedBuffer(restoreUnit)
-	all := total(spots)
-	for _, s := range spots {
+	all := total(ranges)
+	for _, s := range ranges {
 		for _, part := range cutRange(s) {
-			bad, err := r.differs(ctx, part, buf, nil)
-			if err != nil {
-				return err
-			}
-			if len(bad) > 0 {
-				return fmt.Errorf("%w %s: bytes %d to %d are not what it has there, and nothing was reported to have changed them; nothing was written: "+
-					"restore with --delta alone, which compares all of the target, or in full",
-					ErrNotBase, r.opt.Base.Name(), bad[0].Offset, bad[0].Offset+bad[0].Length)
+			if bad, err = r.differs(ctx, part, buf, nil); err != nil || len(bad) > 0 {
+				return bad, err
 			}
 			r.res.Checked += part.Length
-			r.opt.Progress(Progress{Phase: "spot check", Done: r.res.Checked, Total: all})
+			r.opt.Progress(Progress{Phase: phase, Done: r.res.Checked, Total: all})
 		}
 	}
-	return nil
+	return nil, nil
 }
 
 // cutRange cuts a range at the borders of units.

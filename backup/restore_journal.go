@@ -3,12 +3,14 @@ package backup
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -19,6 +21,7 @@ import (
 	"github.com/cespare/xxhash/v2"
 	"golang.org/x/sys/unix"
 
+	"github.com/varve-io/varve/backup/disk"
 	"github.com/varve-io/varve/backup/image"
 )
 
@@ -71,7 +74,7 @@ const journalFormat = "varve-restore/1"
 
 // openJournal opens or makes the journal, if there is to be one. resumed tells
 // that an earlier run has written to the target.
-func (r *restore) openJournal(plan []image.Range) (resumed bool, err error) {
+func (r *restore) openJournal(ctx context.Context, plan []image.Range) (resumed bool, err error) {
 	if r.opt.Journal == "" {
 		return false, nil
 	}
@@ -97,11 +100,60 @@ func (r *restore) openJournal(plan []image.Range) (resumed bool, err error) {
 			return false, err
 		}
 	}
+	if found {
+		if err := r.checkResumed(ctx, j); err != nil {
+			return false, err
+		}
+	}
 	if err := j.create(head); err != nil {
 		return false, err
 	}
 	r.log = j
 	return found, nil
+}
+
+// checkResumed reads some of what the journal says is written: a disk that was
+// mounted or formatted in between, or a file that was edited, has the identity it
+// had and not the bytes. The beginning, where file systems and partition tables
+// say that they were used, is always read. If anything differs the journal is
+// worth nothing: all of it is compared, and units that differ are written again.
+func (r *restore) checkResumed(ctx context.Context, j *restoreJournal) error {
+	missing := j.missing(j.plan)
+	there := subtractRanges(j.plan, missing)
+	if r.opt.SpotCheck <= 0 || len(there) == 0 {
+		return nil
+	}
+	if err := r.target.Fit(); err != nil {
+		return err
+	}
+	spots := r.spots(missing, there)
+	if there[0].Offset < restoreUnit {
+		spots = append(spots, image.Range{Offset: there[0].Offset, Length: min(there[0].Length, restoreUnit-there[0].Offset)})
+	}
+	bad, err := r.look(ctx, "spot check", mergeRanges(spots))
+	if err != nil || len(bad) == 0 {
+		return err
+	}
+	slog.WarnContext(ctx, "the target was changed since the restore of it was interrupted: comparing all that was written",
+		"target", r.target.Path(), "offset", bad[0].Offset, "journal", j.path)
+	buf := disk.AlignedBuffer(restoreUnit)
+	done, all := int64(0), total(there)
+	var again []image.Range
+	for _, s := range there {
+		for _, part := range cutRange(s) {
+			if bad, err = r.differs(ctx, part, buf, nil); err != nil {
+				return err
+			}
+			if len(bad) > 0 {
+				unit := part.Offset / restoreUnit * restoreUnit
+				again = append(again, image.Range{Offset: unit, Length: restoreUnit})
+			}
+			done += part.Length
+			r.opt.Progress(Progress{Phase: "compare", Done: done, Total: all})
+		}
+	}
+	j.old = subtractRanges(j.old, mergeRanges(again))
+	return nil
 }
 
 func planDigest(plan []image.Range) string {

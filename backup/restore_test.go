@@ -362,6 +362,51 @@ func TestRestoreResumes(t *testing.T) {
 	}
 }
 
+// TestResumeFindsWhatWasChangedMeanwhile has somebody use the target between a
+// restore that was interrupted and the next run.
+func TestResumeFindsWhatWasChangedMeanwhile(t *testing.T) {
+	r, _ := newRepo(t)
+	data := randomBytes(rand.New(rand.NewPCG(5, 5)), 60<<20)
+	clear(data[8<<20 : 16<<20])
+	p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: data}, BlockSize: 1 << 20})
+	for name, change := range map[string]func(f *os.File) error{
+		"the superblock": func(f *os.File) error { _, err := f.WriteAt([]byte("mounted"), 1024+48); return err },
+		"half of it": func(f *os.File) error {
+			_, err := f.WriteAt(randomBytes(rand.New(rand.NewPCG(6, 6)), 15<<20), 5<<20)
+			return err
+		},
+		"the size": func(f *os.File) error { return f.Truncate(3 << 20) },
+		"nothing":  func(*os.File) error { return nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			path, journal := filepath.Join(dir, "disk.img"), filepath.Join(dir, "journal")
+			brittle := &brittleTarget{Target: openTarget(t, path, p.Size, true), failAfter: 40 << 20}
+			if _, err := Restore(t.Context(), r, p, brittle, RestoreOptions{Journal: journal, Workers: 1}); !errors.Is(err, errBrittle) {
+				t.Fatal(err)
+			}
+			f, err := os.OpenFile(path, os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(change(f), f.Close(), brittle.Close()); err != nil {
+				t.Fatal(err)
+			}
+			// A second failure right after it, for what the new journal says counts too.
+			brittle = &brittleTarget{Target: openTarget(t, path, p.Size, true), failAfter: 1}
+			opt := RestoreOptions{Journal: journal, SpotCheck: 0.001}
+			if _, err := Restore(t.Context(), r, p, brittle, opt); !errors.Is(err, errBrittle) {
+				t.Fatal(err)
+			}
+			res := mustRestore(t, r, p, openTarget(t, path, p.Size, true), opt)
+			checkFile(t, path, data)
+			if res.Resumed == 0 && name != "the size" {
+				t.Errorf("all was written again: %+v", res)
+			}
+		})
+	}
+}
+
 // TestRestoreJournalIsLocked has a second restore come while one runs.
 func TestRestoreJournalIsLocked(t *testing.T) {
 	r, _ := newRepo(t)

@@ -206,12 +206,11 @@ func (r *run) mismatch(ctx context.Context, rep cbt.Report, b int64) error {
 	if r.parent != nil {
 		base = r.parent.Name()
 	}
-	err := fmt.Errorf("%w: %s: bytes %d to %d of %s differ from %s, but source %q did not report them; "+
-		"the change tracking of this storage cannot be trusted: nothing was recorded; "+
-		"take a full (--full), or go on by comparing everything (--on-mismatch=full), and report it to the storage's vendor",
-		ErrSourceLied, r.opt.Volume, off, end, r.opt.Volume, base, rep.Source)
+	err := fmt.Errorf("%w: bytes %d to %d of %s differ from %s, but source %q did not report them; "+
+		"the change tracking of this storage cannot be trusted: report it to the storage's vendor",
+		ErrSourceLied, off, end, r.opt.Volume, base, rep.Source)
 	if r.opt.OnMismatch != FullOnMismatch {
-		return err
+		return fmt.Errorf("%w; nothing was recorded: take a full (--full), or go on by comparing everything (--on-mismatch=full)", err)
 	}
 	slog.ErrorContext(ctx, "changed-block source lied; comparing the whole disk instead",
 		"volume", r.opt.Volume.String(), "offset", off, "end", end, "source", rep.Source)

@@ -46,8 +46,8 @@ func (v Volume) check() error {
 	} {
 		if part.text == "" || len(part.text) > maxNamePart || part.text[0] == '.' || part.text[0] == '-' ||
 			strings.ContainsFunc(part.text, func(r rune) bool { return !nameRune(r) }) {
-			return fmt.Errorf("volume %s:%s: %s %q: use 1 to %d letters, digits, '.', '_' and '-', not starting with '.' or '-'",
-				v.Cluster, v, part.what, part.text, maxNamePart)
+			return fmt.Errorf("volume %s: %s %q: use 1 to %d letters, digits, '.', '_' and '-', not starting with '.' or '-'",
+				v, part.what, part.text, maxNamePart)
 		}
 	}
 	return nil

@@ -149,6 +149,16 @@ func (f *FS) Fetched() FetchedInfo {
 // Points counts the recovery points that are shown.
 func (f *FS) Points() int { return len(f.view.Load().ids) }
 
+// Missing lists the volumes of the options that have no recovery point now.
+func (f *FS) Missing() (list []backup.Volume) {
+	for _, v := range f.opt.Volumes {
+		if !f.view.Load().volumes[v] {
+			list = append(list, v)
+		}
+	}
+	return list
+}
+
 // OpenPoints counts those that were read.
 func (f *FS) OpenPoints() int { return len(f.open()) }
 

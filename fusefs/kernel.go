@@ -23,18 +23,22 @@ const kernelState = "/run/varve"
 
 // KernelMounted is a file system of one recovery point, mounted by the kernel.
 type KernelMounted struct {
-	Dir  string // absolute
-	tree *Mounted
+	Dir    string // absolute
+	by     BlockDevices
+	tree   *Mounted     // below a loop device
+	device *BlockDevice // else
+	handle handle       // of the point, where there is no tree
 }
 
 // MountKernel mounts a volume of the FS's only point read-only at dir, with the
-// kernel's own driver: a loop device over disk.img. The journal, if it needs to be, is
-// replayed into the overlay of disk.img, so the FS must be writable. volume is a
-// partition's name ("p1"), or empty on a disk without partitions.
+// kernel's own driver: on a device that by makes, or, where by is nil, on a loop device
+// over disk.img in a tree of its own. The journal, if it needs to be, is replayed into
+// the overlay of the disk, so the FS must be writable. volume is a partition's name
+// ("p1"), or empty on a disk without partitions.
 //
-// The loop device goes with the mount, whoever unmounts (LO_FLAGS_AUTOCLEAR). What
-// a killed process left at dir is taken away first.
-func (f *FS) MountKernel(dir, volume string) (m *KernelMounted, err error) {
+// The device goes with the mount, whoever unmounts. What a killed process left at dir
+// is taken away first.
+func (f *FS) MountKernel(dir, volume string, by BlockDevices) (m *KernelMounted, err error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("mounting with the kernel needs root; files can be read without by 'varve mount', 'varve ls' and 'varve cp'")
 	}
@@ -44,7 +48,7 @@ func (f *FS) MountKernel(dir, volume string) (m *KernelMounted, err error) {
 	if dir, err = absolute(dir); err != nil {
 		return nil, err
 	}
-	if err := CleanKernel(dir); err != nil {
+	if err := CleanKernel(dir, by); err != nil {
 		return nil, err
 	}
 	if st, err := os.Stat(dir); err != nil {
@@ -65,15 +69,34 @@ func (f *FS) MountKernel(dir, volume string) (m *KernelMounted, err error) {
 	if err := os.MkdirAll(tree, 0o700); err != nil {
 		return nil, fmt.Errorf("mount: %w", err)
 	}
-	m = &KernelMounted{Dir: dir}
-	if m.tree, err = f.Mount(tree); err != nil {
-		return nil, err
+	m = &KernelMounted{Dir: dir, by: by}
+	if by != nil {
+		err = m.onDevice(f.ctx, p, vol)
+	} else if m.tree, err = f.Mount(tree); err == nil {
+		err = mountLoop(filepath.Join(tree, f.diskPath()), vol, dir)
 	}
-	image := filepath.Join(tree, f.diskPath())
-	if err := mountLoop(image, vol, dir); err != nil {
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", p.info.Name(), err), m.Close())
 	}
 	return m, nil
+}
+
+// mountDevice mounts the file system on a device.
+func mountDevice(device string, v *disk.Volume, dir string) error {
+	// No programs and devices of a stranger's disk.
+	options := "ro,nosuid,nodev"
+	if v.Type == "xfs" {
+		options += ",nouuid" // the disk itself may be mounted as well
+	}
+	args := []string{"-o", options, device, dir}
+	if v.Type != "" {
+		args = append([]string{"-t", v.Type}, args...)
+	}
+	out, err := exec.Command("mount", args...).CombinedOutput() //nolint:gosec // names checked by diskfs and this package
+	if err != nil {
+		return fmt.Errorf("mount with the kernel: %w: %s", err, strings.TrimSpace(string(out)))
+	}
+	return nil
 }
 
 // diskPath is where disk.img of the FS's only point lies in the tree.
@@ -103,6 +126,9 @@ func kernelVolume(d *disk.Disk, name string) (*disk.Volume, error) {
 	if name == "" {
 		return nil, fmt.Errorf("this disk has partitions: name one of %s with --partition", strings.Join(have, ", "))
 	}
+	if len(have) == 0 {
+		return nil, fmt.Errorf("there is no partition %s: the disk has none, leave --partition away", name)
+	}
 	return nil, fmt.Errorf("there is no partition %s: there are %s", name, strings.Join(have, ", "))
 }
 
@@ -124,79 +150,26 @@ func kernelRefuses(v *disk.Volume, name string) error {
 		"for the kernel's driver attach the disk ('varve attach'), then 'vgchange -ay' and mount", name, what)
 }
 
-// mountLoop mounts a volume of an image through a loop device.
-func mountLoop(image string, v *disk.Volume, dir string) error {
-	loop, err := attachLoop(image, v)
-	if err != nil {
-		return err
+// Done is closed when nobody reads through the device any more: the tree below it
+// is not mounted, or the kernel has let go of it.
+func (m *KernelMounted) Done() <-chan struct{} {
+	if m.device != nil {
+		return m.device.Done
 	}
-	defer loop.Close() // the mount keeps it; without one it is free again
-	// No programs and devices of a stranger's disk.
-	options := "ro,nosuid,nodev"
-	if v.Type == "xfs" {
-		options += ",nouuid" // the disk itself may be mounted as well
-	}
-	args := []string{"-o", options, loop.Name(), dir}
-	if v.Type != "" {
-		args = append([]string{"-t", v.Type}, args...)
-	}
-	out, err := exec.Command("mount", args...).CombinedOutput() //nolint:gosec // names checked by diskfs and this package
-	if err != nil {
-		return fmt.Errorf("mount with the kernel: %w: %s", err, strings.TrimSpace(string(out)))
-	}
-	return nil
+	return m.tree.Done()
 }
 
-// loopTries bounds the races for a free loop device with other programs.
-const loopTries = 32
-
-func attachLoop(image string, v *disk.Volume) (*os.File, error) {
-	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
-	if err != nil {
-		return nil, fmt.Errorf("mounting with the kernel needs loop devices (modprobe loop): %w", err)
-	}
-	defer control.Close()
-	back, err := os.OpenFile(image, os.O_RDWR, 0)
-	if err != nil {
-		return nil, fmt.Errorf("open the disk: %w", err)
-	}
-	defer back.Close()
-	config := unix.LoopConfig{Fd: uint32(back.Fd())} //nolint:gosec // a descriptor
-	config.Info.Flags = unix.LO_FLAGS_AUTOCLEAR
-	copy(config.Info.File_name[:len(config.Info.File_name)-1], image)
-	if v.Partition != nil {
-		config.Info.Offset = uint64(v.Partition.Start)     //nolint:gosec // not negative
-		config.Info.Sizelimit = uint64(v.Partition.Length) //nolint:gosec // not negative
-	}
-	for range loopTries {
-		n, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE) //nolint:gosec // a descriptor
-		if err != nil {
-			return nil, fmt.Errorf("find a free loop device: %w", err)
-		}
-		loop, err := os.OpenFile(fmt.Sprintf("/dev/loop%d", n), os.O_RDWR, 0)
-		if err != nil {
-			return nil, fmt.Errorf("open loop device: %w", err)
-		}
-		err = unix.IoctlLoopConfigure(int(loop.Fd()), &config) //nolint:gosec // a descriptor
-		if err == nil {
-			return loop, nil
-		}
-		loop.Close() //nolint:errcheck,gosec // nothing was written
-		if !errors.Is(err, unix.EBUSY) {
-			return nil, fmt.Errorf("attach loop device: %w", err)
-		}
-	}
-	return nil, errors.New("attach loop device: other programs take every free one; try again")
-}
-
-// Done is closed when the tree below is not mounted any more.
-func (m *KernelMounted) Done() <-chan struct{} { return m.tree.Done() }
-
-// Close unmounts both; where programs have files open, they get errors from the end
-// of this process on.
+// Close unmounts, and takes away what is below; where programs have files open, they
+// get errors from then on.
 func (m *KernelMounted) Close() error {
-	err := unmountKernel(m.Dir, true)
-	return errors.Join(err, m.tree.Close(), removeTree(m.Dir))
+	if m.device != nil {
+		return m.closeDevice()
+	}
+	err := unmountKernel(m.Dir, true, m.by)
+	if m.tree != nil {
+		err = errors.Join(err, m.tree.Close())
+	}
+	return errors.Join(err, removeTree(m.Dir))
 }
 
 // kernelTree is the directory of the tree under a kernel mount.
@@ -222,27 +195,37 @@ func IsKernelMount(dir string) bool {
 	return err == nil || dead(err)
 }
 
-// UnmountKernel unmounts what MountKernel mounted; its process ends by itself.
-// Errors: ErrBusy.
-func UnmountKernel(dir string, lazy bool) error {
+// UnmountKernel unmounts what MountKernel mounted; its process ends by itself. by is as
+// it was there, or any that can tell its devices. Errors: ErrBusy.
+func UnmountKernel(dir string, lazy bool, by BlockDevices) error {
 	dir, err := absolute(dir)
 	if err != nil {
 		return err
 	}
-	if err := unmountKernel(dir, lazy); err != nil {
+	if err := unmountKernel(dir, lazy, by); err != nil {
 		return err
 	}
+	return clearKernel(dir, by)
+}
+
+// clearKernel takes away what was below a mount: a tree, or a device.
+func clearKernel(dir string, by BlockDevices) error {
 	if err := Unmount(kernelTree(dir), true); err != nil && !errors.Is(err, ErrNotMounted) {
 		return err
 	}
-	return removeTree(dir)
+	return errors.Join(detachDevice(dir, by), removeTree(dir))
 }
 
-// unmountKernel takes the kernel's mount away, and with it the loop device.
-func unmountKernel(dir string, lazy bool) error {
+// unmountKernel takes the kernel's mount away, and with it the device.
+func unmountKernel(dir string, lazy bool, by BlockDevices) error {
 	ours, err := loopsOver(kernelTree(dir))
 	if err != nil {
 		return err
+	}
+	if device, err := deviceOf(dir, by); err != nil {
+		return err
+	} else if device != "" {
+		ours = append(ours, device)
 	}
 	source, err := mountSource(dir)
 	if err != nil || !slices.Contains(ours, source) {
@@ -263,7 +246,7 @@ func unmountKernel(dir string, lazy bool) error {
 
 // CleanKernel takes away what a killed process left of a mount at dir. A mount that
 // is being served is an error.
-func CleanKernel(dir string) error {
+func CleanKernel(dir string, by BlockDevices) error {
 	dir, err := absolute(dir)
 	if err != nil {
 		return err
@@ -272,42 +255,24 @@ func CleanKernel(dir string) error {
 		return nil // nothing of ours was ever here
 	}
 	tree := kernelTree(dir)
+	served, err := isServed(dir)
+	if err != nil {
+		return err
+	}
 	typ, err := mountType(tree)
 	if err != nil {
 		return err
 	}
 	if typ == fsType {
 		if _, err := os.Stat(tree); !dead(err) {
-			return fmt.Errorf("a recovery point is mounted on %s already; unmount it first: varve umount %s", dir, dir)
+			served = true
 		}
 	}
-	if err := unmountKernel(dir, true); err != nil {
+	if served {
+		return fmt.Errorf("a recovery point is mounted on %s already; unmount it first: varve umount %s", dir, dir)
+	}
+	if err := unmountKernel(dir, true, by); err != nil {
 		return err
 	}
-	if err := Unmount(tree, true); err != nil && !errors.Is(err, ErrNotMounted) {
-		return err
-	}
-	return removeTree(dir)
-}
-
-// loopsOver lists the loop devices whose files lie below a directory, mounted there
-// now or once.
-func loopsOver(tree string) ([]string, error) {
-	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
-	if err != nil {
-		return nil, fmt.Errorf("list loop devices: %w", err)
-	}
-	var out []string
-	for _, name := range files {
-		b, err := os.ReadFile(name)
-		if err != nil {
-			continue // detached meanwhile
-		}
-		// Once its file system is unmounted the kernel shows a path from its root only.
-		file := strings.TrimSuffix(strings.TrimSpace(string(b)), " (deleted)")
-		if strings.HasPrefix(file, tree+"/") || strings.HasSuffix(file, "/"+diskName) {
-			out = append(out, "/dev/"+strings.Split(name, "/")[3])
-		}
-	}
-	return out, nil
+	return clearKernel(dir, by)
 }

@@ -30,7 +30,7 @@ func TestKernelMountOfADirtyJournal(t *testing.T) {
 			}
 			defer tree.Close()
 			dir := t.TempDir()
-			m, err := tree.MountKernel(dir, "")
+			m, err := tree.MountKernel(dir, "", nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -44,7 +44,7 @@ func TestKernelMountOfADirtyJournal(t *testing.T) {
 			if !fusefs.IsKernelMount(dir) {
 				t.Error("the mount does not count as one of the kernel")
 			}
-			if err := fusefs.UnmountKernel(dir, false); err != nil {
+			if err := fusefs.UnmountKernel(dir, false, nil); err != nil {
 				t.Fatal(err)
 			}
 			<-m.Done()

@@ -24,6 +24,7 @@ func TestKernelVolume(t *testing.T) {
 		{"a whole disk", "", &disk.Disk{Volumes: []*disk.Volume{whole}}, whole, ""},
 		{"no name", "", partitioned, nil, "--partition"},
 		{"a wrong name", "p7", partitioned, nil, "p1 (ext4)"},
+		{"a partition of a whole disk", "p1", &disk.Disk{Volumes: []*disk.Volume{whole}}, nil, "leave --partition away"},
 		{"a logical volume", "vg/root", partitioned, nil, "logical volume of LVM"},
 		{"a physical volume", "p2", partitioned, nil, "physical volume of LVM"},
 		{"a disk that is one", "", &disk.Disk{Volumes: []*disk.Volume{{Type: "LVM2_member"}, logical}}, nil, "the disk is a physical volume"},

@@ -24,6 +24,11 @@ import (
 
 const mib = 1 << 20
 
+// acl lets the user 1000 read, besides what the mode says; see acl(5) and posix_acl_xattr.h.
+var acl = []byte("\x02\x00\x00\x00" +
+	"\x01\x00\x06\x00\xff\xff\xff\xff" + "\x02\x00\x04\x00\xe8\x03\x00\x00" + "\x04\x00\x00\x00\xff\xff\xff\xff" +
+	"\x10\x00\x04\x00\xff\xff\xff\xff" + "\x20\x00\x00\x00\xff\xff\xff\xff")
+
 // populate fills a mounted file system with every kind of file.
 func populate(t testing.TB, dir string, files int) {
 	t.Helper()
@@ -52,7 +57,8 @@ func populate(t testing.TB, dir string, files int) {
 		unix.Mknod(p("block"), unix.S_IFBLK|0o660, int(unix.Mkdev(259, 70000))), unix.Mknod(p("socket"), unix.S_IFSOCK|0o700, 0),
 		unix.Setxattr(p("tool"), "user.name", []byte("value"), 0), unix.Setxattr(p("a"), "trusted.overlay", random(300), 0),
 		unix.Setxattr(p("empty"), "security.capability", []byte("\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"), 0),
-		unix.Setxattr(p("empty"), "user.empty", nil, 0))
+		unix.Setxattr(p("empty"), "user.empty", nil, 0),
+		unix.Setxattr(p("a/b/c/data"), "system.posix_acl_access", acl, 0), unix.Setxattr(p("many"), "system.posix_acl_default", acl, 0))
 	sparse, err := os.Create(p("sparse"))
 	must(err)
 	for _, off := range []int64{1 * mib, 9 * mib, 70 * mib, 3 << 30} {
@@ -132,12 +138,14 @@ func TestFilesAsTheKernelShowsThem(t *testing.T) {
 		files int
 		dirty bool
 		big   int64 // bytes of one more file
+		more  func(t testing.TB, image string)
 		log   string
 	}{
 		{name: "ext4", mkfs: mkExt4, size: 640 * mib, files: 5000, big: 300 * mib, log: "clean"},
 		{name: "ext4-inline", mkfs: append(mkExt4, "-O", "inline_data"), size: 64 * mib, files: 100, log: "clean"},
 		{name: "ext4-dirty", mkfs: mkExt4, size: 128 * mib, files: 300, dirty: true, log: "replayed"},
 		{name: "xfs", mkfs: mkXFS, size: 512 * mib, files: 5000, log: "clean"},
+		{name: "xfs-shapes", mkfs: mkXFSShapes, size: 320 * mib, files: 100, more: shapeXFS, log: "clean"},
 		{name: "xfs-dirty", mkfs: mkXFS, size: 512 * mib, files: 300, dirty: true, log: "replayed"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -145,6 +153,9 @@ func TestFilesAsTheKernelShowsThem(t *testing.T) {
 			image := newVolume(t, c.size, slices.Clone(c.mkfs), c.files)
 			if c.big > 0 {
 				addBig(t, image, c.big)
+			}
+			if c.more != nil {
+				c.more(t, image)
 			}
 			if c.dirty {
 				image = crash(t, image)

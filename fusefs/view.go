@@ -13,6 +13,7 @@ import (
 type view struct {
 	namespaces map[string]map[string]*volumeView
 	ids        map[string]bool
+	volumes    map[backup.Volume]bool // that have points
 }
 
 // volumeView is the points of one volume under the names they have in the tree.
@@ -23,7 +24,7 @@ type volumeView struct {
 
 // newView sorts points, which come by volume and generation, into directories.
 func newView(points []*backup.Point, opt Options) *view {
-	v := &view{namespaces: map[string]map[string]*volumeView{}, ids: map[string]bool{}}
+	v := &view{namespaces: map[string]map[string]*volumeView{}, ids: map[string]bool{}, volumes: map[backup.Volume]bool{}}
 	clusters := map[string]bool{}
 	for _, p := range points {
 		if shown(p, opt) {
@@ -34,7 +35,7 @@ func newView(points []*backup.Point, opt Options) *view {
 		if !shown(p, opt) {
 			continue
 		}
-		v.ids[p.ID] = true
+		v.ids[p.ID], v.volumes[p.Volume] = true, true
 		ns := p.Volume.Namespace
 		if len(clusters) > 1 && p.Volume.Cluster != opt.Cluster {
 			ns = p.Volume.Cluster + ":" + ns

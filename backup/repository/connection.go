@@ -51,6 +51,13 @@ func readSideFile(configFile string) (sideFile, error) {
 	return s, nil
 }
 
+// Connected reports whether a configuration file names a repository, by
+// ErrNotConnected if not. Nothing is reached, and no password needed.
+func Connected(configFile string) error {
+	_, err := readConnection(configFile)
+	return err
+}
+
 // readConnection reads the configuration file.
 func readConnection(configFile string) (*repo.LocalConfig, error) {
 	lc, err := repo.LoadConfigFromFile(configFile)

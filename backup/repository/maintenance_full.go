@@ -30,6 +30,7 @@ type fullRun struct {
 	rep    *MaintenanceReport
 	gone   map[string]bool // packs looked for and not found
 	latest time.Time       // of the contents deleted in this run, when they were written
+	packs  *PackSet        // as listed by the collection
 }
 
 // do runs the tasks of kopia repo/maintenance/maintenance_run.go,
@@ -123,6 +124,7 @@ func (f *fullRun) collect(ctx context.Context) (maintenancestats.Kind, error) {
 	if err != nil {
 		return nil, err
 	}
+	f.packs = packs
 	// The listing of a large store takes time: look again just before deleting.
 	if err := f.mark(ctx, m); err != nil {
 		return nil, err
@@ -308,11 +310,7 @@ func (f *fullRun) dropBefore(ctx context.Context, s *maintenance.Schedule) (time
 	return time.Time{}, nil
 }
 
-// shortPack is the share of the largest pack size, in percent, below which a
-// pack is rewritten (kopia repo/maintenance/content_rewrite.go).
-const shortPack = 60
-
-// rewrite moves contents out of packs that are mostly empty, so that the packs
+// rewrite moves contents out of packs that rewritable names, so that the packs
 // can be deleted. One that cannot be read stays where it is and is counted: in
 // Kopia it ends the run, for ever. Deleted ones are not moved; they are dropped
 // in their time, and the pack goes then.
@@ -321,10 +319,7 @@ func (f *fullRun) rewrite(ctx context.Context) (maintenancestats.Kind, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read format: %w", err)
 	}
-	packs, err := f.w.r.Packs(ctx)
-	if err != nil {
-		return nil, err
-	}
+	// What came since the collection listed the packs is left to the next run.
 	stats := &maintenancestats.RewriteContentsStats{}
 	var mu sync.Mutex
 	g, gctx := errgroup.WithContext(ctx)
@@ -352,28 +347,23 @@ func (f *fullRun) rewrite(ctx context.Context) (maintenancestats.Kind, error) {
 			return nil
 		})
 	}
-	first := map[byte]*content.PackInfo{} // one short pack alone is left in peace
+	short := map[byte][]shortPack{} // by kind: data and metadata do not mix
 	err = f.w.w.ContentReader().IteratePacks(f.w.ctx, content.IteratePackOptions{IncludeContentInfos: true}, func(pi content.PackInfo) error {
-		if pi.PackID == "" || pi.TotalSize >= int64(mp.MaxPackSize)*shortPack/100 || !packs.Has(string(pi.PackID)) {
+		stored, ok := f.packs.Size(string(pi.PackID))
+		if !ok || pi.PackID == "" || pi.TotalSize >= int64(mp.MaxPackSize)*shortShare/100 {
 			return nil
 		}
 		kind := pi.PackID[0]
-		held, again := first[kind]
-		if !again {
-			first[kind] = &pi
-			return nil
-		}
-		if held != nil {
-			for _, ci := range held.ContentInfos {
-				move(ci)
-			}
-			first[kind] = nil
-		}
-		for _, ci := range pi.ContentInfos {
-			move(ci)
-		}
+		short[kind] = append(short[kind], shortPack{live: pi.TotalSize, stored: stored, contents: pi.ContentInfos})
 		return gctx.Err()
 	})
+	for _, list := range short {
+		for _, p := range rewritable(list) {
+			for _, ci := range p.contents {
+				move(ci)
+			}
+		}
+	}
 	if werr := g.Wait(); werr != nil {
 		return nil, werr
 	}

@@ -159,7 +159,12 @@ func openKopia(ctx context.Context, lc *repo.LocalConfig, opt OpenOptions, side 
 		},
 	})
 	if err != nil {
-		return nil, explain(ctx, r.place, err)
+		err = explain(ctx, r.place, err)
+		if side.UniqueID != "" && errors.Is(err, ErrNotInitialized) {
+			err = &stateError{kind: ErrNotInitialized, cause: err, text: fmt.Sprintf(
+				"the repository is gone from %s, where it was when this machine connected: check whether what it is stored on is mounted, and is the right one", r.place)}
+		}
+		return nil, err
 	}
 	r.rep = rep
 	r.direct, _ = rep.(repo.DirectRepository)

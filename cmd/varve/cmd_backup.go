@@ -172,6 +172,9 @@ func (a *app) backupOptions(f backupFlags) (backup.Options, error) {
 	default:
 		return opt, usagef("--on-mismatch is fail or full, not %q", f.onMismatch)
 	}
+	if n := opt.BlockSize; n != 0 && (n < blocktree.MinBlockSize || n > blocktree.MaxBlockSize || n&(n-1) != 0) {
+		return opt, usagef("--block-size is a power of two from 64K to 4M, not %d", n)
+	}
 	if f.full && f.parent != "" {
 		return opt, usagef("--full takes no --parent")
 	}

@@ -88,7 +88,7 @@ func TestBackupFromExtents(t *testing.T) {
 	changeByte(t, disk, 500_000)
 	write("snap-0", "snap-2", `{"offset":499712,"length":4096}`)
 	r := runVarve(t, env, "backup", disk, "--volume", "shop/db", "--extents", list)
-	if r.code == exitOK || !strings.Contains(r.stderr, "snap-0") || !strings.Contains(r.stderr, "snap-1") {
+	if r.code != exitRefused || !strings.Contains(r.stderr, "snap-0") || !strings.Contains(r.stderr, "snap-1") {
 		t.Errorf("a list with another base: exit code %d\n%s", r.code, r.stderr)
 	}
 
@@ -101,12 +101,18 @@ func TestBackupFromExtents(t *testing.T) {
 	changeByte(t, disk, 100)
 	write("snap-2", "snap-3", `{"offset":499712,"length":4096}`)
 	r = runVarve(t, env, "backup", disk, "--volume", "shop/db", "--extents", list)
-	if r.code == exitOK || !strings.Contains(r.stderr, "did not report") {
+	if r.code != exitRefused || !strings.Contains(r.stderr, "did not report") || !strings.Contains(r.stderr, "--on-mismatch=full") {
 		t.Errorf("a list that leaves out a change: exit code %d\n%s", r.code, r.stderr)
 	}
 	res = backupJSON(t, env, disk, "--volume", "shop/db", "--extents", list, "--on-mismatch=full")
-	if res.Source != "compare" || len(res.Notes) != 1 {
+	if res.Source != "compare" || len(res.Notes) != 1 || len(res.Fallbacks) != 1 || strings.Contains(res.Fallbacks[0].Detail, "nothing was recorded") {
 		t.Errorf("backup after a lie: %+v", res)
+	}
+	if err := os.WriteFile(list, []byte(`{"base":"snap-3","target":"snap-4","size":1048576}`+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if r = runVarve(t, env, "backup", disk, "--volume", "shop/db", "--extents", list); r.code != exitRefused || !strings.Contains(r.stderr, "cut off") {
+		t.Errorf("a list that was cut off: exit code %d\n%s", r.code, r.stderr)
 	}
 }
 
@@ -122,9 +128,11 @@ func TestBackupRefusals(t *testing.T) {
 		{"no volume", []string{disk}, "volume", exitUsage},
 		{"bad volume", []string{disk, "--volume", "shop"}, "namespace/name", exitUsage},
 		{"missing source", []string{disk + "x", "--volume", "shop/db"}, "no such file", exitFailure},
-		{"parent of another volume", []string{disk, "--volume", "shop/web", "--parent", "shop/db@latest"}, "is a point of", exitFailure},
-		{"another block size", []string{disk, "--volume", "shop/db", "--block-size", "1M"}, "take a new full", exitFailure},
-		{"a directory", []string{env["HOME"], "--volume", "shop/db"}, "neither a block device", exitFailure},
+		{"parent of another volume", []string{disk, "--volume", "shop/web", "--parent", "shop/db@latest"}, "is a point of", exitRefused},
+		{"another block size", []string{disk, "--volume", "shop/db", "--block-size", "1M"}, "take a new full", exitRefused},
+		{"a directory", []string{env["HOME"], "--volume", "shop/db"}, "neither a block device", exitUsage},
+		{"a bad volume", []string{disk, "--volume", "shop/db/1"}, `volume shop/db/1: name "db/1"`, exitUsage},
+		{"a bad block size", []string{disk, "--volume", "shop/db", "--block-size", "3K"}, "--block-size", exitUsage},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r := runVarve(t, env, append([]string{"backup"}, c.args...)...)

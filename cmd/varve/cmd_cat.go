@@ -45,11 +45,11 @@ func (a *app) cat(ctx context.Context, args []string, stale bool) error {
 func (a *app) catOne(ctx context.Context, files *pointFiles, fsys diskfs.FileSystem, name string) error {
 	f, err := fsys.Open(name)
 	if err != nil {
-		return fmt.Errorf("%s: %w", files.point.Name(), err)
+		return files.at(err)
 	}
 	defer f.Close()
 	if st, err := f.Stat(); err != nil {
-		return fmt.Errorf("%s: %w", files.point.Name(), err)
+		return files.at(err)
 	} else if !st.Mode().IsRegular() {
 		return fmt.Errorf("%s:%s is %s, not a file", files.point.Name(), rooted(name), kindOf(st.Mode()))
 	}

@@ -9,18 +9,20 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
 
+	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/fusefs/browse"
 	"github.com/varve-io/varve/fusefs/diskfs"
 	"github.com/varve-io/varve/internal/progress"
 )
 
 type cpFlags struct {
-	recursive, force, stale, tar bool
-	workers                      int
+	recursive, force, stale, tar, sparse bool
+	workers                              int
 }
 
 func newCpCommand(a *app) *cobra.Command {
@@ -33,10 +35,15 @@ func newCpCommand(a *app) *cobra.Command {
 root. Modes, owners, times, extended attributes, hard links, special files and
 holes are kept as far as the user may set them; files are copied in parallel.
 
+Files that cannot be read (damage, encryption) are left out; all else is copied,
+then each is named and the exit code tells.
+
 A TARGET that is a directory gets the files in it, else it is the copy's name.
 Paths may have the wildcards *, ? and [] (quote them for the shell).
 
---tar writes a tar archive to standard output instead; there is no TARGET then.`,
+--tar writes a tar archive to standard output instead; there is no TARGET then.
+Holes become zeroes, unless --sparse keeps them in a form that GNU tar and bsdtar
+know, and others (busybox) do not.`,
 		Example: `  varve cp -r shop/db@latest:/var/lib/app ./app
   varve cp 'shop/db@latest:/etc/*.conf' /tmp/
   varve cp --tar shop/db@latest:/home | ssh host tar -x`,
@@ -50,6 +57,9 @@ Paths may have the wildcards *, ? and [] (quote them for the shell).
 			if f.tar {
 				return a.cpTar(cmd.Context(), args, f)
 			}
+			if f.sparse {
+				return usagef("--sparse is for --tar: a copy keeps holes anyway")
+			}
 			return a.cp(cmd.Context(), args[:len(args)-1], args[len(args)-1], f)
 		},
 	}
@@ -57,6 +67,7 @@ Paths may have the wildcards *, ? and [] (quote them for the shell).
 	fl.BoolVarP(&f.recursive, "recursive", "r", false, "copy directories with all that is below")
 	fl.BoolVarP(&f.force, "force", "f", false, "replace files that are there already")
 	fl.BoolVar(&f.tar, "tar", false, "write a tar archive to standard output")
+	fl.BoolVar(&f.sparse, "sparse", false, "with --tar: keep holes, as GNU tar and bsdtar can read them")
 	fl.IntVar(&f.workers, "workers", 0, "files copied at once (default two for each CPU)")
 	addStaleFlag(cmd, &f.stale)
 	return cmd
@@ -66,6 +77,36 @@ Paths may have the wildcards *, ? and [] (quote them for the shell).
 type cpResult struct {
 	Target string `json:"target"`
 	browse.CopyResult
+	Failed []cpFailure `json:"failed,omitempty"` // what could not be read
+}
+
+// cpFailure is a file that was left out.
+type cpFailure struct {
+	Path  string `json:"path"` // in its file system
+	Error string `json:"error"`
+	err   error
+}
+
+// incompleteError tells that files were left out of a copy, each of which was named.
+type incompleteError struct {
+	failed []cpFailure
+	target string
+}
+
+func (e *incompleteError) Error() string {
+	if len(e.failed) == 1 {
+		return fmt.Sprintf("%s could not be read and is not in %s; all else is", e.failed[0].Path, e.target)
+	}
+	return fmt.Sprintf("%d files or directories could not be read and are not in %s; all else is: they are named above", len(e.failed), e.target)
+}
+
+// Unwrap gives all causes, for the exit code.
+func (e *incompleteError) Unwrap() []error {
+	var errs []error
+	for _, f := range e.failed {
+		errs = append(errs, f.err)
+	}
+	return errs
 }
 
 func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags) error {
@@ -78,6 +119,7 @@ func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags
 	task := a.progress.Start("copy", 0, progress.Bytes)
 	defer task.Done()
 	var sum browse.CopyResult
+	var failed []cpFailure
 	copied := map[string]bool{}
 	err := a.eachFile(ctx, sources, f.stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, several bool) error {
 		if several && !into {
@@ -98,6 +140,13 @@ func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags
 		res, err := browse.Copy(ctx, fsys, name, to, browse.CopyOptions{
 			Recursive: f.recursive, Force: f.force, Workers: f.workers, Copied: task.Add,
 			Warn: func(name string, err error) { a.log.Warn("not kept", "file", name, "error", err) },
+			Failed: func(name string, err error) error {
+				if errors.Is(err, repository.ErrUnreachable) { // every other would fail as well
+					return fmt.Errorf("copy %s: %w", name, err)
+				}
+				failed = append(failed, cpFailure{name, message(err), err})
+				return nil
+			},
 		})
 		sum.Files, sum.Dirs, sum.Bytes = sum.Files+res.Files, sum.Dirs+res.Dirs, sum.Bytes+res.Bytes
 		return err //nolint:wrapcheck // names the file
@@ -106,9 +155,17 @@ func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags
 	if err != nil {
 		return err
 	}
-	return a.print(cpResult{target, sum}, func(t *table) {
+	slices.SortFunc(failed, func(a, b cpFailure) int { return strings.Compare(a.Path, b.Path) })
+	for _, f := range failed {
+		a.log.Error("not copied", "file", f.Path, "error", f.Error)
+	}
+	err = a.print(cpResult{target, sum, failed}, func(t *table) {
 		t.line("copied %d files and %d directories, %s of data, to %s", sum.Files, sum.Dirs, t.bytes(sum.Bytes), target)
 	})
+	if len(failed) > 0 {
+		err = errors.Join(err, &incompleteError{failed, target})
+	}
+	return err
 }
 
 func (a *app) cpTar(ctx context.Context, sources []string, f cpFlags) error {
@@ -126,9 +183,9 @@ func (a *app) cpTar(ctx context.Context, sources []string, f cpFlags) error {
 		if fsys == nil {
 			return fmt.Errorf("%s is a list of volumes: name one of %s", sources[0], strings.Join(files.volumeNames(), ", "))
 		}
-		err = browse.Tar(ctx, fsys, out, names, task.Add, func(name string) {
+		err = browse.Tar(ctx, fsys, out, names, browse.TarOptions{Sparse: f.sparse, Copied: task.Add, Skipped: func(name string) {
 			a.log.Warn("a socket cannot be archived, it is left out", "file", name)
-		})
+		}})
 		return errors.Join(err, out.Flush())
 	})
 }

@@ -67,8 +67,12 @@ func TestFileCommands(t *testing.T) {
 		{"find in a pattern", []string{"find", p + "/e*", "--name", "other"}, exitOK, "/etc/other\n"},
 		{"tree", []string{"tree", "shop/db@latest"}, exitOK, "├── data\n├── etc\n│   ├── app.conf\n│   └── other\n"},
 		{"tree to a depth", []string{"tree", "shop/db@latest", "-L", "1"}, exitOK, "├── etc\n└── lost+found\n"},
+		{"tree to a depth as JSON", []string{"tree", "shop/db@latest", "-L", "1", "-o", "json"}, exitOK, `"name": "etc",`},
 		{"stat", []string{"stat", p + "/etc/app.conf"}, exitOK, "Size: 7 bytes"},
-		{"stat of nothing", []string{"stat", p + "/nothing"}, exitFailure, "does not exist"},
+		{"stat of nothing", []string{"stat", p + "/nothing"}, exitFailure, ":/nothing: file does not exist"},
+		{"a path without its slash", []string{"ls", p + "etc"}, exitUsage, "shop/db@latest:/etc"},
+		{"versions at one point", []string{"ls", "--versions", p + "/etc"}, exitUsage, "shop/db:/etc"},
+		{"ls -l", []string{"ls", "-l", p + "/etc"}, exitOK, "-rw-r-----"},
 		{"cp a pattern", []string{"cp", p + "/etc/*", dir}, exitOK, "copied 2 files"},
 		{"cp over a file", []string{"cp", p + "/etc/other", dir}, exitFailure, "--force"},
 		{"cp over a file by force", []string{"cp", "-f", p + "/etc/other", dir}, exitOK, "copied 1 files"},
@@ -107,6 +111,91 @@ func TestFileCommands(t *testing.T) {
 	}
 }
 
+// One damaged file does not hide the others in a listing, and a name in an error does nothing to
+// the terminal.
+func TestListingsGoOn(t *testing.T) {
+	diskfstest.NeedTool(t, "debugfs")
+	env := newFilesEnv(t)
+	image := filepath.Join(env["HOME"], "disk.img")
+	const hostile = "\x1b]0;harm\a"
+	diskfstest.Run(t, "debugfs", "-w", "-R", "write "+filepath.Join(env["HOME"], "src/etc/other")+" /etc/"+hostile, image)
+	// Without its type an inode is damaged.
+	for _, name := range []string{"/etc/other", "/etc/" + hostile} {
+		diskfstest.Run(t, "debugfs", "-w", "-R", "sif "+name+" mode 0", image)
+	}
+	mustRun(t, env, "backup", image, "--volume", "shop/db")
+	for _, c := range []struct {
+		name string
+		args []string
+		want []string
+	}{
+		{"ls", []string{"ls", "shop/db@latest:/etc"}, []string{"app.conf\n", "??????????  ?      ?    ?    ?     ?                     other\n"}},
+		{"ls -R", []string{"ls", "-R", "shop/db@latest:/"}, []string{"app.conf\n", "other\n", "data\n"}},
+		{"ls as JSON", []string{"ls", "-o", "json", "shop/db@latest:/etc"}, []string{`"name": "app.conf"`, `"error": "`}},
+		{"tree", []string{"tree", "shop/db@latest:/"}, []string{"app.conf\n", "other (cannot be read)\n", "data\n"}},
+		{"tree as JSON", []string{"tree", "-o", "json", "shop/db@latest:/"}, []string{`"name": "app.conf"`, `"error": "`}},
+		{"find", []string{"find", "shop/db@latest:/etc"}, []string{"/etc/app.conf\n"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := runVarve(t, env, c.args...)
+			if r.code == exitOK || !strings.Contains(r.stderr, "could not be read") || !strings.Contains(r.stderr, "/etc/other") {
+				t.Errorf("exit code %d\n%s", r.code, r.stderr)
+			}
+			for _, want := range c.want {
+				if !strings.Contains(r.stdout, want) {
+					t.Errorf("%q is missing:\n%s", want, r.stdout)
+				}
+			}
+			if out := r.stdout + r.stderr; strings.ContainsAny(out, "\x1b\a") {
+				t.Errorf("control characters: %q", out)
+			}
+		})
+	}
+	r := runVarve(t, env, "stat", "shop/db@latest:/etc/"+hostile)
+	if r.code == exitOK || !strings.Contains(r.stderr, "harm") || strings.ContainsAny(r.stderr, "\x1b\a") {
+		t.Errorf("exit code %d, %q", r.code, r.stderr)
+	}
+}
+
+func TestModeString(t *testing.T) {
+	for mode, want := range map[uint32]string{
+		0o100644: "-rw-r--r--", 0o040755: "drwxr-xr-x", 0o120777: "lrwxrwxrwx", 0o020666: "crw-rw-rw-", 0o060660: "brw-rw----",
+		0o010600: "prw-------", 0o140700: "srwx------", 0o104755: "-rwsr-xr-x", 0o104644: "-rwSr--r--", 0o102755: "-rwxr-sr-x",
+		0o102644: "-rw-r-Sr--", 0o041777: "drwxrwxrwt", 0o041770: "drwxrwx--T", 0o107000: "---S--S--T",
+	} {
+		if got := modeString(mode); got != want {
+			t.Errorf("modeString(%o) = %s, want %s", mode, got, want)
+		}
+	}
+}
+
+// What cannot be read is left out of a copy, named, and told by the exit code.
+func TestCpNamesWhatItLeavesOut(t *testing.T) {
+	diskfstest.NeedTool(t, "debugfs")
+	env := newFilesEnv(t)
+	image := filepath.Join(env["HOME"], "disk.img")
+	diskfstest.Run(t, "tune2fs", "-O", "encrypt", image)
+	diskfstest.Run(t, "debugfs", "-w", "-R", "sif /etc/other flags 0x80800", image)
+	mustRun(t, env, "backup", image, "--volume", "shop/db")
+	dir := t.TempDir()
+	r := runVarve(t, env, "cp", "-r", "shop/db@latest:/", filepath.Join(dir, "all"))
+	if r.code != exitFailure || !strings.Contains(r.stderr, "etc/other could not be read and is not in "+dir) ||
+		!strings.Contains(r.stderr, "encrypt") || !strings.Contains(r.stdout, "copied 2 files") {
+		t.Errorf("exit code %d\n%s%s", r.code, r.stdout, r.stderr)
+	}
+	if b, err := os.ReadFile(filepath.Join(dir, "all/etc/app.conf")); err != nil || string(b) != "port=1\n" {
+		t.Errorf("a file beside holds %q, %v", b, err)
+	}
+	if _, err := os.Lstat(filepath.Join(dir, "all/etc/other")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the file is there: %v", err)
+	}
+	r = runVarve(t, env, "cp", "-o", "json", "shop/db@latest:/etc/*", dir)
+	var res cpResult
+	if err := json.Unmarshal([]byte(r.stdout), &res); err != nil || r.code != exitFailure || res.Files != 1 || len(res.Failed) != 1 || res.Failed[0].Path != "etc/other" {
+		t.Errorf("exit code %d, %v\n%s", r.code, err, r.stdout)
+	}
+}
+
 // buildVarve makes the program, for tests of processes. The tag is Kopia's: it opens
 // what tests with that tag make, and all else.
 func buildVarve(t *testing.T) string {
@@ -126,14 +215,19 @@ func needFUSE(t *testing.T) {
 	f.Close()
 }
 
+// list is the environment as processes get it.
+func (e testEnv) list() (out []string) {
+	for k, v := range e {
+		out = append(out, k+"="+v)
+	}
+	return out
+}
+
 // start runs the program with the environment of a user.
 func start(t *testing.T, env testEnv, program string, args ...string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command(program, args...)
-	cmd.Env = os.Environ()
-	for k, v := range env {
-		cmd.Env = append(cmd.Env, k+"="+v)
-	}
+	cmd.Env = append(os.Environ(), env.list()...)
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -165,9 +259,22 @@ func TestMountCommand(t *testing.T) {
 	dir := t.TempDir()
 	conf := filepath.Join(dir, "shop/db/latest/files/etc/app.conf")
 
-	// In the background: the tree is there when the command returns.
-	if err := start(t, env, program, "mount", dir, "--daemon").Wait(); err != nil {
+	// In the background: the tree is there when the command returns, and it says where, and that a
+	// volume of that name is not there.
+	cmd := exec.Command(program, "mount", dir, "--daemon", "--volume", "shop/db", "--volume", "shop/typo")
+	cmd.Env = append(os.Environ(), env.list()...)
+	// Pipes would last as long as the background process, which has its standard error still.
+	out, err := os.Create(filepath.Join(t.TempDir(), "out"))
+	if err != nil {
 		t.Fatal(err)
+	}
+	defer out.Close()
+	cmd.Stdout, cmd.Stderr = out, out
+	if err := cmd.Run(); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(out.Name()); err != nil || !strings.Contains(string(b), "varve umount "+dir) || !strings.Contains(string(b), "shop/typo") {
+		t.Errorf("the command says %q, %v", b, err)
 	}
 	if b, err := os.ReadFile(conf); err != nil || string(b) != "port=1\n" {
 		t.Errorf("the file holds %q, %v", b, err)
@@ -181,7 +288,7 @@ func TestMountCommand(t *testing.T) {
 	}
 
 	// In the foreground: a signal unmounts.
-	cmd := start(t, env, program, "mount", dir, "--volume", "shop/db")
+	cmd = start(t, env, program, "mount", dir, "--volume", "shop/db")
 	waitUntil(t, "the tree appears", func() bool { return !isEmpty(dir) })
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
@@ -320,7 +427,7 @@ func TestKernelMountSurvivesNothing(t *testing.T) {
 		}
 		return n
 	}
-	cmd := start(t, env, program, "mount", "--kernel", volume+"@latest", dir)
+	cmd := start(t, env, program, "mount", "--kernel", "--loop", volume+"@latest", dir)
 	waitUntil(t, "the file system appears", func() bool { _, err := os.Stat(conf); return err == nil })
 	if b, err := os.ReadFile(conf); err != nil || string(b) != "port=1\n" {
 		t.Errorf("the file holds %q, %v", b, err)
@@ -328,13 +435,23 @@ func TestKernelMountSurvivesNothing(t *testing.T) {
 	if loops() != 1 {
 		t.Errorf("there are %d loop devices", loops())
 	}
+	if out, err := exec.Command(program, "umount", filepath.Dir(conf)).CombinedOutput(); err == nil {
+		t.Errorf("a directory below was unmounted: %s", out)
+	}
+	second := start(t, env, program, "mount", "--kernel", "--loop", volume+"@latest", dir)
+	if err := second.Wait(); err == nil {
+		t.Error("the directory could be mounted on twice")
+	}
+	if b, err := os.ReadFile(conf); err != nil || string(b) != "port=1\n" {
+		t.Errorf("after another mount was refused the file holds %q, %v", b, err)
+	}
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	_ = cmd.Wait()
 	waitUntil(t, "the killed process's mount goes", func() bool { return isEmpty(dir) && loops() == 0 && !fusefs.IsKernelMount(dir) })
 
-	cmd = start(t, env, program, "mount", "--kernel", volume+"@latest", dir)
+	cmd = start(t, env, program, "mount", "--kernel", "--loop", volume+"@latest", dir)
 	waitUntil(t, "the file system appears", func() bool { _, err := os.Stat(conf); return err == nil })
 	mustRun(t, env, "umount", dir)
 	if err := cmd.Wait(); err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"strings"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/fusefs/browse"
 	"github.com/varve-io/varve/fusefs/diskfs"
 )
@@ -45,6 +47,10 @@ that has it. Metadata is compared, and of content only what changed on the disk.
 		},
 	}
 	cmd.Flags().BoolVarP(&recursive, "recursive", "R", false, "list directories with all that is below")
+	cmd.Flags().BoolP("long", "l", false, "list everything known of a file, as is always done")
+	if err := cmd.Flags().MarkHidden("long"); err != nil { // for the habit of typing it
+		panic(err)
+	}
 	cmd.Flags().BoolVar(&versions, "versions", false, "list the states of a file across a volume's recovery points")
 	addStaleFlag(cmd, &stale)
 	return cmd
@@ -61,6 +67,7 @@ type fileInfo struct {
 	Size    int64     `json:"size"`
 	ModTime time.Time `json:"modTime"`
 	Target  string    `json:"target,omitempty"` // of a symbolic link
+	Error   string    `json:"error,omitempty"`  // why it cannot be read; the rest is then not known
 }
 
 type volumeInfo struct {
@@ -85,15 +92,37 @@ func (a *app) ls(ctx context.Context, args []string, recursive, stale bool) erro
 			}
 			l.titled = recursive || len(args) > 1 || len(names) > 1
 			if err := l.list(files, fsys, names); err != nil {
-				return fmt.Errorf("%s: %w", files.point.Name(), err)
+				return files.at(err)
 			}
 		}
 		if a.flags.output == "json" {
-			return a.print(l.all, nil)
+			if err := a.print(l.all, nil); err != nil {
+				return err
+			}
 		}
-		return nil
+		return unreadable(l.failed)
 	})
 }
+
+// unreadable is the error behind a listing that names what could not be read.
+func unreadable(failed []error) error {
+	if len(failed) == 0 {
+		return nil
+	}
+	return &unreadableError{failed}
+}
+
+type unreadableError struct{ causes []error }
+
+func (e *unreadableError) Error() string {
+	if len(e.causes) == 1 {
+		return "one file or directory could not be read: it is named above; all else is listed"
+	}
+	return fmt.Sprintf("%d files or directories could not be read: they are named above; all else is listed", len(e.causes))
+}
+
+// Unwrap gives all causes, for the exit code.
+func (e *unreadableError) Unwrap() []error { return e.causes }
 
 // lister lists files and directories: tables as they come, JSON at the end.
 type lister struct {
@@ -103,6 +132,22 @@ type lister struct {
 	titled    bool // a directory's name stands above its table
 	printed   bool
 	all       []fileInfo
+	failed    []error // what could not be read
+}
+
+// fail names what cannot be read, and has the listing go on. Where the storage does not
+// answer, nothing else could be read either.
+func (l *lister) fail(point, name string, err error) error {
+	if errors.Is(err, repository.ErrUnreachable) || l.ctx.Err() != nil {
+		return err
+	}
+	var path *fs.PathError
+	if errors.As(err, &path) {
+		err = path.Err
+	}
+	l.app.log.Error("cannot read", "file", point+":"+rooted(name), "error", err)
+	l.failed = append(l.failed, err)
+	return nil
 }
 
 // list lists what one argument names: first what is no directory, then directories.
@@ -149,7 +194,7 @@ func (l *lister) list(files *pointFiles, fsys diskfs.FileSystem, names []string)
 
 // directory lists a directory and, if that was asked for, those below.
 func (l *lister) directory(point string, fsys diskfs.FileSystem, dir string, visited browse.Visited) error {
-	list, err := listDir(l.ctx, fsys, dir)
+	list, err := listDir(l.ctx, fsys, dir, func(name string, err error) error { return l.fail(point, name, err) })
 	if err != nil {
 		return err
 	}
@@ -166,7 +211,10 @@ func (l *lister) directory(point string, fsys diskfs.FileSystem, dir string, vis
 			err = visited.Add(fsys, e)
 		}
 		if err != nil {
-			return err //nolint:wrapcheck // names the path itself
+			if err := l.fail(point, name, err); err != nil {
+				return err
+			}
+			continue
 		}
 		if err := l.directory(point, fsys, name, visited); err != nil {
 			return err
@@ -192,6 +240,10 @@ func (l *lister) show(title string, list []fileInfo) error {
 		t.row("MODE", "LINKS", "UID", "GID", "SIZE", "MODIFIED", "NAME")
 		for _, f := range list {
 			shown := quoted(f.Name)
+			if f.Error != "" {
+				t.row(f.Mode, "?", "?", "?", "?", "?", shown)
+				continue
+			}
 			if f.Target != "" {
 				shown += " -> " + quoted(f.Target)
 			}
@@ -213,28 +265,30 @@ func (a *app) lsVolumes(files *pointFiles) error {
 	})
 }
 
-// listDir lists a directory.
-func listDir(ctx context.Context, fsys diskfs.FileSystem, name string) ([]fileInfo, error) {
+// listDir lists a directory. fail is told of what cannot be read, and may have it go on by
+// answering nil.
+func listDir(ctx context.Context, fsys diskfs.FileSystem, name string, fail func(name string, err error) error) ([]fileInfo, error) {
 	entries, err := fsys.ReadDir(name)
 	if err != nil {
-		return nil, err //nolint:wrapcheck // names the path itself
+		if err := fail(name, err); err != nil {
+			return nil, err
+		}
 	}
 	list := make([]fileInfo, 0, len(entries))
 	for _, e := range entries {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
+		child, f := browse.Join(name, e.Name()), fileInfo{}
 		st, err := e.Info()
-		if err != nil {
-			return nil, err //nolint:wrapcheck // names the path itself
+		if err == nil {
+			f, err = describe(fsys, child, st)
 		}
-		child := e.Name()
-		if name != "." {
-			child = name + "/" + child
-		}
-		f, err := describe(fsys, child, st)
 		if err != nil {
-			return nil, err
+			if err := fail(child, err); err != nil {
+				return nil, err
+			}
+			f = fileInfo{Name: e.Name(), Mode: "??????????", Error: message(err)}
 		}
 		f.Path = rooted(child)
 		list = append(list, f)
@@ -246,6 +300,7 @@ func describe(fsys diskfs.FileSystem, name string, st fs.FileInfo) (fileInfo, er
 	f := fileInfo{Name: st.Name(), Mode: st.Mode().String(), Size: st.Size(), ModTime: st.ModTime().UTC()}
 	if s, ok := st.Sys().(*diskfs.Stat); ok {
 		f.Links, f.UID, f.GID = uint64(s.Nlink), s.UID, s.GID
+		f.Mode = modeString(s.Mode)
 	}
 	if st.Mode()&fs.ModeSymlink != 0 {
 		to, err := fsys.ReadLink(name)
@@ -255,4 +310,32 @@ func describe(fsys diskfs.FileSystem, name string, st fs.FileInfo) (fileInfo, er
 		f.Target = to
 	}
 	return f, nil
+}
+
+// modeString is st_mode in the way of ls(1).
+func modeString(mode uint32) string {
+	b := []byte{typeLetter(mode)}
+	if b[0] == 'f' {
+		b[0] = '-'
+	}
+	for i, c := range "rwxrwxrwx" {
+		if mode&(0o400>>i) == 0 {
+			c = '-'
+		}
+		b = append(b, byte(c)) //nolint:gosec // an ASCII letter
+	}
+	for _, s := range []struct {
+		bit    uint32
+		at     int
+		letter byte
+	}{{0o4000, 3, 's'}, {0o2000, 6, 's'}, {0o1000, 9, 't'}} {
+		if mode&s.bit == 0 {
+			continue
+		}
+		if b[s.at] == '-' {
+			s.letter -= 'a' - 'A' // nobody may execute it
+		}
+		b[s.at] = s.letter
+	}
+	return string(b)
 }

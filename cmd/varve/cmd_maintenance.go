@@ -95,6 +95,13 @@ func (a *app) maintain(ctx context.Context, repo *repository.Repository, opt bac
 		Rewritten: rep.Rewritten, NotMoved: rep.NotMoved, Reclaimed: rep.Reclaimed, Temporary: rep.Temporary,
 		Leases: rep.ExpiredLeases, DeadRuns: rep.DeadRuns, Quarantined: rep.Quarantined,
 	}
+	if res.Mode == "" && !res.Busy {
+		if st, err := repo.MaintenanceState(ctx); err == nil && !st.Owned {
+			return a.print(res, func(t *table) {
+				t.line("Nothing was done: maintenance belongs to %s. Run it there, or here with --force.", st.Owner)
+			})
+		}
+	}
 	return a.print(res, func(t *table) { writeMaintenance(t, res) })
 }
 
@@ -104,7 +111,7 @@ func writeMaintenance(t *table, res maintenanceResult) {
 		t.line("Maintenance is under way elsewhere; nothing was done.")
 		return
 	case res.Mode == "":
-		t.line("Nothing is due, or another client owns maintenance. See: varve maintenance status")
+		t.line("Nothing is due. See: varve maintenance status")
 		return
 	case res.Mode == string(repository.MaintenanceQuick):
 		t.line("quick maintenance done in %.1f s", res.Seconds)

@@ -97,7 +97,7 @@ func TestPinForgetPruneMaintenance(t *testing.T) {
 		}
 	}
 	out := mustRun(t, env, "prune", "--keep-latest", "1").stdout
-	if !strings.Contains(out, "pinned: audit") || !strings.Contains(out, "2 recovery points kept, 2 deleted") {
+	if !strings.Contains(out, "pinned: audit") || strings.Count(out, "no rule keeps it") != 2 || !strings.Contains(out, "2 recovery points kept, 2 deleted") {
 		t.Errorf("pruned:\n%s", out)
 	}
 	mustRun(t, env, "unpin", names[0], "--all")

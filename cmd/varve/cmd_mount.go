@@ -28,7 +28,7 @@ type mountFlags struct {
 	allowOther         bool
 	daemon, foreground bool
 	logFile            string
-	kernel             bool
+	kernel, loop       bool
 	partition          string
 	metrics            string
 }
@@ -55,7 +55,9 @@ the recovery point stays as it is.
 --kernel mounts the file system of one recovery point at DIR itself, read-only
 and with the driver of this machine's kernel, which knows more file systems
 (btrfs, for example). It needs root and trusts the disk: a hostile one can crash
-the kernel. Its journal is replayed into an overlay.
+the kernel. Its journal is replayed into an overlay. The disk is attached by NBD
+where that driver is loaded (modprobe nbd), else, and with --loop, by a loop
+device.
 
 The command serves until it is interrupted or 'varve umount DIR' is called; with
 --daemon it goes to the background as soon as the tree is there.`,
@@ -82,6 +84,9 @@ The command serves until it is interrupted or 'varve umount DIR' is called; with
 			if f.kernel {
 				return a.mountKernel(cmd.Context(), args[0], args[1], f)
 			}
+			if f.loop {
+				return usagef("--loop is for --kernel")
+			}
 			if f.partition != "" {
 				return usagef("--partition is for --kernel: without it files/ shows all partitions")
 			}
@@ -99,6 +104,7 @@ The command serves until it is interrupted or 'varve umount DIR' is called; with
 	fl.DurationVar(&f.refresh, "refresh", 15*time.Second, "time between looks for new recovery points; 0 for never")
 	fl.BoolVar(&f.allowOther, "allow-other", false, "let other users in, by the permissions of the files; needs user_allow_other in /etc/fuse.conf unless root mounts")
 	fl.BoolVar(&f.kernel, "kernel", false, "mount one recovery point's file system with the kernel; needs root")
+	fl.BoolVar(&f.loop, "loop", false, "with --kernel: a loop device over FUSE, even where the kernel has NBD")
 	fl.StringVar(&f.partition, "partition", "", "partition to mount with --kernel, such as p1")
 	fl.BoolVar(&f.daemon, "daemon", false, "go to the background when the tree is there")
 	fl.BoolVar(&f.foreground, "foreground", false, "stay in the foreground (the default)")
@@ -164,10 +170,30 @@ func (a *app) mount(ctx context.Context, dir string, f mountFlags) (err error) {
 		return err
 	}
 	a.log.Info("recovery points are mounted", "directory", m.Dir)
-	if err := a.daemonReady(f.logFile); err != nil {
+	for _, v := range tree.Missing() {
+		a.log.Warn("this volume has no recovery points yet: it appears when it has", "volume", v.String())
+	}
+	if err := errors.Join(a.announceMount("Recovery points are", m.Dir, f), a.daemonReady(f.logFile)); err != nil {
 		return errors.Join(err, m.Close())
 	}
 	return waitMounted(ctx, m)
+}
+
+// mountView is what "varve mount -o json" prints once the tree is there.
+type mountView struct {
+	Directory string `json:"directory"`
+}
+
+// announceMount tells where the tree is and how to end it: on a terminal the log says
+// nothing, and the command would seem to hang.
+func (a *app) announceMount(what, dir string, f mountFlags) error {
+	return a.print(mountView{dir}, func(t *table) {
+		if f.daemon {
+			t.line("%s at %s until 'varve umount %s'.", what, dir, dir)
+		} else {
+			t.line("%s at %s. Ctrl-C or 'varve umount %s' ends this.", what, dir, dir)
+		}
+	})
 }
 
 // served is a mount that this process answers for.

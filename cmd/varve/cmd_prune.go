@@ -139,7 +139,11 @@ func writePrune(t *table, res pruneResult) {
 				action = "deleted"
 				gone++
 			}
-			t.row(action, p.Name, shortID(p.ID), strings.Join(p.Reasons, ", "))
+			why := strings.Join(p.Reasons, ", ")
+			if why == "" {
+				why = "no rule keeps it"
+			}
+			t.row(action, p.Name, shortID(p.ID), why)
 		}
 	}
 	verb := "deleted"

@@ -1,8 +1,11 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -18,6 +21,10 @@ func TestRepoLifeCycle(t *testing.T) {
 	if r := runVarve(t, env, "repo", "status"); r.code != exitRepository || !strings.Contains(r.stderr, "varve repo create") {
 		t.Errorf("not connected: %+v", r)
 	}
+	noPassword := testEnv{"HOME": env["HOME"], "VARVE_CONFIG": env["VARVE_CONFIG"]}
+	if r := runVarve(t, noPassword, "list"); r.code != exitRepository || !strings.Contains(r.stderr, "not connected") {
+		t.Errorf("not connected, and no password: %+v", r)
+	}
 	mustRun(t, env, "repo", "create", "filesystem", "--path", dir, "--compression", "off", "--cluster", "prod", "--max-upload-rate", "10MiB")
 	var s repository.Status
 	if err := json.Unmarshal([]byte(mustRun(t, env, "repo", "status", "-o", "json").stdout), &s); err != nil {
@@ -28,6 +35,19 @@ func TestRepoLifeCycle(t *testing.T) {
 	}
 	if r := runVarve(t, env, "repo", "create", "filesystem", "--path", dir); r.code != exitRefused {
 		t.Errorf("created twice: %+v", r)
+	}
+
+	if err := os.Rename(dir, dir+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil { // as where a disk is to be mounted
+		t.Fatal(err)
+	}
+	if r := runVarve(t, env, "list"); r.code != exitRepository || !strings.Contains(r.stderr, "mounted") || strings.Contains(r.stderr, "create") {
+		t.Errorf("the disk of the repository is not mounted: %+v", r)
+	}
+	if err := errors.Join(os.RemoveAll(dir), os.Rename(dir+".away", dir)); err != nil {
+		t.Fatal(err)
 	}
 
 	env["VARVE_NEW_PASSWORD"] = "battery staple"
@@ -156,6 +176,29 @@ func TestPasswordSources(t *testing.T) {
 				t.Errorf("a password is in the output: %+v", r)
 			}
 		})
+	}
+}
+
+// TestPasswordCommandLeavesStandardInputAlone gives a list of extents by standard
+// input to a user whose password command reads all of its own.
+func TestPasswordCommandLeavesStandardInputAlone(t *testing.T) {
+	env, disk := newBackupEnv(t)
+	in, list, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	_, err = list.WriteString(`{"base":null,"target":"s1","size":1048576}` + "\n" + `{"offset":0,"length":1048576}` + "\n" + `{"end":true,"count":1}` + "\n")
+	if err := errors.Join(err, list.Close()); err != nil {
+		t.Fatal(err)
+	}
+	var stderr bytes.Buffer
+	e := testEnv{"HOME": env["HOME"], "VARVE_CONFIG": env["VARVE_CONFIG"], "VARVE_PASSWORD_COMMAND": "cat >&2; echo correct horse"}
+	a := newApp()
+	a.stdin, a.stdout, a.stderr = in, io.Discard, &stderr
+	a.lookupEnv = func(name string) (string, bool) { v, ok := e[name]; return v, ok }
+	if code := a.run(t.Context(), []string{"backup", disk, "--volume", "shop/db", "--extents", "-"}); code != exitOK {
+		t.Errorf("exit code %d\n%s", code, &stderr)
 	}
 }
 

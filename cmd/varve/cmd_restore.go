@@ -39,7 +39,8 @@ A file is made sparse; a device must be at least as large as the disk, and
 neither may be in use unless --force is given. A file that exists is replaced
 with --overwrite only. What a device has behind the end of the disk is left as
 it is. A restore that was interrupted goes on where it stopped when it is run
-again.
+again; a sample of what is there already (--verify-unchanged) is read first, and
+all of it is compared if the target was used in between.
 
 --delta keeps what the target has and writes only what differs. With --base,
 the target is known to hold another recovery point (a disk to be rolled back,
@@ -63,7 +64,7 @@ compared. Without --base all of the target is read and compared.
 	fl.BoolVar(&f.delta, "delta", false, "write only what differs from what the target holds")
 	fl.StringVar(&f.base, "base", "", "recovery point that the target is known to hold (with --delta)")
 	fl.StringVar(&f.changed, "changed", "", "file with the extents that changed on the target since it held the base, '-' for standard input")
-	fl.StringVar(&f.spotCheck, "verify-unchanged", "0.1%", "share of what --base takes for unchanged that is read and compared first")
+	fl.StringVar(&f.spotCheck, "verify-unchanged", "0.1%", "share of what --base, or an interrupted restore, takes for written that is read and compared first")
 	fl.BoolVar(&f.restart, "restart", false, "start from the beginning, whatever an interrupted restore left")
 	fl.IntVar(&f.workers, "workers", 0, "blocks decoded and written at once (default one for each CPU)")
 	return cmd
@@ -227,7 +228,7 @@ func (a *app) printRestore(p *backup.Point, path string, res backup.RestoreResul
 			t.line("  left %s as they were", t.bytes(res.Unchanged))
 		}
 		if res.Checked > 0 {
-			t.line("  spot check: %s of what is unchanged were read and are", t.bytes(res.Checked))
+			t.line("  spot check: %s of what was there were read, before anything was written", t.bytes(res.Checked))
 		}
 		if res.Resumed > 0 {
 			t.line("  went on with an earlier restore: %s were there", t.bytes(res.Resumed))

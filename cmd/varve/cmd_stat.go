@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/base64"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -44,7 +46,7 @@ func (a *app) stat(ctx context.Context, args []string, stale bool) error {
 	err := a.eachFile(ctx, args, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool) error {
 		e, err := browse.Lstat(fsys, name)
 		if err != nil {
-			return fmt.Errorf("%s: %w", files.point.Name(), err)
+			return files.at(err)
 		}
 		s, err := statOf(fsys, e)
 		s.Point = files.point.Name()
@@ -70,8 +72,8 @@ func (a *app) stat(ctx context.Context, args []string, stale bool) error {
 			if s.Created != nil {
 				t.line("  Created: %s", s.Created.Format(time.RFC3339Nano))
 			}
-			for name, value := range s.Xattrs {
-				t.line("  Attribute: %s=%s (base64)", name, value)
+			for _, name := range slices.Sorted(maps.Keys(s.Xattrs)) {
+				t.line("  Attribute: %s=%s (base64)", name, s.Xattrs[name])
 			}
 		}
 	})

@@ -3,9 +3,9 @@ package main
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
-	"path"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -39,102 +39,125 @@ type treeNode struct {
 
 func (a *app) tree(ctx context.Context, arg string, depth int, stale bool) error {
 	return a.eachFile(ctx, []string{arg}, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool) error {
+		if depth <= 0 || depth > maxTreeDepth {
+			depth = maxTreeDepth
+		}
+		out := bufio.NewWriter(a.stdout)
+		d := &treeDrawer{lister: &lister{app: a, ctx: ctx}, point: files.point.Name(), fsys: fsys, out: out, visited: browse.Visited{}}
+		e, err := browse.Lstat(fsys, name)
+		if err != nil {
+			return files.at(err)
+		}
 		if a.flags.output == "json" {
-			e, err := browse.Lstat(fsys, name)
-			if err != nil {
-				return err //nolint:wrapcheck // names the path itself
-			}
-			n, err := makeTree(ctx, fsys, e, depth, browse.Visited{})
+			n, err := d.node(e, depth)
 			if err != nil {
 				return err
 			}
-			return a.print(n, nil)
+			return errors.Join(a.print(n, nil), unreadable(d.failed))
 		}
-		out := bufio.NewWriter(a.stdout)
-		fmt.Fprintln(out, quoted(files.point.Name()+":"+rooted(name)))
-		dirs, others, err := drawTree(ctx, out, fsys, name, "", depth, browse.Visited{})
-		if err != nil {
+		fmt.Fprintln(out, quoted(d.point+":"+rooted(name)))
+		if err := d.draw(e, "", depth); err != nil {
 			return err
 		}
-		fmt.Fprintf(out, "\n%d directories, %d files\n", dirs, others)
+		fmt.Fprintf(out, "\n%d directories, %d files\n", d.dirs, d.others)
 		if err := out.Flush(); err != nil {
 			return fmt.Errorf("print result: %w", err)
 		}
-		return nil
+		return unreadable(d.failed)
 	})
 }
 
 // maxTreeDepth bounds what a hostile image can make of a tree.
 const maxTreeDepth = 1000
 
-func makeTree(ctx context.Context, fsys diskfs.FileSystem, e *browse.Entry, depth int, visited browse.Visited) (n treeNode, err error) {
-	if n.fileInfo, err = describe(fsys, e.Path, e.Info); err != nil || !e.IsDir() || depth == 1 || depth < -maxTreeDepth {
-		return n, err
-	}
-	if err := visited.Add(fsys, e); err != nil {
-		return n, err //nolint:wrapcheck // names the path itself
-	}
-	entries, err := fsys.ReadDir(e.Path)
-	if err != nil {
-		return n, err //nolint:wrapcheck // names the path itself
-	}
-	for _, d := range entries {
-		if err := ctx.Err(); err != nil {
-			return n, err //nolint:wrapcheck // cancelled
-		}
-		child, err := browse.Lstat(fsys, browse.Join(e.Path, d.Name()))
-		if err != nil {
-			return n, err //nolint:wrapcheck // names the path itself
-		}
-		c, err := makeTree(ctx, fsys, child, depth-1, visited)
-		if err != nil {
-			return n, err
-		}
-		n.Children = append(n.Children, c)
-	}
-	return n, nil
+// treeDrawer goes through a tree, past what cannot be read.
+type treeDrawer struct {
+	*lister
+	point   string
+	fsys    diskfs.FileSystem
+	out     *bufio.Writer
+	visited browse.Visited
+
+	dirs, others int
 }
 
-// drawTree draws what is below a directory; depth 0 has no bound.
-func drawTree(ctx context.Context, out *bufio.Writer, fsys diskfs.FileSystem, dir, indent string, depth int, visited browse.Visited) (dirs, others int, err error) {
-	self, err := browse.Lstat(fsys, dir)
-	if err != nil || !self.IsDir() || len(indent) > 4*maxTreeDepth {
-		return 0, 0, err //nolint:wrapcheck // names the path itself
+// below visits what is in a directory, each as an entry or the error of it, if depth levels more
+// than none are to be shown.
+func (d *treeDrawer) below(e *browse.Entry, depth int, visit func(child *browse.Entry, name string, last bool, err error) error) error {
+	if !e.IsDir() || depth == 0 {
+		return nil
 	}
-	if err := visited.Add(fsys, self); err != nil {
-		return 0, 0, err //nolint:wrapcheck // names the path itself
+	err := d.visited.Add(d.fsys, e)
+	var entries []fs.DirEntry
+	if err == nil {
+		entries, err = d.fsys.ReadDir(e.Path)
 	}
-	entries, err := fsys.ReadDir(dir)
 	if err != nil {
-		return 0, 0, err //nolint:wrapcheck // names the path itself
-	}
-	for i, e := range entries {
-		if err := ctx.Err(); err != nil {
-			return dirs, others, err //nolint:wrapcheck // cancelled
+		if err := d.fail(d.point, e.Path, err); err != nil {
+			return err
 		}
+	}
+	for i, entry := range entries {
+		if err := d.ctx.Err(); err != nil {
+			return err //nolint:wrapcheck // cancelled
+		}
+		name := browse.Join(e.Path, entry.Name())
+		child, err := browse.Lstat(d.fsys, name)
+		if err != nil {
+			if err := d.fail(d.point, name, err); err != nil {
+				return err
+			}
+		}
+		if err := visit(child, entry.Name(), i == len(entries)-1, err); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// node is the tree of JSON.
+func (d *treeDrawer) node(e *browse.Entry, depth int) (n treeNode, err error) {
+	if n.fileInfo, err = describe(d.fsys, e.Path, e.Info); err != nil {
+		if err := d.fail(d.point, e.Path, err); err != nil {
+			return n, err
+		}
+		n.Error = message(err)
+	}
+	err = d.below(e, depth, func(child *browse.Entry, name string, _ bool, err error) error {
+		c := treeNode{fileInfo: fileInfo{Name: name}}
+		if err != nil {
+			c.Error = message(err)
+		} else if c, err = d.node(child, depth-1); err != nil {
+			return err
+		}
+		n.Children = append(n.Children, c)
+		return nil
+	})
+	return n, err
+}
+
+// draw draws what is below a directory.
+func (d *treeDrawer) draw(e *browse.Entry, indent string, depth int) error {
+	return d.below(e, depth, func(child *browse.Entry, name string, last bool, err error) error {
 		branch, below := "├── ", "│   "
-		if i == len(entries)-1 {
+		if last {
 			branch, below = "└── ", "    "
 		}
-		name, shown := browse.Join(dir, e.Name()), quoted(path.Base(e.Name()))
-		if e.Type()&fs.ModeSymlink != 0 {
-			if to, err := fsys.ReadLink(name); err == nil {
+		shown := quoted(name)
+		switch {
+		case err != nil:
+			shown += " (cannot be read)"
+		case child.Info.Mode()&fs.ModeSymlink != 0:
+			if to, err := d.fsys.ReadLink(child.Path); err == nil {
 				shown += " -> " + quoted(strings.TrimSpace(to))
 			}
 		}
-		fmt.Fprintln(out, indent+branch+shown)
-		if !e.IsDir() {
-			others++
-			continue
+		fmt.Fprintln(d.out, indent+branch+shown)
+		if err == nil && child.IsDir() {
+			d.dirs++
+			return d.draw(child, indent+below, depth-1)
 		}
-		dirs++
-		if depth != 1 {
-			d, o, err := drawTree(ctx, out, fsys, name, indent+below, depth-1, visited)
-			if err != nil {
-				return dirs, others, err
-			}
-			dirs, others = dirs+d, others+o
-		}
-	}
-	return dirs, others, nil
+		d.others++
+		return nil
+	})
 }

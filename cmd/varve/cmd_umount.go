@@ -22,7 +22,7 @@ What a killed one left behind is cleaned up as well.`,
 		RunE: func(_ *cobra.Command, args []string) error {
 			unmount := fusefs.Unmount
 			if fusefs.IsKernelMount(args[0]) {
-				unmount = fusefs.UnmountKernel
+				unmount = func(dir string, lazy bool) error { return fusefs.UnmountKernel(dir, lazy, nbdDevices{}) }
 			}
 			err := unmount(args[0], lazy)
 			if errors.Is(err, fusefs.ErrBusy) {

@@ -6,9 +6,14 @@ import (
 	"strings"
 
 	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/cbt"
 	"github.com/varve-io/varve/backup/disk"
+	"github.com/varve-io/varve/backup/hydrate"
+	"github.com/varve-io/varve/backup/overlay"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/fusefs"
+	"github.com/varve-io/varve/internal/serve"
+	"github.com/varve-io/varve/nbdserver"
 )
 
 // Exit codes. docs/exit-codes.md tells users what they mean; scripts depend on
@@ -62,15 +67,31 @@ var exitCodes = []struct {
 	{repository.ErrContentMissing, exitDamaged},
 	{repository.ErrContentCorrupt, exitDamaged},
 	{repository.ErrReadOnly, exitRefused},
-	{backup.ErrNoSuchPoint, exitNotFound},
-	{backup.ErrAmbiguous, exitNotFound},
 	{backup.ErrVerify, exitDamaged},
+	{backup.ErrWrongParent, exitRefused},
+	{backup.ErrSourceLied, exitRefused},
+	{cbt.ErrBaseMismatch, exitRefused},
+	{cbt.ErrVolumeMismatch, exitRefused},
+	{cbt.ErrSizeMismatch, exitRefused},
+	{cbt.ErrNoBase, exitRefused},
+	{cbt.ErrOutOfRange, exitRefused},
+	{cbt.ErrOverlap, exitRefused},
+	{cbt.ErrTruncated, exitRefused},
+	{cbt.ErrFormat, exitRefused},
+	{cbt.ErrTooScattered, exitRefused},
 	{backup.ErrNotBase, exitRefused},
 	{backup.ErrOtherRestore, exitRefused},
 	{backup.ErrTargetTooSmall, exitRefused},
 	{errTargetExists, exitRefused},
 	{disk.ErrMounted, exitRefused},
 	{disk.ErrTooSmall, exitRefused},
+	{disk.ErrReadOnly, exitRefused},
+	{disk.ErrNotADisk, exitUsage},
+	{overlay.ErrInUse, exitRefused},
+	{overlay.ErrOtherBase, exitRefused},
+	{hydrate.ErrInUse, exitRefused},
+	{serve.ErrNotWritable, exitUsage},
+	{nbdserver.ErrUnknownExport, exitNotFound},
 	{errOtherVolume, exitUsage},
 	{fusefs.ErrNotMounted, exitNotFound},
 	{fusefs.ErrBusy, exitRefused},
@@ -96,7 +117,8 @@ func exitCode(err error) int {
 	return exitFailure
 }
 
-// message is what a user reads of an error: one line.
+// message is what a user reads of an error: one line, and nothing that would do harm to a
+// terminal, since names of files in it can be a stranger's.
 func message(err error) string {
-	return strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
+	return printable(strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; "))
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"strings"
 
 	"github.com/varve-io/varve/fusefs/browse"
@@ -39,10 +40,19 @@ func (a *app) withFiles(ctx context.Context, fn func(opener) error) (err error) 
 		}
 		names, err := browse.Glob(ctx, fsys, inside)
 		if err != nil {
-			return nil, nil, nil, fmt.Errorf("%s: %w", files.point.Name(), err)
+			return nil, nil, nil, files.at(err)
 		}
 		return files, fsys, names, nil
 	})
+}
+
+// at names the file that an error is about as users do.
+func (f *pointFiles) at(err error) error {
+	name := f.point.Name()
+	if path, ok := err.(*fs.PathError); ok { //nolint:errorlint // one within another error is part of its text
+		return fmt.Errorf("%s:%s: %w", name, rooted(path.Path), path.Err)
+	}
+	return fmt.Errorf("%s: %w", name, err)
 }
 
 // eachFile calls fn for each file that the arguments name; several tells that

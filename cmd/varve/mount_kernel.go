@@ -47,24 +47,28 @@ func (a *app) mountKernel(ctx context.Context, point, dir string, f mountFlags) 
 		return err
 	}
 	defer func() { err = errors.Join(err, stopMetrics()) }()
+	// Before there is a watch: what that finds in the end is this process's own.
+	if err := fusefs.CleanKernel(dir, nbdDevices{a.log}); err != nil {
+		return err
+	}
 	stop, err := startWatch(dir)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, stop()) }()
-	m, err := tree.MountKernel(dir, f.partition)
+	m, err := tree.MountKernel(dir, f.partition, a.kernelDevices(f.loop))
 	if err != nil {
 		return err
 	}
 	a.log.Info("recovery point is mounted by the kernel", "point", opt.Point.Name(), "directory", m.Dir)
-	if err := a.daemonReady(f.logFile); err != nil {
+	if err := errors.Join(a.announceMount("Files of "+opt.Point.Name()+" are", m.Dir, f), a.daemonReady(f.logFile)); err != nil {
 		return errors.Join(err, m.Close())
 	}
 	return waitMounted(ctx, m)
 }
 
 // startWatch runs a process that cleans up at dir when this one dies, however it
-// does: the kernel's mount and its loop device would stay otherwise. stop ends it.
+// does: the kernel's mount and its device would stay otherwise. stop ends it.
 func startWatch(dir string) (stop func() error, err error) {
 	full, err := filepath.Abs(dir)
 	if err != nil {
@@ -105,7 +109,7 @@ func newMountWatchCommand() *cobra.Command {
 			if !fusefs.IsKernelMount(args[0]) {
 				return nil // all is clean
 			}
-			return fusefs.UnmountKernel(args[0], true)
+			return fusefs.UnmountKernel(args[0], true, nbdDevices{})
 		},
 	}
 }

@@ -130,7 +130,11 @@ func oneLine(p []byte) (string, error) {
 
 func (a *app) passwordFromCommand(ctx context.Context, command string) (string, error) {
 	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", command)
-	cmd.Stdin = a.stdin // it may ask for something itself
+	// It may ask for something itself. What is piped into varve is not for it: a list
+	// of extents, or the NBD client of --stdio.
+	if in, ok := a.stdin.(*os.File); ok && term.IsTerminal(int(in.Fd())) {
+		cmd.Stdin = in
+	}
 	cmd.Stderr = a.stderr
 	p, err := cmd.Output()
 	if err != nil {

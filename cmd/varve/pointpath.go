@@ -52,6 +52,12 @@ func splitPointPath(cat *backup.Catalog, arg string) (*backup.Point, string, err
 	}
 	p, err := cat.Resolve(strings.TrimSuffix(arg, ":"))
 	if err != nil {
+		// A path without its "/": times have colons as well, so the last one counts.
+		if i := strings.LastIndexByte(arg, ':'); i > 0 {
+			if _, other := cat.Resolve(arg[:i]); other == nil {
+				return nil, "", usagef("%s: a path begins with /: %s:/%s", arg, arg[:i], arg[i+1:])
+			}
+		}
 		return nil, "", fmt.Errorf("%w (files are named POINT:/PATH, for example shop/db@latest:/etc/fstab)", err)
 	}
 	return p, "/", nil

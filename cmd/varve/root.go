@@ -165,6 +165,7 @@ environment over the file. Secrets are never flags.`,
 		newVerifyCommand(a),
 		newVersionCommand(a),
 	)
+	root.InitDefaultCompletionCmd()
 	a.instrument(root)
 	return root
 }
@@ -182,6 +183,15 @@ const (
 // variables, and errors before a command's own code are told apart.
 func (a *app) instrument(c *cobra.Command) {
 	describeEnvironment(c)
+	if c.HasParent() && !c.Runnable() {
+		// Cobra would print help and succeed, whatever the word after it.
+		c.RunE = func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usagef("unknown command %q for %q", args[0], cmd.CommandPath())
+			}
+			return cmd.Help()
+		}
+	}
 	if run := c.RunE; run != nil {
 		c.RunE = func(cmd *cobra.Command, args []string) error {
 			a.started = true
@@ -213,6 +223,9 @@ func (a *app) openRepository(ctx context.Context) (*repository.Repository, error
 	config, err := a.configFile()
 	if err != nil {
 		return nil, err
+	}
+	if err := repository.Connected(config); err != nil {
+		return nil, err // before a password is asked for in vain
 	}
 	password, err := a.password(ctx, existingPassword)
 	if err != nil {

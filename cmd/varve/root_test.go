@@ -8,6 +8,11 @@ import (
 func TestUsageErrorsHaveTheirExitCode(t *testing.T) {
 	for _, args := range [][]string{
 		{"nosuchcommand"},
+		{"repo", "nosuchcommand"},
+		{"repo", "create", "floppy"},
+		{"maintenance", "nosuchcommand"},
+		{"nbd", "nosuchcommand"},
+		{"completion", "nosuchshell"},
 		{"version", "--nosuchflag"},
 		{"version", "extra"},
 		{"version", "-o", "xml"},
@@ -22,6 +27,16 @@ func TestUsageErrorsHaveTheirExitCode(t *testing.T) {
 		if !strings.HasPrefix(r.stderr, "varve: ") || r.stdout != "" {
 			t.Errorf("varve %s: stderr %q, stdout %q", strings.Join(args, " "), r.stderr, r.stdout)
 		}
+	}
+}
+
+// TestGroupsOfCommandsShowTheirHelp has a command that only has others below it.
+func TestGroupsOfCommandsShowTheirHelp(t *testing.T) {
+	if r := mustRun(t, newTestEnv(t), "repo"); !strings.Contains(r.stdout, "change-password") {
+		t.Errorf("help of repo: %q", r.stdout)
+	}
+	if r := mustRun(t, newTestEnv(t), "completion", "bash"); !strings.Contains(r.stdout, "__start_varve") {
+		t.Errorf("completion: %.100q", r.stdout)
 	}
 }
 

@@ -43,7 +43,10 @@ func (s *serving) announce(m *metricsServer) error {
 		if s.flags.writable {
 			kind = "with copy-on-write overlays in " + s.flags.overlays.Dir
 		}
-		t.line("Serving %d recovery points over NBD, %s.", view.Exports, kind)
+		t.line("Serving %s over NBD, %s.", count(view.Exports, "recovery point", "recovery points"), kind)
+		if view.Exports == 0 {
+			t.line("There is none yet of what was asked for; new ones appear by themselves. See: varve list")
+		}
 		if view.Metrics != "" {
 			t.line("Metrics: %s", view.Metrics)
 		}

@@ -52,6 +52,9 @@ func (a *app) versions(ctx context.Context, arg string, stale bool) (err error) 
 		cluster = a.flags.cluster
 	}
 	v, err := backup.ParseVolume(arg[:i], cluster)
+	if at := strings.IndexByte(arg[:i], '@'); err != nil && at > 0 {
+		return usagef("--versions looks through all recovery points of a volume: name it without one, %s%s", arg[:at], arg[i:])
+	}
 	if err != nil {
 		return usagef("--versions: %w", err)
 	}

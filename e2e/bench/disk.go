@@ -17,13 +17,19 @@ import (
 // bench is the state of a run.
 type bench struct {
 	cfg     config
-	disk    string // 4 GiB ext4 with about 2 GiB of files
-	changed string // the same, after 1 % of it changed
+	disk    string  // 4 GiB ext4 with about 2 GiB of files
+	changes         // what a busy system changed of it
+	pages   changes // what databases alone change: pages of files that exist
+	maker   string  // program that makes many points
+	load    string  // before the run
+	results []result
+}
+
+// changes is a later state of the disk.
+type changes struct {
+	changed string // the image
 	extents string // the list of what changed, in bytes
 	really  int64  // bytes of pages that differ
-	maker   string // program that makes many points
-	load    string // before the run
-	results []result
 }
 
 const (
@@ -35,21 +41,30 @@ const (
 // prepare makes the disk that all rows use.
 func (b *bench) prepare() error {
 	b.disk = filepath.Join(b.cfg.dir, "disk.img")
-	b.changed = filepath.Join(b.cfg.dir, "changed.img")
-	b.extents = filepath.Join(b.cfg.dir, "extents.jsonl")
 	if err := b.mkfs(); err != nil {
 		return err
 	}
 	if err := b.mounted(b.disk, fillTree); err != nil {
 		return err
 	}
-	if err := sh("cp", "--sparse=always", b.disk, b.changed); err != nil {
+	var err error
+	if b.changes, err = b.change("changed", churn); err != nil {
 		return err
 	}
-	if err := b.mounted(b.changed, churn); err != nil {
-		return err
+	b.pages, err = b.change("pages", churnPages)
+	return err
+}
+
+// change makes a copy of the disk, has do change its files, and lists what differs.
+func (b *bench) change(name string, do func(dir string) error) (changes, error) {
+	c := changes{changed: filepath.Join(b.cfg.dir, name+".img"), extents: filepath.Join(b.cfg.dir, name+".jsonl")}
+	if err := sh("cp", "--sparse=always", b.disk, c.changed); err != nil {
+		return c, err
 	}
-	return b.listChanges()
+	if err := b.mounted(c.changed, do); err != nil {
+		return c, err
+	}
+	return c, b.listChanges(&c)
 }
 
 // buildMaker builds the program that makes many recovery points.
@@ -150,8 +165,94 @@ func copyFile(from, to string) error {
 // small writes into some large files, new files, deleted ones.
 func churn(dir string) error {
 	rng := rand.New(rand.NewPCG(7, 7))
-	var large, all []string
-	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+	large, all, err := filesOf(dir)
+	if err != nil {
+		return err
+	}
+	page := make([]byte, pageBytes)
+	for range 40 { // databases: 100 pages here and there in one file
+		f, err := os.OpenFile(large[rng.IntN(len(large))], os.O_WRONLY, 0)
+		if err != nil {
+			return err
+		}
+		st, err := f.Stat()
+		if err != nil {
+			return err
+		}
+		for range 100 {
+			fillPage(rng, page)
+			if _, err := f.WriteAt(page, rng.Int64N(st.Size()/pageBytes)*pageBytes); err != nil {
+				return err
+			}
+		}
+		if err := f.Close(); err != nil {
+			return err
+		}
+	}
+	for i := range 200 { // logs and documents: new files
+		fillPage(rng, page)
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprint("new", i)), bytes.Repeat(page, 1+rng.IntN(40)), 0o600); err != nil {
+			return err
+		}
+	}
+	for range 50 {
+		if err := os.Remove(all[rng.IntN(len(all))]); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// churnPages writes into some large files as databases do, and changes nothing
+// else: runs of one to ten pages, such as neighbouring leaves of an index, at 40
+// places of each of 40 files.
+func churnPages(dir string) error {
+	rng := rand.New(rand.NewPCG(8, 8))
+	large, _, err := filesOf(dir)
+	if err != nil {
+		return err
+	}
+	page := make([]byte, pageBytes)
+	for range 40 {
+		f, err := os.OpenFile(large[rng.IntN(len(large))], os.O_WRONLY, 0)
+		if err != nil {
+			return err
+		}
+		st, err := f.Stat()
+		if err != nil {
+			return err
+		}
+		for range 40 {
+			n := 1 + rng.Int64N(10)
+			at := rng.Int64N(st.Size()/pageBytes - n)
+			for i := range n {
+				fillPage(rng, page)
+				if _, err := f.WriteAt(page, (at+i)*pageBytes); err != nil {
+					return err
+				}
+			}
+		}
+		if err := f.Close(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// fillPage writes an eighth of noise, the rest of few letters: it compresses to
+// about half, as what databases and logs write does.
+func fillPage(rng *rand.Rand, page []byte) {
+	for i := range page {
+		page[i] = byte('a' + rng.IntN(16)*rng.IntN(2))
+		if i < len(page)/8 {
+			page[i] = byte(rng.Uint32())
+		}
+	}
+}
+
+// filesOf lists the regular files below dir, and those of more than 1 MiB.
+func filesOf(dir string) (large, all []string, err error) {
+	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
 			return err
 		}
@@ -165,66 +266,22 @@ func churn(dir string) error {
 		all = append(all, path)
 		return nil
 	})
-	if err != nil {
-		return err
-	}
-	page := make([]byte, pageBytes)
-	// An eighth noise, the rest of few letters: it compresses to about half, as what
-	// databases and logs write does.
-	random := func() {
-		for i := range page {
-			page[i] = byte('a' + rng.IntN(16)*rng.IntN(2))
-			if i < len(page)/8 {
-				page[i] = byte(rng.Uint32())
-			}
-		}
-	}
-	for range 40 { // databases: 100 pages here and there in one file
-		f, err := os.OpenFile(large[rng.IntN(len(large))], os.O_WRONLY, 0)
-		if err != nil {
-			return err
-		}
-		st, err := f.Stat()
-		if err != nil {
-			return err
-		}
-		for range 100 {
-			random()
-			if _, err := f.WriteAt(page, rng.Int64N(st.Size()/pageBytes)*pageBytes); err != nil {
-				return err
-			}
-		}
-		if err := f.Close(); err != nil {
-			return err
-		}
-	}
-	for i := range 200 { // logs and documents: new files
-		random()
-		if err := os.WriteFile(filepath.Join(dir, fmt.Sprint("new", i)), bytes.Repeat(page, 1+rng.IntN(40)), 0o600); err != nil {
-			return err
-		}
-	}
-	for range 50 {
-		if err := os.Remove(all[rng.IntN(len(all))]); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-	}
-	return nil
+	return large, all, err
 }
 
 // listChanges compares the two disks and writes the list of extents.
-func (b *bench) listChanges() error {
+func (b *bench) listChanges(c *changes) error {
 	old, err := os.Open(b.disk)
 	if err != nil {
 		return err
 	}
 	defer old.Close()
-	now, err := os.Open(b.changed)
+	now, err := os.Open(c.changed)
 	if err != nil {
 		return err
 	}
 	defer now.Close()
-	out, err := os.Create(b.extents)
+	out, err := os.Create(c.extents)
 	if err != nil {
 		return err
 	}
@@ -247,7 +304,7 @@ func (b *bench) listChanges() error {
 		for i := 0; i < chunk; i += pageBytes {
 			if !bytes.Equal(p[i:i+pageBytes], q[i:i+pageBytes]) {
 				count++
-				b.really += pageBytes
+				c.really += pageBytes
 				if err := enc.Encode(map[string]int64{"offset": off + int64(i), "length": pageBytes}); err != nil {
 					return err
 				}

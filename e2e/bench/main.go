@@ -31,7 +31,7 @@ func main() {
 	flag.StringVar(&cfg.dir, "dir", "", "scratch directory with 20 GiB free (default below $TMPDIR or /var/tmp)")
 	flag.StringVar(&cfg.root, "root", "..", "source tree of Varve, to build the maker of many recovery points from")
 	flag.IntVar(&cfg.runs, "runs", 5, "runs of each side")
-	flag.IntVar(&cfg.crowd, "crowd", 2500, "recovery points in the crowded repository (the time to make it grows with the square)")
+	flag.IntVar(&cfg.crowd, "crowd", 10_000, "recovery points in the crowded repository (the time to make it grows with the square)")
 	flag.Parse()
 	cfg.rows = map[string]bool{}
 	for r := range strings.SplitSeq(*rows, ",") {

@@ -127,14 +127,17 @@ func (b *bench) maintainChain(long, short *site, points int) ([]result, error) {
 		atMost(2, "<= 2 x its time"), "each point of the chain has a segment index of its own to mark, a directory and a manifest, about 1.2 ms of CPU for each point, while the data is too small to take any time", a, p)), nil
 }
 
-// crowdRows open a repository of many points that were written at once.
+// crowdRows open a repository of as many points as four epochs of six hours, a
+// day, may bring. The index blobs of three epochs are merged, those of the last
+// are not.
 func crowdRows(b *bench) ([]result, error) {
 	s, err := b.newSite()
 	if err != nil {
 		return nil, err
 	}
 	defer s.remove()
-	if _, err := b.points(s, "-points", fmt.Sprint(b.cfg.crowd), "-volumes", "100", "-size", fmt.Sprint(64<<20), "-quick"); err != nil {
+	merged := b.cfg.crowd / 4 * 3
+	if _, err := b.points(s, "-points", fmt.Sprint(b.cfg.crowd), "-merged", fmt.Sprint(merged), "-volumes", "100", "-size", fmt.Sprint(64<<20), "-quick"); err != nil {
 		return nil, err
 	}
 	var all []sample
@@ -147,7 +150,8 @@ func crowdRows(b *bench) ([]result, error) {
 		all = append(all, r)
 	}
 	x := medianOf(all, wallOf)
-	r := single(fmt.Sprintf("cold open and list of a repository with %d points of 100 volumes, none of their index blobs merged: what an epoch of six hours gathers when a day brings four times as many", b.cfg.crowd),
+	r := single(fmt.Sprintf("cold open and list of a repository with %d points of 100 volumes written in a day: the index blobs of three of its epochs of six hours merged, those of the last %d points not",
+		b.cfg.crowd, b.cfg.crowd-merged),
 		seconds(x), x, atMost(5, "< 5 s"), "each of the three flushes of a point leaves an index blob, and all of them are read until their epoch is over")
 	r.cpu = fmt.Sprintf("%.2f / -", medianOf(all, cpuOf))
 	return []result{r}, nil

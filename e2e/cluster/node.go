@@ -198,7 +198,6 @@ func (c *Cluster) ImportImage(ctx context.Context, archive string) error {
 	return nil
 }
 
-// startKubelet starts what makes a node of Kubernetes out of the namespaces.
 // TagImage gives an image one more name on every node that runs.
 func (c *Cluster) TagImage(ctx context.Context, image, name string) error {
 	for _, node := range c.nodeNames() {
@@ -211,6 +210,7 @@ func (c *Cluster) TagImage(ctx context.Context, image, name string) error {
 	return nil
 }
 
+// startKubelet starts what makes a node of Kubernetes out of the namespaces.
 func (c *Cluster) startKubelet(ctx context.Context, n *Node) error {
 	if err := c.run(ctx, n, supervisor.Process{Name: "kubelet", Argv: []string{"kubelet", "--config=" + c.NodePath(n, "kubelet.yaml"),
 		"--kubeconfig=" + c.Path("kubelet-"+n.Name+".kubeconfig"), "--root-dir=" + c.NodePath(n, "kubelet"),

@@ -342,3 +342,26 @@ func TestMetadataRefusals(t *testing.T) {
 		}
 	}
 }
+
+// BlockModeOnly refuses the changed blocks of what is mounted as a file system, and
+// answers for what is not.
+func TestBlockModeOnly(t *testing.T) {
+	c := start(t, Options{Metadata: MetadataOptions{BlockModeOnly: true}})
+	req := create("f", mib)
+	req.VolumeCapabilities = []*csi.VolumeCapability{{AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{FsType: "ext4"}}}}
+	r, err := c.CreateVolume(t.Context(), req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range []struct {
+		mode, volume string
+		want         codes.Code
+	}{
+		{"Filesystem", r.GetVolume().GetVolumeId(), codes.FailedPrecondition},
+		{"Block", c.volume("b", mib).GetVolumeId(), codes.Unknown}, // EOF: equal
+	} {
+		base, target := c.snapshot(x.mode+"-base", x.volume), c.snapshot(x.mode+"-target", x.volume)
+		_, err := c.delta(base, target, 0)
+		wantCode(t, x.mode, err, x.want)
+	}
+}

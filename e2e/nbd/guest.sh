@@ -2,11 +2,11 @@
 # Boots Debian's cloud kernel in QEMU without hardware virtualization, with
 # busybox, nbd-client and a varve binary, and runs a script in it. The host's
 # loopback is 10.0.2.2 there. Kernel and busybox are downloaded as Debian
-# packages and unpacked, never installed.
+# packages and unpacked, never installed. DIR, if it is given, is /data there.
 #
-#	guest.sh CACHE VARVE SCRIPT
+#	guest.sh CACHE VARVE SCRIPT [DIR]
 set -euo pipefail
-cache=$1 varve=$2 script=$3
+cache=$1 varve=$2 script=$3 data=${4:-}
 mkdir -p "$cache"
 if [ ! -e "$cache/ready" ]; then
 	rm -rf "$cache/root" "$cache/dl"
@@ -27,6 +27,7 @@ mkdir -p "$root"/{bin,sbin,lib64,lib/x86_64-linux-gnu,dev,proc,sys,mnt,modules,e
 cp "$cache/root/bin/busybox" "$root/bin/"
 cp "$varve" "$root/bin/varve"
 cp "$script" "$root/guest"
+[ -z "$data" ] || cp -a --sparse=always "$data" "$root/data"
 client=$(command -v nbd-client || echo /usr/sbin/nbd-client)
 cp "$client" "$root/sbin/"
 ldd "$client" | grep -o '/[^ ]*' | while read -r lib; do cp -L "$lib" "$root$(dirname "$lib" | sed 's,^/usr,,')/"; done

@@ -118,6 +118,23 @@ umount /mnt
 varve detach /dev/nbd7
 wait
 `, port(readonly), port(writable), port(restarted), sum, port(readonly))
+	s.guest(script, "", func(line string) {
+		if strings.Contains(line, "HOST RESTART") {
+			restarted.stop()
+			s.serve("--listen", "127.0.0.1:"+port(restarted))
+		}
+	})
+	flushes := strings.Count(s.varve("nbd", "map", "--context", "qemu:allocation-depth", writable.uri("k/ext4@latest")), "\n")
+	if flushes < 3 {
+		t.Error("nothing was written to the overlay")
+	}
+}
+
+// guest runs a script in a virtual machine, and tells line of what it says; data,
+// if any, is /data there.
+func (s *site) guest(script, data string, line func(string)) {
+	s.t.Helper()
+	t := s.t
 	file := s.path("script")
 	if err := os.WriteFile(file, []byte(script), 0o600); err != nil {
 		t.Fatal(err)
@@ -130,7 +147,12 @@ wait
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := s.command(guest, cache, varveBin, file)
+	args := []string{cache, varveBin, file}
+	if data != "" {
+		args = append(args, data)
+	}
+	cmd := s.command(guest, args...)
+	cmd.Env = append(cmd.Env, "GUEST_TIMEOUT=600") // it has no hardware virtualization
 	cmd.Stderr = os.Stderr
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
@@ -142,16 +164,9 @@ wait
 	var out strings.Builder
 	for lines := bufio.NewScanner(stdout); lines.Scan(); {
 		out.WriteString(lines.Text() + "\n")
-		if strings.Contains(lines.Text(), "HOST RESTART") {
-			restarted.stop()
-			s.serve("--listen", "127.0.0.1:"+port(restarted))
-		}
+		line(lines.Text())
 	}
 	if err := cmd.Wait(); err != nil || !strings.Contains(out.String(), "GUEST DONE") {
 		t.Errorf("in the guest: %v\n%s", err, out.String())
-	}
-	flushes := strings.Count(s.varve("nbd", "map", "--context", "qemu:allocation-depth", writable.uri("k/ext4@latest")), "\n")
-	if flushes < 3 {
-		t.Error("nothing was written to the overlay")
 	}
 }

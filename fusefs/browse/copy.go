@@ -34,6 +34,25 @@ type CopyOptions struct {
 	// copied otherwise: an owner without root, an attribute that the target
 	// refuses.
 	Warn func(name string, err error)
+	// Failed, if it is set, is told of each file and directory that cannot be read, one
+	// at a time but from any goroutine; where it answers nil the copy goes on without.
+	// Nothing of such a file stays in the target, unless only its attributes cannot be
+	// read. What cannot be written ends the copy always.
+	Failed func(name string, err error) error
+}
+
+// unreadable is an error of the image, not of the target.
+type unreadable struct{ err error }
+
+func (e *unreadable) Error() string { return e.err.Error() }
+func (e *unreadable) Unwrap() error { return e.err }
+
+// reading marks an error of the image.
+func reading(err error) error {
+	if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	return &unreadable{err}
 }
 
 // CopyResult counts what was copied.
@@ -60,7 +79,7 @@ func Copy(ctx context.Context, fsys diskfs.FileSystem, name, target string, opt 
 		return CopyResult{}, fmt.Errorf("copy to %s: %w", target, err)
 	}
 	defer root.Close()
-	c := &copier{fsys: fsys, root: root, opt: opt, links: map[uint64]string{}}
+	c := &copier{fsys: fsys, root: root, opt: opt, links: map[uint64]string{}, missing: map[string]bool{}}
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(opt.Workers)
 	c.group, c.ctx = g, gctx
@@ -71,7 +90,7 @@ func Copy(ctx context.Context, fsys diskfs.FileSystem, name, target string, opt 
 			rel = "/" + e.Path
 		}
 		return c.add(e, base+rel)
-	}, nil)
+	}, func(name string, err error) error { return c.failed(name, "", reading(err)) })
 	if failed := g.Wait(); failed != nil && (err == nil || errors.Is(err, context.Canceled)) {
 		err = failed
 	}
@@ -92,7 +111,24 @@ type copier struct {
 	dirs         []made // their metadata is set last: writing into them changes it
 	later        []made // hard links, whose first name must be there
 	links        map[uint64]string
-	warn         sync.Mutex
+
+	telling sync.Mutex      // one at a time
+	missing map[string]bool // paths in the target of files that could not be read
+}
+
+// failed decides whether the copy goes on after an error; to is the path in the target
+// of a file that is not there for it.
+func (c *copier) failed(name, to string, err error) error {
+	var source *unreadable
+	if c.opt.Failed == nil || !errors.As(err, &source) {
+		return err
+	}
+	c.telling.Lock()
+	defer c.telling.Unlock()
+	if to != "" {
+		c.missing[to] = true
+	}
+	return c.opt.Failed(name, source.err)
 }
 
 // made is something at its path in the target.
@@ -105,7 +141,7 @@ type made struct {
 func (c *copier) add(e *Entry, to string) error {
 	if e.IsDir() {
 		if !c.opt.Recursive {
-			return fmt.Errorf("%s is a directory: use --recursive", e.Path)
+			return fmt.Errorf("/%s is a directory: use --recursive", strings.TrimPrefix(e.Path, "."))
 		}
 		// Writable until all is in it.
 		if err := c.root.Mkdir(to, 0o700); err != nil && !c.isDir(to, err) {
@@ -121,7 +157,7 @@ func (c *copier) add(e *Entry, to string) error {
 		}
 		c.links[e.Stat.Ino] = to
 	}
-	c.group.Go(func() error { return c.file(e, to) })
+	c.group.Go(func() error { return c.failed(e.Path, to, c.file(e, to)) })
 	return nil
 }
 
@@ -146,7 +182,9 @@ func (c *copier) file(e *Entry, to string) error {
 		err = c.content(e, to)
 	case fs.ModeSymlink:
 		var target string
-		if target, err = c.fsys.ReadLink(e.Path); err == nil {
+		if target, err = c.fsys.ReadLink(e.Path); err != nil {
+			err = reading(err)
+		} else {
 			err = c.root.Symlink(target, to)
 		}
 	default:
@@ -157,7 +195,7 @@ func (c *copier) file(e *Entry, to string) error {
 	}
 	if err != nil {
 		if errors.Is(err, fs.ErrExist) {
-			return fmt.Errorf("copy %s: %w: use --force to replace files", e.Path, err)
+			return fmt.Errorf("%s is in the way of %s (%w): use --force to replace files", filepath.Join(c.root.Name(), to), e.Path, fs.ErrExist)
 		}
 		return fmt.Errorf("copy %s: %w", e.Path, err)
 	}
@@ -169,7 +207,7 @@ func (c *copier) file(e *Entry, to string) error {
 func (c *copier) content(e *Entry, to string) (err error) {
 	in, err := c.fsys.Open(e.Path)
 	if err != nil {
-		return err //nolint:wrapcheck // names the path itself
+		return reading(err)
 	}
 	defer in.Close()
 	src, ok := in.(diskfs.File)
@@ -180,7 +218,11 @@ func (c *copier) content(e *Entry, to string) (err error) {
 	if err != nil {
 		return err //nolint:wrapcheck // names the path itself
 	}
-	defer func() { err = errors.Join(err, out.Close()) }()
+	defer func() {
+		if err = errors.Join(err, out.Close()); err != nil { // half a file would pass for a whole one
+			err = errors.Join(err, c.root.Remove(to))
+		}
+	}()
 	r := ranges{c: c, src: src, out: out}
 	for off := int64(0); ; {
 		x, err := src.NextData(off)
@@ -188,7 +230,7 @@ func (c *copier) content(e *Entry, to string) (err error) {
 			break
 		}
 		if err != nil {
-			return errors.Join(err, r.wait())
+			return errors.Join(reading(err), r.wait())
 		}
 		for off = x.Offset; off < x.Offset+x.Length; {
 			n := min(copyUnit, x.Offset+x.Length-off)
@@ -261,7 +303,7 @@ func (r *ranges) one(off, n int64) error {
 	defer copyBuffers.Put(buf)
 	p := buf[:n]
 	if got, err := r.src.ReadAt(p, off); got < len(p) && err != nil {
-		return fmt.Errorf("at %d: %w", off, err)
+		return reading(fmt.Errorf("at %d: %w", off, err))
 	}
 	if _, err := r.out.WriteAt(p, off); err != nil {
 		return err //nolint:wrapcheck // names the path itself
@@ -294,9 +336,17 @@ func (c *copier) special(e *Entry, to string) error {
 	})
 }
 
+var errLinked = errors.New("it is another name of a file that cannot be read")
+
 // finish makes hard links, then gives directories their metadata, deepest first.
 func (c *copier) finish() error {
 	for _, l := range c.later {
+		if c.missing[l.first] {
+			if err := c.failed(l.entry.Path, l.to, reading(errLinked)); err != nil {
+				return err
+			}
+			continue
+		}
 		if c.opt.Force {
 			if err := c.root.Remove(l.to); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return fmt.Errorf("copy: %w", err)
@@ -320,7 +370,9 @@ func (c *copier) finish() error {
 func (c *copier) keep(e *Entry, to string) error {
 	attrs, err := c.fsys.Xattrs(e.Path)
 	if err != nil {
-		return err //nolint:wrapcheck // names the path itself
+		if err := c.failed(e.Path, "", reading(fmt.Errorf("read attributes: %w", err))); err != nil {
+			return err
+		}
 	}
 	st := e.Stat
 	link := e.Info.Mode().Type() == fs.ModeSymlink
@@ -360,8 +412,8 @@ func timespec(t time.Time) unix.Timespec {
 
 func (c *copier) warned(name string, err error) {
 	if c.opt.Warn != nil {
-		c.warn.Lock()
-		defer c.warn.Unlock()
+		c.telling.Lock()
+		defer c.telling.Unlock()
 		c.opt.Warn(name, err)
 	}
 }

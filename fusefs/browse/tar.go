@@ -12,13 +12,22 @@ import (
 	"github.com/varve-io/varve/fusefs/diskfs"
 )
 
+// TarOptions say how to write an archive.
+type TarOptions struct {
+	// Sparse keeps holes, in the form that GNU tar calls PAX 1.0; other readers may not
+	// know it. Without it holes are written as zeroes.
+	Sparse bool
+	// Copied is told how many bytes of content were written.
+	Copied func(n int64)
+	// Skipped is told of sockets, which tar cannot hold.
+	Skipped func(name string)
+}
+
 // Tar writes files and all that is below them as a tar archive in the PAX format:
 // with nanoseconds, extended attributes and names of any bytes, hard links as such.
-// Paths begin with the last element of each name. Holes are written as zeroes:
-// the format has no holes that all readers understand. Sockets, which tar cannot
-// hold, are told to skipped.
-func Tar(ctx context.Context, fsys diskfs.FileSystem, w io.Writer, names []string, copied func(n int64), skipped func(name string)) error {
-	t := &tarrer{ctx: ctx, fsys: fsys, w: tar.NewWriter(w), links: map[uint64]string{}, copied: copied, skipped: skipped}
+// Paths begin with the last element of each name.
+func Tar(ctx context.Context, fsys diskfs.FileSystem, w io.Writer, names []string, opt TarOptions) error {
+	t := &tarrer{ctx: ctx, fsys: fsys, out: w, w: tar.NewWriter(w), links: map[uint64]string{}, opt: opt}
 	for _, name := range names {
 		base := path.Base(name)
 		err := Walk(ctx, fsys, name, func(e *Entry) error {
@@ -39,12 +48,12 @@ func Tar(ctx context.Context, fsys diskfs.FileSystem, w io.Writer, names []strin
 }
 
 type tarrer struct {
-	ctx     context.Context //nolint:containedctx // lives for one archive
-	fsys    diskfs.FileSystem
-	w       *tar.Writer
-	links   map[uint64]string // the first names of files with several
-	copied  func(int64)
-	skipped func(string)
+	ctx   context.Context //nolint:containedctx // lives for one archive
+	fsys  diskfs.FileSystem
+	out   io.Writer // below w
+	w     *tar.Writer
+	links map[uint64]string // the first names of files with several
+	opt   TarOptions
 }
 
 func (t *tarrer) add(e *Entry, name string) error {
@@ -72,7 +81,7 @@ func (t *tarrer) add(e *Entry, name string) error {
 	case 0:
 		h.Typeflag, h.Size = tar.TypeReg, st.Size
 	default:
-		t.skipped(e.Path)
+		t.opt.Skipped(e.Path)
 		return nil
 	}
 	if first, ok := t.links[st.Ino]; ok {
@@ -85,26 +94,48 @@ func (t *tarrer) add(e *Entry, name string) error {
 		return err //nolint:wrapcheck // names the path itself
 	}
 	for _, a := range attrs {
+		if key, ok := aclRecords[a.Name]; ok {
+			if text, ok := aclText(a.Value); ok {
+				h.PAXRecords[key] = text
+				continue
+			}
+		}
 		// What a PAX record cannot hold is a '=' in its key.
 		if key := "SCHILY.xattr." + a.Name; !strings.ContainsAny(key, "=\x00") {
 			h.PAXRecords[key] = string(a.Value)
 		}
 	}
-	if err := t.w.WriteHeader(h); err != nil {
+	if h.Typeflag == tar.TypeReg && h.Size > 0 {
+		err = t.content(e, h)
+	} else {
+		err = t.w.WriteHeader(h)
+	}
+	if err != nil {
 		return fmt.Errorf("write archive: %s: %w", name, err)
 	}
-	if h.Typeflag != tar.TypeReg || h.Size == 0 {
-		return nil
-	}
+	return nil
+}
+
+// content writes a regular file.
+func (t *tarrer) content(e *Entry, h *tar.Header) error {
 	f, err := t.fsys.Open(e.Path)
 	if err != nil {
 		return err //nolint:wrapcheck // names the path itself
 	}
 	defer f.Close()
-	if _, err := io.Copy(t.w, reader{t.ctx, f, t.copied}); err != nil {
-		return fmt.Errorf("write archive: %s: %w", name, err)
+	if file, ok := f.(diskfs.File); ok && t.opt.Sparse {
+		if data, err := dataOf(file, h.Size); err != nil || data != nil {
+			if err != nil {
+				return err
+			}
+			return t.sparse(file, h, data)
+		}
 	}
-	return nil
+	if err := t.w.WriteHeader(h); err != nil {
+		return err //nolint:wrapcheck // by the caller
+	}
+	_, err = io.Copy(t.w, reader{t.ctx, f, t.opt.Copied})
+	return err //nolint:wrapcheck // by the caller
 }
 
 // reader counts, and ends when its context does.

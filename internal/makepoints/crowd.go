@@ -40,8 +40,13 @@ func crowd(ctx context.Context, repo *repository.Repository, o options) error {
 		return err
 	}
 	defer w.Close()
-	c := &crowdWriter{w: w, first: first, files: files, rec: *rec, block: make([]byte, page), once: o.once}
+	c := &crowdWriter{w: w, first: first, files: files, rec: *rec, block: make([]byte, page)}
 	for n := range o.points {
+		if c.once = o.once || n < o.merged; !c.once && n == o.merged {
+			if err := w.Flush(ctx); err != nil {
+				return err
+			}
+		}
 		if err := c.point(ctx, n, o.volumes); err != nil {
 			return fmt.Errorf("point %d: %w", n, err)
 		}
@@ -55,7 +60,7 @@ type crowdWriter struct {
 	files []repository.File
 	rec   blocktree.Record
 	block []byte
-	once  bool // no flush but the last
+	once  bool // no flush for each point
 }
 
 func (c *crowdWriter) flush(ctx context.Context) error {

@@ -33,6 +33,7 @@ func main() {
 	flag.IntVar(&o.pages, "pages", 0, "pages written before a volume's first point, the same as those of that many points")
 	flag.BoolVar(&o.quick, "quick", false, "only write what a point consists of, for thousands of them; all have the disk of the first")
 	flag.BoolVar(&o.once, "once", false, "with -quick, all in one flush: points without the index blobs that come with time")
+	flag.IntVar(&o.merged, "merged", 0, "with -quick, the first so many points in one flush: their index blobs were merged since")
 	flag.StringVar(&o.read, "first-byte", "", "open this point and read 4 KiB of it, -times times, each with an empty cache; the median in microseconds goes to standard output")
 	flag.IntVar(&o.times, "times", 101, "see -first-byte")
 	flag.Int64Var(&o.offset, "offset", 0, "where -first-byte reads, in bytes")
@@ -49,6 +50,7 @@ type options struct {
 	config                 string
 	size                   int64
 	volumes, points, pages int
+	merged                 int
 	quick, once            bool
 	read                   string
 	offset                 int64

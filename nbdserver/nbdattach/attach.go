@@ -41,6 +41,9 @@ type Options struct {
 	// DeadTimeout is how long requests wait for a new connection after the
 	// last one died, before they fail. Reconnecting needs it.
 	DeadTimeout time.Duration
+	// UntilClosed detaches the device when the last program that has it open, or
+	// the last mount of it, closes it. ServeIoctl does not know it.
+	UntilClosed bool
 }
 
 var (
@@ -79,27 +82,36 @@ func dial(ctx context.Context, u *nbdclient.URI, n int) (_ *dialed, err error) {
 		if err != nil {
 			return nil, err
 		}
-		info, conn, err := c.HandOver(u.Export)
-		if err != nil {
-			_ = c.Close()
+		if err := all.enter(c, u.Export); err != nil {
 			return nil, err
 		}
-		all.conns = append(all.conns, conn)
-		f, err := conn.(interface{ File() (*os.File, error) }).File()
-		if err != nil {
-			return nil, fmt.Errorf("take the socket of a connection: %w", err)
-		}
-		all.files = append(all.files, f)
-		if i == 0 {
-			all.info = info
-			if n > 1 && info.Flags&proto.FlagCanMultiConn == 0 {
-				return nil, fmt.Errorf("the server does not allow several connections to %s: use --connections 1", info.Name)
-			}
-		} else if info.Name != all.info.Name || info.Size != all.info.Size {
-			return nil, fmt.Errorf("the server gave %s and then %s for the same name", all.info.Name, info.Name)
+		if i == 0 && n > 1 && all.info.Flags&proto.FlagCanMultiConn == 0 {
+			return nil, fmt.Errorf("the server does not allow several connections to %s: use --connections 1", all.info.Name)
 		}
 	}
 	return all, nil
+}
+
+// enter adds a connection by which a client enters the export. The client is not
+// used any more.
+func (d *dialed) enter(c *nbdclient.Client, export string) error {
+	info, conn, err := c.HandOver(export)
+	if err != nil {
+		_ = c.Close()
+		return err
+	}
+	d.conns = append(d.conns, conn)
+	f, err := conn.(interface{ File() (*os.File, error) }).File()
+	if err != nil {
+		return fmt.Errorf("take the socket of a connection: %w", err)
+	}
+	d.files = append(d.files, f)
+	if len(d.conns) == 1 {
+		d.info = info
+	} else if info.Name != d.info.Name || info.Size != d.info.Size {
+		return fmt.Errorf("the server gave %s and then %s for the same name", d.info.Name, info.Name)
+	}
+	return nil
 }
 
 // close gives up this process's part in the connections. What the kernel took
@@ -135,6 +147,21 @@ func hasDriver() bool {
 // isFree tells whether a device has no connection. The kernel shows a pid file
 // for one that has.
 func isFree(index int) bool {
-	_, err := os.Stat(filepath.Join("/sys/block", "nbd"+strconv.Itoa(index), "pid"))
+	_, err := os.Stat(pidFile(index))
 	return errors.Is(err, syscall.ENOENT)
+}
+
+func pidFile(index int) string {
+	return filepath.Join("/sys/block", "nbd"+strconv.Itoa(index), "pid")
+}
+
+// AttachedBy gives the number that the kernel notes of the thread that attached a
+// device, empty for one that is free. It stays when that thread has ended, and tells
+// an attachment from a later one by another process.
+func AttachedBy(index int) string {
+	b, err := os.ReadFile(pidFile(index))
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"time"
 
@@ -30,12 +31,26 @@ const (
 	attrBlockSize   = 3
 	attrTimeout     = 4 // seconds
 	attrServerFlags = 5
+	attrClientFlags = 6
 	attrSockets     = 7
 	attrDeadTimeout = 8 // seconds
 
 	sockItem = 1
 	sockFD   = 1
+
+	clientDisconnectOnClose = 1 << 1 // NBD_CFLAG_DISCONNECT_ON_CLOSE of uapi/linux/nbd.h
 )
+
+// Available tells why nothing can be attached by netlink here: ErrNoDriver,
+// ErrNoNetlink; nil where it can. Containers see the driver's netlink interface
+// in the host's network namespace only.
+func Available() error {
+	nl, _, err := open()
+	if err != nil {
+		return err
+	}
+	return nl.Close()
+}
 
 // Attachment is a device that the kernel serves from an export.
 type Attachment struct {
@@ -56,6 +71,31 @@ func Connect(ctx context.Context, u *nbdclient.URI, opt Options) (*Attachment, e
 		return nil, err
 	}
 	defer d.close()
+	return connect(nl, fam, d, u.Export, opt)
+}
+
+// ConnectOver is Connect over a connection that is there already, such as one end
+// of a socket pair. It owns nc.
+func ConnectOver(nc net.Conn, export string, opt Options) (*Attachment, error) {
+	c, err := nbdclient.New(nc)
+	if err != nil {
+		return nil, err
+	}
+	d := &dialed{}
+	defer d.close()
+	if err := d.enter(c, export); err != nil {
+		return nil, err
+	}
+	nl, fam, err := open()
+	if err != nil {
+		return nil, err
+	}
+	defer nl.Close()
+	return connect(nl, fam, d, export, opt)
+}
+
+// connect gives the connections to the kernel.
+func connect(nl *genetlink.Conn, fam genetlink.Family, d *dialed, export string, opt Options) (*Attachment, error) {
 	block := opt.BlockSize
 	if block == 0 {
 		block = 512
@@ -73,10 +113,13 @@ func Connect(ctx context.Context, u *nbdclient.URI, opt Options) (*Attachment, e
 	if opt.DeadTimeout > 0 {
 		e.Uint64(attrDeadTimeout, seconds(opt.DeadTimeout))
 	}
+	if opt.UntilClosed {
+		e.Uint64(attrClientFlags, clientDisconnectOnClose)
+	}
 	e.Nested(attrSockets, sockets(d.files))
 	answers, err := send(nl, fam, cmdConnect, e, netlink.Request)
 	if err != nil {
-		return nil, fmt.Errorf("attach %s: %w", u.Export, err)
+		return nil, fmt.Errorf("attach %s: %w", export, err)
 	}
 	a := &Attachment{Index: opt.Index, Info: d.info}
 	for _, m := range answers {

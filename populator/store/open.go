@@ -83,7 +83,17 @@ func (s *Stores) Open(ctx context.Context, st *Store) (*Open, error) {
 		return nil, err
 	}
 
-	return st.Settings().Open(ctx, OpenOptions{Credentials: c, Dir: s.Dir, ConfigDir: s.ConfigDir, VolumeDir: s.volumeDir(st)})
+	return look(st).Open(ctx, OpenOptions{Credentials: c, Dir: s.Dir, ConfigDir: s.ConfigDir, VolumeDir: s.volumeDir(st)})
+}
+
+// look is a store's settings for the controller, which reads next to nothing, while people
+// wait: the bytes per second are for movers. Kopia takes each blob for one of 20 MB before it
+// is read, so that a small limit would have a lookup wait for longer than it may take.
+func look(st *Store) Settings {
+	s := st.Settings()
+	s.Upload, s.Download = 0, 0
+
+	return s
 }
 
 // Ensure is Open, but makes the repository if there is none and the store is ReadWrite.
@@ -102,7 +112,7 @@ func (s *Stores) Ensure(ctx context.Context, st *Store) (*Open, error) {
 		return nil, err
 	}
 
-	return st.Settings().Open(ctx, OpenOptions{Credentials: c, Dir: s.Dir, ConfigDir: s.ConfigDir, VolumeDir: s.volumeDir(st), Create: true})
+	return look(st).Open(ctx, OpenOptions{Credentials: c, Dir: s.Dir, ConfigDir: s.ConfigDir, VolumeDir: s.volumeDir(st), Create: true})
 }
 
 // makeVolumeDir makes the directory of a volume storage that was never seen, on the claim that is

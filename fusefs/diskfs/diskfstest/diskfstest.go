@@ -387,7 +387,6 @@ func describeKernel(p string, opt Options) (string, error) {
 			return "", err
 		}
 		defer f.Close()
-		// Before reading: pages in memory turn preallocated ranges into data.
 		if d.data, err = kernelRanges(f); err != nil {
 			return "", err
 		}
@@ -402,6 +401,11 @@ func describeKernel(p string, opt Options) (string, error) {
 func unixTime(ts unix.StatxTimestamp) time.Time { return time.Unix(ts.Sec, int64(ts.Nsec)) }
 
 func kernelRanges(f *os.File) ([]string, error) {
+	// Pages in memory, of another name that was read before, turn preallocated ranges
+	// into data.
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+		return nil, fmt.Errorf("%s: forget pages: %w", f.Name(), err)
+	}
 	var list []string
 	for off := int64(0); ; {
 		start, err := unix.Seek(int(f.Fd()), off, unix.SEEK_DATA)
@@ -429,7 +433,7 @@ func kernelXattrs(p string) ([]string, error) {
 	names := strings.Split(strings.TrimSuffix(string(buf[:n]), "\x00"), "\x00")
 	slices.Sort(names)
 	for _, name := range names {
-		if name == "" {
+		if name == "" || strings.HasPrefix(name, "trusted.SGI_ACL_") { // XFS shows access lists twice: so they are stored
 			continue
 		}
 		n, err := unix.Lgetxattr(p, name, buf)

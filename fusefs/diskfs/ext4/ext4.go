@@ -20,6 +20,11 @@
 // image is not written and not copied. Fast commits and external journals refuse by
 // name.
 //
+// What a mount does behind the replay is seen here already, or is nothing to see: files
+// that were open when they were removed have no name, and files that were being truncated
+// have their new size. Only such a file's space in use and times are as they were; a
+// mount frees the rest, and takes that for a change.
+//
 // # Layers
 //
 //	ext4.go inode.go          volume and inodes (diskfs.Inodes, diskfs.Inode)

@@ -124,6 +124,9 @@ func TestCodePage(t *testing.T) {
 	}
 }
 
+// maxAllocated is many times what reading a sound volume takes.
+const maxAllocated = 64 << 20
+
 // FuzzImage changes bytes of small volumes and reads all that they offer.
 func FuzzImage(f *testing.F) {
 	dir := source(f, 5)
@@ -159,33 +162,39 @@ func FuzzImage(f *testing.F) {
 			defer func(old byte) { b[at] = old }(b[at]) // in reverse order
 			b[at] = script[3]
 		}
-		vol, err := Open(bytes.NewReader(b), int64(len(b)), diskfs.Options{})
-		if err != nil {
-			return
+		diskfstest.Bounded(t, maxAllocated, func() { readSome(t, b) })
+	})
+}
+
+// readSome reads what a volume that may be damaged offers, up to some bounds.
+func readSome(t *testing.T, b []byte) {
+	t.Helper()
+	vol, err := Open(bytes.NewReader(b), int64(len(b)), diskfs.Options{})
+	if err != nil {
+		return
+	}
+	vol.Info()
+	fsys, left := diskfs.New(vol), 200
+	_ = fs.WalkDir(fsys, ".", func(name string, e fs.DirEntry, err error) error {
+		if left--; left < 0 {
+			return fs.SkipAll
 		}
-		vol.Info()
-		fsys, left := diskfs.New(vol), 200
-		_ = fs.WalkDir(fsys, ".", func(name string, e fs.DirEntry, err error) error {
-			if left--; left < 0 {
-				return fs.SkipAll
-			}
-			if strings.Count(name, "/") > 20 {
-				t.Errorf("no end of %q", name)
-			}
-			if err != nil || e.IsDir() {
-				return nil
-			}
-			file, err := fsys.Open(name)
-			if err != nil {
-				return nil
-			}
-			if file, ok := file.(diskfs.File); ok {
-				buf := make([]byte, 10000)
-				_, _ = file.ReadAt(buf, 0)
-				_, _ = file.ReadAt(buf, 1<<31)
-				_, _ = file.NextData(100)
-			}
+		if strings.Count(name, "/") > 20 {
+			t.Errorf("no end of %q", name)
+		}
+		if err != nil || e.IsDir() {
 			return nil
-		})
+		}
+		file, err := fsys.Open(name)
+		if err != nil {
+			return nil
+		}
+		if file, ok := file.(diskfs.File); ok {
+			buf := make([]byte, 10000)
+			_, _ = file.ReadAt(buf, 0)
+			_, _ = file.ReadAt(buf, 1<<31)
+			_, _ = file.NextData(100)
+		}
+		return nil
 	})
 }

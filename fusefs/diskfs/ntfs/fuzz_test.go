@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
 
 // small makes a volume with something of everything, and lists the places of its
@@ -64,7 +65,7 @@ func TestDamaged(t *testing.T) {
 		}
 		if v, err := Open(bytes.NewReader(damaged), int64(len(b)), diskfs.Options{}); err == nil {
 			opened++
-			readAll(t, v)
+			diskfstest.Bounded(t, maxAllocated, func() { readAll(t, v) })
 		}
 	}
 	if opened == 0 {
@@ -87,9 +88,12 @@ func FuzzImage(f *testing.F) {
 		if err != nil {
 			return
 		}
-		readAll(t, v)
+		diskfstest.Bounded(t, maxAllocated, func() { readAll(t, v) })
 	})
 }
+
+// maxAllocated is many times what reading a sound volume takes.
+const maxAllocated = 256 << 20
 
 // readAll reads what a volume that may be damaged offers, up to some bounds.
 func readAll(t *testing.T, v *FS) {

@@ -160,6 +160,8 @@ func TestReplay(t *testing.T) {
 		{"64k directories", []string{"-n", "size=65536", "-m", "bigtime=0"}, 2000, 2, true},
 		{"log stripes", []string{"-l", "su=65536"}, 2000, 2, true},
 		{"2k inodes", []string{"-i", "size=2048,sparse=1"}, 1000, 2, false},
+		{"4k sectors", []string{"-s", "size=4096"}, 2000, 3, true},
+		{"64k blocks", []string{"-b", "size=65536"}, 1000, 2, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			seed := seed + uint64(i)

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 	"golang.org/x/sys/unix"
 )
 
@@ -218,15 +219,17 @@ func FuzzImage(f *testing.F) {
 		base := ms[int(which)%len(ms)]
 		m, changed := base.damage(data)
 		for _, stale := range []bool{false, true} {
-			fsys, err := Open(m, m.size, diskfs.Options{Stale: stale})
-			if err != nil {
-				if !errors.Is(err, diskfs.ErrCorrupt) && !errors.Is(err, diskfs.ErrUnsupported) && !errors.Is(err, diskfs.ErrNotRecognised) {
-					t.Errorf("error of an unknown kind: %v", err)
+			diskfstest.Bounded(t, maxAllocated, func() {
+				fsys, err := Open(m, m.size, diskfs.Options{Stale: stale})
+				if err != nil {
+					if !errors.Is(err, diskfs.ErrCorrupt) && !errors.Is(err, diskfs.ErrUnsupported) && !errors.Is(err, diskfs.ErrNotRecognised) {
+						t.Errorf("error of an unknown kind: %v", err)
+					}
+					return
 				}
-				continue
-			}
-			trust(fsys, m, changed)
-			roam(fsys)
+				trust(fsys, m, changed)
+				roam(fsys)
+			})
 		}
 	})
 }
@@ -293,9 +296,12 @@ func FuzzLogItem(f *testing.F) {
 				return
 			}
 		}
-		roam(fsys)
+		diskfstest.Bounded(t, maxAllocated, func() { roam(fsys) })
 	})
 }
+
+// maxAllocated is many times what roaming a sound image takes.
+const maxAllocated = 128 << 20
 
 // FuzzOperations takes the operations of a record apart.
 func FuzzOperations(f *testing.F) {

@@ -3,6 +3,7 @@ package xfs
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"testing/fstest"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
 	"golang.org/x/sys/unix"
@@ -198,5 +200,64 @@ func TestRefused(t *testing.T) {
 	}
 	if _, err := Open(bytes.NewReader(nil), 0, diskfs.Options{}); err == nil || !strings.Contains(err.Error(), "not recognised") {
 		t.Errorf("nothing: %v", err)
+	}
+}
+
+// TestIOFS runs the standard library's test of file systems.
+func TestIOFS(t *testing.T) {
+	if _, err := exec.LookPath("mkfs.xfs"); err != nil {
+		t.Skip("needs mkfs.xfs (package xfsprogs)")
+	}
+	p := newProtoTree(t)
+	p.file(t, ".", "a", "first")
+	p.dir("dir", func() {
+		p.file(t, "dir", "b", strings.Repeat("second ", 3000))
+		for i := range 200 {
+			p.link("dir", fmt.Sprintf("link-%d", i), "b")
+		}
+	})
+	p.text.WriteString("$\n")
+	proto := filepath.Join(p.files, "proto")
+	if err := os.WriteFile(proto, []byte(p.text.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := fstest.TestFS(diskfs.New(mustOpen(t, newImage(t, 320, "-p", proto))), "a", "dir/b"); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestRealtimeFile lists a file whose data lies on another device, and does not read it.
+func TestRealtimeFile(t *testing.T) {
+	if _, err := exec.LookPath("mkfs.xfs"); err != nil {
+		t.Skip("needs mkfs.xfs (package xfsprogs)")
+	}
+	p := newProtoTree(t)
+	p.file(t, ".", "there", "data of another device")
+	p.file(t, ".", "here", "data")
+	p.text.WriteString("$\n")
+	proto := filepath.Join(p.files, "proto")
+	if err := os.WriteFile(proto, []byte(p.text.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	img := newImage(t, 320, "-p", proto)
+	f := mustOpen(t, img)
+	ino := inoOf(t, f, "there")
+	off, err := f.sb.inodeOffset(ino)
+	if err != nil {
+		t.Fatal(err)
+	}
+	patchImage(t, img, off, int(f.sb.inodeSize), func(b []byte) {
+		b[diFlags+1] |= flagRealtime
+		binary.LittleEndian.PutUint32(b[diCRC:], checksum(b, diCRC))
+	})
+	fsys := diskfs.New(mustOpen(t, img))
+	if st, err := fsys.Stat("there"); err != nil || st.Size() != 22 {
+		t.Errorf("%v, %v", st, err)
+	}
+	if b, err := fsys.ReadFile("there"); !errors.Is(err, diskfs.ErrUnsupported) || !strings.Contains(fmt.Sprint(err), "realtime") {
+		t.Errorf("%q, %v", b, err)
+	}
+	if b, err := fsys.ReadFile("here"); err != nil || string(b) != "data" {
+		t.Errorf("%q, %v", b, err)
 	}
 }

@@ -1,0 +1,62 @@
+package repository
+
+import (
+	"cmp"
+	"slices"
+
+	"github.com/kopia/kopia/repo/content"
+)
+
+// shortShare is the share of the largest pack size, in percent, below which a
+// pack may be rewritten (kopia repo/maintenance/content_rewrite.go).
+const shortShare = 60
+
+// shortPack is a pack of which little is in use.
+type shortPack struct {
+	live     int64 // bytes of contents that are not deleted
+	stored   int64 // bytes of the blob
+	contents []content.Info
+}
+
+const (
+	// wasteShare is the share of a pack, in percent, that may be garbage.
+	wasteShare = 40
+	// mergeRatio is how many times the smaller packs together a pack may be to be
+	// merged with them.
+	mergeRatio = 4
+	// A pack holds more than its contents: a header and an index of its own
+	// (kopia repo/content/content_manager.go, preparePackDataContent).
+	packOverhead, packOverheadEach = 4 << 10, 80 // bytes
+)
+
+func (p *shortPack) wasteful() bool {
+	waste := p.stored - p.live - packOverhead - packOverheadEach*int64(len(p.contents))
+	return waste*100 > p.stored*wasteShare
+}
+
+// rewritable chooses which of the short packs of a kind to write again: those
+// with much garbage, and small ones together. Kopia takes all as soon as there
+// are two, so that every run, which leaves a few small packs itself, writes all
+// indexes of a repository of moderate size again. Here a pack is merged once the
+// smaller ones add up to a quarter of it: what is left grows at least fivefold from
+// one pack to the next, so they stay few, and a content is moved as often as its
+// pack has grown, not as often as maintenance ran.
+func rewritable(packs []shortPack) []shortPack {
+	var out, whole []shortPack
+	for _, p := range packs {
+		if p.wasteful() {
+			out = append(out, p)
+		} else {
+			whole = append(whole, p)
+		}
+	}
+	slices.SortFunc(whole, func(a, b shortPack) int { return cmp.Compare(a.live, b.live) })
+	merge, smaller := 0, int64(0)
+	for i, p := range whole {
+		if i > 0 && p.live <= mergeRatio*smaller {
+			merge = i + 1
+		}
+		smaller += p.live
+	}
+	return append(out, whole[:merge]...)
+}

@@ -1,0 +1,174 @@
+package browse
+
+import (
+	"archive/tar"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/varve-io/varve/fusefs/diskfs"
+)
+
+// A file with holes in the form that GNU tar calls PAX 1.0 ("Storing Sparse Files" in its
+// manual): extended records GNU.sparse.major, minor, name and realsize; a header
+// whose name tells readers that do not know it; and as content a map of decimal numbers,
+// one a line (how many pieces; of each where it begins and how long it is), filled up to
+// 512 bytes, and behind it the pieces. archive/tar reads this and does not write it.
+
+const (
+	tarBlock = 512
+	// smallestHole is what is worth an entry in the map.
+	smallestHole = 64 << 10
+	// maxPieces bounds the map; more are joined.
+	maxPieces = 1 << 16
+)
+
+// piece is a range of a file, in bytes. All but the file's last end on a block of tar.
+type piece struct{ off, length int64 }
+
+// dataOf lists the data of a file that has holes, nil where it has none that matter.
+func dataOf(f diskfs.File, size int64) ([]piece, error) {
+	list, total := []piece{}, int64(0)
+	for off := int64(0); off < size; {
+		x, err := f.NextData(off)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return nil, err //nolint:wrapcheck // says what is wrong
+		}
+		if off = x.Offset + x.Length; x.Length <= 0 {
+			return nil, fmt.Errorf("data of %d bytes at %d", x.Length, x.Offset)
+		}
+		start, end := x.Offset/tarBlock*tarBlock, min(size, (off+tarBlock-1)/tarBlock*tarBlock)
+		if n := len(list); n > 0 && (start-list[n-1].off-list[n-1].length < smallestHole || n == maxPieces) {
+			total += end - list[n-1].off - list[n-1].length
+			list[n-1].length = end - list[n-1].off
+			continue
+		}
+		list, total = append(list, piece{start, end - start}), total+end-start
+	}
+	if size-total < smallestHole {
+		return nil, nil
+	}
+	if n := len(list); n == 0 || list[n-1].off+list[n-1].length < size {
+		list = append(list, piece{off: size}) // tells where the file ends
+	}
+	return list, nil
+}
+
+// sparse writes a file with holes.
+func (t *tarrer) sparse(f diskfs.File, h *tar.Header, data []piece) error {
+	var index bytes.Buffer
+	fmt.Fprintf(&index, "%d\n", len(data))
+	stored := int64(0)
+	for _, p := range data {
+		fmt.Fprintf(&index, "%d\n%d\n", p.off, p.length)
+		stored += p.length
+	}
+	pad(&index)
+	stored += int64(index.Len())
+
+	// Numbers and names that the header itself has no room for are in the records.
+	dir, base := path.Split(h.Name)
+	name := dir + "GNUSparseFile.0/" + base
+	records := map[string]string{
+		"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": h.Name, "GNU.sparse.realsize": strconv.FormatInt(h.Size, 10),
+		"path": name, "size": strconv.FormatInt(stored, 10), "uid": strconv.Itoa(h.Uid), "gid": strconv.Itoa(h.Gid),
+		"mtime": seconds(h.ModTime), "atime": seconds(h.AccessTime), "ctime": seconds(h.ChangeTime),
+	}
+	for k, v := range h.PAXRecords {
+		records[k] = v
+	}
+	var extended bytes.Buffer
+	keys := make([]string, 0, len(records))
+	for k := range records {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	for _, k := range keys {
+		extended.WriteString(record(k, records[k]))
+	}
+	size := extended.Len()
+	pad(&extended)
+
+	if err := t.w.Flush(); err != nil { // the file before is whole
+		return err //nolint:wrapcheck // by the caller
+	}
+	for _, b := range [][]byte{
+		header("PaxHeaders.0/"+base, 'x', 0o644, int64(size)), extended.Bytes(),
+		header(name, tar.TypeReg, h.Mode, stored), index.Bytes(),
+	} {
+		if _, err := t.out.Write(b); err != nil {
+			return err //nolint:wrapcheck // by the caller
+		}
+	}
+	for _, p := range data {
+		if n, err := io.Copy(t.out, reader{t.ctx, io.NewSectionReader(f, p.off, p.length), t.opt.Copied}); err != nil {
+			return err //nolint:wrapcheck // by the caller
+		} else if n < p.length {
+			return io.ErrUnexpectedEOF
+		}
+	}
+	_, err := t.out.Write(make([]byte, -stored&(tarBlock-1)))
+	return err //nolint:wrapcheck // by the caller
+}
+
+// pad fills up to whole blocks.
+func pad(b *bytes.Buffer) { b.Write(make([]byte, -b.Len()&(tarBlock-1))) }
+
+// record is one of an extended header: its own length in decimal, key and value.
+func record(key, value string) string {
+	rest := " " + key + "=" + value + "\n"
+	n := len(rest)
+	for n != len(rest)+len(strconv.Itoa(n)) {
+		n = len(rest) + len(strconv.Itoa(n))
+	}
+	return strconv.Itoa(n) + rest
+}
+
+// seconds are since 1970, with a fraction.
+func seconds(at time.Time) string {
+	s, ns := at.Unix(), int64(at.Nanosecond())
+	if ns == 0 {
+		return strconv.FormatInt(s, 10)
+	}
+	sign := ""
+	if s < 0 {
+		sign, s, ns = "-", -s-1, 1e9-ns
+	}
+	return fmt.Sprintf("%s%d.%09d", sign, s, ns)
+}
+
+// header is a header block of POSIX tar ("ustar"); what does not fit is left to the records.
+func header(name string, typ byte, mode, size int64) []byte {
+	b := make([]byte, tarBlock)
+	copy(b[:100], strings.ToValidUTF8(name, "_"))
+	octal := func(b []byte, v int64) {
+		if s := strconv.FormatInt(v, 8); len(s) < len(b) {
+			copy(b, strings.Repeat("0", len(b)-1-len(s))+s)
+		}
+	}
+	octal(b[100:108], mode)
+	octal(b[108:116], 0)
+	octal(b[116:124], 0)
+	octal(b[124:136], size)
+	octal(b[136:148], 0)
+	b[156] = typ
+	copy(b[257:], "ustar\x0000")
+	octal(b[329:337], 0)
+	octal(b[337:345], 0)
+	copy(b[148:156], "        ")
+	sum := int64(0)
+	for _, c := range b {
+		sum += int64(c)
+	}
+	octal(b[148:155], sum)
+	return b
+}
