@@ -86,7 +86,7 @@ func TestXFSBesideItsOriginal(t *testing.T) {
 		t.Error("the file on the larger claim differs")
 	}
 	var kib int64
-	if _, err := fmt.Sscan(s.Exec("reader", "df -k /larger | awk 'NR==2 {print $2}'"), &kib); err != nil || kib < 350<<10 {
+	if _, err := fmt.Sscan(s.Exec("reader", "df -k /larger | awk 'NR==2 {print $2}'"), &kib); err != nil || kib < 320<<10 {
 		t.Errorf("the larger claim's file system has %d KiB, %v", kib, err)
 	}
 	if got := s.SHA256("reader", "/back/a"); got != sum {
