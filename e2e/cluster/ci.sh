@@ -5,7 +5,7 @@
 # build and tests, and tests alone, are taken to need.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-cold=${VARVE_E2E_COLD:-2400} warm=${VARVE_E2E_WARM:-1500}
+cold=${VARVE_E2E_COLD:-3000} warm=${VARVE_E2E_WARM:-2400}
 skip() {
 	echo "e2e: skipped: $*"
 	echo "e2e: 0 passed, 0 failed, 1 skipped"

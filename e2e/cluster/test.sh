@@ -28,7 +28,7 @@ export VARVE_E2E_IMAGE=localhost/varve:e2e VARVE_E2E_KILLS=${VARVE_E2E_KILLS:-al
 # Those packages need a cluster; one at a time, as they share it.
 mapfile -t packages < <(go list -f '{{range .XTestImports}}{{if eq . "github.com/varve-io/varve/e2e/framework"}}{{$.ImportPath}}{{end}}{{end}}{{range .TestImports}}{{if eq . "github.com/varve-io/varve/e2e/framework"}}{{$.ImportPath}}{{end}}{{end}}' ./... | sort -u)
 rc=0
-VARVE_E2E_UP=1 go test -p 1 -count=1 -timeout 60m -v -run "${RUN:-.}" ./cluster/... ./csidriver/... "${packages[@]}" 2>&1 | tee "$log" |
+VARVE_E2E_UP=1 go test -p 1 -count=1 -timeout 90m -v -run "${RUN:-.}" ./cluster/... ./csidriver/... "${packages[@]}" 2>&1 | tee "$log" |
 	grep --line-buffered -E '^(ok|FAIL|panic:)|^ *--- (FAIL|PASS)'
 [ "${PIPESTATUS[0]}" -eq 0 ] || rc=1
 if [ $rc -ne 0 ]; then
