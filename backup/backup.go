@@ -265,6 +265,9 @@ func (r *run) prepare(ctx context.Context) error {
 	if err := r.chooseLayout(ctx); err != nil {
 		return err
 	}
+	if err := r.warnOfDamage(ctx); err != nil {
+		return err
+	}
 	now := r.repo.Now().UTC()
 	at := now
 	if !r.opt.Time.IsZero() {
@@ -316,6 +319,26 @@ func (r *run) chooseParent(cat *Catalog, quarantined map[string]Quarantine) erro
 			r.parent = all[i]
 			return nil
 		}
+	}
+	return nil
+}
+
+// warnOfDamage says so if a verify found the parent damaged and nobody has
+// quarantined it: what the new point shares with it is damaged as well, and a full
+// would find the damaged blocks in the repository and not store them again.
+func (r *run) warnOfDamage(ctx context.Context) error {
+	if r.parent == nil {
+		return nil
+	}
+	found, err := lastVerified(ctx, r.repo, map[string]string{pointLabel: r.parent.ID})
+	if err != nil {
+		return err
+	}
+	if v, known := found[r.parent.ID]; known && !v.OK {
+		note := fmt.Sprintf("built on %s, which was found damaged on %s: what both share is damaged here too; run \"varve verify --read 100%% --quarantine\" and then this backup again, which stores it anew",
+			r.parent.Name(), v.Time.UTC().Format(time.DateOnly))
+		slog.WarnContext(ctx, "the recovery point to build on is damaged", "parent", r.parent.Name(), "problems", v.Problems, "next", "varve verify --read 100% --quarantine")
+		r.notes = append(r.notes, note)
 	}
 	return nil
 }

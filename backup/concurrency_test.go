@@ -201,7 +201,20 @@ func TestBackupDuringCollection(t *testing.T) {
 func TestReaderDuringRewrite(t *testing.T) {
 	t.Parallel()
 	r, conf := newRepo(t)
-	points, want := chain(t, r, testVolume, 4, 1<<20)
+	// Every second block changes each time, so that the packs that stay in use are of
+	// one size and are merged.
+	const block = 64 << 10
+	var points []*Point
+	var want [][]byte
+	rng := rand.New(rand.NewPCG(3, 3))
+	data := randomBytes(rng, 1<<20)
+	for n := range 4 {
+		for off := n % 2 * block; n > 0 && off < len(data); off += 2 * block {
+			copy(data[off:], randomBytes(rng, block))
+		}
+		p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: bytes.Clone(data)}, BlockSize: block})
+		points, want = append(points, p), append(want, bytes.Clone(data))
+	}
 	reader := openRepo(t, conf)
 	stop := make(chan struct{})
 	var rounds sync.WaitGroup

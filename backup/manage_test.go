@@ -292,6 +292,57 @@ func TestVerifyQuarantineHeals(t *testing.T) {
 	}
 }
 
+// TestVerifyRemembersDamage has a run that reads nothing, or little, come after one
+// that read a block and found it wrong.
+func TestVerifyRemembersDamage(t *testing.T) {
+	r, conf := newRepo(t)
+	points, want := chain(t, r, testVolume, 1, 4<<20)
+	files := packFiles(t, conf, "p")
+	for _, f := range files {
+		flip(t, f, 70<<10)
+	}
+	ctx := t.Context()
+	r2 := openFresh(t, conf)
+	if _, err := Verify(ctx, r2, VerifyOptions{Read: 1}); !errors.Is(err, ErrDamaged) {
+		t.Fatalf("verify: %v", err)
+	}
+	for _, share := range []float64{0, 0.000001} {
+		rep, err := Verify(ctx, r2, VerifyOptions{Read: share})
+		if !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "--read 100%") {
+			t.Errorf("a verify that read %v: %v, %+v", share, err, rep)
+		}
+		if last, err := LastVerified(ctx, r2); err != nil || last[points[0].ID].OK || last[points[0].ID].Read != 1 {
+			t.Errorf("after a verify that read %v: %+v, %v", share, last, err)
+		}
+	}
+	for _, f := range files { // somebody put a copy of the packs back
+		flip(t, f, 70<<10)
+	}
+	r3 := openFresh(t, conf)
+	if _, err := Verify(ctx, r3, VerifyOptions{Read: 1}); err != nil {
+		t.Errorf("all is well again, and was read: %v", err)
+	}
+	if _, err := Verify(ctx, r3, VerifyOptions{}); err != nil {
+		t.Error(err)
+	}
+
+	// Once damaged blocks are marked, any look tells: they are missing, or healed.
+	for _, f := range files {
+		flip(t, f, 70<<10)
+	}
+	r4 := openFresh(t, conf)
+	if _, err := Verify(ctx, r4, VerifyOptions{Read: 1, Quarantine: true}); !errors.Is(err, ErrDamaged) {
+		t.Fatalf("verify: %v", err)
+	}
+	if _, err := Verify(ctx, r4, VerifyOptions{}); !errors.Is(err, ErrDamaged) {
+		t.Errorf("the marked block is not missing: %v", err)
+	}
+	mustBackup(t, r4, Options{Volume: testVolume, Disk: &memDisk{data: want[0]}, BlockSize: 64 << 10, Full: true})
+	if _, err := Verify(ctx, r4, VerifyOptions{}); err != nil {
+		t.Errorf("healed: %v", err)
+	}
+}
+
 // flip changes a byte of a file.
 func flip(t *testing.T, path string, off int64) {
 	t.Helper()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"time"
 
 	"github.com/varve-io/varve/backup/repository"
 )
@@ -103,6 +104,10 @@ func planPrune(ctx context.Context, r *repository.Repository, opt PruneOptions) 
 	if err != nil {
 		return nil, err
 	}
+	verified, err := LastVerified(ctx, r)
+	if err != nil {
+		return nil, err
+	}
 	plan := &PrunePlan{}
 	volumes := opt.Volumes
 	if len(volumes) == 0 {
@@ -127,6 +132,8 @@ func planPrune(ctx context.Context, r *repository.Repository, opt PruneOptions) 
 			c := Candidate{Point: p, Hold: holds(p, leases[p.ID])}
 			if q, bad := quarantined[p.ID]; bad {
 				c.Damaged = q.Reason
+			} else if v, known := verified[p.ID]; known && !v.OK {
+				c.Damaged = "verify found it so on " + v.Time.UTC().Format(time.DateOnly)
 			}
 			candidates = append(candidates, c)
 		}

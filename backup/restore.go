@@ -146,9 +146,18 @@ func Restore(ctx context.Context, repo *repository.Repository, p *Point, target 
 	r.res.Unchanged, r.res.Verified = r.unchanged.Load(), r.verified.Load()
 	r.res.Duration = time.Since(started)
 	if err != nil {
-		return r.res, fmt.Errorf("restore %s to %s: %w", p.Name(), target.Path(), err)
+		return r.res, fmt.Errorf("restore %s to %s: %w%s", p.Name(), target.Path(), err, salvageHint(p, err))
 	}
 	return r.res, nil
+}
+
+// salvageHint says what is left to whoever meets damage in a restore.
+func salvageHint(p *Point, err error) string {
+	if !errors.Is(err, repository.ErrContentMissing) && !errors.Is(err, repository.ErrContentCorrupt) {
+		return ""
+	}
+	return fmt.Sprintf("; other recovery points may be whole; \"varve verify %s --read 100%%\" names all that is damaged, "+
+		"and what is intact can be had by \"varve serve %s\" with a client that goes on after errors, such as qemu-img convert --salvage", p.ShortID(), p.ShortID())
 }
 
 func newRestore(ctx context.Context, repo *repository.Repository, p *Point, target RestoreTarget, opt RestoreOptions) (*restore, func(), error) {
@@ -405,7 +414,7 @@ func RestoreTo(ctx context.Context, repo *repository.Repository, p *Point, w io.
 	})
 	res.Duration = time.Since(started)
 	if err != nil {
-		return res, fmt.Errorf("restore %s: %w", p.Name(), err)
+		return res, fmt.Errorf("restore %s: %w%s", p.Name(), err, salvageHint(p, err))
 	}
 	return res, nil
 }

@@ -61,6 +61,9 @@ type PointResult struct {
 	Problems []blocktree.Problem // in the order of the disk; empty when it is whole
 	// Lifted is set when the point had been quarantined and is whole again.
 	Lifted bool
+	// Known is an earlier result that this run could not see again, because it read
+	// less: it stands until a verify reads everything.
+	Known *VerifyRecord
 }
 
 // VerifyRecord is the last result about a point, as kept in the repository.
@@ -71,6 +74,11 @@ type VerifyRecord struct {
 	OK       bool      `json:"ok"`
 	Problems int       `json:"problems,omitempty"`
 	First    []string  `json:"first,omitempty"` // some of them
+	// ByReading is set when the bytes of blocks were found wrong, which only a look
+	// at the same blocks finds again; Marked, when damaged blocks were marked for
+	// storing again, from when on any look finds them missing or healed.
+	ByReading bool `json:"byReading,omitempty"`
+	Marked    bool `json:"marked,omitempty"`
 }
 
 const (
@@ -87,9 +95,10 @@ type verifier struct {
 
 	blocks, read, bytes, segments atomic.Int64
 
-	mu   sync.Mutex
-	done map[uint64]struct{} // blocks looked at, by a hash of their ID
-	bad  map[repository.ObjectID]error
+	mu        sync.Mutex
+	done      map[uint64]struct{} // blocks looked at, by a hash of their ID
+	bad       map[repository.ObjectID]error
+	byReading map[repository.ObjectID]bool // of those, found by reading their bytes
 }
 
 // Verify proves that points can be restored: that each index is readable and
@@ -128,13 +137,16 @@ func Verify(ctx context.Context, r *repository.Repository, opt VerifyOptions) (*
 	if err != nil {
 		return nil, err
 	}
-	v := &verifier{repo: r, opt: opt, packs: packs, done: map[uint64]struct{}{}, bad: map[repository.ObjectID]error{}}
+	v := &verifier{repo: r, opt: opt, packs: packs, done: map[uint64]struct{}{}, bad: map[repository.ObjectID]error{}, byReading: map[repository.ObjectID]bool{}}
 	v.walk = &blocktree.Walker{Store: v, Visit: v.visit, Damaged: damaged, Workers: opt.Workers}
 	rep := &VerifyReport{Start: r.Now()}
 	if err := v.run(ctx, rep); err != nil {
 		return nil, err
 	}
 	rep.Blocks, rep.Read, rep.Bytes, rep.Segments = v.blocks.Load(), v.read.Load(), v.bytes.Load(), v.segments.Load()
+	if err := v.recall(ctx, rep); err != nil {
+		return nil, err
+	}
 	if err := v.store(ctx, rep); err != nil {
 		return rep, err
 	}
@@ -296,9 +308,9 @@ func (v *verifier) visit(ctx context.Context, t *blocktree.Tree, s *blocktree.Se
 			continue
 		}
 		v.blocks.Add(1)
-		err := v.present(ctx, e.Object)
+		err, reading := v.present(ctx, e.Object), false
 		if err == nil && v.opt.Read > 0 && (v.opt.Read >= 1 || rand.Float64() < v.opt.Read) {
-			err = v.readBlock(ctx, t, e)
+			err, reading = v.readBlock(ctx, t, e), true
 		}
 		if err == nil {
 			continue
@@ -307,7 +319,7 @@ func (v *verifier) visit(ctx context.Context, t *blocktree.Tree, s *blocktree.Se
 			return err
 		}
 		v.mu.Lock()
-		v.bad[e.Object] = err
+		v.bad[e.Object], v.byReading[e.Object] = err, reading
 		v.mu.Unlock()
 	}
 	return nil
@@ -343,6 +355,34 @@ func (v *verifier) readBlock(ctx context.Context, t *blocktree.Tree, e *blocktre
 	}
 	if !e.HasDigest && t.IsZero(ctx, e) && !disk.IsZero(p) {
 		return fmt.Errorf("object %v: %w: a hole that is not zero", e.Object, errDigest)
+	}
+	return nil
+}
+
+// recall keeps damage from being forgotten by a run that looked less closely than
+// the one that found it: a block whose bytes are wrong looks well until it is read,
+// and a sample of the next night passes it by.
+func (v *verifier) recall(ctx context.Context, rep *VerifyReport) error {
+	if v.opt.Read >= 1 {
+		return nil
+	}
+	known, err := LastVerified(ctx, v.repo)
+	if err != nil {
+		return err
+	}
+	for i := range rep.Points {
+		res := &rep.Points[i]
+		old, ok := known[res.Point.ID]
+		if !ok || old.OK || !old.ByReading || old.Marked || len(res.Problems) > 0 {
+			continue
+		}
+		first := "its bytes are not those that were backed up"
+		if len(old.First) > 0 {
+			first = old.First[0]
+		}
+		res.Known = &old
+		res.Problems = []blocktree.Problem{{Length: res.Point.Size, Err: fmt.Errorf(
+			"found damaged on %s (%s), and not read in full since; \"varve verify %s --read 100%%\" looks again", old.Time.UTC().Format(time.DateOnly), first, res.Point.ShortID())}}
 	}
 	return nil
 }
@@ -404,9 +444,16 @@ func (v *verifier) putRecords(ctx context.Context, w *repository.Writer, rep *Ve
 		byPoint[rec.Labels[pointLabel]] = append(byPoint[rec.Labels[pointLabel]], rec.ID)
 	}
 	for _, res := range rep.Points {
+		if res.Known != nil {
+			continue
+		}
 		rec := VerifyRecord{
 			Point: res.Point.ID, Time: rep.Start.UTC(), Read: v.opt.Read,
 			OK: len(res.Problems) == 0, Problems: len(res.Problems),
+			Marked: len(res.Problems) > 0 && v.opt.Quarantine,
+		}
+		for _, p := range res.Problems {
+			rec.ByReading = rec.ByReading || v.byReading[p.Object]
 		}
 		for _, p := range res.Problems[:min(len(res.Problems), recordProblems)] {
 			rec.First = append(rec.First, p.String())
@@ -462,7 +509,12 @@ func (v *verifier) forget(ctx context.Context, w *repository.Writer, oid reposit
 
 // LastVerified returns the last results, by point ID.
 func LastVerified(ctx context.Context, r *repository.Repository) (map[string]VerifyRecord, error) {
-	recs, err := r.ListRecords(ctx, verifyKind, nil)
+	return lastVerified(ctx, r, nil)
+}
+
+// lastVerified is LastVerified of the records with some labels.
+func lastVerified(ctx context.Context, r *repository.Repository, labels map[string]string) (map[string]VerifyRecord, error) {
+	recs, err := r.ListRecords(ctx, verifyKind, labels)
 	if err != nil {
 		return nil, err
 	}

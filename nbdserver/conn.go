@@ -69,6 +69,7 @@ type conn struct {
 	slots   chan struct{} // requests that wait for the export
 	workers sync.WaitGroup
 	busy    atomic.Int64 // requests at workers
+	failed  atomic.Int64 // requests that the export failed
 	counted ExportMetrics
 	lent    []Piece    // scratch of the reading goroutine
 	replies []outgoing // scratch of the reading goroutine

@@ -80,9 +80,26 @@ func (c *conn) exportError(r *request, err error, off int64) {
 		errno = proto.EIO // the protocol has it for FAST_ZERO only
 	}
 	if c.ctx.Err() == nil && errno != proto.ENOTSUP {
-		c.log.Warn("request failed", "cmd", r.cmd.String(), "offset", off, "err", err)
+		c.logFailure(r, err, off)
 	}
 	c.sendError(r, errno, err.Error(), off)
+}
+
+// loggedFailures is how many failed requests of a connection are logged. A tool that
+// salvages what it can asks for each sector of a lost block, and a client may write to
+// a full overlay for ever: neither is to fill the server's disk.
+const loggedFailures = 20
+
+func (c *conn) logFailure(r *request, err error, off int64) {
+	switch n := c.failed.Add(1); {
+	case n <= loggedFailures:
+		c.log.Warn("request failed", "cmd", r.cmd.String(), "offset", off, "err", err)
+		if n == loggedFailures {
+			c.log.Warn("more requests of this connection that fail are counted, not logged")
+		}
+	default:
+		c.log.Debug("request failed", "cmd", r.cmd.String(), "offset", off, "err", err)
+	}
 }
 
 // sendError answers with an error. off < 0: it has no place.

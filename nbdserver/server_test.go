@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -175,6 +176,24 @@ func TestShutdownBounded(t *testing.T) {
 
 // Errors of the export reach the client with number, place and text, and the
 // connection lives on.
+// TestFailuresDoNotFloodTheLog asks for a lost block again and again.
+func TestFailuresDoNotFloodTheLog(t *testing.T) {
+	d := nbdtest.NewDisk(nbdtest.Image())
+	d.Fail = func(int64, int64) error { return errors.New("content missing") }
+	var log bytes.Buffer
+	logger := slog.New(slog.NewTextHandler(&log, nil)) // locks
+	_, path := serve(t, nbdserver.Config{Catalog: single(d), Logger: logger.With("test", t.Name())})
+	e := enter(t, dialUnix(t, path), nbdclient.Structured, "disk")
+	for range 200 {
+		if _, err := e.ReadAt(ctx(t), make([]byte, 512), 0); err == nil {
+			t.Fatal("a lost block was read")
+		}
+	}
+	if n := strings.Count(log.String(), "request failed"); n == 0 || n > 50 {
+		t.Errorf("%d lines for 200 failures", n)
+	}
+}
+
 func TestExportErrors(t *testing.T) {
 	for _, lends := range []bool{false, true} {
 		d := nbdtest.NewDisk(nbdtest.Image())

@@ -49,8 +49,9 @@ type BackupPolicySpec struct {
 	// +optional
 	// +kubebuilder:default=Auto
 	RetainBase RetainBase `json:"retainBase,omitempty"`
-	// MaxBaseAge drops a retained snapshot that no backup has used for so long;
-	// the next one then compares. Example: 168h
+	// MaxBaseAge drops a retained snapshot that is older, as no backup came to replace
+	// it; the next one then compares. Without it the snapshot is kept until the next
+	// backup, or until the claim or its ProtectedVolume is deleted. Example: 168h
 	// +optional
 	MaxBaseAge *metav1.Duration `json:"maxBaseAge,omitempty"`
 	// BackupVolume overrides what the volume that is read from is made with.

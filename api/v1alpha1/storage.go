@@ -178,10 +178,11 @@ type VolumeStorage struct {
 
 // Limits on the use of a storage by one run.
 type Limits struct {
-	// UploadPerSecond in bytes. Example: 50Mi
+	// UploadPerSecond in bytes, of each mover. Example: 50Mi
 	// +optional
 	UploadPerSecond *resource.Quantity `json:"uploadPerSecond,omitempty"`
-	// DownloadPerSecond in bytes. Example: 200Mi
+	// DownloadPerSecond in bytes, of each mover. Each pack that is read is first taken for
+	// one of 20 MB: much less than that makes it slower than it says. Example: 200Mi
 	// +optional
 	DownloadPerSecond *resource.Quantity `json:"downloadPerSecond,omitempty"`
 	// Backups at once; 4 if not set. Example: 8

@@ -138,6 +138,9 @@ type VolumeBackupStatus struct {
 	Points []ListedPoint `json:"points,omitempty"`
 	// +optional
 	PointCount int64 `json:"pointCount,omitempty"`
+	// PrunedAt is when retention was applied, if the run has one and that went well.
+	// +optional
+	PrunedAt *metav1.Time `json:"prunedAt,omitempty"`
 	// Progress of the reading, in percent.
 	// +optional
 	Progress *int32 `json:"progress,omitempty"`

@@ -1095,6 +1095,10 @@ func (in *VolumeBackupStatus) DeepCopyInto(out *VolumeBackupStatus) {
 			(*in)[i].DeepCopyInto(&(*out)[i])
 		}
 	}
+	if in.PrunedAt != nil {
+		in, out := &in.PrunedAt, &out.PrunedAt
+		*out = (*in).DeepCopy()
+	}
 	if in.Progress != nil {
 		in, out := &in.Progress, &out.Progress
 		*out = new(int32)

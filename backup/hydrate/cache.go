@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net/url"
@@ -44,7 +45,10 @@ type Options struct {
 var (
 	// ErrInUse is the refusal to use a directory, or open a copy in it, twice.
 	ErrInUse = errors.New("this hydration cache is in use by another process: choose another directory")
-	errID    = errors.New("the identity of an image is one to 200 bytes")
+	// ErrNotACache is the refusal to use a directory that holds something else:
+	// copies that are not wanted any more are deleted in it.
+	ErrNotACache = errors.New("this directory is not empty and holds no local copies: give a new or an empty one, and none that overlays are in")
+	errID        = errors.New("the identity of an image is one to 200 bytes")
 )
 
 // Cache is a directory of copies and the workers that hydrate them.
@@ -94,7 +98,10 @@ func New(opt Options) (*Cache, error) {
 	if err := os.MkdirAll(opt.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the directory of the hydration cache: %w", err)
 	}
-	lock, err := os.OpenFile(filepath.Join(opt.Dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err := checkOwn(opt.Dir); err != nil {
+		return nil, fmt.Errorf("%s: %w", opt.Dir, err)
+	}
+	lock, err := os.OpenFile(filepath.Join(opt.Dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("lock the hydration cache: %w", err)
 	}
@@ -105,7 +112,11 @@ func New(opt Options) (*Cache, error) {
 		}
 		return nil, errors.Join(fmt.Errorf("lock the hydration cache %s: %w", opt.Dir, err), lock.Close())
 	}
-	if err := c.scan(); err != nil {
+	_, err = lock.WriteAt([]byte(cacheMark), 0)
+	if err == nil {
+		err = c.scan()
+	}
+	if err != nil {
 		return nil, errors.Join(err, lock.Close())
 	}
 	if opt.Limit == 0 && opt.FreeShare > 0 {
@@ -119,6 +130,62 @@ func New(opt Options) (*Cache, error) {
 	for c.opt.Limit > 0 && c.used.Load() > opt.Limit && c.evict() {
 	}
 	return c, nil
+}
+
+// lockFile is in the directory of each cache, and begins with cacheMark.
+const (
+	lockFile  = "lock"
+	cacheMark = "Varve keeps local copies here, and deletes them when they are not wanted any more.\n"
+)
+
+// checkOwn refuses a directory that something else is in, such as overlays, or a
+// home: what looks like copies there is not ours to delete.
+func checkOwn(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("list the hydration cache: %w", err)
+	}
+	others := 0
+	for _, e := range entries {
+		if e.Name() != lockFile && e.Name() != "lost+found" {
+			others++
+		}
+	}
+	mark, err := os.ReadFile(filepath.Join(dir, lockFile))
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && others == 0:
+		return nil
+	case errors.Is(err, fs.ErrNotExist):
+		return ErrNotACache
+	case err != nil:
+		return fmt.Errorf("read the lock of the hydration cache: %w", err)
+	case string(mark) == cacheMark, len(mark) == 0 && others == 0:
+		return nil
+	}
+	return ErrNotACache
+}
+
+// isMap reports whether a file begins as the map of a copy does.
+func isMap(path string) bool {
+	f, err := os.Open(path)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	b := make([]byte, len(mapMagic))
+	_, err = io.ReadFull(f, b)
+	return err == nil && string(b) == mapMagic
+}
+
+// removeCopy removes the files of a copy, and its directory if that was all.
+func removeCopy(dir string) error {
+	var errs []error
+	for _, path := range []string{filepath.Join(dir, "data"), filepath.Join(dir, "map"), dir} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // scan finds the copies that an earlier process left.
@@ -135,6 +202,9 @@ func (c *Cache) scan() error {
 		if err != nil {
 			return fmt.Errorf("list the hydration cache: %w", err)
 		}
+		if !st.Mode().IsRegular() || !isMap(filepath.Join(c.opt.Dir, e.Name(), "map")) {
+			continue // somebody put it here
+		}
 		n := int64(0)
 		if sys, ok := st.Sys().(*syscall.Stat_t); ok {
 			n = sys.Blocks * 512
@@ -148,7 +218,7 @@ func (c *Cache) scan() error {
 // dirName is the name of an image's directory.
 func dirName(id string) (string, error) {
 	name := url.PathEscape(id)
-	if name == "" || len(name) > maxID || strings.HasPrefix(name, ".") || name == "lock" {
+	if name == "" || len(name) > maxID || strings.HasPrefix(name, ".") || name == lockFile {
 		return "", fmt.Errorf("hydrate %q: %w", id, errID)
 	}
 	return name, nil
@@ -168,7 +238,7 @@ func (c *Cache) Retain(wanted func(id string) bool) {
 
 // removeLocked removes an idle copy.
 func (c *Cache) removeLocked(name string) {
-	if err := os.RemoveAll(filepath.Join(c.opt.Dir, name)); err != nil {
+	if err := removeCopy(filepath.Join(c.opt.Dir, name)); err != nil {
 		c.log.Warn("cannot remove a copy from the hydration cache", "id", name, "err", err)
 	}
 	c.used.Add(-c.idle[name].bytes)
@@ -274,7 +344,7 @@ func (c *Cache) Close() error {
 			c.removeLocked(name)
 		}
 		c.mu.Unlock()
-		err = os.Remove(filepath.Join(c.opt.Dir, "lock"))
+		err = os.Remove(filepath.Join(c.opt.Dir, lockFile))
 		_ = os.Remove(c.opt.Dir) // perhaps it was somebody's before, with more in it
 	}
 	return errors.Join(err, c.lock.Close())

@@ -468,5 +468,5 @@ func (d *Disk) Close() error {
 	}
 	c.used.Add(-d.held.Load())
 	c.roomAgain()
-	return errors.Join(err, os.RemoveAll(dir))
+	return errors.Join(err, removeCopy(dir))
 }

@@ -310,6 +310,71 @@ func TestLimit(t *testing.T) {
 	}
 }
 
+// TestStrangersDirectory gives the cache directories with what is not its own. There,
+// a directory with "data" in it was taken for a copy that nobody wants any more.
+func TestStrangersDirectory(t *testing.T) {
+	for name, files := range map[string][]string{
+		"a database":      {"postgres/data/base"},
+		"another program": {"app/data"},
+		"kept overlays":   {"3415afa916a7719a2ac2afb31ba6698a/data", "3415afa916a7719a2ac2afb31ba6698a/map"},
+		"its lock":        {"lock", "app/data"},
+		"a file":          {"notes"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			for _, f := range files {
+				path := filepath.Join(dir, f)
+				if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, []byte("precious"), 0o600)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			c, err := New(Options{Dir: dir})
+			if !errors.Is(err, ErrNotACache) {
+				t.Errorf("opened: %v", err)
+			}
+			if err == nil {
+				c.Retain(func(string) bool { return false })
+				if err := c.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+			for _, f := range files {
+				if b, err := os.ReadFile(filepath.Join(dir, f)); err != nil || string(b) != "precious" {
+					t.Errorf("%s: %q, %v", f, b, err)
+				}
+			}
+		})
+	}
+	dir := t.TempDir()
+	if err := os.Mkdir(filepath.Join(dir, "lost+found"), 0o700); err != nil { // a disk of its own
+		t.Fatal(err)
+	}
+	c, err := New(Options{Dir: dir, Keep: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "later", "data"), 0o700), os.Mkdir(filepath.Join(dir, "overlay"), 0o700), c.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"data", "map"} {
+		if err := os.WriteFile(filepath.Join(dir, "overlay", name), []byte("precious"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if c, err = New(Options{Dir: dir}); err != nil { // its own, and something moved in since
+		t.Fatal(err)
+	}
+	c.Retain(func(string) bool { return false })
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+	for _, path := range []string{"later/data", "overlay/data", "overlay/map"} {
+		if _, err := os.Stat(filepath.Join(dir, path)); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // A copy belongs to one image of one size and unit.
 func TestBoundToImage(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "cache")

@@ -58,8 +58,25 @@ func (a *app) list(ctx context.Context, repo *repository.Repository, volume stri
 		views = append(views, n.view(p))
 		clusters[p.Volume.Cluster] = true
 	}
+	others := 0 // of Velero or stock Kopia, if nothing else is there
+	if len(views) == 0 && !foreign {
+		opt.Foreign = true
+		all, err := backup.List(ctx, repo, opt)
+		if err != nil {
+			return err
+		}
+		others = len(all.Points())
+	}
 	return a.print(views, func(t *table) {
-		if len(views) == 0 {
+		switch {
+		case len(views) > 0:
+		case others > 0:
+			t.line("No recovery points of Varve, but %s of Velero or Kopia. See: varve list --all", count(others, "disk image", "disk images"))
+			return
+		case opt.Volume != nil:
+			t.line("No recovery points of volume %s:%s. See what there is with: varve list", opt.Volume.Cluster, opt.Volume)
+			return
+		default:
 			t.line("No recovery points. Make one with: varve backup SOURCE --volume NAMESPACE/NAME")
 			return
 		}

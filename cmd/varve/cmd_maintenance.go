@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -102,7 +103,14 @@ func (a *app) maintain(ctx context.Context, repo *repository.Repository, opt bac
 			})
 		}
 	}
-	return a.print(res, func(t *table) { writeMaintenance(t, res) })
+	if err := a.print(res, func(t *table) { writeMaintenance(t, res) }); err != nil {
+		return err
+	}
+	if n := res.Lost.Count + res.NotMoved.Count; n > 0 {
+		return fmt.Errorf("%w: maintenance did its work, but %s of what recovery points hold cannot be read: "+
+			"\"varve verify --read 100%% --quarantine\" names the points", backup.ErrDamaged, count(int(n), "block or index", "blocks and indexes"))
+	}
+	return nil
 }
 
 func writeMaintenance(t *table, res maintenanceResult) {
@@ -135,9 +143,6 @@ func writeMaintenance(t *table, res maintenanceResult) {
 	}
 	for _, q := range res.Quarantined {
 		t.line("  quarantined %s: %s", q.Name, q.Reason)
-	}
-	if res.Lost.Count+res.NotMoved.Count > 0 {
-		t.line("Next: varve verify --read 100%% --quarantine names what is affected.")
 	}
 }
 

@@ -50,6 +50,9 @@ func TestListAndShow(t *testing.T) {
 	if res.Record == nil || res.Record.ID != views[0].ID {
 		t.Errorf("shown %+v", res)
 	}
+	if out := mustRun(t, env, "list", "--volume", "shop/none").stdout; !strings.Contains(out, "shop/none") {
+		t.Errorf("a volume without points: %s", out)
+	}
 	for _, args := range [][]string{{"show", "shop/none@latest"}, {"show", "shop/db@latest~7"}, {"show", "shop/db"}} {
 		if r := runVarve(t, env, args...); r.code != exitNotFound || !strings.Contains(r.stderr, "no such recovery point") {
 			t.Errorf("%v: exit code %d, %s", args, r.code, r.stderr)
@@ -154,6 +157,23 @@ func TestVerifyNamesDamage(t *testing.T) {
 	if len(res.Points) != 2 || res.Points[0].OK || res.Points[0].Problems[0].Object == "" || !strings.Contains(res.Points[0].Problems[0].Error, "pack p") {
 		t.Errorf("result %+v", res)
 	}
+	// Not quarantined yet: who goes on as if nothing were is told.
+	if r := runVarve(t, env, "maintenance", "run", "--full"); r.code != exitDamaged || !strings.Contains(r.stdout, "in use, but lost") || !strings.Contains(r.stderr, "--quarantine") {
+		t.Errorf("maintenance: exit code %d: %s%s", r.code, r.stdout, r.stderr)
+	}
+	if r := runVarve(t, env, "restore", first.Name, filepath.Join(env["HOME"], "back.img")); r.code != exitDamaged || !strings.Contains(r.stderr, "--salvage") {
+		t.Errorf("restore: exit code %d: %s", r.code, r.stderr)
+	}
+	if b := backupJSON(t, env, disk, "--volume", "shop/db"); len(b.Notes) != 1 || !strings.Contains(b.Notes[0], "found damaged") {
+		t.Errorf("a backup on a damaged point: %+v", b)
+	}
+	// A point that was found damaged takes no other's place.
+	plan := fromJSON[pruneResult](t, mustRun(t, env, "prune", "--keep-latest", "1", "-n", "-o", "json").stdout)
+	for i, p := range plan.Volumes[0].Points {
+		if whole := i == 2; !p.Keep || strings.Contains(strings.Join(p.Reasons, " "), "damaged") == whole {
+			t.Errorf("prune: %+v", p)
+		}
+	}
 	if r := runVarve(t, env, "verify", "--quarantine"); r.code != exitDamaged || !strings.Contains(r.stdout, "stored again") {
 		t.Errorf("exit code %d: %s%s", r.code, r.stdout, r.stderr)
 	}
@@ -162,7 +182,7 @@ func TestVerifyNamesDamage(t *testing.T) {
 	}
 	// The disk still has the bytes: a backup heals the point that holds the same.
 	mustRun(t, env, "backup", disk, "--volume", "shop/db", "--full", "--block-size", "64K")
-	out := runVarve(t, env, "verify", "shop/db@latest~1", "--read", "100%")
+	out := runVarve(t, env, "verify", "shop/db@latest~2", "--read", "100%")
 	if out.code != exitOK || !strings.Contains(out.stdout, "whole again") {
 		t.Errorf("exit code %d: %s%s", out.code, out.stdout, out.stderr)
 	}

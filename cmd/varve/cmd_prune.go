@@ -30,8 +30,8 @@ func newPruneCommand(a *app) *cobra.Command {
 
 Each --keep-... keeps the newest point of each of that many hours, days and so on
 that have one, counted from the newest back. A point may be kept by several, and
-is deleted when none keeps it. Points that are pinned, being read, or quarantined
-stay. Volumes of other clusters are touched only when --volume names them.
+is deleted when none keeps it. Points that are pinned, being read, or damaged
+stay; damaged ones do not count. Volumes of other clusters are touched only when --volume names them.
 
 --dry-run shows what would go, and why the others stay.`,
 		Example: `  varve prune --keep-daily 7 --keep-weekly 4 --keep-monthly 12 --dry-run

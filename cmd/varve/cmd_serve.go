@@ -124,6 +124,8 @@ func (f *serveFlags) check() error {
 		return usagef("--overlay-dir, --keep and --overlay-limit need --writable")
 	case !f.hydrate && (f.copies.Dir != "" || f.copyLimit != 0):
 		return usagef("--hydrate-dir and --hydrate-limit need --hydrate")
+	case f.copies.Dir != "" && f.overlays.Dir != "" && filepath.Clean(f.copies.Dir) == filepath.Clean(f.overlays.Dir):
+		return usagef("--hydrate-dir and --overlay-dir are both %s: give each a directory of its own", f.copies.Dir)
 	case f.stdio && len(f.listen) > 0:
 		return usagef("--stdio serves one client and listens nowhere: leave out --listen")
 	case f.refresh <= 0:

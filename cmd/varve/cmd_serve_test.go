@@ -245,6 +245,17 @@ func TestServeWritableAndCommit(t *testing.T) {
 	if r := s.stop(); r.code != exitOK {
 		t.Fatalf("exit code %d: %s", r.code, r.stderr)
 	}
+	// Neither who forgets --keep nor a cache of local copies takes it away.
+	for _, args := range [][]string{
+		{"--writable", "--overlay-dir", overlays},
+		{"--hydrate", "--hydrate-dir", overlays},
+		{"--writable", "--overlay-dir", overlays, "--keep", "--hydrate", "--hydrate-dir", overlays},
+	} {
+		args = append(args, "--listen", "unix:"+filepath.Join(t.TempDir(), "s"))
+		if r := runVarve(t, env, append([]string{"serve"}, args...)...); r.code != exitRefused && r.code != exitUsage || !strings.Contains(r.stderr, overlays) {
+			t.Errorf("%v: %+v", args, r)
+		}
+	}
 	kept := commit(filepath.Join(overlays, first.ID), "--volume", "test/kept")
 	if kept.NotCrashConsistent || kept.Stats.Changed != 128<<10 {
 		t.Errorf("commit of a kept overlay: %+v", kept)

@@ -25,7 +25,8 @@ its pack in storage, and, with --read, that the bytes are those backed up.
 
 What points share is looked at once, so verifying a chain costs its unique
 blocks. Damage is named by point, offset, object and pack, and the exit code is 4.
-Intact parts of a damaged point, and all other points, stay readable.
+Intact parts of a damaged point, and all other points, stay readable. What was
+found damaged by reading it stays so until it is read in full again.
 
 With --quarantine no later backup builds on a damaged point, and the damaged
 blocks are marked so that the next backup that meets the same bytes stores them

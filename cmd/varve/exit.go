@@ -90,6 +90,8 @@ var exitCodes = []struct {
 	{overlay.ErrInUse, exitRefused},
 	{overlay.ErrOtherBase, exitRefused},
 	{hydrate.ErrInUse, exitRefused},
+	{hydrate.ErrNotACache, exitRefused},
+	{serve.ErrKept, exitRefused},
 	{serve.ErrNotWritable, exitUsage},
 	{nbdserver.ErrUnknownExport, exitNotFound},
 	{errOtherVolume, exitUsage},

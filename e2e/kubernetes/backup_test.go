@@ -152,6 +152,13 @@ func (s *site) events(ctx context.Context, name string) (string, error) {
 // waitEvent waits for an event about an object with a reason.
 func (s *site) waitEvent(name, reason string) string {
 	s.T.Helper()
+
+	return s.waitSaid(name, reason, "")
+}
+
+// waitSaid waits for an event about an object with a reason and a part of its message.
+func (s *site) waitSaid(name, reason, part string) string {
+	s.T.Helper()
 	var found string
 	s.Eventually("an event "+reason+" about "+name, func(ctx context.Context) error {
 		all, err := s.events(ctx, name)
@@ -159,7 +166,7 @@ func (s *site) waitEvent(name, reason string) string {
 			return err
 		}
 		for line := range strings.Lines(all) {
-			if strings.HasPrefix(line, reason+": ") {
+			if strings.HasPrefix(line, reason+": ") && strings.Contains(line, part) {
 				found = line
 
 				return nil

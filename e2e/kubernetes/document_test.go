@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/varve-io/varve/e2e/cluster"
 )
@@ -120,7 +121,10 @@ func TestDocument(t *testing.T) {
 			}
 		}
 	})
-	cmd := exec.CommandContext(t.Context(), "bash", "-euo", "pipefail", "-c", script.String())
+	// What the document promises to whoever follows it.
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "bash", "-euo", "pipefail", "-c", script.String())
 	cmd.Dir = root
 	cmd.Env = append(os.Environ(), "PATH="+s.Cluster.Bin+":"+os.Getenv("PATH"), "KUBECONFIG="+s.Cluster.Kubeconfig(),
 		"BUCKET="+bucket.Bucket, "ENDPOINT="+bucket.Endpoint, "REGION="+bucket.Region, "PLAIN_HTTP=true",

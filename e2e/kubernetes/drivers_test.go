@@ -125,7 +125,7 @@ func TestDriverWithoutBlock(t *testing.T) {
 	s.backup("second", "other", nil)
 	s.source("latest", func(rs *v1alpha1.RecoverySource) { rs.Spec.From.Volume = "other" })
 	s.restoreClaim(restored{Claim: framework.Claim{Name: "back", Class: d.Class(), Mode: framework.Filesystem, Size: "32Mi"}, Source: "latest"})
-	t.Log(s.waitEvent("back", v1alpha1.ReasonProvisioning))
+	t.Log(s.waitSaid("back", v1alpha1.ReasonProvisioning, "this driver has no Block volumes"))
 	s.pending("back")
 	t.Log(says(s.waitFailed("first", v1alpha1.ReasonBlockUnsupported).Status.Conditions))
 }

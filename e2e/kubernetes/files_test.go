@@ -46,10 +46,16 @@ func TestUnchangedManifest(t *testing.T) {
 	s.restoreClaim(restored{Claim: larger, Source: "named"})
 	first := framework.Claim{Name: "first-use", Class: "e2e-wffc", Mode: framework.Filesystem, Size: "64M"}
 	s.restoreClaim(restored{Claim: first, Source: "named"})
+	// A class whose driver would make XFS: what is there is ext4, and stays that.
+	other := framework.Claim{Name: "other-class", Class: "e2e-xfs", Mode: framework.Filesystem, Size: "64M"}
+	s.restoreClaim(restored{Claim: other, Source: "named"})
 	s.WaitBound("data")
 	s.WaitBound("larger")
-	s.filePod("reader", "data", "larger", "first-use")
-	for _, claim := range []string{"data", "larger", "first-use"} {
+	if pv := s.WaitBound("other-class"); pv.Spec.CSI.FSType != "ext4" {
+		t.Errorf("the volume of class %s is for %s", other.Class, pv.Spec.CSI.FSType)
+	}
+	s.filePod("reader", "data", "larger", "first-use", "other-class")
+	for _, claim := range []string{"data", "larger", "first-use", "other-class"} {
 		if got := s.SHA256("reader", "/"+claim+"/a"); got != sum {
 			t.Errorf("the file on %s differs", claim)
 		}
@@ -73,8 +79,16 @@ func TestXFSBesideItsOriginal(t *testing.T) {
 	s.source("latest", func(rs *v1alpha1.RecoverySource) { rs.Spec.From.Volume = "data" })
 	c.Name = "back"
 	s.restoreClaim(restored{Claim: c, Source: "latest"})
+	s.restoreClaim(restored{Claim: framework.Claim{Name: "larger", Class: "e2e", Mode: framework.Filesystem, Size: "400Mi"}, Source: "latest"})
 	s.WaitBound("back")
-	s.filePod("reader", "back")
+	s.filePod("reader", "back", "larger")
+	if got := s.SHA256("reader", "/larger/a"); got != sum {
+		t.Error("the file on the larger claim differs")
+	}
+	var kib int64
+	if _, err := fmt.Sscan(s.Exec("reader", "df -k /larger | awk 'NR==2 {print $2}'"), &kib); err != nil || kib < 320<<10 {
+		t.Errorf("the larger claim's file system has %d KiB, %v", kib, err)
+	}
 	if got := s.SHA256("reader", "/back/a"); got != sum {
 		t.Error("the file differs")
 	}

@@ -386,11 +386,14 @@ func at(points ...point) func(point) bool {
 	}
 }
 
+// detach is how long the driver takes to detach a volume: long enough to be killed.
+const detach = csidriver.Duration(300 * time.Millisecond)
+
 // newKiller has a claim of each mode backed up, and no controller but this process.
 func newKiller(t *testing.T) *killer {
 	t.Helper()
 	s := newSite(t)
-	k := &killer{site: s, driver: s.Driver(csidriver.Options{})}
+	k := &killer{site: s, driver: s.Driver(csidriver.Options{AttachRequired: true, DetachDelay: detach})}
 	k.class = k.driver.Class()
 	s.CreateClaim(framework.Claim{Name: "data", Class: k.class, Mode: framework.Block, Size: "64Mi"})
 	s.CreateClaim(framework.Claim{Name: "text", Class: k.class, Mode: framework.Filesystem, Size: "32Mi"})
@@ -424,7 +427,7 @@ func TestKilledAtEachWrite(t *testing.T) {
 
 	// A driver that takes no Block volumes any more: the backup fails, and the restore
 	// gets no volume and is deleted.
-	k.SetDriver(k.driver, csidriver.Options{NoBlock: true})
+	k.SetDriver(k.driver, csidriver.Options{AttachRequired: true, NoBlock: true})
 	undone := k.run(everywhere(), func(n int) []job {
 		return []job{
 			k.backupJob(fmt.Sprintf("run-%d", n), v1alpha1.BackupFailed),
@@ -434,12 +437,12 @@ func TestKilledAtEachWrite(t *testing.T) {
 	t.Logf("killed %d times while it undid things", len(undone))
 
 	// One that makes devices shorter than it says: a larger volume is made.
-	k.SetDriver(k.driver, csidriver.Options{ShortBy: 16 << 20})
+	k.SetDriver(k.driver, csidriver.Options{AttachRequired: true, ShortBy: 16 << 20})
 	anew := k.run(everywhere(), func(n int) []job {
 		return []job{k.restoreJob(framework.Claim{Name: fmt.Sprintf("block-%d", n), Class: k.class, Mode: framework.Block, Size: "64Mi"}, "block")}
 	}, func(n int) { k.sees(n, map[string]corev1.PersistentVolumeMode{"block": framework.Block}) }, "block")
 	t.Logf("killed %d times while it began anew", len(anew))
-	k.SetDriver(k.driver, csidriver.Options{})
+	k.SetDriver(k.driver, csidriver.Options{AttachRequired: true, DetachDelay: detach})
 
 	steps := map[string]bool{}
 	for _, p := range slices.Concat(all, undone, anew) {

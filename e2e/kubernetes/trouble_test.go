@@ -140,23 +140,16 @@ func TestRepositoryUnreachable(t *testing.T) {
 func TestRepositoryUnreachableMidway(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
-	server, store := s.ownStore("1Mi")
+	server, store := s.ownStore("4Mi")
 	to := func(vb *v1alpha1.VolumeBackup) { vb.Spec.StoreRef.Name = store }
-	s.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "32Mi"})
+	s.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "64Mi"})
 	s.blockPod("writer", "data")
-	s.Exec("writer", "dd if=/dev/urandom of=/dev/data bs=1M count=20 2>/dev/null; sync")
+	s.Exec("writer", "dd if=/dev/urandom of=/dev/data bs=1M count=56 2>/dev/null; sync")
 	sum := s.SHA256("writer", "/dev/data")
 	s.backup("first", "data", to)
 	s.source("latest", func(rs *v1alpha1.RecoverySource) { rs.Spec.StoreRef.Name, rs.Spec.From.Volume = store, "data" })
-	s.restoreClaim(restored{Claim: framework.Claim{Name: "back", Mode: framework.Block, Size: "32Mi"}, Source: "latest"})
-	s.Eventually("an event of a quarter", func(ctx context.Context) error {
-		all, err := s.events(ctx, "back")
-		if err == nil && !strings.Contains(all, "% of recovery point") {
-			err = errors.New("there are only:\n" + all)
-		}
-
-		return err
-	})
+	s.restoreClaim(restored{Claim: framework.Claim{Name: "back", Mode: framework.Block, Size: "64Mi"}, Source: "latest"})
+	t.Log(s.waitSaid("back", v1alpha1.ReasonPopulating, "% of recovery point"))
 	restore := s.CutNetwork(server)
 	t.Log(s.waitEvent("back", v1alpha1.ReasonRepositoryUnreachable))
 	s.pending("back")

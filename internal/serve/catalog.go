@@ -64,6 +64,11 @@ func Open(ctx context.Context, repo *repository.Repository, cache *image.Cache, 
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
+	if opt.Writable != nil {
+		if err := opt.Writable.check(); err != nil {
+			return nil, err
+		}
+	}
 	cat, err := backup.List(ctx, repo, backup.ListOptions{Foreign: opt.Foreign})
 	if err != nil {
 		return nil, err

@@ -1,7 +1,9 @@
 package serve
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -15,6 +17,26 @@ type Overlays struct {
 	Dir   string
 	Limit int64 // bytes of scratch data each; 0 for no limit
 	Keep  bool  // leave them for the next run
+}
+
+// ErrKept means that overlays of an earlier run are there and would be removed.
+var ErrKept = errors.New("it holds overlays of an earlier run, which would be removed at the end: go on with them by --keep, give another directory, or remove them")
+
+// check refuses a directory with overlays in it unless they are kept.
+func (o *Overlays) check() error {
+	if o.Keep {
+		return nil
+	}
+	entries, err := os.ReadDir(o.Dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("look for overlays: %w", err)
+	}
+	for _, e := range entries {
+		if _, err := os.Lstat(filepath.Join(o.Dir, e.Name(), "map")); err == nil {
+			return fmt.Errorf("%s: %w", o.Dir, ErrKept)
+		}
+	}
+	return nil
 }
 
 func (o *Overlays) open(base nbdserver.Export, id string) (*overlay.Overlay, error) {

@@ -1,6 +1,7 @@
 package backups
 
 import (
+	"context"
 	"errors"
 	"strings"
 	"testing"
@@ -15,6 +16,7 @@ import (
 	"k8s.io/client-go/tools/record"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
+	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/varve-io/varve/api/v1alpha1"
@@ -41,7 +43,13 @@ func newCluster(t *testing.T, objects ...client.Object) (client.WithWatch, *Reco
 		&corev1.PersistentVolume{ObjectMeta: metav1.ObjectMeta{Name: "pv"}, Spec: corev1.PersistentVolumeSpec{
 			PersistentVolumeSource: corev1.PersistentVolumeSource{CSI: &corev1.CSIPersistentVolumeSource{Driver: "csi", VolumeHandle: "vol-1"}}}},
 		&snapshotv1.VolumeSnapshotClass{ObjectMeta: metav1.ObjectMeta{Name: "snap"}, Driver: "csi"},
-	).WithObjects(objects...).Build()
+	).WithObjects(objects...).WithInterceptorFuncs(interceptor.Funcs{
+		Create: func(ctx context.Context, c client.WithWatch, o client.Object, opts ...client.CreateOption) error {
+			o.SetCreationTimestamp(metav1.Now())
+
+			return c.Create(ctx, o, opts...)
+		},
+	}).Build()
 
 	return c, &Reconciler{
 		Client: c, Live: c, Pods: mover.Pods{Namespace: "varve"}, Queue: queue.New(0, nil), Events: report.NewEvents(record.NewFakeRecorder(100)),
@@ -96,7 +104,7 @@ func TestSnapshotOfAnotherVolume(t *testing.T) {
 	for handle, want := range map[string]string{"vol-1": v1alpha1.ReasonRunning, "vol-2": v1alpha1.ReasonSnapshotGone} {
 		yes, content, snapshot := true, "content", "snap-1"
 		origin := &snapshotv1.VolumeSnapshot{
-			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: originName("run"), UID: "vs"},
+			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: originName("run"), UID: "vs", CreationTimestamp: metav1.Now()},
 			Status:     &snapshotv1.VolumeSnapshotStatus{BoundVolumeSnapshotContentName: &content, ReadyToUse: &yes},
 		}
 		made := &snapshotv1.VolumeSnapshotContent{

@@ -8,7 +8,9 @@ import (
 	"slices"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/backup"
@@ -16,6 +18,7 @@ import (
 	"github.com/varve-io/varve/backup/cbt"
 	"github.com/varve-io/varve/backup/cbt/csi"
 	"github.com/varve-io/varve/backup/cbt/csi/csikube"
+	"github.com/varve-io/varve/populator/claims"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/mover/work"
 	"github.com/varve-io/varve/populator/step"
@@ -57,8 +60,8 @@ func (r *run) task(ctx context.Context) (*mover.BackupTask, error) {
 	if endpoint.Address == "" {
 		t.Changed.TokenFile = ""
 	}
-	if t.Retention, err = Policy(r.vb.Spec.Retention); err != nil {
-		return nil, step.Terminal(v1alpha1.ReasonInvalidSpec, err)
+	if t.Retention, err = r.retention(ctx); err != nil {
+		return nil, err
 	}
 	pv, err := r.protectedVolume(ctx)
 	if err != nil {
@@ -70,6 +73,32 @@ func (r *run) task(ctx context.Context) (*mover.BackupTask, error) {
 	}
 
 	return t, nil
+}
+
+// retention is the one to apply once the point is there; nil for none. Of a claim that names a
+// recovery point and got a volume that Varve did not fill, nothing is removed: the volume may
+// be empty, and its backups would push out the points that hold the data.
+func (r *run) retention(ctx context.Context) (*backup.Policy, error) {
+	p, err := Policy(r.vb.Spec.Retention)
+	if err != nil {
+		return nil, step.Terminal(v1alpha1.ReasonInvalidSpec, err)
+	}
+	pvc, err := r.claim(ctx)
+	if p == nil || err != nil || !claims.NamesUs(pvc) {
+		return p, client.IgnoreNotFound(err)
+	}
+	var pv corev1.PersistentVolume
+	if err := r.Live.Get(ctx, types.NamespacedName{Name: pvc.Spec.VolumeName}, &pv); err != nil {
+		return nil, fmt.Errorf("read volume %s of claim %s: %w", pvc.Spec.VolumeName, pvc.Name, err)
+	}
+	if pv.Annotations[claims.AnnotationPopulatedFrom] != "" {
+		return p, nil
+	}
+	r.Events.Warning(r.vb, v1alpha1.ReasonBoundWithoutUs,
+		"retention is not applied: claim %s names a recovery point and was bound to volume %s, which Varve did not fill, so that it may be empty; if its data is right: kubectl annotate pv %s %s=checked",
+		pvc.Name, pv.Name, pv.Name, claims.AnnotationPopulatedFrom)
+
+	return nil, nil
 }
 
 // Policy is a Retention as package backup applies it; nil for none.
@@ -115,6 +144,9 @@ func (r *run) askChanges(ctx context.Context) (step.Result, error) {
 			return err
 		}
 		res, err = r.unchanged(ctx, repo, t)
+		if res.KeepError != "" {
+			res.KeepError = repo.Redact(errors.New(res.KeepError)).Error()
+		}
 
 		return err
 	})
@@ -178,7 +210,7 @@ func (r *run) unchanged(ctx context.Context, repo *store.Open, t *mover.BackupTa
 	o.Source = session.Delta()
 	res, err := work.Make(ctx, repo.Repository, &opt, o)
 	if errors.Is(err, errUnread) || err != nil && ctx.Err() == nil {
-		slog.InfoContext(ctx, "an empty delta did not make a point; the mover will", "run", r.vb.Namespace+"/"+r.vb.Name, "error", err)
+		slog.InfoContext(ctx, "an empty delta did not make a point; the mover will", "run", r.vb.Namespace+"/"+r.vb.Name, "error", repo.Redact(err))
 
 		return none, nil
 	}

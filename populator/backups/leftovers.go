@@ -74,25 +74,32 @@ type found struct {
 
 // Sweep looks around once and says how many objects are still left.
 func (l *Leftovers) Sweep(ctx context.Context) (int, error) {
-	runs, err := l.all(ctx)
+	// A retained base is a run's, too; there are as many of them as volumes.
+	bases, err := l.bases(ctx)
 	if err != nil {
 		return 0, err
 	}
-	bases, err := l.bases(ctx)
+	runs, err := l.all(ctx, bases)
 	if err != nil {
 		return 0, err
 	}
 	left := 0
 	var errs []error
+	var dead []types.UID
 	for uid, f := range runs {
 		alive, err := l.underWay(ctx, uid, f.owner)
-		if err != nil {
-			errs = append(errs, err)
-			continue
+		errs = append(errs, err)
+		if err == nil && !alive {
+			dead = append(dead, uid)
 		}
-		if alive {
-			continue
+	}
+	// Read again: those that ended meanwhile have written their bases before they did.
+	if len(dead) > 0 {
+		if bases, err = l.bases(ctx); err != nil {
+			return 0, errors.Join(append(errs, err)...)
 		}
+	}
+	for _, uid := range dead {
 		l.Queue.Done(uid)
 		n, err := l.dropRun(ctx, uid, bases)
 		left += n
@@ -105,8 +112,8 @@ func (l *Leftovers) Sweep(ctx context.Context) (int, error) {
 	return left, errors.Join(errs...)
 }
 
-// all finds the runs that have objects, by their UIDs.
-func (l *Leftovers) all(ctx context.Context) (map[types.UID]*found, error) {
+// all finds the runs that have other objects than a base, by their UIDs.
+func (l *Leftovers) all(ctx context.Context, bases map[string]bool) (map[types.UID]*found, error) {
 	mine := client.MatchingLabels{mover.LabelManagedBy: mover.ManagedBy, mover.LabelRole: Role}
 	here := client.InNamespace(l.Pods.Namespace)
 	runs := map[types.UID]*found{}
@@ -132,10 +139,14 @@ func (l *Leftovers) all(ctx context.Context) (map[types.UID]*found, error) {
 		return nil, fmt.Errorf("list objects of runs: %w", err)
 	}
 	for i := range snapshots.Items {
-		note(&snapshots.Items[i])
+		if s := &snapshots.Items[i]; s.Namespace != l.Pods.Namespace || !bases[s.Name] {
+			note(s)
+		}
 	}
 	for i := range contents.Items {
-		note(&contents.Items[i])
+		if c := &contents.Items[i]; !bases[c.Name] {
+			note(c)
+		}
 	}
 	for i := range claims.Items {
 		note(&claims.Items[i])

@@ -204,6 +204,10 @@ func (r *run) succeed(ctx context.Context, res mover.Result) error {
 	}
 	all := int32(100)
 	s.Progress = &all
+	if r.vb.Spec.Retention != nil && res.KeepError == "" {
+		now := metav1.NewTime(r.now())
+		s.PrunedAt = &now
+	}
 	if res.KeepError != "" {
 		r.Events.Warning(r.vb, v1alpha1.ReasonRetentionFailed, "the point was made, but older ones could not be removed: %s", res.KeepError)
 	}

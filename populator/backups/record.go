@@ -55,6 +55,9 @@ func (r *run) recordPoint(ctx context.Context) (step.Result, error) {
 	first := len(pv.Status.Points) == 0 || pv.Status.Points[0].ID != s.Point.ID
 	pv.Status.ClaimUID = s.ClaimUID
 	pv.Status.Points, pv.Status.PointCount = mergePoints(*s.Point, s.Points, pv.Status.Points), s.PointCount
+	if s.PrunedAt != nil {
+		pv.Status.LastPrune = s.PrunedAt
+	}
 	at := s.Point.Time
 	pv.Status.LastSuccess = &at
 	if s.Point.Kind == "full" || r.vb.Spec.Type == v1alpha1.BackupTypeFull {

@@ -27,6 +27,10 @@ const allowModeChange = "snapshot.storage.kubernetes.io/allow-volume-mode-change
 // itself.
 const snapshotPatience = 10 * time.Minute
 
+// noSnapshotPatience is how long nobody may take up a snapshot at all: it holds a place in the
+// queue. One that was taken may take its time until it is ready; some storages copy it away.
+const noSnapshotPatience = time.Hour
+
 // takeSnapshot has the claim's volume snapshotted, in the claim's namespace.
 func (r *run) takeSnapshot(ctx context.Context) (step.Result, error) {
 	s := &r.vb.Status
@@ -105,6 +109,11 @@ func (r *run) snapshotReady(vs *snapshotv1.VolumeSnapshot) (*step.Result, error)
 
 		return &w, nil
 	case st == nil || st.BoundVolumeSnapshotContentName == nil || *st.BoundVolumeSnapshotContentName == "":
+		if r.now().Sub(vs.CreationTimestamp.Time) > noSnapshotPatience {
+			return nil, step.Terminal(v1alpha1.ReasonSnapshotFailed, fmt.Errorf(
+				"nobody took up VolumeSnapshot %s/%s within %s: look whether the snapshot controller and the driver's snapshot sidecar run", vs.Namespace, vs.Name, noSnapshotPatience))
+		}
+
 		return wait("the snapshot is being taken"), nil
 	case st.ReadyToUse == nil || !*st.ReadyToUse:
 		return wait("the snapshot is taken, and the storage makes it ready"), nil

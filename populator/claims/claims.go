@@ -35,6 +35,7 @@ import (
 
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/populator/metrics"
+	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/queue"
 )
 
@@ -57,9 +58,9 @@ const (
 	// LabelPopulation on our objects names the VolumePopulation they are for.
 	LabelPopulation = "varve.io/population"
 	// LabelManagedBy is the well-known one.
-	LabelManagedBy = "app.kubernetes.io/managed-by"
+	LabelManagedBy = mover.LabelManagedBy
 
-	managedBy = "varve"
+	managedBy = mover.ManagedBy
 )
 
 // Annotations and finalizers of Kubernetes' own.

@@ -4,6 +4,7 @@ package report
 
 import (
 	"fmt"
+	"strings"
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2/expirable"
@@ -51,9 +52,7 @@ func (e *Events) Warning(o client.Object, reason, format string, args ...any) {
 }
 
 func (e *Events) say(o client.Object, kind, reason, message string) {
-	if len(message) > maxMessage {
-		message = message[:maxMessage-3] + "..."
-	}
+	message = clip(message, maxMessage)
 	key := said{o.GetUID(), reason, message}
 	if e.said.Contains(key) {
 		return
@@ -62,14 +61,22 @@ func (e *Events) say(o client.Object, kind, reason, message string) {
 	e.recorder.Event(o, kind, reason, message)
 }
 
-// maxCondition is what the API server takes of a condition's message, in bytes.
-const maxCondition = 32 << 10
+// maxCondition bounds a condition's message, in bytes. The API server takes 32 KiB; a
+// ProtectedVolume's whole status is to stay below 16.
+const maxCondition = 4 << 10
+
+// clip cuts a text to so many bytes, between characters.
+func clip(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+
+	return strings.ToValidUTF8(s[:n-3], "") + "..."
+}
 
 // Condition sets a condition and says whether that changed anything.
 func Condition(list *[]metav1.Condition, o client.Object, kind string, status metav1.ConditionStatus, reason, message string) bool {
-	if len(message) > maxCondition {
-		message = message[:maxCondition]
-	}
+	message = clip(message, maxCondition)
 
 	return meta.SetStatusCondition(list, metav1.Condition{
 		Type: kind, Status: status, Reason: reason, Message: message, ObservedGeneration: o.GetGeneration(),

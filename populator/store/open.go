@@ -55,7 +55,9 @@ func (s *Stores) Credentials(ctx context.Context, st *Store) (Credentials, error
 // Open is an open repository and the directories of its connection.
 type Open struct {
 	*repository.Repository
-	dirs []string
+	// Redact keeps the store's credentials out of errors of this repository.
+	Redact func(error) error
+	dirs   []string
 }
 
 // Close ends the connection and removes what it kept.
@@ -81,7 +83,17 @@ func (s *Stores) Open(ctx context.Context, st *Store) (*Open, error) {
 		return nil, err
 	}
 
-	return st.Settings().Open(ctx, OpenOptions{Credentials: c, Dir: s.Dir, ConfigDir: s.ConfigDir, VolumeDir: s.volumeDir(st)})
+	return look(st).Open(ctx, OpenOptions{Credentials: c, Dir: s.Dir, ConfigDir: s.ConfigDir, VolumeDir: s.volumeDir(st)})
+}
+
+// look is a store's settings for the controller, which reads next to nothing, while people
+// wait: the bytes per second are for movers. Kopia takes each blob for one of 20 MB before it
+// is read, so that a small limit would have a lookup wait for longer than it may take.
+func look(st *Store) Settings {
+	s := st.Settings()
+	s.Upload, s.Download = 0, 0
+
+	return s
 }
 
 // Ensure is Open, but makes the repository if there is none and the store is ReadWrite.
@@ -100,7 +112,7 @@ func (s *Stores) Ensure(ctx context.Context, st *Store) (*Open, error) {
 		return nil, err
 	}
 
-	return st.Settings().Open(ctx, OpenOptions{Credentials: c, Dir: s.Dir, ConfigDir: s.ConfigDir, VolumeDir: s.volumeDir(st), Create: true})
+	return look(st).Open(ctx, OpenOptions{Credentials: c, Dir: s.Dir, ConfigDir: s.ConfigDir, VolumeDir: s.volumeDir(st), Create: true})
 }
 
 // makeVolumeDir makes the directory of a volume storage that was never seen, on the claim that is
@@ -168,7 +180,7 @@ func (s Settings) Open(ctx context.Context, opt OpenOptions) (_ *Open, err error
 	var dirs []string
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, removeAll(dirs))
+			err = errors.Join(opt.Credentials.Redact(err), removeAll(dirs))
 		}
 	}()
 	for _, in := range []string{opt.Dir, cmp.Or(opt.ConfigDir, opt.Dir)} {
@@ -209,7 +221,7 @@ func (s Settings) Open(ctx context.Context, opt OpenOptions) (_ *Open, err error
 	if err != nil {
 		return nil, err
 	}
-	o := &Open{Repository: repo, dirs: dirs}
+	o := &Open{Repository: repo, Redact: opt.Credentials.Redact, dirs: dirs}
 	if err := s.check(ctx, o); err != nil {
 		return nil, errors.Join(err, repo.Close(context.WithoutCancel(ctx)))
 	}

@@ -67,7 +67,8 @@ func (s *Stores) Resolve(ctx context.Context, st *Store, namespace, claim string
 	return found, nil
 }
 
-// With opens a store, calls do with it and closes it.
+// With opens a store, calls do with it and closes it. The error of do says nothing of the
+// credentials.
 func (s *Stores) With(ctx context.Context, st *Store, do func(*Open) error) (err error) {
 	repo, err := s.Open(ctx, st)
 	if err != nil {
@@ -75,7 +76,7 @@ func (s *Stores) With(ctx context.Context, st *Store, do func(*Open) error) (err
 	}
 	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
 
-	return do(repo)
+	return repo.Redact(do(repo))
 }
 
 // Pick chooses among the points of one volume, oldest first. The error wraps ErrNone if

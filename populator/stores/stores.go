@@ -167,7 +167,7 @@ func (k *Keeper) look(ctx context.Context, st *store.Store, status *v1alpha1.Rep
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
+	defer func() { err = errors.Join(repo.Redact(err), repo.Close(context.WithoutCancel(ctx))) }()
 	s, err := repo.Status(ctx)
 	if err != nil {
 		return err

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"slices"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -133,7 +132,6 @@ func result(ctx context.Context, repo *repository.Repository, t *mover.BackupTas
 		plan, err := backup.Prune(ctx, repo, backup.PruneOptions{Policy: *t.Retention, Volumes: []backup.Volume{t.Volume}, Cluster: t.Volume.Cluster})
 		if err != nil {
 			// The point is made; the next run applies the retention again.
-			slog.ErrorContext(ctx, "retention could not be applied", "error", err)
 			r.KeepError = err.Error()
 		} else {
 			r.Removed = int64(len(plan.Removed()))

@@ -86,8 +86,12 @@ func run(ctx context.Context, e Environment, t mover.Task) (r mover.Result, err 
 	if r, err = do(ctx, e, t, repo); err == nil {
 		r.OK = true
 	}
+	if r.KeepError != "" {
+		r.KeepError = repo.Redact(errors.New(r.KeepError)).Error()
+		slog.ErrorContext(ctx, "retention could not be applied", "error", r.KeepError)
+	}
 
-	return r, err
+	return r, repo.Redact(err)
 }
 
 // reasoned is an error with its condition reason.

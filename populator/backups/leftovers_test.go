@@ -1,0 +1,113 @@
+package backups
+
+import (
+	"context"
+	"encoding/json"
+	"testing"
+	"time"
+
+	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/mover"
+)
+
+// counting tells of each object that is read by name, before it is.
+type counting struct {
+	client.Reader
+	onGet func(o client.Object)
+}
+
+func (c counting) Get(ctx context.Context, key client.ObjectKey, o client.Object, opts ...client.GetOption) error {
+	c.onGet(o)
+
+	return c.Reader.Get(ctx, key, o, opts...)
+}
+
+// twinOf is what a run left in Varve's namespace.
+func twinOf(run string) []client.Object {
+	objects := snapshotPair("varve", twinName(newRun(run, "").UID), "snap-"+run, snapshotv1.VolumeSnapshotContentRetain,
+		map[string]string{mover.LabelManagedBy: mover.ManagedBy, mover.LabelRole: Role, mover.LabelRun: run, LabelVolume: "v"})
+	for _, o := range objects {
+		o.SetAnnotations(map[string]string{mover.AnnotationOwner: "VolumeBackup/shop/" + run})
+	}
+
+	return objects
+}
+
+func baseOf(run string) v1alpha1.ProtectedVolume {
+	name := twinName(newRun(run, "").UID)
+
+	return v1alpha1.ProtectedVolume{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "data"},
+		Status: v1alpha1.ProtectedVolumeStatus{Base: &v1alpha1.BaseSnapshot{Name: name, Content: name}}}
+}
+
+// A run that ends, and leaves its snapshot as the base, while others are looked at keeps it.
+func TestSweepKeepsABaseThatJustCame(t *testing.T) {
+	c, b := newCluster(t, append(twinOf("run"), newRun("run", "DropSnapshots"), &v1alpha1.ProtectedVolume{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "data"}})...)
+	b.Live = counting{c, func(o client.Object) {
+		if _, is := o.(*v1alpha1.VolumeBackup); !is {
+			return
+		}
+		ended, based := newRun("run", ""), baseOf("run")
+		for o, status := range map[client.Object]any{
+			ended:  map[string]any{"step": "Finish", "phase": v1alpha1.BackupSucceeded},
+			&based: based.Status,
+		} {
+			text, err := json.Marshal(map[string]any{"status": status})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := c.Status().Patch(t.Context(), o, client.RawPatch(types.MergePatchType, text)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}}
+	if left, err := NewLeftovers(b).Sweep(t.Context()); left != 0 || err != nil {
+		t.Errorf("%d left, %v", left, err)
+	}
+	var content snapshotv1.VolumeSnapshotContent
+	if err := c.Get(t.Context(), client.ObjectKey{Name: twinName("run")}, &content); err != nil || content.Spec.DeletionPolicy != snapshotv1.VolumeSnapshotContentRetain {
+		t.Errorf("the base: %v, %s", err, content.Spec.DeletionPolicy)
+	}
+}
+
+// Bases are as many as volumes: a look at them all reads none of their runs. One that nobody
+// names any more goes.
+func TestSweepOfBases(t *testing.T) {
+	pv := baseOf("run")
+	c, b := newCluster(t, append(twinOf("run"), &pv)...)
+	reads := 0
+	b.Live = counting{c, func(client.Object) { reads++ }}
+	if left, err := NewLeftovers(b).Sweep(t.Context()); left != 0 || err != nil || reads != 0 {
+		t.Errorf("%d left, %v, %d objects read", left, err, reads)
+	}
+	if err := c.Delete(t.Context(), &pv); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := NewLeftovers(b).Sweep(t.Context()); left == 0 || err != nil {
+		t.Errorf("a base that nobody names: %d left, %v", left, err)
+	}
+	if err := c.Get(t.Context(), client.ObjectKey{Namespace: "varve", Name: twinName("run")}, &snapshotv1.VolumeSnapshot{}); !apierrors.IsNotFound(err) {
+		t.Errorf("its snapshot: %v", err)
+	}
+}
+
+// A snapshot that nobody takes up does not hold the run's place in the queue for ever.
+func TestSnapshotThatNobodyTakes(t *testing.T) {
+	made := metav1.NewTime(time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC))
+	for after, failed := range map[time.Duration]bool{noSnapshotPatience - time.Minute: false, noSnapshotPatience + time.Minute: true} {
+		vs := &snapshotv1.VolumeSnapshot{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: originName("run"), CreationTimestamp: made}}
+		_, b := newCluster(t, vs, newRun("run", "Snapshot"))
+		b.Now = func() time.Time { return made.Add(after) }
+		vb := b.look(t, "run")
+		if meta.IsStatusConditionTrue(vb.Status.Conditions, v1alpha1.ConditionFailed) != failed {
+			t.Errorf("after %v: %v", after, vb.Status.Conditions)
+		}
+	}
+}

@@ -1,0 +1,61 @@
+package store
+
+import (
+	"net/url"
+	"strings"
+)
+
+// notSecret are keys whose values may be read by anybody, and help to find a mistake.
+var notSecret = map[string]bool{keyUser: true, keyKnownHosts: true, keyAccessKeyID: true, keyB2KeyID: true}
+
+// shortestSecret is the length from which a value is looked for: a shorter one would be found
+// in innocent text.
+const shortestSecret = 6
+
+// secrets are the texts that no message may hold. A SAS token is part of URLs, which errors of
+// the network quote: its parts are put in another order there, and escaped anew.
+func (c Credentials) secrets() []string {
+	var out []string
+	for key := range c {
+		if !notSecret[key] {
+			out = append(out, c.text(key))
+		}
+	}
+	if q, err := url.ParseQuery(strings.TrimPrefix(c.text(keySASToken), "?")); err == nil {
+		for _, v := range q["sig"] {
+			out = append(out, v, url.QueryEscape(v), url.PathEscape(v))
+		}
+	}
+
+	return out
+}
+
+// Redact has an error say nothing of the credentials: errors go to conditions, events and
+// logs, which others may read. What the error wraps can still be asked for. It returns the
+// error itself if there is nothing to hide.
+func (c Credentials) Redact(err error) error {
+	if err == nil {
+		return nil
+	}
+	text := err.Error()
+	clean := text
+	for _, s := range c.secrets() {
+		if len(s) >= shortestSecret {
+			clean = strings.ReplaceAll(clean, s, "***")
+		}
+	}
+	if clean == text {
+		return err
+	}
+
+	return &redacted{err: err, text: clean}
+}
+
+// redacted is an error with another text.
+type redacted struct {
+	err  error
+	text string
+}
+
+func (e *redacted) Error() string { return e.text }
+func (e *redacted) Unwrap() error { return e.err }
