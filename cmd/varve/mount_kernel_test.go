@@ -128,6 +128,7 @@ func TestKernelMountIsCleanedUpLater(t *testing.T) {
 		t.Helper()
 		cmd := start(t, env, program, "mount", "--kernel", "--loop", volume+"@latest", dir)
 		waitUntil(t, "the file system appears", func() bool { _, err := os.Stat(conf); return err == nil })
+		waitUntil(t, "the process that mounted ends", func() bool { return len(children(t, cmd.Process.Pid)) == 2 })
 		killed := 0
 		for _, pid := range children(t, cmd.Process.Pid) { // the watch, and what unmounts the tree
 			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
