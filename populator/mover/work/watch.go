@@ -15,7 +15,7 @@ import (
 // quiet is how long work may stand still before it is looked whether the repository is
 // still there. A storage that went away without a word leaves connections on which nothing
 // ever comes; the system gives those up after minutes, and Kopia tries again ten times.
-const quiet = 40 * time.Second
+const quiet = 20 * time.Second
 
 // pulse is how often the work that it is told of moved on.
 type pulse struct{ beats atomic.Int64 }
