@@ -47,16 +47,14 @@ func restore(ctx context.Context, e Environment, t mover.Task, repo *store.Open)
 			"the volume's device has %d bytes, the disk of recovery point %s %d", target.Size(), p.ShortID(), p.Size)}
 	}
 	report := &reporter{w: e.Log}
-	var done backup.RestoreResult
-	if err := watch(ctx, quiet, prober(e, t), func(ctx context.Context, pulse *pulse) (err error) {
-		done, err = backup.Restore(ctx, repo.Repository, p, target, backup.RestoreOptions{
-			Verify: true, Progress: func(p backup.Progress) {
-				pulse.beat()
-				report.Tell(mover.Progress{Phase: p.Phase, Done: p.Done, Total: p.Total})
-			}})
-
-		return err
-	}); err != nil {
+	done, err := backup.Restore(ctx, repo.Repository, p, target, backup.RestoreOptions{
+		Verify: true, Progress: func(p backup.Progress) {
+			if e.pulse != nil {
+				e.pulse.beat()
+			}
+			report.Tell(mover.Progress{Phase: p.Phase, Done: p.Done, Total: p.Total})
+		}})
+	if err != nil {
 		return res, restoreError(err)
 	}
 	res.Restore.WrittenBytes, res.Restore.VerifiedBytes = done.Written, done.Verified

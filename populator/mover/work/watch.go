@@ -12,10 +12,16 @@ import (
 	"github.com/varve-io/varve/populator/store"
 )
 
-// quiet is how long work may stand still before it is looked whether the repository is
-// still there. A storage that went away without a word leaves connections on which nothing
-// ever comes; the system gives those up after minutes, and Kopia tries again ten times.
-const quiet = 40 * time.Second
+const (
+	// quiet is how long work may stand still before it is looked whether the repository
+	// is still there. A storage that went away without a word leaves connections on which
+	// nothing ever comes; the system gives those up after minutes, and Kopia tries again
+	// ten times.
+	quiet = 20 * time.Second
+	// grace is how long work that was ended so may take to let go: it would tell the
+	// repository, too.
+	grace = 10 * time.Second
+)
 
 // pulse is how often the work that it is told of moved on.
 type pulse struct{ beats atomic.Int64 }
@@ -23,44 +29,50 @@ type pulse struct{ beats atomic.Int64 }
 func (p *pulse) beat() { p.beats.Add(1) }
 
 // watch does work that beats as it moves on. When that stands still and probe finds that the
-// repository cannot be reached, the work is ended and the probe's error returned.
-func watch(ctx context.Context, every time.Duration, probe func(context.Context) error, do func(ctx context.Context, p *pulse) error) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	p := &pulse{}
-	ended := make(chan struct{})
+// repository cannot be reached, the work's context ends and the probe's error is returned,
+// after grace at the latest: the process is about to end, and with it what is left of the work.
+func watch(ctx context.Context, probe func(context.Context) error, do func(context.Context, *pulse) (mover.Result, error)) (mover.Result, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type outcome struct {
+		r   mover.Result
+		err error
+	}
+	p, ended := &pulse{}, make(chan outcome, 1)
 	go func() {
-		defer close(ended)
-		tick := time.NewTicker(every)
-		defer tick.Stop()
-		last := int64(0)
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case <-tick.C:
-			}
-			now := p.beats.Load()
-			if now != last {
+		r, err := do(ctx, p)
+		ended <- outcome{r, err}
+	}()
+	tick := time.NewTicker(quiet)
+	defer tick.Stop()
+	var probed chan error
+	for last := int64(0); ; {
+		select {
+		case o := <-ended:
+			return o.r, o.err
+		case <-tick.C:
+			if now := p.beats.Load(); now != last {
 				last = now
+			} else if probed == nil {
+				answer := make(chan error, 1)
+				probed = answer
+				go func() { answer <- probe(ctx) }()
+			}
+		case err := <-probed:
+			probed = nil
+			if !errors.Is(err, repository.ErrUnreachable) || ctx.Err() != nil || p.beats.Load() != last {
 				continue
 			}
-			if err := probe(ctx); errors.Is(err, repository.ErrUnreachable) && ctx.Err() == nil && p.beats.Load() == last {
-				slog.WarnContext(ctx, "nothing moves, and the repository cannot be reached", "error", err)
-				cancel(err)
-
-				return
+			slog.WarnContext(ctx, "nothing moves, and the repository cannot be reached", "error", err)
+			cancel()
+			select {
+			case <-ended:
+			case <-time.After(grace):
 			}
-		}
-	}()
-	err := do(ctx, p)
-	if cause := context.Cause(ctx); err != nil && cause != nil && errors.Is(cause, repository.ErrUnreachable) {
-		err = cause
-	}
-	cancel(nil)
-	<-ended
 
-	return err
+			return mover.Result{}, err
+		}
+	}
 }
 
 // prober opens the repository of a task once more.

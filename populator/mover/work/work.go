@@ -35,6 +35,8 @@ type Environment struct {
 	Probe func(r io.ReaderAt, size int64) (string, error)
 	// Version of Varve, for the record.
 	Version string
+
+	pulse *pulse // of work that is watched
 }
 
 // Pod is the environment of a mover's pod.
@@ -57,7 +59,18 @@ var actions = map[mover.Action]action{
 // Run does a Task. It always returns a Result, with the reason if it failed. When ctx ends
 // before (SIGTERM), what was done is kept as far as it can be, for the next attempt.
 func Run(ctx context.Context, e Environment, t mover.Task) mover.Result {
-	r, err := run(ctx, e, t)
+	var r mover.Result
+	var err error
+	if t.Action == mover.ActionRestore { // whose user waits, and is to be told
+		r, err = watch(ctx, prober(e, t), func(ctx context.Context, p *pulse) (mover.Result, error) {
+			e := e
+			e.pulse = p
+
+			return run(ctx, e, t)
+		})
+	} else {
+		r, err = run(ctx, e, t)
+	}
 	if err != nil {
 		slog.ErrorContext(ctx, "failed", "action", string(t.Action), "error", err)
 		restored := r.Restore // how large the device is, for one that is short
