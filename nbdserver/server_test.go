@@ -174,14 +174,30 @@ func TestShutdownBounded(t *testing.T) {
 	}
 }
 
-// Errors of the export reach the client with number, place and text, and the
-// connection lives on.
-// TestFailuresDoNotFloodTheLog asks for a lost block again and again.
+// lines is a log that several goroutines may write to while it is read.
+type lines struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(p)
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+// A client that asks for a lost block again and again does not fill the disk.
 func TestFailuresDoNotFloodTheLog(t *testing.T) {
 	d := nbdtest.NewDisk(nbdtest.Image())
 	d.Fail = func(int64, int64) error { return errors.New("content missing") }
-	var log bytes.Buffer
-	logger := slog.New(slog.NewTextHandler(&log, nil)) // locks
+	var log lines
+	logger := slog.New(slog.NewTextHandler(&log, nil))
 	_, path := serve(t, nbdserver.Config{Catalog: single(d), Logger: logger.With("test", t.Name())})
 	e := enter(t, dialUnix(t, path), nbdclient.Structured, "disk")
 	for range 200 {
@@ -194,6 +210,8 @@ func TestFailuresDoNotFloodTheLog(t *testing.T) {
 	}
 }
 
+// Errors of the export reach the client with number, place and text, and the
+// connection lives on.
 func TestExportErrors(t *testing.T) {
 	for _, lends := range []bool{false, true} {
 		d := nbdtest.NewDisk(nbdtest.Image())

@@ -228,6 +228,9 @@ func (c *copier) content(e *Entry, to string) (err error) {
 		}
 	}()
 	r := ranges{c: c, src: src, out: out}
+	// The last range is copied here, whoever is free: a worker that waited for another to
+	// copy it would be one too few.
+	var last diskfs.Extent
 	for off := int64(0); ; {
 		x, err := src.NextData(off)
 		if errors.Is(err, io.EOF) {
@@ -237,12 +240,15 @@ func (c *copier) content(e *Entry, to string) (err error) {
 			return errors.Join(reading(err), r.wait())
 		}
 		for off = x.Offset; off < x.Offset+x.Length; {
-			n := min(copyUnit, x.Offset+x.Length-off)
-			if !r.copy(off, n) {
+			if last.Length > 0 && !r.copy(last) {
 				return r.wait()
 			}
-			off += n
+			last = diskfs.Extent{Offset: off, Length: min(copyUnit, x.Offset+x.Length-off)}
+			off += last.Length
 		}
+	}
+	if last.Length > 0 {
+		r.copyHere(last)
 	}
 	if err := r.wait(); err != nil {
 		return err
@@ -266,7 +272,7 @@ type ranges struct {
 }
 
 // copy copies a range, perhaps later; false if one has failed.
-func (r *ranges) copy(off, n int64) bool {
+func (r *ranges) copy(x diskfs.Extent) bool {
 	r.mu.Lock()
 	failed := r.err != nil
 	r.mu.Unlock()
@@ -274,22 +280,27 @@ func (r *ranges) copy(off, n int64) bool {
 		return false
 	}
 	r.busy.Add(1)
-	work := func() error {
-		defer r.busy.Done()
-		if err := r.one(off, n); err != nil {
-			r.mu.Lock()
-			defer r.mu.Unlock()
-			if r.err == nil {
-				r.err = err
-			}
-		}
-		return nil // told by wait, with the file's name
-	}
 	// Whoever copies a file is a worker itself: it must not wait for another.
-	if !r.c.group.TryGo(work) {
-		_ = work()
+	if !r.c.group.TryGo(func() error {
+		defer r.busy.Done()
+		r.copyHere(x)
+		return nil // told by wait, with the file's name
+	}) {
+		r.copyHere(x)
+		r.busy.Done()
 	}
 	return true
+}
+
+// copyHere copies a range and notes whether that failed.
+func (r *ranges) copyHere(x diskfs.Extent) {
+	if err := r.one(x.Offset, x.Length); err != nil {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.err == nil {
+			r.err = err
+		}
+	}
 }
 
 func (r *ranges) wait() error {

@@ -53,6 +53,7 @@ type Catalog struct {
 	mu     sync.Mutex
 	open   map[string]*entry // by ID of the point
 	closed bool
+	drops  sync.WaitGroup // points being closed because nobody came back; added to under mu, before closed
 }
 
 var _ nbdserver.Resolver = (*Catalog)(nil)

@@ -177,7 +177,9 @@ func (c *Catalog) drop(e *entry) {
 		return
 	}
 	delete(c.open, e.id)
+	c.drops.Add(1)
 	c.mu.Unlock()
+	defer c.drops.Done()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if err := e.close(ctx); err != nil {
@@ -218,6 +220,7 @@ func (c *Catalog) Close(ctx context.Context) error {
 			err = errors.Join(err, e.close(ctx))
 		}
 	}
+	c.drops.Wait() // they have a time limit of their own
 	return err
 }
 
