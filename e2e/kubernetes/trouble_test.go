@@ -140,7 +140,7 @@ func TestRepositoryUnreachable(t *testing.T) {
 func TestRepositoryUnreachableMidway(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
-	server, store := s.ownStore("4Mi")
+	server, store := s.ownStore("2Mi")
 	to := func(vb *v1alpha1.VolumeBackup) { vb.Spec.StoreRef.Name = store }
 	s.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "64Mi"})
 	s.blockPod("writer", "data")
