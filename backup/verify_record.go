@@ -1,0 +1,184 @@
+package backup
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/repository"
+)
+
+// recall keeps damage from being forgotten by a run that looked less closely than
+// the one that found it: a block whose bytes are wrong looks well until it is read,
+// and a sample of the next night passes it by.
+func (v *verifier) recall(ctx context.Context, rep *VerifyReport) error {
+	if v.opt.Read >= 1 {
+		return nil
+	}
+	known, err := LastVerified(ctx, v.repo)
+	if err != nil {
+		return err
+	}
+	for i := range rep.Points {
+		res := &rep.Points[i]
+		old, ok := known[res.Point.ID]
+		if !ok || old.OK || !old.ByReading || old.Marked || len(res.Problems) > 0 {
+			continue
+		}
+		first := "its bytes are not those that were backed up"
+		if len(old.First) > 0 {
+			first = old.First[0]
+		}
+		res.Known = &old
+		res.Problems = []blocktree.Problem{{Length: res.Point.Size, Err: fmt.Errorf(
+			"found damaged on %s (%s), and not read in full since; \"varve verify %s --read 100%%\" looks again", old.Time.UTC().Format(time.DateOnly), first, res.Point.ShortID())}}
+	}
+	return nil
+}
+
+// store keeps the results, sets and lifts quarantines, and forgets contents.
+func (v *verifier) store(ctx context.Context, rep *VerifyReport) error {
+	if !v.repo.Writable() {
+		slog.DebugContext(ctx, "connected read-only: the results are not kept")
+		return nil
+	}
+	quarantined, err := Quarantined(ctx, v.repo)
+	if err != nil {
+		return err
+	}
+	var mark []Quarantine
+	var lift []string
+	for i := range rep.Points {
+		res := &rep.Points[i]
+		_, marked := quarantined[res.Point.ID]
+		switch {
+		case len(res.Problems) > 0 && v.opt.Quarantine:
+			mark = append(mark, Quarantine{
+				Point: res.Point.ID, Name: res.Point.Name(), Since: v.repo.Now().UTC(),
+				Reason: fmt.Sprintf("verify: %d problems, the first: %v", len(res.Problems), res.Problems[0]),
+			})
+		case len(res.Problems) == 0 && marked:
+			lift, res.Lifted = append(lift, res.Point.ID), true
+		}
+	}
+	if err := setQuarantine(ctx, v.repo, mark, lift); err != nil {
+		return err
+	}
+	w, err := v.repo.NewWriter(ctx, "varve verify")
+	if err != nil {
+		return err
+	}
+	defer w.Close()
+	if err := v.putRecords(ctx, w, rep); err != nil {
+		return err
+	}
+	if v.opt.Quarantine {
+		if rep.Forgotten, err = v.forgetBad(ctx, w, rep); err != nil {
+			return err
+		}
+	}
+	if err := w.Flush(ctx); err != nil {
+		return err
+	}
+	return v.repo.Refresh(ctx)
+}
+
+func (v *verifier) putRecords(ctx context.Context, w *repository.Writer, rep *VerifyReport) error {
+	old, err := v.repo.ListRecords(ctx, verifyKind, nil)
+	if err != nil {
+		return err
+	}
+	byPoint := map[string][]string{}
+	for _, rec := range old {
+		byPoint[rec.Labels[pointLabel]] = append(byPoint[rec.Labels[pointLabel]], rec.ID)
+	}
+	for _, res := range rep.Points {
+		if res.Known != nil {
+			continue
+		}
+		rec := VerifyRecord{
+			Point: res.Point.ID, Time: rep.Start.UTC(), Read: v.opt.Read,
+			OK: len(res.Problems) == 0, Problems: len(res.Problems),
+			Marked: len(res.Problems) > 0 && v.opt.Quarantine,
+		}
+		for _, p := range res.Problems {
+			rec.ByReading = rec.ByReading || v.byReading[p.Object]
+		}
+		for _, p := range res.Problems[:min(len(res.Problems), recordProblems)] {
+			rec.First = append(rec.First, p.String())
+		}
+		if _, err := w.PutRecord(ctx, verifyKind, map[string]string{pointLabel: res.Point.ID}, rec); err != nil {
+			return err
+		}
+		for _, id := range byPoint[res.Point.ID] {
+			if err := w.DeleteRecord(ctx, id); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// forgetBad marks damaged contents deleted in the index. A backup does not store
+// what the index has, so without this it would build on damage for ever; with it
+// the next backup that meets the same bytes stores them under the same ID, and
+// every point that uses them is whole again.
+func (v *verifier) forgetBad(ctx context.Context, w *repository.Writer, rep *VerifyReport) (int, error) {
+	bad := map[repository.ObjectID]bool{}
+	for _, res := range rep.Points {
+		for _, p := range res.Problems {
+			if p.Object != (repository.ObjectID{}) {
+				bad[p.Object] = true
+			}
+		}
+	}
+	n := 0
+	for oid := range bad {
+		ok, err := v.forget(ctx, w, oid)
+		if err != nil {
+			return n, err
+		}
+		if ok {
+			n++
+		}
+	}
+	return n, nil
+}
+
+func (v *verifier) forget(ctx context.Context, w *repository.Writer, oid repository.ObjectID) (bool, error) {
+	st, err := w.StateOf(ctx, oid)
+	if err != nil || !st.Found || st.Deleted {
+		return false, err
+	}
+	if err := w.ForgetContent(ctx, oid); err != nil {
+		return false, err
+	}
+	return true, nil
+}
+
+// LastVerified returns the last results, by point ID.
+func LastVerified(ctx context.Context, r *repository.Repository) (map[string]VerifyRecord, error) {
+	return lastVerified(ctx, r, nil)
+}
+
+// lastVerified is LastVerified of the records with some labels.
+func lastVerified(ctx context.Context, r *repository.Repository, labels map[string]string) (map[string]VerifyRecord, error) {
+	recs, err := r.ListRecords(ctx, verifyKind, labels)
+	if err != nil {
+		return nil, err
+	}
+	out := map[string]VerifyRecord{}
+	for _, rec := range recs {
+		var vr VerifyRecord
+		ok, err := r.LoadRecord(ctx, rec.ID, &vr)
+		if err != nil {
+			return nil, err
+		}
+		if ok && !vr.Time.Before(out[vr.Point].Time) {
+			out[vr.Point] = vr
+		}
+	}
+	return out, nil
+}
