@@ -95,7 +95,7 @@ type Options struct {
 	FileSystem      string
 	// Claim that the disk belongs to in Kubernetes, for the record.
 	Claim *blocktree.Claim
-	// Time whose state the disk holds: that of a snapshot; zero for now.
+	// Time whose state the disk holds: that of a snapshot; zero is the time of the run.
 	Time        time.Time
 	ToolVersion string
 	Progress    func(Progress)

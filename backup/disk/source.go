@@ -1,8 +1,10 @@
 package disk
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"strings"
 )
@@ -29,6 +31,9 @@ type Source struct {
 // as it is.
 func Open(path string, o Options) (*Source, error) {
 	info, err := checkKind(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("open source: %w: name a block device or an image file that is there", err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("open source: %w", err)
 	}

@@ -45,7 +45,7 @@ again, which heals older points. A point that is whole again is released.`,
 			})
 		},
 	}
-	cmd.Flags().StringVar(&read, "read", "0%", "share of the blocks to read and compare with what was backed up")
+	cmd.Flags().StringVar(&read, "read", "0%", "share of the blocks to read and compare with what was backed up: the chance of each, so of few blocks perhaps none is")
 	cmd.Flags().StringVar(&volume, "volume", "", "all points of this volume, namespace/name")
 	cmd.Flags().BoolVar(&quarantine, "quarantine", false, "mark damaged points and have damaged blocks stored again")
 	return cmd
