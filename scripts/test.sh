@@ -5,13 +5,16 @@ set -uo pipefail
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 rc=0
+what_failed_said() {
+	echo "--- what failed said:"
+	grep -vE '^(=== | *--- (PASS|SKIP)|ok|\?|PASS)' "$1" | grep -B40 -A3 -E 'FAIL|panic:|DATA RACE' | tail -n 300
+}
 # The tag is Kopia's own: repositories that tests make derive their key from the
 # password at once, which otherwise takes seconds each under the race detector.
 go test -race -tags testing -timeout 40m -v ./... >"$log" 2>&1 || rc=1
 grep -E '^(ok|FAIL|panic:)|^--- FAIL|^    --- FAIL|DATA RACE' "$log" || true
 if [ $rc -ne 0 ]; then
-	echo "--- what failed said:"
-	grep -vE '^(=== |--- PASS|    --- PASS|ok|\?|PASS)' "$log" | tail -n 300
+	what_failed_said "$log"
 fi
 packages=()
 for p in kopia faults nbd bench; do
@@ -22,7 +25,7 @@ done
 (cd e2e/chart && go test -count=1 -v ./...) >>"$log.e2e" 2>&1 || rc=1
 grep -E '^(ok|FAIL|panic:)|^--- FAIL|^    --- FAIL' "$log.e2e" || true
 if [ $rc -ne 0 ]; then
-	grep -vE '^(=== |--- PASS|    --- PASS|ok|\?|PASS)' "$log.e2e" | tail -n 300
+	what_failed_said "$log.e2e"
 fi
 cat "$log.e2e" >>"$log"
 rm -f "$log.e2e"

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"log/slog"
+	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -24,11 +26,29 @@ type testEnv map[string]string
 func newTestEnv(t *testing.T) testEnv {
 	t.Helper()
 	home := t.TempDir()
+	// What runs in the background writes to the repository until it ends, a while after its mount
+	// is gone.
+	t.Cleanup(func() {
+		waitUntil(t, "the processes of this test end", func() bool { return len(processesOf(home)) == 0 })
+	})
 	return testEnv{
 		"HOME":           home,
 		"VARVE_CONFIG":   filepath.Join(home, "repository.config"),
 		"VARVE_PASSWORD": "correct horse",
 	}
+}
+
+// processesOf lists the processes that have this home; those that have ended but that nobody has
+// waited for are not among them.
+func processesOf(home string) (list []string) {
+	files, _ := filepath.Glob("/proc/[0-9]*/environ") // the pattern is well-formed
+	for _, name := range files {
+		b, err := os.ReadFile(name)
+		if err == nil && slices.Contains(strings.Split(string(b), "\x00"), "HOME="+home) {
+			list = append(list, filepath.Base(filepath.Dir(name)))
+		}
+	}
+	return list
 }
 
 // runVarve runs one command line inside this process, the way main does.
