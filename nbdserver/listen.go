@@ -13,14 +13,15 @@ import (
 )
 
 // Listen opens a listener for an address as users write it: "unix:/path",
-// "unix:@name" (abstract), "tcp:host:port", "host:port" or "host" (port 10809).
+// "unix:@name" (abstract), "tcp:host:port", "host:port" or "host" (port 10809);
+// "//" after the colon of unix and tcp changes nothing.
 // A stale unix socket, on which nobody listens, is replaced; the socket is
 // readable and writable by its owner only.
 func Listen(address string) (net.Listener, error) {
 	if path, ok := strings.CutPrefix(address, "unix:"); ok {
-		return listenUnix(path)
+		return listenUnix(strings.TrimPrefix(path, "//"))
 	}
-	hostport := strings.TrimPrefix(address, "tcp:")
+	hostport := strings.TrimPrefix(strings.TrimPrefix(address, "tcp:"), "//")
 	if _, _, err := net.SplitHostPort(hostport); err != nil {
 		hostport = net.JoinHostPort(strings.Trim(hostport, "[]"), "10809")
 	}

@@ -147,6 +147,36 @@ func TestSourceRefusesWhatIsNoDisk(t *testing.T) {
 	}
 }
 
+func TestSourceNamesContainers(t *testing.T) {
+	for want, head := range map[string]string{
+		"":      "\x00",
+		"qcow2": "QFI\xfb\x00\x00\x00\x03",
+		"VMDK":  "# Disk DescriptorFile\n",
+		"VHDX":  "vhdxfile",
+		"VDI":   "<<< Oracle VM VirtualBox Disk Image >>>\n" + strings.Repeat("\x00", 24) + "\x7f\x10\xda\xbe",
+	} {
+		for _, size := range []int{0, 1 << 20} { // as short as it is, and padded
+			path := filepath.Join(t.TempDir(), "disk")
+			if err := os.WriteFile(path, []byte(head+strings.Repeat("\x00", size)), 0o600); err != nil {
+				t.Fatal(err)
+			}
+
+			s, err := Open(path, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+
+			if got := s.Container(); got != want {
+				t.Errorf("%q with %d zero bytes is %q", want, size, got)
+			}
+
+			if err := s.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
 func TestSourceNoticesAChangedSize(t *testing.T) {
 	path := tempFile(t, random(1<<20, 1))
 	s := openSource(t, path, Options{})

@@ -98,6 +98,10 @@ func (a *app) backup(ctx context.Context, path string, f backupFlags) (err error
 	}
 	defer func() { err = errors.Join(err, src.Close()) }()
 	opt.Disk, opt.NotCrashConsistent = src, src.InUse() != ""
+	if format := src.Container(); format != "" {
+		a.log.Warn("the bytes of this file are backed up as they are, not the disk that it holds: "+
+			"for that, convert it with 'qemu-img convert -O raw', or connect it with 'qemu-nbd --read-only'", "file", path, "format", format)
+	}
 	if f.extents != "" {
 		list := a.stdin
 		if f.extents != "-" {

@@ -14,7 +14,7 @@ func newListCommand(a *app) *cobra.Command {
 	var volume string
 	var foreign bool
 	cmd := &cobra.Command{
-		Use:     "list",
+		Use:     "list [VOLUME]",
 		Aliases: []string{"ls-points"},
 		GroupID: groupKeep,
 		Short:   "List the recovery points",
@@ -23,9 +23,15 @@ func newListCommand(a *app) *cobra.Command {
 The name in the first column, or the beginning of the ID, is what other commands
 take. @latest, @latest~1 and the beginning of a time (@2026-11-20) work too.`,
 		Example: `  varve list
-  varve list --volume shop/db -o json`,
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+  varve list shop/db -o json`,
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 1 {
+				if volume != "" && volume != args[0] {
+					return usagef("--volume %s and the argument %s name two volumes: give one", volume, args[0])
+				}
+				volume = args[0]
+			}
 			ctx := cmd.Context()
 			return a.withRepository(ctx, func(repo *repository.Repository) error { return a.list(ctx, repo, volume, foreign) })
 		},

@@ -50,6 +50,9 @@ func TestListAndShow(t *testing.T) {
 	if res.Record == nil || res.Record.ID != views[0].ID {
 		t.Errorf("shown %+v", res)
 	}
+	if views := fromJSON[[]pointView](t, mustRun(t, env, "list", "shop/db", "-o", "json").stdout); len(views) != 2 {
+		t.Errorf("listed by argument %+v", views)
+	}
 	if out := mustRun(t, env, "list", "--volume", "shop/none").stdout; !strings.Contains(out, "shop/none") {
 		t.Errorf("a volume without points: %s", out)
 	}

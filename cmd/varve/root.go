@@ -89,9 +89,16 @@ func (a *app) run(ctx context.Context, args []string) int {
 	if !a.started {
 		err = &usageError{err}
 	}
-	fmt.Fprintf(a.stderr, "varve: %s\n", message(err))
 	code := exitCode(err)
+	next := ""
+	if h := hint(err); h != "" && code == exitFailure { // errors with a code of their own say it
+		next = ": " + h
+	}
+	fmt.Fprintf(a.stderr, "varve: %s%s\n", message(err), next)
 	if code == exitUsage {
+		if !a.started && cmd.Runnable() {
+			fmt.Fprintf(a.stderr, "Usage: %s\n", cmd.UseLine())
+		}
 		fmt.Fprintf(a.stderr, "Run '%s --help' for usage.\n", cmd.CommandPath())
 	}
 	return code

@@ -1,0 +1,83 @@
+package main
+
+import (
+	"crypto/x509"
+	"errors"
+	"io/fs"
+	"net"
+	"os"
+	"strings"
+	"syscall"
+
+	"github.com/varve-io/varve/fusefs/diskfs"
+)
+
+// hints is what to do next about errors of the system, which know only what failed. The first row
+// that matches by errors.Is decides.
+var hints = []struct {
+	is   error
+	hint string
+}{
+	{syscall.ECONNREFUSED, "nobody listens there; check the address, and that the server runs"},
+	{syscall.EHOSTUNREACH, "check the address, the route and the firewalls between"},
+	{syscall.ENETUNREACH, "check the address, the route and the firewalls between"},
+	{syscall.ETIMEDOUT, "check the address, and that the server answers"},
+	{syscall.ECONNRESET, "the other side hung up; its log may say why"},
+	{syscall.EPIPE, "the other side hung up; its log may say why"},
+	{syscall.EADDRINUSE, "another process listens there; stop it, or choose another address"},
+	{syscall.EADDRNOTAVAIL, "this machine does not have that address; choose one that it has"},
+	{syscall.ENOENT, "check the path; it, or the directory it is in, is not there"},
+	{syscall.ENOTDIR, "check the path; a part of it is not a directory"},
+	{syscall.EISDIR, "name a file; this is a directory"},
+	{syscall.EEXIST, "choose another name, or move what is there away"},
+	{syscall.ENOTEMPTY, "choose another directory, or move what is there away"},
+	{syscall.EACCES, "run this as a user who may, or change the permissions"},
+	{syscall.EPERM, "run this as a user who may, for example as root"},
+	{syscall.ENOSPC, "the disk is full; free space on it, or choose another, and run this again"},
+	{syscall.EDQUOT, "the user's quota is used up; free space, or choose another disk, and run this again"},
+	{syscall.EFBIG, "the file would be larger than its file system or 'ulimit -f' allows; choose another place"},
+	{syscall.EROFS, "the file system is read-only; choose another place, or mount it for writing"},
+	{syscall.EBUSY, "another program uses it; end that, or choose another"},
+	{syscall.EIO, "the disk below fails; the kernel's log (dmesg) tells more; save what is on it"},
+	{syscall.EMFILE, "this process may not open more files; raise 'ulimit -n'"},
+	{syscall.ENFILE, "the machine has too many files open; raise fs.file-max, or end some programs"},
+	{syscall.ENOMEM, "the machine is out of memory; end some programs"},
+	{syscall.ENXIO, "the device is gone or has no medium; check it with lsblk"},
+	{syscall.ENODEV, "the device is gone; check it with lsblk"},
+	{syscall.ENAMETOOLONG, "choose a shorter name"},
+	{os.ErrDeadlineExceeded, "check the address, and that the server answers"},
+	{fs.ErrNotExist, "see what there is with 'varve ls' or 'varve find'"}, // inside a recovery point: the system's is ENOENT
+}
+
+// hint is what to do next about an error whose text does not say it, and empty where the text goes
+// on after the system's words, where whoever wrote it knew better, or where nothing can be said.
+func hint(err error) string {
+	text := strings.TrimSpace(err.Error())
+	for _, row := range hints {
+		if !errors.Is(err, row.is) {
+			continue
+		}
+		if strings.HasSuffix(text, row.is.Error()) {
+			return row.hint
+		}
+		return ""
+	}
+	var (
+		dns       *net.DNSError
+		authority x509.UnknownAuthorityError
+		host      x509.HostnameError
+		invalid   x509.CertificateInvalidError
+	)
+	switch {
+	case errors.Is(err, diskfs.ErrNotRecognised):
+		return "the disk itself can be had with 'varve restore', 'varve serve', or as disk.img of 'varve mount'"
+	case errors.As(err, &dns):
+		return "check the spelling of the host's name, and the name server"
+	case errors.As(err, &authority):
+		return "name the certificate of the authority that signed the server's"
+	case errors.As(err, &host), errors.As(err, &invalid):
+		return "the server needs another certificate, or has to be called by the name in this one"
+	default:
+		return ""
+	}
+}
