@@ -24,6 +24,9 @@ const (
 	// of hosts may be hours apart. It is what a killed reader of another host
 	// costs: its point is held that much longer.
 	leaseSkew = 6 * time.Hour
+	// leaseReturn is how long giving a lease back may take: where the storage has
+	// gone away meanwhile, the lease runs out by itself.
+	leaseReturn = 30 * time.Second
 )
 
 // ErrLeased means that a point is being read.
@@ -89,7 +92,7 @@ func AcquireLease(ctx context.Context, r *repository.Repository, p *Point, purpo
 	// The lease is visible now. Whoever deletes a point looks for leases before;
 	// so if the point is still there, it is held.
 	if err := stillThere(ctx, r, p); err != nil {
-		return nil, errors.Join(err, l.Close(context.WithoutCancel(ctx)))
+		return nil, errors.Join(err, l.Close(ctx))
 	}
 	return l, nil
 }
@@ -141,7 +144,7 @@ func acquire(ctx context.Context, r *repository.Repository, point, purpose strin
 		err = l.giveWay(ctx, first)
 	}
 	if err != nil {
-		return nil, errors.Join(err, l.Close(context.WithoutCancel(ctx)))
+		return nil, errors.Join(err, l.Close(ctx))
 	}
 	return l, nil
 }
@@ -202,8 +205,15 @@ func (l *Lease) renew(ctx context.Context) {
 	}
 }
 
-// Close releases the lease.
+// Close releases the lease, as soon as it can and even if ctx has ended already,
+// but it waits half a minute at most for storage that does not answer.
 func (l *Lease) Close(ctx context.Context) error {
+	return l.release(ctx, leaseReturn)
+}
+
+func (l *Lease) release(ctx context.Context, atMost time.Duration) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), atMost)
+	defer cancel()
 	l.stop()
 	<-l.done
 	l.mu.Lock()

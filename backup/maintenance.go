@@ -65,7 +65,7 @@ func Maintain(ctx context.Context, r *repository.Repository, opt MaintainOptions
 	rep, err := r.Maintain(ctx, repository.MaintainOptions{
 		Mode: opt.Mode, NoSafety: opt.NoSafety, Force: opt.Force, Decode: blocktree.PieceObjects, Step: opt.step,
 	})
-	err = errors.Join(err, lease.Close(context.WithoutCancel(ctx)))
+	err = errors.Join(err, lease.Close(ctx))
 	res.MaintenanceReport = rep
 	if err != nil {
 		return res, err

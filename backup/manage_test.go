@@ -15,6 +15,7 @@ import (
 
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/backup/repository/repotest"
 )
 
 // chain makes n points of one volume, the first of size random bytes, each next
@@ -395,6 +396,45 @@ func TestLeaseHoldsPoint(t *testing.T) {
 		t.Errorf("lease on a deleted point: %v", err)
 	}
 	if held, err := Leases(ctx, r); err != nil || len(held) != 0 {
+		t.Errorf("leases %v, %v", held, err)
+	}
+}
+
+// Storage that does not answer any more keeps nobody from ending: the lease runs out by itself.
+func TestLeaseIsGivenUp(t *testing.T) {
+	conf, f := repotest.New(t).ConnectFaulty(t)
+	open := func() *repository.Repository {
+		r, err := repository.Open(t.Context(), repository.OpenOptions{ConfigFile: conf, Password: repotest.Password, Grace: 10 * time.Millisecond})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := r.Close(context.Background()); err != nil {
+				t.Error(err)
+			}
+		})
+		return r
+	}
+	r := open()
+	points, _ := chain(t, r, testVolume, 1, 1<<20)
+	l, err := AcquireLease(t.Context(), r, points[0], "restore")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Add(repotest.Fault{Op: repotest.Put, Hold: make(chan struct{})})
+	ended, cancel := context.WithCancel(t.Context()) // as after Ctrl-C
+	cancel()
+	if err := l.release(ended, 10*time.Millisecond); err == nil {
+		t.Error("a lease on storage that hangs was given back")
+	}
+	f.Clear()
+	if held, err := Leases(t.Context(), open()); err != nil || len(held[points[0].ID]) != 1 {
+		t.Errorf("leases %v, %v", held, err)
+	}
+	if err := l.Close(ended); err != nil {
+		t.Errorf("once the storage is back: %v", err)
+	}
+	if held, err := Leases(t.Context(), open()); err != nil || len(held) != 0 {
 		t.Errorf("leases %v, %v", held, err)
 	}
 }

@@ -205,7 +205,7 @@ func holdPoints(ctx context.Context, repo *repository.Repository, purpose string
 		var all sync.WaitGroup
 		for _, l := range held {
 			all.Go(func() {
-				if err := l.Close(context.WithoutCancel(ctx)); err != nil {
+				if err := l.Close(ctx); err != nil {
 					slog.WarnContext(ctx, "cannot give a lease back; it will expire", "error", err)
 				}
 			})

@@ -132,7 +132,7 @@ func (p *point) close() error {
 		p.over = nil
 	}
 	if p.lease != nil {
-		errs = append(errs, p.lease.Close(context.WithoutCancel(p.fs.ctx)))
+		errs = append(errs, p.lease.Close(p.fs.ctx))
 		p.lease = nil
 	}
 	return errors.Join(errs...)
