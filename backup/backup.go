@@ -126,7 +126,7 @@ const (
 	defaultCheckpointEvery = time.Minute
 	// checkpointContents bounds the contents between two checkpoints: Kopia
 	// keeps an entry in memory for each until they are flushed.
-	checkpointContents = 64 << 10
+	checkpointContents = 32 << 10
 	// readUnit is how much one job reads at most, in bytes.
 	readUnit = 4 << 20
 )

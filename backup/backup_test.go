@@ -3,6 +3,7 @@ package backup
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -250,6 +251,77 @@ func TestCheckpointsWhileResizing(t *testing.T) {
 		}
 		if !bytes.Equal(readPoint(t, r, p), data) {
 			t.Errorf("size %d: reads back different", size)
+		}
+	}
+}
+
+// TestSparseBlocks writes pages at random places of a sparse file: only blocks
+// with data are read, however close holes and data lie together.
+func TestSparseBlocks(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	const (
+		page  = 4 << 10
+		block = 64 << 10
+		size  = 24<<20 + 3*page + 77
+	)
+	for _, share := range []float64{0.001, 0.05, 0.5, 0.98} {
+		r, _ := newRepo(t)
+		path := filepath.Join(t.TempDir(), "sparse.img")
+		f, err := os.Create(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if err := f.Truncate(size); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 { // a full, and an increment by comparing
+			for off := int64(0); off < size; off += page {
+				if rng.Float64() >= share {
+					continue
+				}
+				if _, err := f.WriteAt([]byte("data")[:min(4, size-off)], off); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			d, err := disk.Open(path, disk.Options{Buffered: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			blocks := map[int64]bool{} // with data, as the file system has it
+			for off := int64(0); off < size; {
+				start, end, err := d.DataRange(off)
+				if errors.Is(err, io.EOF) {
+					break
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				for b := start / block; b*block < end; b++ {
+					blocks[b] = true
+				}
+				off = end
+			}
+			p, rec := mustBackup(t, r, Options{Volume: testVolume, Disk: d, BlockSize: block})
+			if err := d.Close(); err != nil {
+				t.Error(err)
+			}
+			if !bytes.Equal(readPoint(t, r, p), want) {
+				t.Errorf("share %v: reads back different", share)
+			}
+			var most int64
+			for b := range blocks {
+				most += min(block, size-b*block)
+			}
+			if rec.Stats.Read != most {
+				t.Errorf("share %v: read %d bytes of %d in blocks with data", share, rec.Stats.Read, most)
+			}
 		}
 	}
 }

@@ -156,30 +156,42 @@ func (r *run) doJob(ctx context.Context, j job, buf []byte) error {
 	if err := ctx.Err(); err != nil {
 		return context.Cause(ctx)
 	}
-	off := j.first * r.lay.BlockSize
-	length := min((j.last+1)*r.lay.BlockSize, r.lay.Size) - off
-	if j.zero || r.isHole(off, length) {
-		for b := j.first; b <= j.last; b++ {
+	for b := j.first; b <= j.last; {
+		first, end := j.last+1, j.last+1 // of the blocks to read
+		if !j.zero {
+			first, end = r.dataBlocks(b, j.last+1)
+		}
+		for ; b < first; b++ {
 			if err := r.setZero(ctx, j.seg, b); err != nil {
 				return err
 			}
 		}
-	} else {
-		p := buf[:length]
-		if err := r.readDisk(p, off); err != nil {
+		if err := r.readBlocks(ctx, j.seg, first, end, buf); err != nil {
 			return err
 		}
-		for b := j.first; b <= j.last; b++ {
-			start := (b - j.first) * r.lay.BlockSize
-			if err := r.storeBlock(ctx, j.seg, b, p[start:start+r.lay.BlockLen(b)]); err != nil {
-				return err
-			}
-		}
+		b = end
 	}
 	if !j.zero {
-		r.counters.done.Add(length)
+		r.counters.done.Add(min((j.last+1)*r.lay.BlockSize, r.lay.Size) - j.first*r.lay.BlockSize)
 	}
 	return r.jobDone(ctx, j.seg)
+}
+
+// readBlocks reads the blocks [b, end) at once and stores them. buf has room for them.
+func (r *run) readBlocks(ctx context.Context, seg *segmentWork, b, end int64, buf []byte) error {
+	off := b * r.lay.BlockSize
+	p := buf[:max(0, min(end*r.lay.BlockSize, r.lay.Size)-off)]
+	if err := r.readDisk(p, off); err != nil {
+		return err
+	}
+	for ; b < end; b++ {
+		n := r.lay.BlockLen(b)
+		if err := r.storeBlock(ctx, seg, b, p[:n]); err != nil {
+			return err
+		}
+		p = p[n:]
+	}
+	return nil
 }
 
 // nextWork returns the first block at or behind b that has to be looked at, or
@@ -208,28 +220,43 @@ func (r *run) nextWork(b int64) int64 {
 	return b
 }
 
-// isHole reports whether the disk knows the range to be zeroes.
-func (r *run) isHole(off, length int64) bool {
+// dataBlocks returns the first blocks in [b, limit) that have to be read, as
+// [first, end): those before are zeroes, as far as the disk knows without
+// reading. Where all are, both are limit.
+func (r *run) dataBlocks(b, limit int64) (first, end int64) {
 	h, ok := r.opt.Disk.(HoleFinder)
 	if !ok {
-		return false
+		return b, limit
 	}
+	bs := r.lay.BlockSize
+	stop := min(limit*bs, r.lay.Size)
 	// Finding the end of a hole costs as much as the hole is fragmented on disk:
 	// a large one is looked up once, not for each of its blocks.
-	if known := r.hole.Load(); known != nil && off >= known.Offset && off+length <= known.Offset+known.Length {
-		return true
+	if known := r.hole.Load(); known != nil && b*bs >= known.Offset && stop <= known.Offset+known.Length {
+		return limit, limit
 	}
-	start, _, err := h.DataRange(off)
-	if errors.Is(err, io.EOF) {
-		start = r.lay.Size
-	} else if err != nil {
-		return false
+	from, to, err := h.DataRange(b * bs)
+	switch {
+	case errors.Is(err, io.EOF):
+		from = r.lay.Size
+	case err != nil:
+		return b, limit // reading tells what is wrong
 	}
-	if start < off+length {
-		return false
+	if from >= stop {
+		r.hole.Store(&blocktree.Range{Offset: b * bs, Length: from - b*bs})
+		return limit, limit
 	}
-	r.hole.Store(&blocktree.Range{Offset: off, Length: start - off})
-	return true
+	first = from / bs
+	for end = (to-1)/bs + 1; end < limit; end = (to-1)/bs + 1 {
+		from, to, err = h.DataRange(end * bs)
+		switch {
+		case err != nil && !errors.Is(err, io.EOF):
+			return first, limit
+		case err != nil, from >= (end+1)*bs:
+			return first, end
+		}
+	}
+	return first, min(end, limit)
 }
 
 // readDisk fills p. Where the policy says so, what cannot be read is zeroes,
