@@ -88,6 +88,28 @@ func (d *pageDisk) resize(size int64) {
 	d.size = size
 }
 
+// holeyDisk is a pageDisk, not to be written any more, that knows its holes.
+type holeyDisk struct {
+	*pageDisk
+	data []int64 // pages that are there, sorted
+}
+
+func (d *pageDisk) holey() *holeyDisk {
+	return &holeyDisk{d, slices.Sorted(maps.Keys(d.pages))}
+}
+
+func (d *holeyDisk) DataRange(off int64) (start, end int64, err error) {
+	i, _ := slices.BinarySearch(d.data, off/pageSize)
+	if off >= d.size || i == len(d.data) {
+		return 0, 0, io.EOF
+	}
+	start, end = max(off, d.data[i]*pageSize), (d.data[i]+1)*pageSize
+	for i++; i < len(d.data) && d.data[i]*pageSize == end; i++ {
+		end += pageSize
+	}
+	return start, min(end, d.size), nil
+}
+
 // modelVolume is a volume under test.
 type modelVolume struct {
 	name   Volume
@@ -337,8 +359,12 @@ func (m *model) listing(v *modelVolume, extra int) cbt.Source {
 }
 
 func (m *model) options(v *modelVolume, src cbt.Source, full bool) Options {
+	var d Disk = v.disk.clone()
+	if m.rng.IntN(2) == 0 {
+		d = v.disk.clone().holey()
+	}
 	return Options{
-		Volume: v.name, Disk: v.disk.clone(), Source: src, Full: full, BlockSize: m.blockSize(v, full),
+		Volume: v.name, Disk: d, Source: src, Full: full, BlockSize: m.blockSize(v, full),
 		VerifyUnchanged: []float64{0, 0.001, 1}[m.rng.IntN(3)], Workers: 1 + m.rng.IntN(4),
 	}
 }
