@@ -69,6 +69,10 @@ demo: setup build ## The tour: a real disk backed up four times, read, and resto
 bench: setup build $(KOPIA) ## Measure beside the peers and write docs/benchmarks.md
 	cd e2e && VARVE=$(CURDIR)/$(BIN)/varve KOPIA=$(KOPIA) $(GO) run ./bench -out $(CURDIR)/docs/benchmarks.md
 
+.PHONY: bench-scale
+bench-scale: setup build $(KOPIA) ## Measure large disks, long chains and many recovery points only, to standard output
+	cd e2e && VARVE=$(CURDIR)/$(BIN)/varve KOPIA=$(KOPIA) $(GO) run ./bench -rows metadata,memory,chain,crowd,serve
+
 .PHONY: kopia
 kopia: $(KOPIA) ## Build stock Kopia, the same version as the library
 
