@@ -32,7 +32,13 @@ func newRepo(t *testing.T) (*repository.Repository, string) {
 
 func openRepo(t *testing.T, conf string) *repository.Repository {
 	t.Helper()
-	r, err := repository.Open(t.Context(), repository.OpenOptions{ConfigFile: conf, Password: "secret"})
+	return openWith(t, repository.OpenOptions{ConfigFile: conf, Password: "secret"})
+}
+
+// openWith closes what it opens when the test ends.
+func openWith(t *testing.T, opt repository.OpenOptions) *repository.Repository {
+	t.Helper()
+	r, err := repository.Open(t.Context(), opt)
 	if err != nil {
 		t.Fatal(err)
 	}

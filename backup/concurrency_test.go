@@ -2,7 +2,6 @@ package backup
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"math/rand/v2"
 	"sync"
@@ -268,18 +267,9 @@ func TestClocksApart(t *testing.T) {
 	t.Parallel()
 	_, conf := newRepo(t)
 	at := func(d time.Duration) *repository.Repository {
-		r, err := repository.Open(t.Context(), repository.OpenOptions{
+		return openWith(t, repository.OpenOptions{
 			ConfigFile: conf, Password: "secret", Now: func() time.Time { return time.Now().Add(d) },
 		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			if err := r.Close(context.Background()); err != nil {
-				t.Error(err)
-			}
-		})
-		return r
 	}
 	ahead, behind := at(5*time.Hour), at(-7*time.Hour)
 	data := randomBytes(rand.New(rand.NewPCG(4, 4)), 600_000)

@@ -205,8 +205,9 @@ func (l *Lease) renew(ctx context.Context) {
 	}
 }
 
-// Close releases the lease, as soon as it can and even if ctx has ended already,
-// but it waits half a minute at most for storage that does not answer.
+// Close releases the lease, even if ctx has ended already. Storage that does not
+// answer is waited for half a minute, and the repository's grace after that; the
+// lease runs out by itself then.
 func (l *Lease) Close(ctx context.Context) error {
 	return l.release(ctx, leaseReturn)
 }

@@ -404,16 +404,7 @@ func TestLeaseHoldsPoint(t *testing.T) {
 func TestLeaseIsGivenUp(t *testing.T) {
 	conf, f := repotest.New(t).ConnectFaulty(t)
 	open := func() *repository.Repository {
-		r, err := repository.Open(t.Context(), repository.OpenOptions{ConfigFile: conf, Password: repotest.Password, Grace: 10 * time.Millisecond})
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			if err := r.Close(context.Background()); err != nil {
-				t.Error(err)
-			}
-		})
-		return r
+		return openWith(t, repository.OpenOptions{ConfigFile: conf, Password: repotest.Password, Grace: 10 * time.Millisecond})
 	}
 	r := open()
 	points, _ := chain(t, r, testVolume, 1, 1<<20)

@@ -591,7 +591,7 @@ func TestListen(t *testing.T) {
 		t.Error("two servers on one socket")
 	}
 	_ = l.Close()
-	for _, a := range []string{"tcp:127.0.0.1:0", "tcp://127.0.0.1:0", "127.0.0.1:0", "[::1]:0", "unix:@nbdserver-test-" + filepath.Base(t.TempDir())} {
+	for _, a := range []string{"tcp:127.0.0.1:0", "tcp://127.0.0.1:0", "127.0.0.1:0", "[::1]:0", "unix://" + path, "unix:@nbdserver-test-" + filepath.Base(t.TempDir())} {
 		l, err := nbdserver.Listen(a)
 		if err != nil {
 			t.Errorf("%s: %v", a, err)

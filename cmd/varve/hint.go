@@ -10,6 +10,8 @@ import (
 	"syscall"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/nbdserver/nbdclient"
+	"github.com/varve-io/varve/nbdserver/proto"
 )
 
 // hints is what to do next about errors of the system, which know only what failed. The first row
@@ -67,6 +69,8 @@ func hint(err error) string {
 		authority x509.UnknownAuthorityError
 		host      x509.HostnameError
 		invalid   x509.CertificateInvalidError
+		refused   *nbdclient.RefusedError
+		request   *nbdclient.RequestError
 	)
 	switch {
 	case errors.Is(err, diskfs.ErrNotRecognised):
@@ -77,6 +81,12 @@ func hint(err error) string {
 		return "name the certificate of the authority that signed the server's"
 	case errors.As(err, &host), errors.As(err, &invalid):
 		return "the server needs another certificate, or has to be called by the name in this one"
+	case errors.As(err, &refused) && refused.Reply == proto.RepErrUnknown:
+		return "see what there is with 'varve nbd list'"
+	case errors.As(err, &refused) && refused.Reply == proto.RepErrTLSRequired:
+		return "use nbds:// or nbds+unix://"
+	case errors.As(err, &refused), errors.As(err, &request):
+		return "the server's log may say more"
 	default:
 		return ""
 	}

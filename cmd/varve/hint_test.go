@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/nbdserver/nbdclient"
+	"github.com/varve-io/varve/nbdserver/proto"
 )
 
 // An error of the system ends with what to do, unless whoever passed it on said so.
@@ -26,6 +28,9 @@ func TestHint(t *testing.T) {
 		{&net.DNSError{Err: "no such host", Name: "x"}, "spelling"},
 		{x509.UnknownAuthorityError{}, "authority"},
 		{fmt.Errorf("a/b@latest: %w: there are only zeroes", diskfs.ErrNotRecognised), "varve restore"},
+		{&nbdclient.RefusedError{Reply: proto.RepErrUnknown, Text: "no such export"}, "varve nbd list"},
+		{&nbdclient.RefusedError{Reply: proto.RepErrTLSRequired}, "nbds://"},
+		{&nbdclient.RequestError{Errno: proto.Errno(syscall.EIO), Offset: -1}, "server's log"}, // not this machine's disk
 		{errors.New("anything else"), ""},
 	} {
 		if got := hint(c.err); c.want == "" && got != "" || !strings.Contains(got, c.want) {
