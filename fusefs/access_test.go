@@ -94,8 +94,16 @@ func TestPageCacheOutlivesClosing(t *testing.T) {
 		if n := read(false); n == 0 {
 			t.Errorf("%s: the first reader fetched nothing", name)
 		}
-		if n := read(false); n != 0 {
-			t.Errorf("%s: the second reader fetched %d bytes", name, n)
+		// What the image read ahead for the first reader may still be coming, and is counted
+		// as the next one's. That has an end; reads that reach this process have none.
+		var n int64
+		for range 100 {
+			if n = read(false); n == 0 {
+				break
+			}
+		}
+		if n != 0 {
+			t.Errorf("%s: reader after reader fetches, the last one %d bytes", name, n)
 		}
 		if n := read(true); n == 0 {
 			t.Errorf("%s: without the page cache nothing was fetched: this process keeps blocks, and the test proves nothing", name)
