@@ -10,6 +10,7 @@ import (
 
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/populator/queue"
+	"github.com/varve-io/varve/populator/store"
 )
 
 // Volumes tells, when asked, how old each volume's newest point is, how many claims have
@@ -53,22 +54,29 @@ func (v *Volumes) Collect(out chan<- prometheus.Metric) {
 	if v.Client.List(ctx, &volumes) != nil || v.Client.List(ctx, &claims) != nil {
 		return
 	}
+	asked := map[client.ObjectKey]*corev1.PersistentVolumeClaim{} // claims that should have points
+	for i := range claims.Items {
+		c := &claims.Items[i]
+		if c.Namespace != v.Namespace && c.Status.Phase == corev1.ClaimBound && c.Labels[v1alpha1.OptOutLabel] != "true" {
+			asked[client.ObjectKeyFromObject(c)] = c
+		}
+	}
 	has := map[client.ObjectKey]bool{}
-	for _, p := range volumes.Items {
-		if p.Status.LastSuccess == nil {
+	for i := range volumes.Items {
+		p := &volumes.Items[i]
+		name := client.ObjectKey{Namespace: p.Namespace, Name: p.Spec.ClaimName}
+		c := asked[name]
+		// Of a claim that is gone or has opted out nothing more can be lost, and its points
+		// stay for ever.
+		if c == nil || p.Status.LastSuccess == nil {
 			continue
 		}
-		has[client.ObjectKey{Namespace: p.Namespace, Name: p.Spec.ClaimName}] = true
-		labels := []string{p.Namespace, p.Spec.ClaimName, p.Spec.StoreRef.Name}
+		if p.Status.ClaimUID == "" || p.Status.ClaimUID == c.UID {
+			has[name] = true
+		}
+		labels := []string{p.Namespace, p.Spec.ClaimName, store.KeyOf(p.Spec.StoreRef, p.Namespace).String()}
 		out <- prometheus.MustNewConstMetric(lastSuccess, prometheus.GaugeValue, float64(p.Status.LastSuccess.Unix()), labels...)
 		out <- prometheus.MustNewConstMetric(rpo, prometheus.GaugeValue, now.Sub(p.Status.LastSuccess.Time).Seconds(), labels...)
 	}
-	n := 0
-	for i := range claims.Items {
-		c := &claims.Items[i]
-		if c.Namespace != v.Namespace && c.Status.Phase == corev1.ClaimBound && c.Labels[v1alpha1.OptOutLabel] != "true" && !has[client.ObjectKeyFromObject(c)] {
-			n++
-		}
-	}
-	out <- prometheus.MustNewConstMetric(unprotected, prometheus.GaugeValue, float64(n))
+	out <- prometheus.MustNewConstMetric(unprotected, prometheus.GaugeValue, float64(len(asked)-len(has)))
 }

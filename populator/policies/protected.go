@@ -27,6 +27,10 @@ import (
 // and gives up a retained base that nobody will use.
 type Watch struct{ *Reconciler }
 
+// unscheduledBaseAge is how long the retained base of a claim is kept that was backed up by
+// a schedule and is not any more: a policy that is replaced by another finds it.
+const unscheduledBaseAge = 7 * 24 * time.Hour
+
 // Setup has a manager keep ProtectedVolumes, so many at once.
 func (w *Watch) Setup(mgr manager.Manager, workers int) error {
 	ofClaim := handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
@@ -51,10 +55,23 @@ func (w *Watch) Setup(mgr manager.Manager, workers int) error {
 
 		return []reconcile.Request{{NamespacedName: types.NamespacedName{Namespace: vb.Namespace, Name: backups.ProtectedVolumeName(vb.Spec.ClaimName, vb.Spec.StoreRef)}}}
 	})
+	ofPolicy := handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
+		var list v1alpha1.ProtectedVolumeList
+		if err := w.Client.List(ctx, &list, client.InNamespace(o.GetNamespace())); err != nil {
+			return nil
+		}
+		var out []reconcile.Request
+		for i := range list.Items {
+			out = append(out, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(&list.Items[i])})
+		}
+
+		return out
+	})
 	err := builder.ControllerManagedBy(mgr).Named("protectedvolume").
 		For(&v1alpha1.ProtectedVolume{}).
 		Watches(&corev1.PersistentVolumeClaim{}, ofClaim, builder.WithPredicates(predicate.Funcs{UpdateFunc: selectionChanged})).
 		Watches(&v1alpha1.VolumeBackup{}, ofRun).
+		Watches(&v1alpha1.BackupPolicy{}, ofPolicy, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		WithOptions(report.Controller(workers)).
 		Complete(w)
 	if err != nil {
@@ -80,10 +97,17 @@ func (w *Watch) Reconcile(ctx context.Context, req reconcile.Request) (reconcile
 	}
 	gone := apierrors.IsNotFound(err) || pvc.DeletionTimestamp != nil
 	again, changed := time.Duration(0), false
+	cover, err := w.coverage(ctx, &pv, &pvc)
+	if err != nil {
+		return reconcile.Result{}, err
+	}
+	if !cover.scheduled && pv.Status.NextRun != nil {
+		pv.Status.NextRun, changed = nil, true
+	}
 	if b := pv.Status.Base; b != nil {
-		age, err := w.maxBaseAge(ctx, &pv, &pvc)
-		if err != nil {
-			return reconcile.Result{}, err
+		age := cover.maxBaseAge
+		if !cover.policies && pv.Status.LastScheduled != nil {
+			age = unscheduledBaseAge
 		}
 		left := b.Time.Add(age).Sub(w.now())
 		switch {
@@ -140,24 +164,32 @@ func (w *Watch) judge(ctx context.Context, pv *v1alpha1.ProtectedVolume, gone bo
 	return report.Condition(&pv.Status.Conditions, pv, v1alpha1.ConditionProtected, metav1.ConditionTrue, v1alpha1.ReasonSucceeded, "the last backup succeeded")
 }
 
-// maxBaseAge is the smallest of the policies that cover the claim; 0 for none.
-func (w *Watch) maxBaseAge(ctx context.Context, pv *v1alpha1.ProtectedVolume, pvc *corev1.PersistentVolumeClaim) (time.Duration, error) {
+// coverage is what the policies of a namespace say about a claim and a store.
+type coverage struct {
+	policies   bool          // there are some that cover it
+	scheduled  bool          // one of them is not paused
+	maxBaseAge time.Duration // the smallest of theirs; 0 for none
+}
+
+func (w *Watch) coverage(ctx context.Context, pv *v1alpha1.ProtectedVolume, pvc *corev1.PersistentVolumeClaim) (coverage, error) {
+	var c coverage
 	var list v1alpha1.BackupPolicyList
 	if err := w.Client.List(ctx, &list, client.InNamespace(pv.Namespace)); err != nil {
-		return 0, err
+		return c, err
 	}
-	least := time.Duration(0)
 	key := store.KeyOf(pv.Spec.StoreRef, pv.Namespace)
 	for i := range list.Items {
 		policy := &list.Items[i]
-		if policy.Spec.MaxBaseAge == nil || store.KeyOf(policy.Spec.StoreRef, policy.Namespace) != key {
+		selector, err := selectorOf(policy)
+		if err != nil || policy.DeletionTimestamp != nil || store.KeyOf(policy.Spec.StoreRef, policy.Namespace) != key || !Covers(selector, pvc) {
 			continue
 		}
-		selector, err := selectorOf(policy)
-		if age := policy.Spec.MaxBaseAge.Duration; err == nil && Covers(selector, pvc) && (least == 0 || age < least) {
-			least = age
+		c.policies = true
+		c.scheduled = c.scheduled || !policy.Spec.Paused
+		if age := policy.Spec.MaxBaseAge; age != nil && (c.maxBaseAge == 0 || age.Duration < c.maxBaseAge) {
+			c.maxBaseAge = age.Duration
 		}
 	}
 
-	return least, nil
+	return c, nil
 }

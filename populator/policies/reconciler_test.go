@@ -214,3 +214,45 @@ func TestMaxBaseAge(t *testing.T) {
 		}
 	}
 }
+
+// A claim that no policy covers any more has no next run, and does not hold a snapshot in
+// the storage for ever. One that was only backed up by hand keeps it for the next time.
+func TestWithoutPolicy(t *testing.T) {
+	was := metav1.NewTime(began)
+	other, paused := newPolicy("hourly", "0 * * * *"), newPolicy("hourly", "0 * * * *")
+	other.Spec.Selector = &metav1.LabelSelector{MatchLabels: map[string]string{"a": "b"}}
+	paused.Spec.Paused = true
+	for _, tc := range []struct {
+		name          string
+		policy        *v1alpha1.BackupPolicy
+		scheduled     *metav1.Time
+		age           time.Duration
+		nextRun, base bool
+	}{
+		{"covered", newPolicy("hourly", "0 * * * *"), &was, 1000 * time.Hour, true, true},
+		{"paused", paused, &was, 1000 * time.Hour, false, true},
+		{"not covered for a day", other, &was, 24 * time.Hour, false, true},
+		{"not covered for long", other, &was, unscheduledBaseAge + time.Hour, false, false},
+		{"never scheduled", other, nil, 1000 * time.Hour, false, true},
+	} {
+		now := began.Add(tc.age)
+		pv := &v1alpha1.ProtectedVolume{ObjectMeta: created("pv"), Spec: v1alpha1.ProtectedVolumeSpec{ClaimName: "data", StoreRef: mainRef}}
+		pv.Status.Base = &v1alpha1.BaseSnapshot{Name: "snap", Time: was}
+		pv.Status.LastScheduled, pv.Status.NextRun = tc.scheduled, &was
+		p := newReconciler(t, &now, tc.policy, newClaim("data"), pv)
+		key := client.ObjectKeyFromObject(pv)
+		res, err := (&Watch{Reconciler: p}).Reconcile(t.Context(), reconcile.Request{NamespacedName: key})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := p.Live.Get(t.Context(), key, pv); err != nil {
+			t.Fatal(err)
+		}
+		if (pv.Status.NextRun != nil) != tc.nextRun || (pv.Status.Base != nil) != tc.base {
+			t.Errorf("%s: next run %v, base %v", tc.name, pv.Status.NextRun, pv.Status.Base)
+		}
+		if tc.name == "not covered for a day" && res.RequeueAfter != unscheduledBaseAge-tc.age {
+			t.Errorf("%s: looked at again after %v", tc.name, res.RequeueAfter)
+		}
+	}
+}

@@ -51,7 +51,9 @@ func (k *Keeper) maintain(ctx context.Context, st *store.Store, status *v1alpha1
 		return later, err
 	}
 	switch state.Phase {
-	case mover.Pending, mover.Running:
+	case mover.Pending:
+		return k.awaitStart(ctx, st, status, state, later)
+	case mover.Running:
 		return later, nil
 	case mover.Ended:
 		k.maintained(ctx, st, status, state.Result)
@@ -71,6 +73,24 @@ func (k *Keeper) maintain(ctx context.Context, st *store.Store, status *v1alpha1
 	}
 
 	return later, k.startMaintenance(ctx, st, name)
+}
+
+// awaitStart gives a maintenance up whose pod does not start, so that it is seen, and tried
+// with what the Pods are by then.
+func (k *Keeper) awaitStart(ctx context.Context, st *store.Store, status *v1alpha1.RepositoryStatus, state mover.State, later reconcile.Result) (reconcile.Result, error) {
+	if left := state.Since.Add(startPatience).Sub(k.now()); left > 0 {
+		later.RequeueAfter = min(later.RequeueAfter, left)
+
+		return later, nil
+	}
+	k.maintained(ctx, st, status, mover.Result{
+		Reason: v1alpha1.ReasonMoverFailed, Message: fmt.Sprintf("its pod did not start within %v: %s", startPatience, state.Waiting),
+	})
+	if err := k.save(ctx, st, status); err != nil {
+		return later, err
+	}
+
+	return later, k.drop(ctx, st.Key)
 }
 
 // maintained notes how a maintenance ended.

@@ -32,6 +32,9 @@ const (
 	retryEvery = 30 * time.Second
 	// retryMaintenance is the time after which maintenance that failed is tried again.
 	retryMaintenance = 5 * time.Minute
+	// startPatience is how long the pod of a maintenance may take to start: images are
+	// pulled and nodes are added in it.
+	startPatience = 30 * time.Minute
 	// lookTimeout bounds a look at a store: a storage that takes requests and answers
 	// none must not keep a worker.
 	lookTimeout = 5 * time.Minute

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -152,6 +153,41 @@ func TestMaintenance(t *testing.T) {
 	s = k.reconcileMain(t)
 	if s.LastMaintenance == nil || !s.LastMaintenance.Time.Equal(*now) || s.RetryMaintenance != nil || !meta.IsStatusConditionTrue(s.Conditions, v1alpha1.ConditionMaintained) {
 		t.Errorf("after one that went well: %+v", s)
+	}
+}
+
+// A maintenance whose pod does not start is said to have failed, and is tried again.
+func TestMaintenanceThatDoesNotStart(t *testing.T) {
+	c, k, now := newKeeper(t)
+	key := client.ObjectKey{Namespace: "varve", Name: jobName(mainKey)}
+	if err := c.Create(t.Context(), &batchv1.Job{ObjectMeta: metav1.ObjectMeta{Namespace: key.Namespace, Name: key.Name, CreationTimestamp: metav1.NewTime(*now)}}); err != nil {
+		t.Fatal(err)
+	}
+	pod := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "varve", Name: "pod", Labels: map[string]string{batchv1.JobNameLabel: key.Name}},
+		Status: corev1.PodStatus{ContainerStatuses: []corev1.ContainerStatus{{State: corev1.ContainerState{
+			Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff", Message: "no such image"}}}}},
+	}
+	if err := c.Create(t.Context(), pod); err != nil {
+		t.Fatal(err)
+	}
+	*now = now.Add(startPatience - time.Minute)
+	if s := k.reconcileMain(t); meta.FindStatusCondition(s.Conditions, v1alpha1.ConditionMaintained) != nil {
+		t.Fatalf("given up too early: %+v", s.Conditions)
+	}
+	*now = now.Add(2 * time.Minute)
+	s := k.reconcileMain(t)
+	is := meta.FindStatusCondition(s.Conditions, v1alpha1.ConditionMaintained)
+	if is == nil || is.Status != metav1.ConditionFalse || !strings.Contains(is.Message, "ImagePullBackOff no such image") || s.RetryMaintenance == nil {
+		t.Errorf("condition %+v, tried again at %v", is, s.RetryMaintenance)
+	}
+	if err := c.Get(t.Context(), key, &batchv1.Job{}); !apierrors.IsNotFound(err) {
+		t.Fatalf("the Job is still there: %v", err)
+	}
+	*now = now.Add(retryMaintenance + time.Second)
+	k.reconcileMain(t)
+	if err := c.Get(t.Context(), key, &batchv1.Job{}); err != nil {
+		t.Errorf("it is not tried again: %v", err)
 	}
 }
 
