@@ -143,7 +143,8 @@ type run struct {
 	rec    *blocktree.Record
 	work   *worklist
 
-	incomplete     string // manifest that protects what was flushed so far
+	incomplete     string    // manifest that protects what was flushed so far
+	protected      time.Time // when it was written, by the repository's clock
 	lastCheckpoint time.Time
 	counters       counters
 	readErrors     rangeList

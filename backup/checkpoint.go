@@ -19,13 +19,14 @@ const parentFile = "parent.img"
 // Tags of an incomplete manifest: which process wrote it, so that what a
 // killed one left can be told from what a running one holds.
 const (
-	tagRunHost = "varve-run-host"
-	tagRunPID  = "varve-run-pid"
-	tagRunBoot = "varve-run-boot"
+	tagRunHost  = "varve-run-host"
+	tagRunPID   = "varve-run-pid"
+	tagRunBoot  = "varve-run-boot"
+	tagRunStart = "varve-run-start"
 )
 
-// staleIncomplete is how long an incomplete manifest of another host may go
-// without being renewed before it is taken for that of a dead run. Runs renew
+// staleIncomplete is how long an incomplete manifest of another host or boot may
+// go without being renewed before it is taken for that of a dead run. Runs renew
 // theirs each minute; hours of clock skew must not matter.
 const staleIncomplete = 24 * time.Hour
 
@@ -102,7 +103,7 @@ func (r *run) writeIncomplete(ctx context.Context, partial *blocktree.Root) erro
 		// Stock Kopia's "snapshot expire" removes incomplete snapshots that are older
 		// than a complete one, whatever the policy says, but none that is pinned.
 		Pins: []string{"varve-backup"},
-		Tags: map[string]string{tagRunHost: host, tagRunPID: strconv.Itoa(os.Getpid()), tagRunBoot: bootID()},
+		Tags: map[string]string{tagRunHost: host, tagRunPID: strconv.Itoa(os.Getpid()), tagRunBoot: bootID(), tagRunStart: processStart(os.Getpid())},
 	}
 	if err := r.w.SaveSnapshot(ctx, s, files); err != nil {
 		return err
@@ -115,8 +116,18 @@ func (r *run) writeIncomplete(ctx context.Context, partial *blocktree.Root) erro
 	if err := r.w.Flush(ctx); err != nil {
 		return err
 	}
-	r.incomplete = s.ManifestID
+	r.incomplete, r.protected = s.ManifestID, now
 	return nil
+}
+
+// stillHeld reports whether what protects this run is there. The repository was refreshed
+// before.
+func (r *run) stillHeld(ctx context.Context) (bool, error) {
+	_, err := r.repo.LoadSnapshot(ctx, r.incomplete)
+	if errors.Is(err, repository.ErrSnapshotNotFound) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // salvage keeps what an interrupted run has stored, so that the next one need
@@ -170,16 +181,14 @@ func deadRun(ctx context.Context, repo *repository.Repository, p *Point) (bool, 
 	if repo.Now().Sub(s.End) > staleIncomplete {
 		return true, nil
 	}
-	host, _ := os.Hostname()
-	if s.Tags[tagRunHost] != host {
+	// Of another boot only time tells: it may be a container of this host, or another
+	// machine of the same name, and its run may be about to finish.
+	if host, _ := os.Hostname(); s.Tags[tagRunHost] != host || bootID() == "" || s.Tags[tagRunBoot] != bootID() {
 		return false, nil
-	}
-	if s.Tags[tagRunBoot] != bootID() {
-		return true, nil
 	}
 	pid, err := strconv.Atoi(s.Tags[tagRunPID])
 	if err != nil || pid <= 0 {
 		return false, nil //nolint:nilerr // not written by us: left alone until it is stale
 	}
-	return !processAlive(pid), nil
+	return !processAlive(pid, s.Tags[tagRunStart]), nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -258,6 +259,78 @@ func TestReaderDuringRewrite(t *testing.T) {
 	}
 	if !bytes.Equal(readPoint(t, reader, points[3]), want[3]) {
 		t.Error("reads back different after the packs went")
+	}
+}
+
+// TestRunThatStoodStill has a backup stand still for more than a day at each of its steps, as
+// in a machine that sleeps, while another host takes it for dead and collects: the point
+// is complete, or the backup fails and leaves none.
+func TestRunThatStoodStill(t *testing.T) {
+	t.Parallel()
+	for _, step := range []string{"protected", "checkpoint", "stored", "flushed", "proved", "saved"} {
+		t.Run(step, func(t *testing.T) {
+			t.Parallel()
+			_, conf := newRepo(t)
+			var slept atomic.Int64
+			late := func() *repository.Repository {
+				return openWith(t, repository.OpenOptions{
+					ConfigFile: conf, Password: "secret", Now: func() time.Time { return time.Now().Add(time.Duration(slept.Load())) },
+				})
+			}
+			// Kopia does not maintain where the clock and the storage's differ.
+			r, dropper, other := late(), late(), openRepo(t, conf)
+			data := randomBytes(rand.New(rand.NewPCG(6, 6)), 600_000)
+			first, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: bytes.Clone(data)}})
+			want := bytes.Clone(data)
+			for i := 0; i < len(want); i += 100_000 {
+				want[i]++
+			}
+			opt := Options{Volume: testVolume, Disk: &memDisk{data: want}, BlockSize: first.BlockSize}
+			if step == "checkpoint" {
+				opt.CheckpointEvery = time.Nanosecond // after each job
+			}
+			met := false
+			opt.step = func(s string) {
+				if s != step || met {
+					return
+				}
+				met = true
+				slept.Add(int64(staleIncomplete + time.Hour))
+				if err := dropper.Refresh(t.Context()); err != nil {
+					t.Error(err)
+				}
+				if n, err := DropDeadRuns(t.Context(), dropper); n != 1 || err != nil {
+					t.Errorf("%d dead runs were dropped: %v", n, err)
+				}
+				maintainNow(t, other)
+			}
+			p, _, err := Run(t.Context(), r, opt)
+			if !met {
+				t.Fatalf("the backup has no step %s", step)
+			}
+			points := []*Point{first, p}
+			if err != nil {
+				if !errors.Is(err, ErrLostData) {
+					t.Fatal(err)
+				}
+				t.Logf("the backup failed: %v", err)
+				points = points[:1]
+			}
+			fresh := openFresh(t, conf)
+			if got := mustList(t, fresh).Points(); len(got) != len(points) {
+				t.Errorf("%d points, want %d", len(got), len(points))
+			}
+			for i, p := range points {
+				if !bytes.Equal(readPoint(t, fresh, p), [][]byte{data, want}[i]) {
+					t.Errorf("%s reads back different", p.Name())
+				}
+			}
+			// The next one works in any case.
+			next, _ := mustBackup(t, fresh, Options{Volume: testVolume, Disk: &memDisk{data: want}})
+			if !bytes.Equal(readPoint(t, fresh, next), want) {
+				t.Error("the next point reads back different")
+			}
+		})
 	}
 }
 

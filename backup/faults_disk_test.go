@@ -4,7 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"syscall"
@@ -65,16 +65,7 @@ func TestBadSectors(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.want[p.ID] = want
-	var got []blocktree.Range
-	slices.SortFunc(rec.ReadErrors, func(a, b blocktree.Range) int { return int(a.Offset - b.Offset) })
-	for _, r := range rec.ReadErrors { // of neighbouring sectors, or of two jobs
-		if n := len(got); n > 0 && got[n-1].Offset+got[n-1].Length == r.Offset {
-			got[n-1].Length += r.Length
-			continue
-		}
-		got = append(got, r)
-	}
-	if !slices.Equal(got, disk.bad) {
+	if !slices.Equal(rec.ReadErrors, disk.bad) {
 		t.Errorf("recorded %v, want %v", rec.ReadErrors, disk.bad)
 	}
 	s.check()
@@ -85,6 +76,87 @@ func TestBadSectors(t *testing.T) {
 	}
 	s.want[p.ID] = s.data
 	s.check()
+}
+
+// TestUnreadIsReadAgain has increments read what their parent could not, although no
+// source reports it as changed.
+func TestUnreadIsReadAgain(t *testing.T) {
+	t.Parallel()
+	r, _ := newRepo(t)
+	data := randomBytes(rand.New(rand.NewPCG(8, 8)), 1<<20)
+	bad := []blocktree.Range{{Offset: 700 * 512, Length: 512 * 3}, {Offset: 1<<20 - 1024, Length: 1024}}
+	zeroed := bytes.Clone(data)
+	for _, b := range bad {
+		clear(zeroed[b.Offset : b.Offset+b.Length])
+	}
+	for _, tc := range []struct {
+		name string
+		disk Disk
+		on   ReadErrorPolicy
+		want []byte
+		left []blocktree.Range
+	}{
+		{"can be read now", &memDisk{data: data}, FailOnReadError, data, nil},
+		{"half of it", &badDisk{memDisk{data: data}, bad[:1]}, ZeroOnReadError, append(bytes.Clone(zeroed[:1<<19]), data[1<<19:]...), bad[:1]},
+		{"still not", &badDisk{memDisk{data: data}, bad}, ZeroOnReadError, zeroed, bad},
+		{"no disk", NoDisk(1 << 20), FailOnReadError, zeroed, bad},
+		{"shrunk", &memDisk{data: data[:1<<20-512]}, FailOnReadError, data[:1<<20-512], nil},
+	} {
+		v := Volume{Namespace: "unread", Name: strings.ReplaceAll(tc.name, " ", "-"), Cluster: "test"}
+		full, rec := mustBackup(t, r, Options{Volume: v, Disk: &badDisk{memDisk{data: data}, bad}, OnReadError: ZeroOnReadError, BlockSize: 64 << 10})
+		if full.Unread != 2560 || !slices.Equal(rec.ReadErrors, bad) {
+			t.Fatalf("the full: %d bytes unread, %v", full.Unread, rec.ReadErrors)
+		}
+		p, rec := mustBackup(t, r, Options{Volume: v, Disk: tc.disk, OnReadError: tc.on, Source: listSource{}})
+		if !slices.Equal(rec.ReadErrors, tc.left) || p.Kind != blocktree.KindIncremental {
+			t.Errorf("%s: %s, unread are %v, want %v", tc.name, p.Kind, rec.ReadErrors, tc.left)
+		}
+		listed := mustList(t, r).ByID(p.ID)
+		if listed.Unread != p.Unread || (listed.Unread > 0) != (len(tc.left) > 0) {
+			t.Errorf("%s: listed with %d bytes unread, made with %d", tc.name, listed.Unread, p.Unread)
+		}
+		if !bytes.Equal(readPoint(t, r, p), tc.want) {
+			t.Errorf("%s: reads back different", tc.name)
+		}
+	}
+}
+
+// What cannot be read is told as few ranges, however many sectors it is.
+func TestRangeList(t *testing.T) {
+	t.Parallel()
+	var l rangeList
+	order := rand.New(rand.NewPCG(9, 9)).Perm(1000)
+	for _, i := range order {
+		if i != 500 {
+			l.add(int64(i)*512, 512)
+		}
+	}
+	l.add(100, 1000) // again
+	if want := []blocktree.Range{{Length: 500 * 512}, {Offset: 501 * 512, Length: 499 * 512}}; !slices.Equal(l.ranges, want) {
+		t.Errorf("%v", l.ranges)
+	}
+	var scattered rangeList
+	size := int64(64<<20 - 100)
+	for off := int64(0); off < size-512; off += 1024 {
+		scattered.add(off, 512)
+	}
+	got := scattered.atMost(100, 128<<10, size)
+	if len(got) > 100 || got[0].Offset != 0 {
+		t.Errorf("%d ranges, the first %v", len(got), got[0])
+	}
+	for i, b := range scattered.ranges {
+		if !slices.ContainsFunc(got, func(r blocktree.Range) bool { return r.Offset <= b.Offset && b.Offset+b.Length <= r.Offset+r.Length }) {
+			t.Fatalf("range %d, %v, is not covered", i, b)
+		}
+	}
+	for _, r := range got {
+		if r.Offset+r.Length > size {
+			t.Errorf("%v ends behind the disk", r)
+		}
+	}
+	if again := scattered.atMost(len(scattered.ranges), 128<<10, size); !slices.Equal(again, scattered.ranges) {
+		t.Error("ranges that are few enough are changed")
+	}
 }
 
 // changingDisk changes its size while it is read.

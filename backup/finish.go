@@ -68,13 +68,19 @@ func (r *run) finish(ctx context.Context) (*Point, error) {
 	}
 	p := pointFromSnapshot(saved)
 	p.fillFromRecord(r.rec)
+	if err := r.proveAgain(ctx, p, root); err != nil {
+		return nil, err
+	}
 	return p, nil
 }
+
+// maxReadErrors bounds the ranges that a record lists; it has to fit one content.
+const maxReadErrors = 4096
 
 func (r *run) fillRecord(root blocktree.Root) {
 	r.rec.SetRoot(root)
 	r.rec.End = r.repo.Now().UTC()
-	r.rec.ReadErrors = r.readErrors.ranges
+	r.rec.ReadErrors = r.readErrors.atMost(maxReadErrors, r.lay.BlockSize, r.lay.Size)
 	st := &r.rec.Stats
 	st.Read = r.counters.read.Load()
 	st.Changed = r.counters.changed.Load()
@@ -102,7 +108,20 @@ func (r *run) prove(ctx context.Context, root blocktree.Root) (blocktree.Root, e
 			return root, err
 		}
 		if lost == 0 && !rootLost {
-			return root, nil
+			held, err := r.stillHeld(ctx)
+			if err != nil || held {
+				return root, err
+			}
+			// Somebody took this run for dead, and may be about to collect what it stored.
+			if attempt == maxRepairs {
+				return root, fmt.Errorf("%w: the incomplete snapshot that protects this backup was deleted %d times; find out by whom, and run the backup again", ErrLostData, attempt)
+			}
+			slog.WarnContext(ctx, "the incomplete snapshot that protects this backup was deleted by somebody; writing it again", "volume", r.opt.Volume.String())
+			r.incomplete = ""
+			if err := r.writeIncomplete(ctx, &root); err != nil {
+				return root, err
+			}
+			continue
 		}
 		if attempt == maxRepairs {
 			what := fmt.Sprintf("%d blocks", lost)
@@ -124,6 +143,26 @@ func (r *run) prove(ctx context.Context, root blocktree.Root) (blocktree.Root, e
 			return root, err
 		}
 	}
+}
+
+// proveAgain looks once more where this run stood still so long, stopped or in a machine
+// that slept, that others may have taken it for dead, and collected what only it held.
+func (r *run) proveAgain(ctx context.Context, p *Point, root blocktree.Root) error {
+	// Round: what counts is the time of day, which goes on while a machine sleeps.
+	if r.repo.Now().Round(0).Sub(r.protected.Round(0)) < staleIncomplete/2 {
+		return nil
+	}
+	lost, rootLost, err := r.findLost(ctx, root)
+	if err != nil {
+		return fmt.Errorf("recovery point %s is written; look with 'varve verify' whether it is whole, as its backup stood still for long: %w", p.ID, err)
+	}
+	if lost == 0 && !rootLost {
+		return nil
+	}
+	if err = r.w.DeleteSnapshot(ctx, p.ManifestID); err == nil {
+		err = r.w.Flush(ctx)
+	}
+	return errors.Join(fmt.Errorf("%w: this backup stood still for so long that it was taken for dead; run it again", ErrLostData), err)
 }
 
 // findLost puts on the worklist what must be stored again and counts it; root

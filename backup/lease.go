@@ -40,7 +40,8 @@ type LeaseInfo struct {
 	Purpose string    `json:"purpose"`
 	Host    string    `json:"host"`
 	PID     int       `json:"pid"`
-	Boot    string    `json:"boot"` // tells boots and containers of a host apart
+	Boot    string    `json:"boot"`              // tells boots and containers of a host apart
+	Started string    `json:"started,omitempty"` // tells processes of one PID apart: processStart
 	Since   time.Time `json:"since"`
 	Expires time.Time `json:"expires"` // by the holder's clock
 
@@ -56,7 +57,7 @@ func (l LeaseInfo) String() string {
 func (l LeaseInfo) over(now time.Time) bool {
 	if host, _ := os.Hostname(); host == l.Host && bootID() != "" {
 		if l.Boot == bootID() {
-			return !processAlive(l.PID)
+			return !processAlive(l.PID, l.Started)
 		}
 		// Another boot, or another container on this host: only time tells.
 	}
@@ -130,7 +131,8 @@ func acquire(ctx context.Context, r *repository.Repository, point, purpose strin
 	}
 	host, _ := os.Hostname()
 	l := &Lease{repo: r, done: make(chan struct{}), info: LeaseInfo{
-		Point: point, Purpose: purpose, Host: host, PID: os.Getpid(), Boot: bootID(), Since: r.Now().UTC(),
+		Point: point, Purpose: purpose, Host: host, PID: os.Getpid(), Boot: bootID(),
+		Started: processStart(os.Getpid()), Since: r.Now().UTC(),
 	}}
 	if err := l.write(ctx); err != nil {
 		return nil, err

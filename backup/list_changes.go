@@ -35,8 +35,37 @@ func (r *run) list(ctx context.Context) error {
 	if r.parent != nil {
 		r.work.addResize(r.parent.Size)
 	}
+	if err := r.addUnread(ctx); err != nil {
+		return err
+	}
 	r.rec.Stats.Reported = rep.Reported
 	return r.spotCheck(ctx, rep)
+}
+
+// addUnread has what could not be read for the parent read now: no source reports it as
+// changed, and its zeroes would pass for the disk's bytes.
+func (r *run) addUnread(ctx context.Context) error {
+	if r.parent == nil || r.parent.Unread == 0 {
+		return nil
+	}
+	rec, err := LoadRecord(ctx, r.repo, r.parent)
+	if err != nil {
+		return fmt.Errorf("which ranges of %s could not be read: %w", r.parent.Name(), err)
+	}
+	_, none := r.opt.Disk.(NoDisk)
+	for _, bad := range rec.ReadErrors {
+		n := min(bad.Length, r.lay.Size-bad.Offset)
+		switch {
+		case n <= 0: // the disk shrank
+		case none:
+			r.readErrors.add(bad.Offset, n)
+		default:
+			if err := r.work.add(cbt.Extent{Offset: bad.Offset, Length: n}); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func (r *run) askSources(ctx context.Context, req cbt.Request) (cbt.Report, error) {

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -533,14 +534,16 @@ func TestDeadRunsAreCleared(t *testing.T) {
 		t.Fatal(err)
 	}
 	host, _ := os.Hostname()
-	for pid, boot := range map[string]string{"1": "another boot", "2": bootID()} {
-		s := &repository.Snapshot{
-			Source: testVolume.source(), Start: r.Now(), End: r.Now(), Incomplete: incompleteReason,
-			Tags: map[string]string{tagRunHost: host, tagRunPID: pid, tagRunBoot: boot},
-		}
-		if pid == "2" {
-			s.Tags[tagRunPID] = strconv.Itoa(os.Getpid()) // lives
-		}
+	self, ended := strconv.Itoa(os.Getpid()), strconv.Itoa(endedProcess(t))
+	for _, tags := range []map[string]string{
+		{tagRunHost: host, tagRunBoot: bootID(), tagRunPID: ended},
+		{tagRunHost: host, tagRunBoot: bootID(), tagRunPID: self, tagRunStart: "1"}, // another process had our PID
+		// These live, or may.
+		{tagRunHost: host, tagRunBoot: bootID(), tagRunPID: self, tagRunStart: processStart(os.Getpid())},
+		{tagRunHost: host, tagRunBoot: "another boot, container or machine of the name", tagRunPID: ended},
+		{tagRunHost: "another host", tagRunBoot: bootID(), tagRunPID: ended},
+	} {
+		s := &repository.Snapshot{Source: testVolume.source(), Start: r.Now(), End: r.Now(), Incomplete: incompleteReason, Tags: tags}
 		files := []repository.File{{Name: blocktree.DiskFile, Size: 100_000, ModTime: r.Now(), Mode: 0o600, Object: id}}
 		if err := w.SaveSnapshot(ctx, s, files); err != nil {
 			t.Fatal(err)
@@ -550,14 +553,54 @@ func TestDeadRunsAreCleared(t *testing.T) {
 		t.Fatal(err)
 	}
 	res := maintainNow(t, r)
-	if res.DeadRuns != 1 {
+	if res.DeadRuns != 2 {
 		t.Errorf("%d dead runs were cleared", res.DeadRuns)
 	}
-	if n := len(mustList(t, r).Incomplete()); n != 1 {
+	if n := len(mustList(t, r).Incomplete()); n != 3 {
 		t.Errorf("%d incomplete manifests are left", n)
 	}
 	if st, err := r.StateOf(ctx, id); err != nil || !st.Found || st.Deleted {
 		t.Errorf("what a living run holds: %+v, %v", st, err)
+	}
+}
+
+// endedProcess returns the PID of a process that was there and is not any more.
+func endedProcess(t *testing.T) int {
+	t.Helper()
+	c := exec.CommandContext(t.Context(), "true")
+	if err := c.Run(); err != nil {
+		t.Fatal(err)
+	}
+	return c.Process.Pid
+}
+
+// A lease is over with its process, not with another one that has its PID.
+func TestLeaseIsOver(t *testing.T) {
+	t.Parallel()
+	host, _ := os.Hostname()
+	now := time.Now()
+	self, began := os.Getpid(), processStart(os.Getpid())
+	if began == "" {
+		t.Fatal("this process has no start")
+	}
+	for _, tc := range []struct {
+		name    string
+		lease   LeaseInfo
+		expired time.Duration
+		over    bool
+	}{
+		{"held", LeaseInfo{Host: host, Boot: bootID(), PID: self, Started: began}, -time.Minute, false},
+		{"held by a process that stood still", LeaseInfo{Host: host, Boot: bootID(), PID: self, Started: began}, 100 * time.Hour, false},
+		{"of a process that ended", LeaseInfo{Host: host, Boot: bootID(), PID: endedProcess(t)}, -time.Minute, true},
+		{"of an earlier process of the PID", LeaseInfo{Host: host, Boot: bootID(), PID: self, Started: "1"}, -time.Minute, true},
+		{"of another boot", LeaseInfo{Host: host, Boot: "another", PID: self, Started: began}, time.Hour, false},
+		{"of another boot, long ago", LeaseInfo{Host: host, Boot: "another", PID: self, Started: began}, leaseSkew + time.Hour, true},
+		{"of another host", LeaseInfo{Host: "another", Boot: bootID(), PID: endedProcess(t)}, time.Hour, false},
+	} {
+		tc.lease.Expires = now.Add(-tc.expired)
+		if got := tc.lease.over(now); got != tc.over {
+			t.Errorf("%s: over is %v", tc.name, got)
+		}
 	}
 }
 

@@ -29,8 +29,13 @@ type Point struct {
 	VolumeHandle string
 	// SnapshotHandle is what the storage calls the snapshot that was read.
 	SnapshotHandle string
-	Pins           []string
-	Incomplete     string // why this is not a recovery point; empty for one
+	// Unread is how many bytes could not be read when the point was made, and were stored
+	// as zeroes; the record has the ranges.
+	Unread int64
+	// NotCrashConsistent is set when the disk was written to while it was read.
+	NotCrashConsistent bool
+	Pins               []string
+	Incomplete         string // why this is not a recovery point; empty for one
 	// Foreign names the program that wrote a snapshot that is not Varve's, but
 	// holds a disk image that can be read; empty for Varve's own.
 	Foreign string
@@ -53,6 +58,8 @@ const (
 	tagChangeID   = "varve-change-id"
 	tagHandle     = "varve-volume-handle"
 	tagSnapshot   = "varve-snapshot-handle"
+	tagUnread     = "varve-unread"
+	tagLive       = "varve-live"
 )
 
 func recordTags(r *blocktree.Record) map[string]string {
@@ -69,6 +76,12 @@ func recordTags(r *blocktree.Record) map[string]string {
 		if v != "" {
 			tags[k] = v
 		}
+	}
+	if n := unreadBytes(r); n > 0 {
+		tags[tagUnread] = strconv.FormatInt(n, 10)
+	}
+	if r.NotCrashConsistent {
+		tags[tagLive] = "true"
 	}
 	return tags
 }
@@ -102,14 +115,28 @@ func (p *Point) fillFromTags(tags map[string]string) error {
 	}
 	p.ID, p.Generation, p.Size, p.BlockSize, p.Time = id, gen, size, block, t
 	p.Parent, p.Kind, p.ChangeID, p.VolumeHandle = tags[tagParent], tags[tagKind], tags[tagChangeID], tags[tagHandle]
-	p.SnapshotHandle = tags[tagSnapshot]
+	p.SnapshotHandle, p.NotCrashConsistent = tags[tagSnapshot], tags[tagLive] != ""
+	if n := tags[tagUnread]; n != "" {
+		var err error
+		if p.Unread, err = strconv.ParseInt(n, 10, 64); err != nil || p.Unread < 0 {
+			return errNoTags
+		}
+	}
 	return nil
+}
+
+// unreadBytes is how many bytes of a point are zeroes for want of better.
+func unreadBytes(r *blocktree.Record) (n int64) {
+	for _, bad := range r.ReadErrors {
+		n += bad.Length
+	}
+	return n
 }
 
 func (p *Point) fillFromRecord(r *blocktree.Record) {
 	p.ID, p.Generation, p.Size, p.BlockSize, p.Time = r.ID, r.Generation, r.Size, r.BlockSize, r.Time
 	p.Parent, p.Kind, p.ChangeID, p.VolumeHandle = r.Parent, r.Kind, r.ChangeID, r.VolumeHandle
-	p.SnapshotHandle = r.SnapshotHandle
+	p.SnapshotHandle, p.NotCrashConsistent, p.Unread = r.SnapshotHandle, r.NotCrashConsistent, unreadBytes(r)
 }
 
 // timeText is how a point's time is written in its name: UTC, to the second,

@@ -1,8 +1,10 @@
 package backup
 
 import (
+	"bytes"
 	"errors"
 	"os"
+	"strconv"
 	"strings"
 	"syscall"
 )
@@ -21,7 +23,38 @@ func bootID() string {
 	return strings.TrimSpace(string(boot)) + "/" + ns
 }
 
-func processAlive(pid int) bool {
-	err := syscall.Kill(pid, 0)
-	return err == nil || errors.Is(err, syscall.EPERM)
+// processStart is when a process began, in clock ticks since the boot; "" where that
+// cannot be told. It tells a process from a later one with its PID.
+func processStart(pid int) string {
+	_, start := processState(pid)
+	return start
+}
+
+// processState is fields 3 and 22 of proc_pid_stat(5).
+func processState(pid int) (state, start string) {
+	stat, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return "", ""
+	}
+	// Field 2, the program's name, is in parentheses, and may have any bytes in it.
+	f := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	if len(f) < 20 {
+		return "", ""
+	}
+	return f[0], f[19]
+}
+
+// processAlive reports whether a process of this boot and PID namespace lives that began
+// at start; "" for any.
+func processAlive(pid int, start string) bool {
+	if err := syscall.Kill(pid, 0); err != nil && !errors.Is(err, syscall.EPERM) {
+		return false
+	}
+	switch state, began := processState(pid); {
+	case state == "Z" || state == "X": // killed, and its parent has not asked yet
+		return false
+	case began != "" && start != "":
+		return began == start
+	}
+	return true
 }

@@ -1,11 +1,13 @@
 package backup
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -339,7 +341,7 @@ func (r *run) storeBlock(ctx context.Context, seg *segmentWork, b int64, p []byt
 	return nil
 }
 
-// rangeList collects ranges from several workers.
+// rangeList collects ranges from several workers, in order and joined where they touch.
 type rangeList struct {
 	mu     sync.Mutex
 	ranges []blocktree.Range
@@ -348,5 +350,31 @@ type rangeList struct {
 func (l *rangeList) add(off, length int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.ranges = append(l.ranges, blocktree.Range{Offset: off, Length: length})
+	// Those that end before off stay in front, those that begin behind the end follow.
+	first, _ := slices.BinarySearchFunc(l.ranges, off, func(r blocktree.Range, off int64) int {
+		return cmp.Compare(r.Offset+r.Length, off)
+	})
+	end, last := off+length, first
+	for ; last < len(l.ranges) && l.ranges[last].Offset <= end; last++ {
+		off = min(off, l.ranges[last].Offset)
+		end = max(end, l.ranges[last].Offset+l.ranges[last].Length)
+	}
+	l.ranges = slices.Replace(l.ranges, first, last, blocktree.Range{Offset: off, Length: end - off})
+}
+
+// atMost returns the ranges, or, where there are more than n, fewer that cover them: rounded
+// out to blocks, and to larger units as long as that is not enough. They end at size.
+func (l *rangeList) atMost(n int, block, size int64) []blocktree.Range {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	out := l.ranges
+	for unit := block; len(out) > n; unit *= 2 {
+		var wide rangeList
+		for _, r := range out {
+			from := r.Offset / unit * unit
+			wide.add(from, min((r.Offset+r.Length+unit-1)/unit*unit, size)-from)
+		}
+		out = wide.ranges
+	}
+	return out
 }

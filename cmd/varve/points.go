@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/progress"
 )
 
 // withRepository opens the connected repository for the time of a call.
@@ -45,6 +47,10 @@ type pointView struct {
 	VolumeHandle string    `json:"volumeHandle,omitempty"`
 	Pins         []string  `json:"pins,omitempty"`
 	Program      string    `json:"writtenBy,omitempty"` // where it was not Varve
+
+	// Unread is how many bytes could not be read when the point was made, and are zeroes.
+	Unread             int64 `json:"unread,omitempty"`
+	NotCrashConsistent bool  `json:"notCrashConsistent,omitempty"`
 
 	Verified    *backup.VerifyRecord `json:"verified,omitempty"`
 	Quarantined *backup.Quarantine   `json:"quarantined,omitempty"`
@@ -84,6 +90,7 @@ func (n notes) view(p *backup.Point) pointView {
 func viewOf(p *backup.Point) pointView {
 	return pointView{
 		Name: p.Name(), ID: p.ID, Cluster: p.Volume.Cluster, Namespace: p.Volume.Namespace, Volume: p.Volume.Name,
+		Unread: p.Unread, NotCrashConsistent: p.NotCrashConsistent,
 		Time: p.Time, Generation: p.Generation, Kind: p.Kind, Parent: p.Parent, Size: p.Size, BlockSize: p.BlockSize,
 		ChangeID: p.ChangeID, VolumeHandle: p.VolumeHandle, Pins: p.Pins, Program: p.Foreign,
 	}
@@ -99,17 +106,24 @@ func viewsOf(points []*backup.Point) []pointView {
 
 // state says in a word or two what is special about a point.
 func (v pointView) state() string {
+	var s []string
 	switch {
 	case v.Quarantined != nil:
-		return "quarantined"
+		s = append(s, "quarantined")
 	case v.Verified != nil && !v.Verified.OK:
-		return "damaged"
+		s = append(s, "damaged")
 	case v.Verified != nil && v.Verified.Read > 0:
-		return fmt.Sprintf("verified, %.4g %% read", 100*v.Verified.Read)
+		s = append(s, fmt.Sprintf("verified, %.4g %% read", 100*v.Verified.Read))
 	case v.Verified != nil:
-		return "verified"
+		s = append(s, "verified")
 	}
-	return ""
+	if v.Unread > 0 {
+		s = append(s, progress.FormatBytes(v.Unread)+" unread")
+	}
+	if v.NotCrashConsistent {
+		s = append(s, "not crash-consistent")
+	}
+	return strings.Join(s, ", ")
 }
 
 // shortID is the beginning of an ID, enough to name it.
