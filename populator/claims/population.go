@@ -27,7 +27,14 @@ type Populations struct {
 	Deps
 
 	mu      sync.Mutex
-	quarter map[types.UID]int32 // of progress that was told by an event
+	quarter map[types.UID]int32   // of progress that was told by an event
+	waits   map[types.UID]waiting // by claim, as quarter
+}
+
+// waiting is what a population waits for, and since when.
+type waiting struct {
+	message string
+	since   time.Time
 }
 
 // job is one VolumePopulation that is worked on.
@@ -274,6 +281,7 @@ func (j *job) stopped(ctx context.Context, res step.Result, err error) (ctrl.Res
 			return ctrl.Result{}, err
 		}
 	}
+	j.tellOfWait(res)
 	if res.After <= 0 {
 		res.After = unboundedLook
 	}
@@ -348,6 +356,34 @@ func (j *job) warn(reason, message string) {
 	}
 }
 
+// tellOfWait tells the claim's user of a wait that nothing else tells of: of one for its
+// turn at once, of one for somebody else if it lasts.
+func (j *job) tellOfWait(res step.Result) {
+	switch res.Reason {
+	case v1alpha1.ReasonQueued:
+		j.tell(res.Reason, res.Message)
+	case v1alpha1.ReasonHandingOver, v1alpha1.ReasonStartingAnew:
+		if j.waited(res.Message) > waitPatience {
+			j.warn(res.Reason, res.Message)
+		}
+	}
+}
+
+// waited is for how long this process has seen the job wait for the same thing.
+func (j *job) waited(message string) time.Duration {
+	now, uid := j.Now(), j.pop.Spec.Claim.UID
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.waits == nil {
+		j.waits = map[types.UID]waiting{}
+	}
+	if j.waits[uid].message != message {
+		j.waits[uid] = waiting{message, now}
+	}
+
+	return now.Sub(j.waits[uid].since)
+}
+
 // since is how long the job has been under way.
 func (j *job) since() time.Duration {
 	if j.pop.Status.StartTime == nil {
@@ -361,6 +397,7 @@ func (j *job) since() time.Duration {
 func (j *job) forget(ctx context.Context) error {
 	j.mu.Lock()
 	delete(j.quarter, j.pop.Spec.Claim.UID)
+	delete(j.waits, j.pop.Spec.Claim.UID)
 	j.mu.Unlock()
 	if controllerutil.RemoveFinalizer(j.pop, stateFinalizer) {
 		if err := j.Client.Update(ctx, j.pop); client.IgnoreNotFound(err) != nil {

@@ -54,7 +54,10 @@ func (j *job) primeStep(ctx context.Context) (step.Result, error) {
 		prime = j.newPrime()
 		if err := j.Client.Create(ctx, prime); err != nil && !apierrors.IsAlreadyExists(err) {
 			if apierrors.IsInvalid(err) || apierrors.IsForbidden(err) {
-				return step.Wait(v1alpha1.ReasonProvisioning, "the volume's claim in Varve's namespace was refused: "+err.Error(), retryMissing), nil
+				message := "the volume's claim in Varve's namespace was refused: " + err.Error()
+				j.warn(v1alpha1.ReasonProvisioning, message)
+
+				return step.Wait(v1alpha1.ReasonProvisioning, message, retryMissing), nil
 			}
 
 			return step.Result{}, fmt.Errorf("create claim %s: %w", j.prime, err)

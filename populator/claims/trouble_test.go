@@ -1,6 +1,8 @@
 package claims
 
 import (
+	"context"
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -8,12 +10,15 @@ import (
 
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
+	storagev1 "k8s.io/api/storage/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/queue"
 )
 
 func (w *world) told(reason string) bool {
@@ -119,5 +124,66 @@ func TestTroubleIsTold(t *testing.T) {
 				t.Errorf("varve_verify_failures_total is %v, want %v", v, tc.lies)
 			}
 		})
+	}
+}
+
+// refusing does not take claims.
+type refusing struct{ client.Client }
+
+func (r refusing) Create(ctx context.Context, o client.Object, opts ...client.CreateOption) error {
+	if _, ok := o.(*corev1.PersistentVolumeClaim); ok {
+		return apierrors.NewForbidden(corev1.Resource("persistentvolumeclaims"), o.GetName(), errors.New("exceeded quota: storage"))
+	}
+
+	return r.Client.Create(ctx, o, opts...)
+}
+
+// The user of a claim whose volume cannot be asked for is told why.
+func TestRefusedClaimIsTold(t *testing.T) {
+	w := newWorld(t, newClaim(corev1.PersistentVolumeBlock, "fast"))
+	in := w.start(nil)
+	in.po.Client = refusing{in.po.Client}
+	in.turns(t, 4)
+	if !w.told(v1alpha1.ReasonProvisioning) || !w.hasEvent("exceeded quota: storage") {
+		t.Errorf("%s", w.dump())
+	}
+}
+
+// The user of a claim whose volume stays attached somewhere is told after a while.
+func TestLongWaitIsTold(t *testing.T) {
+	w := newWorld(t, newClaim(corev1.PersistentVolumeBlock, "fast"))
+	name := "pvc-vol-1"
+	held := &storagev1.VolumeAttachment{ObjectMeta: metav1.ObjectMeta{Name: "a"}, Spec: storagev1.VolumeAttachmentSpec{
+		NodeName: "n1", Source: storagev1.VolumeAttachmentSource{PersistentVolumeName: &name}}}
+	w.must(w.c.Create(t.Context(), held))
+	in := w.start(nil)
+	for range 20 { // the clock stands
+		in.round(t)
+		w.turn()
+	}
+	if w.told(v1alpha1.ReasonHandingOver) {
+		t.Errorf("told at once: %v", w.events)
+	}
+	w.now = w.now.Add(waitPatience + time.Second)
+	in.round(t)
+	if !w.told(v1alpha1.ReasonHandingOver) || !w.hasEvent("detached from node n1") {
+		t.Errorf("not told: %s", w.dump())
+	}
+	w.must(w.c.Delete(t.Context(), held))
+	in.run(t, w.settled)
+	if len(in.po.waits) > 0 {
+		t.Errorf("kept %v", in.po.waits)
+	}
+}
+
+// The user of a claim that has to wait for its turn is told.
+func TestQueuedIsTold(t *testing.T) {
+	w := newWorld(t, newClaim(corev1.PersistentVolumeBlock, "fast"))
+	in := w.start(nil)
+	in.po.Queue = queue.New(1, nil)
+	in.po.Queue.Start(queue.Ticket{ID: "backup", Kind: queue.Backup})
+	in.turns(t, 6)
+	if !w.hasEvent("Normal Queued") {
+		t.Errorf("%s", w.dump())
 	}
 }
