@@ -120,7 +120,7 @@ func (r *Populations) reconcile(ctx context.Context, req ctrl.Request) (ctrl.Res
 	for list != nil {
 		res, err := list.Run(ctx, j, at, j.record)
 		if err != nil || !res.IsDone() {
-			return j.stopped(ctx, res, err)
+			return j.stopped(ctx, list.Name, res, err)
 		}
 		if list, err = j.next(ctx, list.Name); err != nil {
 			return ctrl.Result{}, err
@@ -252,14 +252,19 @@ func (j *job) next(ctx context.Context, done string) (*step.List[*job], error) {
 	return &l, nil
 }
 
+// filling are the lists that can be given up. What hinders those that tidy up, or that end
+// it, has to be got out of the way: they go on until then.
+var filling = []string{populateList().Name, rebindList().Name, swapList().Name}
+
 // stopped tells the object, and the claim's user, why the job waits or failed.
-func (j *job) stopped(ctx context.Context, res step.Result, err error) (ctrl.Result, error) {
-	switch reason, terminal := step.IsTerminal(err); {
+func (j *job) stopped(ctx context.Context, list string, res step.Result, err error) (ctrl.Result, error) {
+	reason, terminal := step.IsTerminal(err)
+	switch {
 	case errors.Is(err, errAbandon):
 		return j.divert(ctx, abandonList().Names()[0])
 	case errors.Is(err, errAgain):
 		return j.divert(ctx, againList().Names()[0])
-	case terminal:
+	case terminal && slices.Contains(filling, list):
 		j.warn(reason, cause(err).Error()+"; delete the claim and create it again to try again")
 		j.Metrics.Restored(false, j.since())
 		j.condition(v1alpha1.ConditionFailed, metav1.ConditionTrue, reason, cause(err).Error())

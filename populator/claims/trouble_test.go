@@ -187,3 +187,50 @@ func TestQueuedIsTold(t *testing.T) {
 		t.Errorf("%s", w.dump())
 	}
 }
+
+// restores is how many ended with a result, and how many seconds they took in all.
+func (w *world) restores(result string) (n uint64, seconds float64) {
+	w.t.Helper()
+	all, err := w.metrics.Gather()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, f := range all {
+		for _, m := range f.GetMetric() {
+			if f.GetName() == "varve_restore_seconds" && m.GetLabel()[0].GetValue() == result {
+				n, seconds = m.GetHistogram().GetSampleCount(), m.GetHistogram().GetSampleSum()
+			}
+		}
+	}
+
+	return n, seconds
+}
+
+// A claim of our claim's name that is not ours is one failure, however long it stays, and
+// errors on the way back are tried again with the back-off of errors.
+func TestForeignPrime(t *testing.T) {
+	foreign := newClaim(corev1.PersistentVolumeBlock, "wffc") // nobody makes its volume
+	foreign.Namespace, foreign.Name, foreign.UID, foreign.Spec.DataSourceRef = varveNS, PrimePrefix+"11111111-aaaa", "foreign", nil
+	w := newWorld(t, newClaim(corev1.PersistentVolumeBlock, "fast"), foreign)
+	in := w.start(nil)
+	in.round(t) // it is given up
+	failed := 0
+	var pops v1alpha1.VolumePopulationList
+	for range 10 {
+		pops = *list(w, &v1alpha1.VolumePopulationList{})
+		if _, err := in.po.Reconcile(t.Context(), ctrl.Request{NamespacedName: client.ObjectKeyFromObject(&pops.Items[0])}); err != nil {
+			failed++
+		}
+	}
+	if n, _ := w.restores("failure"); n != 1 || failed != 10 {
+		t.Errorf("%d failures were counted, and %d of 10 attempts to go back failed", n, failed)
+	}
+	if c := meta.FindStatusCondition(pops.Items[0].Status.Conditions, v1alpha1.ConditionFailed); c == nil || !w.hasEvent("not Varve's; remove it") {
+		t.Errorf("%s", w.dump())
+	}
+	w.must(w.c.Delete(t.Context(), w.claim()))
+	foreign.Finalizers = nil
+	w.must(w.c.Update(t.Context(), foreign))
+	w.must(w.c.Delete(t.Context(), foreign))
+	in.run(t, w.empty)
+}
