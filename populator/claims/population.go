@@ -389,9 +389,13 @@ func (j *job) waited(message string) time.Duration {
 	return now.Sub(j.waits[uid].since)
 }
 
-// since is how long the job has been under way.
+// since is how long the claim has waited for its volume; of one that is gone, how long the
+// job has been under way.
 func (j *job) since() time.Duration {
-	if j.pop.Status.StartTime == nil {
+	switch {
+	case j.claim != nil:
+		return j.Now().Sub(j.claim.CreationTimestamp.Time)
+	case j.pop.Status.StartTime == nil:
 		return 0
 	}
 

@@ -234,3 +234,21 @@ func TestForeignPrime(t *testing.T) {
 	w.must(w.c.Delete(t.Context(), foreign))
 	in.run(t, w.empty)
 }
+
+// How long a restore took counts from the claim's creation: the user waits since then, for
+// a recovery point, too.
+func TestRestoreTimeIsTheClaims(t *testing.T) {
+	claim := newClaim(corev1.PersistentVolumeBlock, "fast")
+	w := newWorld(t)
+	claim.CreationTimestamp = metav1.NewTime(w.now)
+	w.must(w.c.Create(t.Context(), claim))
+	w.findErr = &RefusedError{Reason: v1alpha1.ReasonNoRecoveryPoint, Message: "none yet"}
+	in := w.start(nil)
+	in.round(t)
+	w.findErr = nil
+	w.now = w.now.Add(time.Hour)
+	in.run(t, w.settled)
+	if n, seconds := w.restores("success"); n != 1 || seconds < time.Hour.Seconds() {
+		t.Errorf("%d restores took %v seconds", n, seconds)
+	}
+}
