@@ -72,6 +72,7 @@ const (
 	finalizerProvisioner    = "external-provisioner.volume.kubernetes.io/finalizer"
 	unboundedLook           = 5 * time.Minute // look again at what watches should tell of
 	look                    = 2 * time.Second // at what no watch tells of
+	waitPatience            = 2 * time.Minute // with what others do, before the claim's user is told
 	finalizerHeldAtMost     = 60 * time.Second
 	retryProvisioning       = 10 * time.Second
 	attemptsBeforeGivingUp  = 5

@@ -27,7 +27,14 @@ type Populations struct {
 	Deps
 
 	mu      sync.Mutex
-	quarter map[types.UID]int32 // of progress that was told by an event
+	quarter map[types.UID]int32   // of progress that was told by an event
+	waits   map[types.UID]waiting // by claim, as quarter
+}
+
+// waiting is what a population waits for, and since when.
+type waiting struct {
+	message string
+	since   time.Time
 }
 
 // job is one VolumePopulation that is worked on.
@@ -113,7 +120,7 @@ func (r *Populations) reconcile(ctx context.Context, req ctrl.Request) (ctrl.Res
 	for list != nil {
 		res, err := list.Run(ctx, j, at, j.record)
 		if err != nil || !res.IsDone() {
-			return j.stopped(ctx, res, err)
+			return j.stopped(ctx, list.Name, res, err)
 		}
 		if list, err = j.next(ctx, list.Name); err != nil {
 			return ctrl.Result{}, err
@@ -245,14 +252,19 @@ func (j *job) next(ctx context.Context, done string) (*step.List[*job], error) {
 	return &l, nil
 }
 
+// filling are the lists that can be given up. What hinders those that tidy up, or that end
+// it, has to be got out of the way: they go on until then.
+var filling = []string{populateList().Name, rebindList().Name, swapList().Name}
+
 // stopped tells the object, and the claim's user, why the job waits or failed.
-func (j *job) stopped(ctx context.Context, res step.Result, err error) (ctrl.Result, error) {
-	switch reason, terminal := step.IsTerminal(err); {
+func (j *job) stopped(ctx context.Context, list string, res step.Result, err error) (ctrl.Result, error) {
+	reason, terminal := step.IsTerminal(err)
+	switch {
 	case errors.Is(err, errAbandon):
 		return j.divert(ctx, abandonList().Names()[0])
 	case errors.Is(err, errAgain):
 		return j.divert(ctx, againList().Names()[0])
-	case terminal:
+	case terminal && slices.Contains(filling, list):
 		j.warn(reason, cause(err).Error()+"; delete the claim and create it again to try again")
 		j.Metrics.Restored(false, j.since())
 		j.condition(v1alpha1.ConditionFailed, metav1.ConditionTrue, reason, cause(err).Error())
@@ -274,6 +286,7 @@ func (j *job) stopped(ctx context.Context, res step.Result, err error) (ctrl.Res
 			return ctrl.Result{}, err
 		}
 	}
+	j.tellOfWait(res)
 	if res.After <= 0 {
 		res.After = unboundedLook
 	}
@@ -348,9 +361,41 @@ func (j *job) warn(reason, message string) {
 	}
 }
 
-// since is how long the job has been under way.
+// tellOfWait tells the claim's user of a wait that nothing else tells of: of one for its
+// turn at once, of one for somebody else if it lasts.
+func (j *job) tellOfWait(res step.Result) {
+	switch res.Reason {
+	case v1alpha1.ReasonQueued:
+		j.tell(res.Reason, res.Message)
+	case v1alpha1.ReasonHandingOver, v1alpha1.ReasonStartingAnew:
+		if j.waited(res.Message) > waitPatience {
+			j.warn(res.Reason, res.Message)
+		}
+	}
+}
+
+// waited is for how long this process has seen the job wait for the same thing.
+func (j *job) waited(message string) time.Duration {
+	now, uid := j.Now(), j.pop.Spec.Claim.UID
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.waits == nil {
+		j.waits = map[types.UID]waiting{}
+	}
+	if j.waits[uid].message != message {
+		j.waits[uid] = waiting{message, now}
+	}
+
+	return now.Sub(j.waits[uid].since)
+}
+
+// since is how long the claim has waited for its volume; of one that is gone, how long the
+// job has been under way.
 func (j *job) since() time.Duration {
-	if j.pop.Status.StartTime == nil {
+	switch {
+	case j.claim != nil:
+		return j.Now().Sub(j.claim.CreationTimestamp.Time)
+	case j.pop.Status.StartTime == nil:
 		return 0
 	}
 
@@ -361,6 +406,7 @@ func (j *job) since() time.Duration {
 func (j *job) forget(ctx context.Context) error {
 	j.mu.Lock()
 	delete(j.quarter, j.pop.Spec.Claim.UID)
+	delete(j.waits, j.pop.Spec.Claim.UID)
 	j.mu.Unlock()
 	if controllerutil.RemoveFinalizer(j.pop, stateFinalizer) {
 		if err := j.Client.Update(ctx, j.pop); client.IgnoreNotFound(err) != nil {

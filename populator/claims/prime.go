@@ -44,7 +44,7 @@ func (j *job) primeStep(ctx context.Context) (step.Result, error) {
 	if prime != nil && prime.DeletionTimestamp != nil {
 		return step.Wait(v1alpha1.ReasonProvisioning, "waiting for an earlier volume to be gone", look), nil
 	}
-	if class.VolumeBindingMode != nil && *class.VolumeBindingMode == storagev1.VolumeBindingWaitForFirstConsumer && (prime == nil || prime.Spec.VolumeName == "") {
+	if waitsForConsumer(class) && (prime == nil || prime.Spec.VolumeName == "") {
 		res, err := j.node(ctx, prime)
 		if err != nil || !res.IsDone() {
 			return res, err
@@ -54,7 +54,10 @@ func (j *job) primeStep(ctx context.Context) (step.Result, error) {
 		prime = j.newPrime()
 		if err := j.Client.Create(ctx, prime); err != nil && !apierrors.IsAlreadyExists(err) {
 			if apierrors.IsInvalid(err) || apierrors.IsForbidden(err) {
-				return step.Wait(v1alpha1.ReasonProvisioning, "the volume's claim in Varve's namespace was refused: "+err.Error(), retryMissing), nil
+				message := "the volume's claim in Varve's namespace was refused: " + err.Error()
+				j.warn(v1alpha1.ReasonProvisioning, message)
+
+				return step.Wait(v1alpha1.ReasonProvisioning, message, retryMissing), nil
 			}
 
 			return step.Result{}, fmt.Errorf("create claim %s: %w", j.prime, err)
@@ -92,6 +95,14 @@ func (j *job) class(ctx context.Context) (*storagev1.StorageClass, error) {
 	}
 
 	return &class, nil
+}
+
+func waitsForConsumer(class *storagev1.StorageClass) bool {
+	return class.VolumeBindingMode != nil && *class.VolumeBindingMode == storagev1.VolumeBindingWaitForFirstConsumer
+}
+
+func waitForConsumer() step.Result {
+	return step.Wait(v1alpha1.ReasonWaitingForConsumer, "waiting for a pod that uses the claim to be scheduled", 0)
 }
 
 // newPrime is the claim whose volume is written: like the user's, but writable, as
@@ -150,7 +161,7 @@ func (j *job) node(ctx context.Context, prime *corev1.PersistentVolumeClaim) (st
 		return j.refuseNode(ctx, fmt.Sprintf("the storage cannot make the volume for node %s; the scheduler chooses again", chosen))
 	}
 	if chosen == "" {
-		return step.Wait(v1alpha1.ReasonWaitingForConsumer, "waiting for a pod that uses the claim to be scheduled", 0), nil
+		return waitForConsumer(), nil
 	}
 	why, err := j.unusable(ctx, chosen)
 	if err != nil {

@@ -1,6 +1,7 @@
 package claims
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"maps"
@@ -14,6 +15,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/step"
 )
 
@@ -54,9 +56,12 @@ func (j *job) secretsStep(ctx context.Context) (step.Result, error) {
 		return step.Result{}, err
 	}
 	claim := client.ObjectKey{Namespace: j.pop.Spec.Claim.Namespace, Name: j.pop.Spec.Claim.Name}
+	sources := map[client.ObjectKey]client.ObjectKey{}
 	for _, t := range templated(class) {
 		from, ok1 := t.resolve(claim)
 		to, ok2 := t.resolve(j.prime)
+		source, twice := sources[to]
+		sources[to] = from
 		switch {
 		case !ok1 || !ok2:
 			return step.Result{}, step.Terminal(v1alpha1.ReasonTenantSecrets, fmt.Errorf(
@@ -68,6 +73,13 @@ func (j *job) secretsStep(ctx context.Context) (step.Result, error) {
 			return step.Result{}, step.Terminal(v1alpha1.ReasonTenantSecrets, fmt.Errorf(
 				"storage class %s names a %s Secret for each claim in namespace %s, where Varve makes none; use a class that keeps them in ${pvc.namespace}",
 				class.Name, t.kind, to.Namespace))
+		case twice && source != from:
+			return step.Result{}, step.Terminal(v1alpha1.ReasonTenantSecrets, fmt.Errorf(
+				"storage class %s names two Secrets, %s and %s, that would have the same name for a volume Varve makes; use a class that gives them names of their own",
+				class.Name, source, from))
+		case waitsForConsumer(class) && j.claim.Annotations[annSelectedNode] == "":
+			// The copy's name may be one that others wait for.
+			return waitForConsumer(), nil
 		}
 		if res, err := j.copySecret(ctx, class.Name, from, to); err != nil || !res.IsDone() {
 			return res, err
@@ -93,27 +105,104 @@ func (j *job) copySecret(ctx context.Context, class string, from, to client.Obje
 	case err != nil:
 		return step.Result{}, fmt.Errorf("read Secret %s: %w", from, err)
 	}
-	twin := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: to.Namespace, Name: to.Name, Labels: j.labels(),
-		Annotations: map[string]string{AnnotationClaim: j.claimName()}}, Type: secret.Type, Data: secret.Data}
-	if err := j.Client.Create(ctx, twin); err != nil && !apierrors.IsAlreadyExists(err) {
-		return step.Result{}, fmt.Errorf("copy Secret %s: %w", from, err)
+	return j.placeCopy(ctx, class, &secret, to)
+}
+
+// placeCopy writes a Secret under another name. That name may be taken: a class can name
+// the same one for all claims, and in Varve's namespace are Secrets of others, too.
+func (j *job) placeCopy(ctx context.Context, class string, secret *corev1.Secret, to client.ObjectKey) (step.Result, error) {
+	var there corev1.Secret
+	err := j.Live.Get(ctx, to, &there)
+	if apierrors.IsNotFound(err) {
+		twin := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: to.Namespace, Name: to.Name, Labels: j.labels(),
+			Annotations: map[string]string{AnnotationClaim: j.claimName()}}, Type: secret.Type, Data: secret.Data}
+		err = j.Client.Create(ctx, twin)
+		if err == nil {
+			return step.Done(), nil
+		}
+	}
+	switch {
+	case apierrors.IsAlreadyExists(err): // somebody was faster
+		return step.Wait(v1alpha1.ReasonTenantSecrets, "waiting to copy Secret "+secret.Name, look/2), nil
+	case err != nil:
+		return step.Result{}, fmt.Errorf("copy Secret %s/%s to %s: %w", secret.Namespace, secret.Name, to, err)
+	case !j.made(&there):
+		return j.nameTaken(ctx, class, &there)
+	case there.Type != secret.Type: // which cannot be changed
+		return step.Wait(v1alpha1.ReasonTenantSecrets, "waiting for an earlier copy of Secret "+secret.Name+" to be gone", look/2), j.deleteCopy(ctx, &there)
+	case !maps.EqualFunc(there.Data, secret.Data, bytes.Equal):
+		there.Data = secret.Data
+		if err := j.Client.Update(ctx, &there); err != nil {
+			return step.Result{}, fmt.Errorf("copy Secret %s/%s to %s again: %w", secret.Namespace, secret.Name, to, err)
+		}
 	}
 
 	return step.Done(), nil
 }
 
-// dropSecrets deletes the copies. Their names follow from the class; they are deleted
-// by name, since Varve may not list Secrets.
+// made reports whether a Secret is a copy of this population's.
+func (j *job) made(secret *corev1.Secret) bool {
+	for k, v := range j.labels() {
+		if secret.Labels[k] != v {
+			return false
+		}
+	}
+
+	return true
+}
+
+// nameTaken decides about a copy whose name a Secret has that this population did not make:
+// another population's is gone some time, anybody else's is left alone.
+func (j *job) nameTaken(ctx context.Context, class string, secret *corev1.Secret) (step.Result, error) {
+	name := secret.Labels[LabelPopulation]
+	if secret.Labels[LabelManagedBy] != managedBy || name == "" {
+		return step.Result{}, step.Terminal(v1alpha1.ReasonTenantSecrets, fmt.Errorf(
+			"storage class %s takes Secret %s of each claim's namespace, and in Varve's namespace that is the name of a Secret that is no copy; use a class that names Secrets by ${pvc.name}",
+			class, secret.Name))
+	}
+	var other v1alpha1.VolumePopulation
+	err := j.Live.Get(ctx, client.ObjectKey{Namespace: j.Namespace, Name: name}, &other)
+	switch {
+	case client.IgnoreNotFound(err) != nil:
+		return step.Result{}, fmt.Errorf("read whose copy Secret %s is: %w", secret.Name, err)
+	case err != nil || string(other.UID) != secret.Labels[mover.LabelRun]: // it was left behind
+		return step.Wait(v1alpha1.ReasonTenantSecrets, "waiting for an old copy of a Secret to be gone", look/2), j.deleteCopy(ctx, secret)
+	}
+	message := fmt.Sprintf("storage class %s takes a Secret of the same name, %s, for all claims: waiting until another restore that uses it has ended", class, secret.Name)
+	j.tell(v1alpha1.ReasonTenantSecrets, message)
+
+	return step.Wait(v1alpha1.ReasonTenantSecrets, message, look), nil
+}
+
+// dropSecrets deletes the copies. Their names follow from the class, since Varve may not
+// list Secrets; one of such a name that is not this population's is somebody else's.
 func (j *job) dropSecrets(ctx context.Context) error {
 	names, err := j.copied(ctx)
 	if err != nil {
 		return err
 	}
 	for _, name := range names {
-		err := j.Client.Delete(ctx, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: j.Namespace, Name: name}})
+		var secret corev1.Secret
+		err := j.Live.Get(ctx, client.ObjectKey{Namespace: j.Namespace, Name: name}, &secret)
 		if client.IgnoreNotFound(err) != nil {
-			return fmt.Errorf("delete Secret %s: %w", name, err)
+			return fmt.Errorf("read Secret %s: %w", name, err)
 		}
+		if err != nil || !j.made(&secret) {
+			continue
+		}
+		if err := j.deleteCopy(ctx, &secret); err != nil {
+			return err
+		}
+	}
+
+	return nil
+}
+
+// deleteCopy deletes a Secret as it was read, and none that came in its place.
+func (j *job) deleteCopy(ctx context.Context, secret *corev1.Secret) error {
+	err := j.Client.Delete(ctx, secret, client.Preconditions{UID: &secret.UID, ResourceVersion: &secret.ResourceVersion})
+	if client.IgnoreNotFound(err) != nil {
+		return fmt.Errorf("delete Secret %s: %w", secret.Name, err)
 	}
 
 	return nil

@@ -1,6 +1,8 @@
 package claims
 
 import (
+	"context"
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -8,12 +10,15 @@ import (
 
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
+	storagev1 "k8s.io/api/storage/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/queue"
 )
 
 func (w *world) told(reason string) bool {
@@ -119,5 +124,131 @@ func TestTroubleIsTold(t *testing.T) {
 				t.Errorf("varve_verify_failures_total is %v, want %v", v, tc.lies)
 			}
 		})
+	}
+}
+
+// refusing does not take claims.
+type refusing struct{ client.Client }
+
+func (r refusing) Create(ctx context.Context, o client.Object, opts ...client.CreateOption) error {
+	if _, ok := o.(*corev1.PersistentVolumeClaim); ok {
+		return apierrors.NewForbidden(corev1.Resource("persistentvolumeclaims"), o.GetName(), errors.New("exceeded quota: storage"))
+	}
+
+	return r.Client.Create(ctx, o, opts...)
+}
+
+// The user of a claim whose volume cannot be asked for is told why.
+func TestRefusedClaimIsTold(t *testing.T) {
+	w := newWorld(t, newClaim(corev1.PersistentVolumeBlock, "fast"))
+	in := w.start(nil)
+	in.po.Client = refusing{in.po.Client}
+	in.turns(t, 4)
+	if !w.told(v1alpha1.ReasonProvisioning) || !w.hasEvent("exceeded quota: storage") {
+		t.Errorf("%s", w.dump())
+	}
+}
+
+// The user of a claim whose volume stays attached somewhere is told after a while.
+func TestLongWaitIsTold(t *testing.T) {
+	w := newWorld(t, newClaim(corev1.PersistentVolumeBlock, "fast"))
+	name := "pvc-vol-1"
+	held := &storagev1.VolumeAttachment{ObjectMeta: metav1.ObjectMeta{Name: "a"}, Spec: storagev1.VolumeAttachmentSpec{
+		NodeName: "n1", Source: storagev1.VolumeAttachmentSource{PersistentVolumeName: &name}}}
+	w.must(w.c.Create(t.Context(), held))
+	in := w.start(nil)
+	for range 20 { // the clock stands
+		in.round(t)
+		w.turn()
+	}
+	if w.told(v1alpha1.ReasonHandingOver) {
+		t.Errorf("told at once: %v", w.events)
+	}
+	w.now = w.now.Add(waitPatience + time.Second)
+	in.round(t)
+	if !w.told(v1alpha1.ReasonHandingOver) || !w.hasEvent("detached from node n1") {
+		t.Errorf("not told: %s", w.dump())
+	}
+	w.must(w.c.Delete(t.Context(), held))
+	in.run(t, w.settled)
+	if len(in.po.waits) > 0 {
+		t.Errorf("kept %v", in.po.waits)
+	}
+}
+
+// The user of a claim that has to wait for its turn is told.
+func TestQueuedIsTold(t *testing.T) {
+	w := newWorld(t, newClaim(corev1.PersistentVolumeBlock, "fast"))
+	in := w.start(nil)
+	in.po.Queue = queue.New(1, nil)
+	in.po.Queue.Start(queue.Ticket{ID: "backup", Kind: queue.Backup})
+	in.turns(t, 6)
+	if !w.hasEvent("Normal Queued") {
+		t.Errorf("%s", w.dump())
+	}
+}
+
+// restores is how many ended with a result, and how many seconds they took in all.
+func (w *world) restores(result string) (n uint64, seconds float64) {
+	w.t.Helper()
+	all, err := w.metrics.Gather()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, f := range all {
+		for _, m := range f.GetMetric() {
+			if f.GetName() == "varve_restore_seconds" && m.GetLabel()[0].GetValue() == result {
+				n, seconds = m.GetHistogram().GetSampleCount(), m.GetHistogram().GetSampleSum()
+			}
+		}
+	}
+
+	return n, seconds
+}
+
+// A claim of our claim's name that is not ours is one failure, however long it stays, and
+// errors on the way back are tried again with the back-off of errors.
+func TestForeignPrime(t *testing.T) {
+	foreign := newClaim(corev1.PersistentVolumeBlock, "wffc") // nobody makes its volume
+	foreign.Namespace, foreign.Name, foreign.UID, foreign.Spec.DataSourceRef = varveNS, PrimePrefix+"11111111-aaaa", "foreign", nil
+	w := newWorld(t, newClaim(corev1.PersistentVolumeBlock, "fast"), foreign)
+	in := w.start(nil)
+	in.round(t) // it is given up
+	failed := 0
+	var pops v1alpha1.VolumePopulationList
+	for range 10 {
+		pops = *list(w, &v1alpha1.VolumePopulationList{})
+		if _, err := in.po.Reconcile(t.Context(), ctrl.Request{NamespacedName: client.ObjectKeyFromObject(&pops.Items[0])}); err != nil {
+			failed++
+		}
+	}
+	if n, _ := w.restores("failure"); n != 1 || failed != 10 {
+		t.Errorf("%d failures were counted, and %d of 10 attempts to go back failed", n, failed)
+	}
+	if c := meta.FindStatusCondition(pops.Items[0].Status.Conditions, v1alpha1.ConditionFailed); c == nil || !w.hasEvent("not Varve's; remove it") {
+		t.Errorf("%s", w.dump())
+	}
+	w.must(w.c.Delete(t.Context(), w.claim()))
+	foreign.Finalizers = nil
+	w.must(w.c.Update(t.Context(), foreign))
+	w.must(w.c.Delete(t.Context(), foreign))
+	in.run(t, w.empty)
+}
+
+// How long a restore took counts from the claim's creation: the user waits since then, for
+// a recovery point, too.
+func TestRestoreTimeIsTheClaims(t *testing.T) {
+	claim := newClaim(corev1.PersistentVolumeBlock, "fast")
+	w := newWorld(t)
+	claim.CreationTimestamp = metav1.NewTime(w.now)
+	w.must(w.c.Create(t.Context(), claim))
+	w.findErr = &RefusedError{Reason: v1alpha1.ReasonNoRecoveryPoint, Message: "none yet"}
+	in := w.start(nil)
+	in.round(t)
+	w.findErr = nil
+	w.now = w.now.Add(time.Hour)
+	in.run(t, w.settled)
+	if n, seconds := w.restores("success"); n != 1 || seconds < time.Hour.Seconds() {
+		t.Errorf("%d restores took %v seconds", n, seconds)
 	}
 }

@@ -35,24 +35,20 @@ func (j *job) writeStep(ctx context.Context) (step.Result, error) {
 	if j.pop.Spec.PointID == "" || s.VerifiedBytes > 0 {
 		return step.Done(), nil
 	}
-	if free, err := j.slot(ctx); err != nil || !free {
-		return step.Wait(v1alpha1.ReasonQueued, "waiting until other restores from the store are done", look), err
-	}
-	if s.Attempts == 0 {
-		s.Attempts = 1
-		if err := j.save(ctx); err != nil {
-			return step.Result{}, err
-		}
-	}
-	name := fmt.Sprintf("restore-%s-%d", j.pop.Spec.Claim.UID, s.Attempts)
+	name := fmt.Sprintf("restore-%s-%d", j.pop.Spec.Claim.UID, max(s.Attempts, 1))
 	var mover batchv1.Job
 	err := j.Live.Get(ctx, client.ObjectKey{Namespace: j.Namespace, Name: name}, &mover)
 	if apierrors.IsNotFound(err) {
-		return j.startMover(ctx, name)
+		return j.attempt(ctx, name)
 	}
 	if err != nil {
 		return step.Result{}, fmt.Errorf("read mover %s: %w", name, err)
 	}
+	ticket, err := j.ticket(ctx)
+	if err != nil {
+		return step.Result{}, err
+	}
+	j.Queue.Resume(ticket) // whichever process counted it
 	out, err := j.Movers.Outcome(ctx, &mover)
 	if err != nil {
 		return step.Result{}, err
@@ -67,28 +63,61 @@ func (j *job) writeStep(ctx context.Context) (step.Result, error) {
 	return j.moverRuns(ctx, &mover, out)
 }
 
-// startMover creates the Job of this attempt, once those of earlier ones and their
-// pods are gone: two would write over each other.
-func (j *job) startMover(ctx context.Context, name string) (step.Result, error) {
-	if gone, err := j.stopMovers(ctx); err != nil || !gone {
-		return step.Wait(v1alpha1.ReasonPopulating, "waiting for an earlier mover's pod to be gone", look), err
-	}
-	if after := j.pop.Status.RetryAfter; after != nil {
-		if wait := after.Sub(j.Now()); wait > 0 {
-			c := conditionOf(j.pop)
+// attempt begins one once its time and its turn have come. Until then, and when no mover
+// could be made, the place among the movers is for others.
+func (j *job) attempt(ctx context.Context, name string) (step.Result, error) {
+	s := &j.pop.Status
+	if s.RetryAfter != nil && s.RetryAfter.After(j.Now()) {
+		if gone, err := j.stopMovers(ctx); err != nil || !gone {
+			return waitForEarlier(), err
+		}
+		j.freeSlot()
+		c := conditionOf(j.pop)
 
-			return step.Wait(c.Reason, c.Message, wait), nil
+		return step.Wait(c.Reason, c.Message, s.RetryAfter.Sub(j.Now())), nil
+	}
+	ticket, err := j.ticket(ctx)
+	if err != nil {
+		j.freeSlot()
+
+		return step.Result{}, err
+	}
+	if !j.Queue.Start(ticket) {
+		return step.Wait(v1alpha1.ReasonQueued, "waiting for its turn: other restores from the store, or other movers, go first", look), nil
+	}
+	if gone, err := j.stopMovers(ctx); err != nil || !gone {
+		return waitForEarlier(), err
+	}
+	if s.Attempts == 0 {
+		s.Attempts = 1
+		if err := j.save(ctx); err != nil {
+			return step.Result{}, err
 		}
 	}
+	res, started, err := j.startMover(ctx, name)
+	if !started {
+		j.freeSlot()
+	}
+
+	return res, err
+}
+
+func waitForEarlier() step.Result {
+	return step.Wait(v1alpha1.ReasonPopulating, "waiting for an earlier mover's pod to be gone", look)
+}
+
+// startMover creates the Job of this attempt, those of earlier ones and their pods being
+// gone: two would write over each other.
+func (j *job) startMover(ctx context.Context, name string) (res step.Result, started bool, err error) {
 	mover, err := j.Movers.Job(ctx, j.Client, j.pop, name, j.prime.Name)
 	if err != nil {
 		if res, waits := terminalStore(err); waits {
 			j.warn(res.Reason, res.Message)
 
-			return res, nil
+			return res, false, nil
 		}
 
-		return step.Result{}, err
+		return step.Result{}, false, err
 	}
 	if mover.Labels == nil {
 		mover.Labels = map[string]string{}
@@ -101,10 +130,10 @@ func (j *job) startMover(ctx context.Context, name string) (step.Result, error) 
 	}
 	mover.Spec.Template.Labels[LabelPopulation] = j.pop.Name
 	if err := j.Client.Create(ctx, mover); err != nil && !apierrors.IsAlreadyExists(err) {
-		return step.Result{}, fmt.Errorf("create mover %s: %w", name, err)
+		return step.Result{}, false, fmt.Errorf("create mover %s: %w", name, err)
 	}
 
-	return step.Wait(v1alpha1.ReasonPopulating, "the recovery point is being written", look), nil
+	return step.Wait(v1alpha1.ReasonPopulating, "the recovery point is being written", look), true, nil
 }
 
 func conditionOf(pop *v1alpha1.VolumePopulation) metav1.Condition {
@@ -246,24 +275,22 @@ func (j *job) moverFailed(ctx context.Context, out Outcome) (step.Result, error)
 	return step.Wait(out.Reason, out.Message, time.Millisecond), j.save(ctx)
 }
 
-// slot takes a place among the store's restores; releaseStep gives it back. A mover
-// that runs keeps its place, whichever process counted it.
-func (j *job) slot(ctx context.Context) (bool, error) {
+// ticket for a place among the store's restores. One that gave its place back queues anew.
+func (j *job) ticket(ctx context.Context) (queue.Ticket, error) {
 	ref := j.pop.Spec.StoreRef
 	limit, err := j.Points.Restores(ctx, ref, j.pop.Spec.StoreNamespace)
 	if err != nil {
-		return false, fmt.Errorf("limits of the store: %w", err)
+		return queue.Ticket{}, fmt.Errorf("limits of the store: %w", err)
 	}
-	ticket := queue.Ticket{ID: j.pop.UID, Kind: queue.Restore, Store: store.KeyOf(ref, j.pop.Spec.StoreNamespace).String(), Limit: limit, Since: j.pop.CreationTimestamp.Time}
-	if j.pop.Status.Attempts > 0 {
-		j.Queue.Resume(ticket)
-
-		return true, nil
+	t := queue.Ticket{ID: j.pop.UID, Kind: queue.Restore, Store: store.KeyOf(ref, j.pop.Spec.StoreNamespace).String(), Limit: limit, Since: j.pop.CreationTimestamp.Time}
+	if after := j.pop.Status.RetryAfter; after != nil {
+		t.Since, t.Again = after.Time, true
 	}
 
-	return j.Queue.Start(ticket), nil
+	return t, nil
 }
 
+// freeSlot gives the place back, or the wait for one.
 func (j *job) freeSlot() { j.Queue.Done(j.pop.UID) }
 
 // pods of the job's movers.

@@ -4,6 +4,9 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
+	"regexp"
+	"strings"
 	"time"
 
 	batchv1 "k8s.io/api/batch/v1"
@@ -43,8 +46,8 @@ type State struct {
 	Pod, Node string
 }
 
-// Look finds out where the attempt of a Job stands. r must see Jobs and Pods of Varve's
-// namespace.
+// Look finds out where the attempt of a Job stands. r must see Jobs, Pods and, past any
+// cache, Events of Varve's namespace.
 func Look(ctx context.Context, r client.Reader, namespace, name string) (State, error) {
 	var job batchv1.Job
 	if err := r.Get(ctx, client.ObjectKey{Namespace: namespace, Name: name}, &job); err != nil {
@@ -67,8 +70,58 @@ func Look(ctx context.Context, r client.Reader, namespace, name string) (State, 
 
 	s := judge(&job, pod)
 	s.Since = job.CreationTimestamp.Time
+	if s.Phase == Pending && pod == nil {
+		if why := refused(ctx, r, &job); why != "" {
+			s.Waiting = "its pod is refused: " + why
+		}
+	}
 
 	return s, nil
+}
+
+// refused is why the API server does not take a Job's pod: a quota, the namespace's pod
+// security level, an account that is not there. Only the Job's events say it; empty if they
+// do not, or cannot be read, as they are for the eye only.
+func refused(ctx context.Context, r client.Reader, job *batchv1.Job) string {
+	var events corev1.EventList
+	err := r.List(ctx, &events, client.InNamespace(job.Namespace), client.MatchingFields{"involvedObject.uid": string(job.UID), "reason": "FailedCreate"})
+	if err != nil {
+		slog.WarnContext(ctx, "cannot read why a mover has no pod", "job", job.Name, "error", err)
+
+		return ""
+	}
+	var last *corev1.Event
+	for i := range events.Items {
+		if e := &events.Items[i]; last == nil || said(e).After(said(last)) {
+			last = e
+		}
+	}
+	if last == nil {
+		return ""
+	}
+	// Each attempt of the Job controller has a pod of another name; what is said each time
+	// is to be the same text.
+	_, message, ok := strings.Cut(last.Message, "Error creating: ")
+	if !ok {
+		message = last.Message
+	}
+
+	return regexp.MustCompile(regexp.QuoteMeta(job.Name)+`-[a-z0-9]{5}\b`).ReplaceAllString(message, job.Name)
+}
+
+// said is when an event was last seen; who writes them fills in one time or another.
+func said(e *corev1.Event) time.Time {
+	t := e.LastTimestamp.Time
+	if e.Series != nil && e.Series.LastObservedTime.After(t) {
+		t = e.Series.LastObservedTime.Time
+	}
+	for _, other := range []time.Time{e.EventTime.Time, e.CreationTimestamp.Time} {
+		if t.IsZero() {
+			t = other
+		}
+	}
+
+	return t
 }
 
 func judge(job *batchv1.Job, pod *corev1.Pod) State {

@@ -7,6 +7,9 @@ import (
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/client/fake"
 
 	"github.com/varve-io/varve/api/v1alpha1"
 )
@@ -47,6 +50,37 @@ func TestJudge(t *testing.T) {
 			s := judge(tc.job, tc.pod)
 			if s.Phase != tc.phase || s.Result.OK != tc.ok || s.Result.Reason != tc.reason || s.Result.Again != tc.again || s.Lost != tc.lost {
 				t.Errorf("judged as %+v", s)
+			}
+		})
+	}
+}
+
+// What the API server says against a mover's pod is in the Job's events only.
+func TestRefusedPod(t *testing.T) {
+	job := &batchv1.Job{ObjectMeta: metav1.ObjectMeta{Namespace: "varve-system", Name: "restore-1", UID: "job"}}
+	event := func(name, job, reason, message string, second int64) *corev1.Event {
+		return &corev1.Event{ObjectMeta: metav1.ObjectMeta{Namespace: "varve-system", Name: name}, Reason: reason, Message: message, Type: corev1.EventTypeWarning,
+			InvolvedObject: corev1.ObjectReference{Kind: "Job", UID: types.UID(job)}, LastTimestamp: metav1.Unix(second, 0)}
+	}
+	const first, last = `violates PodSecurity "restricted:latest": runAsNonRoot != true`, `exceeded quota: pods, requested: pods=1, used: pods=9, limited: pods=9`
+	for _, tc := range []struct {
+		name    string
+		events  []client.Object
+		waiting string
+	}{
+		{"nothing is said", []client.Object{event("a", "other", "FailedCreate", "no", 1), event("b", "job", "SuccessfulCreate", "yes", 2)}, "its pod is being made"},
+		{"refused", []client.Object{
+			event("a", "job", "FailedCreate", `(combined from similar events): Error creating: pods "restore-1-x7k2p" is forbidden: `+last, 2),
+			event("b", "job", "FailedCreate", `Error creating: pods "restore-1-9qwer" is forbidden: `+first, 1),
+		}, `its pod is refused: pods "restore-1" is forbidden: ` + last},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c := fake.NewClientBuilder().WithObjects(job).WithObjects(tc.events...).
+				WithIndex(&corev1.Event{}, "involvedObject.uid", func(o client.Object) []string { return []string{string(o.(*corev1.Event).InvolvedObject.UID)} }).
+				WithIndex(&corev1.Event{}, "reason", func(o client.Object) []string { return []string{o.(*corev1.Event).Reason} }).Build()
+			s, err := Look(t.Context(), c, job.Namespace, job.Name)
+			if err != nil || s.Phase != Pending || s.Waiting != tc.waiting {
+				t.Errorf("%+v, %v", s, err)
 			}
 		})
 	}

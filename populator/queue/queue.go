@@ -1,5 +1,7 @@
 // Package queue decides which runs may have a mover now: so many backups and restores for
-// each store, and so many in all, restores before backups.
+// each store, and so many in all, restores before backups. A restore that had a place and
+// failed is no better than a backup the next time: a repository that is away for long is not
+// to keep those of others from running.
 //
 // It is memory of one process only. What may run again after a restart is for the
 // runs' objects to say: a run under way calls Resume, which always succeeds.
@@ -31,6 +33,8 @@ type Ticket struct {
 	Serial string
 	Limit  int // of the store and kind
 	Since  time.Time
+	// Again says that it had a place before, and gave it back.
+	Again bool
 }
 
 // Queue is safe for concurrent use.
@@ -92,15 +96,28 @@ func (q *Queue) fits(t Ticket) bool {
 		if w.ID == t.ID {
 			continue
 		}
-		if w.Kind == t.Kind && w.Store == t.Store && w.Since.Before(t.Since) && (w.Serial == "" || !q.serialBusy(w.Serial)) {
+		busy := w.Serial != "" && q.serialBusy(w.Serial)
+		if w.Kind == t.Kind && w.Store == t.Store && w.before(t) && !busy {
 			same++
 		}
-		if q.total > 0 && w.Kind == Restore && t.Kind == Backup && !q.storeFull(w) {
+		if q.total > 0 && (w.Kind != t.Kind || w.Again || t.Again) && w.before(t) && !busy && !q.storeFull(w) {
 			free--
 		}
 	}
 
 	return (t.Limit <= 0 || same < t.Limit) && (q.total <= 0 || free > 0)
+}
+
+// urgent is a restore that had no place yet.
+func (t Ticket) urgent() bool { return t.Kind == Restore && !t.Again }
+
+// before says whether t goes before o where there is a place for one of them only.
+func (t Ticket) before(o Ticket) bool {
+	if t.urgent() != o.urgent() {
+		return t.urgent()
+	}
+
+	return t.Since.Before(o.Since)
 }
 
 func (q *Queue) serialBusy(serial string) bool {

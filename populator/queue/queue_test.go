@@ -98,3 +98,47 @@ func TestResume(t *testing.T) {
 		t.Error("started although runs of an earlier process hold more than all places")
 	}
 }
+
+// A restore that had its turn waits in line with backups; one that had none goes first.
+func TestRestoresAgain(t *testing.T) {
+	again := func(id string, second int64) Ticket {
+		r := ticket(id, Restore, second)
+		r.Again = true
+
+		return r
+	}
+	q := New(1, nil)
+	q.Resume(again("running", 0))
+	q.Start(again("r1", 1))
+	b, fresh := ticket("b", Backup, 2), ticket("fresh", Restore, 4)
+	b.Store, fresh.Store = "second", "second"
+	q.Start(b)
+	q.Start(again("r3", 3))
+	q.Start(fresh)
+	q.Done("running")
+	waiting := []Ticket{again("r3", 3), b, again("r1", 1), fresh}
+	for _, next := range []types.UID{"fresh", "r1", "b", "r3"} {
+		for _, w := range waiting {
+			if got := q.Start(w); got != (w.ID == next) {
+				t.Errorf("%s started: %v, when it was the turn of %s", w.ID, got, next)
+			}
+		}
+		q.Done(next)
+		waiting = slices.DeleteFunc(waiting, func(w Ticket) bool { return w.ID == next })
+	}
+}
+
+// Restores of one store that had their turn, and one that had none, do not wait for each
+// other.
+func TestRestoresAgainOfOneStore(t *testing.T) {
+	q := New(1, nil)
+	old, fresh := ticket("old", Restore, 1), ticket("fresh", Restore, 2)
+	old.Again, old.Limit, fresh.Limit = true, 1, 1
+	q.Start(ticket("b", Backup, 0))
+	q.Start(old)
+	q.Start(fresh)
+	q.Done("b")
+	if q.Start(old) || !q.Start(fresh) {
+		t.Error("the one that had no turn yet has to wait although a place is free")
+	}
+}
