@@ -29,7 +29,7 @@ func New(r prometheus.Registerer) (*Metrics, error) {
 			Name: "varve_cbt_fallback_total", Help: "Times a better source of changed blocks was passed over, by reason.",
 		}, []string{"reason"}),
 		restores: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "varve_restore_seconds", Help: "Time from a claim's first sight to its binding, by result.",
+			Name: "varve_restore_seconds", Help: "Time from a claim's creation to its binding, or until it was given up, by result.",
 			Buckets: []float64{5, 15, 30, 60, 120, 300, 600, 1800, 3600, 4 * 3600, 12 * 3600},
 		}, []string{"result"}),
 		reachable: prometheus.NewGaugeVec(prometheus.GaugeOpts{
