@@ -2,6 +2,7 @@ package fusefs_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -32,11 +33,7 @@ func TestAllowOther(t *testing.T) {
 	save(t, repo, shopDB, image)
 	for _, allow := range []bool{false, true} {
 		m := mount(t, repo, fusefs.Options{AllowOther: allow})
-		for d := filepath.Dir(m.Dir); d != os.TempDir() && d != "/"; d = filepath.Dir(d) {
-			if err := os.Chmod(d, 0o755); err != nil { // so that another user gets to the mount
-				t.Fatal(err)
-			}
-		}
+		letPass(t, m.Dir)
 		for name, readable := range map[string]bool{
 			"files/many/file-00001": allow, "files/own": allow, "info.json": allow,
 			"files/a/b/c/data": false, "files/tool": allow, "disk.img": false,
@@ -48,6 +45,81 @@ func TestAllowOther(t *testing.T) {
 		}
 		if b, err := os.ReadFile(m.latest(shopDB, "files/own")); err != nil || string(b) != "mine" {
 			t.Errorf("AllowOther %v: the mounting user reads %q, %v", allow, b, err)
+		}
+	}
+}
+
+// Access lists decide as they do under the kernel's own driver: the group bits of a mode are
+// a list's mask, and one user can be let in or kept out.
+func TestAllowOtherByAccessLists(t *testing.T) {
+	needFUSE(t)
+	diskfstest.NeedTool(t, "setpriv")
+	diskfstest.NeedTool(t, "setfacl")
+	lists := []string{"u:1234:r", "u:65534:---", "g:4711:---", "u:1234:---", "g:4711:r", "m::---"}
+	for _, mkfs := range [][]string{mkExt4, mkXFS} {
+		t.Run(mkfs[0], func(t *testing.T) {
+			image := newVolume(t, 512*mib, slices.Clone(mkfs), 3)
+			dir, unmount := diskfstest.Mount(t, image, "")
+			var names []string
+			for i, list := range lists {
+				for _, mode := range []os.FileMode{0o600, 0o644} {
+					name := fmt.Sprintf("list-%d-%o", i, mode)
+					names = append(names, name, name+".d/file")
+					file, sub := filepath.Join(dir, name), filepath.Join(dir, name+".d")
+					if err := errors.Join(os.WriteFile(file, nil, mode), os.Chown(file, 0, 65534),
+						os.Mkdir(sub, mode|0o100), os.Chown(sub, 0, 65534), os.WriteFile(filepath.Join(sub, "file"), nil, 0o644)); err != nil {
+						t.Fatal(err)
+					}
+					diskfstest.Run(t, "setfacl", "-m", list, file)
+					diskfstest.Run(t, "setfacl", "-m", strings.Replace(list, ":r", ":rx", 1), sub)
+				}
+			}
+			want := readableByOthers(t, dir, names)
+			unmount()
+			repo := repotest.New(t).Open(t)
+			save(t, repo, shopDB, image)
+			m := mount(t, repo, fusefs.Options{AllowOther: true})
+			letPass(t, m.Dir)
+			got := readableByOthers(t, m.latest(shopDB, "files"), names)
+			for who, can := range want {
+				if got[who] != can {
+					t.Errorf("%s: read %v, and %v under the kernel's driver", who, got[who], can)
+				}
+			}
+			if !want["list-0-600 by 1234:1234"] || want["list-0-600 by 65534:65534"] {
+				t.Errorf("the lists admit %v", want)
+			}
+		})
+	}
+}
+
+// readableByOthers tells which files below a directory some users can read.
+func readableByOthers(t *testing.T, dir string, names []string) map[string]bool {
+	t.Helper()
+	letPass(t, dir)
+	can := map[string]bool{}
+	for _, ids := range []string{"65534:65534", "1234:1234", "4711:4711", "1234:65534"} {
+		uid, gid, _ := strings.Cut(ids, ":")
+		for _, name := range names {
+			out, err := exec.Command("setpriv", "--reuid="+uid, "--regid="+gid, "--clear-groups", "--", "cat", filepath.Join(dir, name)).CombinedOutput()
+			if err != nil && !strings.Contains(string(out), "Permission denied") {
+				t.Errorf("%s read by %s: %v, %s", name, ids, err, out)
+			}
+			can[name+" by "+ids] = err == nil
+		}
+	}
+	return can
+}
+
+// letPass lets other users get to a directory of a test.
+func letPass(t *testing.T, dir string) {
+	t.Helper()
+	for d := filepath.Dir(dir); strings.HasPrefix(d, os.TempDir()+"/"); d = filepath.Dir(d) {
+		if st, err := os.Stat(d); err != nil || st.Mode()&0o005 == 0o005 {
+			continue // such as the directories of a mount
+		}
+		if err := os.Chmod(d, 0o755); err != nil {
+			t.Fatal(err)
 		}
 	}
 }

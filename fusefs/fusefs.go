@@ -41,8 +41,8 @@ type Options struct {
 	OverlayDir string
 	// OverlayLimit is the most bytes that each overlay takes; 0 for no limit.
 	OverlayLimit int64
-	// AllowOther lets other users in, by the permissions of the files. disk.img
-	// stays the mounting user's.
+	// AllowOther lets other users in, by the permissions and access lists of the files.
+	// disk.img stays the mounting user's.
 	AllowOther bool
 	// Aside is what MountKernel mounts and unmounts loop devices by; if it is nil this process
 	// does it itself, and must not be killed meanwhile.

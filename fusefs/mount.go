@@ -66,6 +66,7 @@ func (f *FS) Mount(dir string) (*Mounted, error) {
 			FsName: "varve", Name: "varve",
 			MaxWrite: requestSize, MaxReadAhead: readAhead, MaxBackground: background,
 			EnableSymlinkCaching: true,
+			EnableAcl:            f.opt.AllowOther, // whoever asks for it gets default_permissions as well
 			Logger:               log.New(logWriter{f.log}, "", 0),
 		},
 	}
@@ -84,8 +85,18 @@ func (f *FS) Mount(dir string) (*Mounted, error) {
 	if err := refusePolls(dir); err != nil {
 		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), m.Close())
 	}
+	if f.opt.AllowOther && !checksACLs(server.KernelSettings()) {
+		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, errNoACLs), m.Close())
+	}
 	return m, nil
 }
+
+var errNoACLs = errors.New("this kernel does not check access lists of FUSE mounts (Linux 4.9 and newer do): other users could read what a list forbids them, so they are not let in")
+
+// checksACLs reports whether the kernel decides by access lists, for which it reads
+// system.posix_acl_access. The mode of a file that has a list does not tell enough to do
+// without: its group bits are the list's mask, and a refusal to one user is not in it.
+func checksACLs(kernel *fuse.InitIn) bool { return kernel.Flags64()&fuse.CAP_POSIX_ACL != 0 }
 
 // refusePolls has the kernel ask once whether files can be polled, and learn that
 // they cannot. Go's runtime adds files that this process opens to epoll without
