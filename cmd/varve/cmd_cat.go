@@ -37,7 +37,7 @@ func addStaleFlag(cmd *cobra.Command, stale *bool) {
 }
 
 func (a *app) cat(ctx context.Context, args []string, stale bool) error {
-	return a.eachFile(ctx, args, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool) error {
+	return a.eachFile(ctx, "cat", holdAtOnce, args, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool) error {
 		return a.catOne(ctx, files, fsys, name)
 	})
 }

@@ -121,7 +121,7 @@ func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags
 	var sum browse.CopyResult
 	var failed []cpFailure
 	copied := map[string]bool{}
-	err := a.eachFile(ctx, sources, f.stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, several bool) error {
+	err := a.eachFile(ctx, "cp", holdAtOnce, sources, f.stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, several bool) error {
 		if several && !into {
 			return usagef("several files need a directory as target, and %s is none", target)
 		}
@@ -186,7 +186,7 @@ func (a *app) cpTar(ctx context.Context, sources []string, f cpFlags) error {
 	if len(sources) > 1 {
 		return usagef("--tar takes one POINT:/PATH, which may have wildcards")
 	}
-	return a.withFiles(ctx, func(open opener) error {
+	return a.withFiles(ctx, "cp", holdAtOnce, func(open opener) error {
 		files, fsys, names, err := open(ctx, sources[0], f.stale)
 		if err != nil {
 			return err

@@ -126,7 +126,7 @@ func (a *app) find(ctx context.Context, args []string, f findFlags) error {
 	}
 	failed := 0
 	list := []fileInfo{}
-	err = a.eachFile(ctx, args, f.stale, func(_ *pointFiles, fsys diskfs.FileSystem, name string, _ bool) error {
+	err = a.eachFile(ctx, "find", holdLate, args, f.stale, func(_ *pointFiles, fsys diskfs.FileSystem, name string, _ bool) error {
 		return browse.Walk(ctx, fsys, name, func(e *browse.Entry) error {
 			if !match(e) {
 				return nil

@@ -77,7 +77,7 @@ type volumeInfo struct {
 }
 
 func (a *app) ls(ctx context.Context, args []string, recursive, stale bool) error {
-	return a.withFiles(ctx, func(open opener) error {
+	return a.withFiles(ctx, "ls", holdLate, func(open opener) error {
 		l := &lister{app: a, ctx: ctx, recursive: recursive, all: []fileInfo{}}
 		for _, arg := range args {
 			files, fsys, names, err := open(ctx, arg, stale)

@@ -43,7 +43,7 @@ type statInfo struct {
 
 func (a *app) stat(ctx context.Context, args []string, stale bool) error {
 	list := []statInfo{}
-	err := a.eachFile(ctx, args, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool) error {
+	err := a.eachFile(ctx, "stat", holdLate, args, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool) error {
 		e, err := browse.Lstat(fsys, name)
 		if err != nil {
 			return files.at(err)

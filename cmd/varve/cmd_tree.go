@@ -38,7 +38,7 @@ type treeNode struct {
 }
 
 func (a *app) tree(ctx context.Context, arg string, depth int, stale bool) error {
-	return a.eachFile(ctx, []string{arg}, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool) error {
+	return a.eachFile(ctx, "tree", holdLate, []string{arg}, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool) error {
 		if depth <= 0 || depth > maxTreeDepth {
 			depth = maxTreeDepth
 		}

@@ -39,8 +39,13 @@ func (a *app) diffFiles(ctx context.Context, repo *repository.Repository, from, 
 	if points[0].Volume != points[1].Volume {
 		return fmt.Errorf("%s, %s: %w", points[0].Name(), points[1].Name(), errOtherVolume)
 	}
+	leases := newHolder(repo, "diff", holdLate, a.log)
+	defer leases.release(ctx)
 	var files [2]*pointFiles
 	for i, p := range points {
+		if err := leases.hold(ctx, p); err != nil {
+			return err
+		}
 		if files[i], err = openPointFiles(ctx, repo, image.NewCache(versionCacheBytes), p); err != nil {
 			return err
 		}

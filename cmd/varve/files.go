@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"strings"
+	"time"
 
 	"github.com/varve-io/varve/fusefs/browse"
 	"github.com/varve-io/varve/fusefs/diskfs"
@@ -15,13 +16,16 @@ import (
 // path lies in (nil for the list of volumes) and the paths in it that match.
 type opener func(ctx context.Context, arg string, stale bool) (*pointFiles, diskfs.FileSystem, []string, error)
 
-// withFiles calls fn with an opener; what it opened is closed afterwards.
-func (a *app) withFiles(ctx context.Context, fn func(opener) error) (err error) {
+// withFiles calls fn with an opener; what it opened is closed afterwards. The points have a
+// lease, for a purpose, at once or after the wait.
+func (a *app) withFiles(ctx context.Context, purpose string, wait time.Duration, fn func(opener) error) (err error) {
 	repo, err := a.openRepository(ctx)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
+	leases := newHolder(repo, purpose, wait, a.log)
+	defer leases.release(ctx)
 	var opened []*pointFiles
 	defer func() {
 		for _, f := range opened {
@@ -29,7 +33,7 @@ func (a *app) withFiles(ctx context.Context, fn func(opener) error) (err error) 
 		}
 	}()
 	return fn(func(ctx context.Context, arg string, stale bool) (*pointFiles, diskfs.FileSystem, []string, error) {
-		files, name, err := openFiles(ctx, repo, arg)
+		files, name, err := openFiles(ctx, repo, leases, arg)
 		if err != nil {
 			return nil, nil, nil, err
 		}
@@ -57,8 +61,8 @@ func (f *pointFiles) at(err error) error {
 
 // eachFile calls fn for each file that the arguments name; several tells that
 // there is more than one.
-func (a *app) eachFile(ctx context.Context, args []string, stale bool, fn func(files *pointFiles, fsys diskfs.FileSystem, name string, several bool) error) error {
-	return a.withFiles(ctx, func(open opener) error {
+func (a *app) eachFile(ctx context.Context, purpose string, wait time.Duration, args []string, stale bool, fn func(files *pointFiles, fsys diskfs.FileSystem, name string, several bool) error) error {
+	return a.withFiles(ctx, purpose, wait, func(open opener) error {
 		for _, arg := range args {
 			files, fsys, names, err := open(ctx, arg, stale)
 			if err != nil {

@@ -64,13 +64,16 @@ func splitPointPath(cat *backup.Catalog, arg string) (*backup.Point, string, err
 }
 
 // openFiles opens the point that arg names and returns the path behind it.
-func openFiles(ctx context.Context, repo *repository.Repository, arg string) (*pointFiles, string, error) {
+func openFiles(ctx context.Context, repo *repository.Repository, leases *holder, arg string) (*pointFiles, string, error) {
 	cat, err := backup.List(ctx, repo, backup.ListOptions{})
 	if err != nil {
 		return nil, "", err
 	}
 	p, name, err := splitPointPath(cat, arg)
 	if err != nil {
+		return nil, "", err
+	}
+	if err := leases.hold(ctx, p); err != nil {
 		return nil, "", err
 	}
 	files, err := openPointFiles(ctx, repo, image.NewCache(fileCacheBytes), p)
