@@ -195,11 +195,18 @@ func TestCpNamesWhatItLeavesOut(t *testing.T) {
 	}
 }
 
-// Without root owners and devices cannot be kept: the copy says so, once.
+// Without root owners and devices cannot be kept: the copy says so, of owners once, and goes on.
 func TestCpWithoutRoot(t *testing.T) {
 	diskfstest.NeedRoot(t)
 	diskfstest.NeedTool(t, "setpriv")
+	diskfstest.NeedTool(t, "debugfs")
 	env := newFilesEnv(t)
+	image, script := filepath.Join(env["HOME"], "disk.img"), filepath.Join(env["HOME"], "script")
+	if err := os.WriteFile(script, []byte("cd /etc\nmknod null c 1 3\nln null zero\nsif null links_count 2\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	diskfstest.Run(t, "debugfs", "-w", "-f", script, image)
+	mustRun(t, env, "backup", image, "--volume", "shop/db")
 	program := buildVarve(t)
 	diskfstest.Run(t, "chown", "-R", "65534:65534", env["HOME"])
 	for _, d := range []string{env["HOME"], filepath.Dir(program)} { // another user gets there
@@ -209,8 +216,12 @@ func TestCpWithoutRoot(t *testing.T) {
 	cmd := exec.Command("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", program, "cp", "-r", "shop/db@latest:/etc", target)
 	cmd.Env = append(os.Environ(), env.list()...)
 	out, err := cmd.CombinedOutput()
-	if err != nil || strings.Count(string(out), "only root can set them") != 1 || !strings.Contains(string(out), "files=3") {
+	if err != nil || strings.Count(string(out), "only root can set them") != 1 || !strings.Contains(string(out), "files=3") ||
+		strings.Count(string(out), "special files need root") != 2 {
 		t.Errorf("%v\n%s", err, out)
+	}
+	if st, err := os.Stat(target); err != nil || st.Mode().Perm() != 0o755 {
+		t.Errorf("the directory is %v, %v", st, err)
 	}
 	if b, err := os.ReadFile(filepath.Join(target, "app.conf")); err != nil || string(b) != "port=1\n" {
 		t.Errorf("the copy holds %q, %v", b, err)

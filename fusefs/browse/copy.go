@@ -82,7 +82,7 @@ func Copy(ctx context.Context, fsys diskfs.FileSystem, name, target string, opt 
 		return CopyResult{}, fmt.Errorf("copy to %s: %w", target, err)
 	}
 	defer root.Close()
-	c := &copier{fsys: fsys, root: root, opt: opt, links: map[uint64]string{}, missing: map[string]bool{}}
+	c := &copier{fsys: fsys, root: root, opt: opt, links: map[uint64]string{}, missing: map[string]bool{}, refused: map[string]bool{}}
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(opt.Workers)
 	c.group, c.ctx = g, gctx
@@ -116,8 +116,9 @@ type copier struct {
 	later []made // hard links, whose first name must be there
 	links map[uint64]string
 
-	telling sync.Mutex      // one at a time
+	telling sync.Mutex      // one at a time; guards what follows
 	missing map[string]bool // paths in the target of files that could not be read
+	refused map[string]bool // and of special files, which this process may not make
 }
 
 // failed decides whether the copy goes on after an error; to is the path in the target
@@ -193,7 +194,7 @@ func (c *copier) file(e *Entry, to string) error {
 		}
 	default:
 		if err = c.special(e, to); errors.Is(err, unix.EPERM) {
-			c.warned(e.Path, fmt.Errorf("special files need root: %w", err))
+			c.refuse(e, to)
 			return nil
 		}
 	}
@@ -205,6 +206,14 @@ func (c *copier) file(e *Entry, to string) error {
 	}
 	c.files.Add(1)
 	return c.keep(e, to)
+}
+
+// refuse leaves out a special file, and with it its other names.
+func (c *copier) refuse(e *Entry, to string) {
+	c.telling.Lock()
+	c.refused[to] = true
+	c.telling.Unlock()
+	c.warned(e.Path, errRefused)
 }
 
 // content writes a regular file's data; what lies between stays a hole.
@@ -351,7 +360,10 @@ func (c *copier) special(e *Entry, to string) error {
 	})
 }
 
-var errLinked = errors.New("it is another name of a file that cannot be read")
+var (
+	errLinked  = errors.New("it is another name of a file that cannot be read")
+	errRefused = fmt.Errorf("special files need root: %w", unix.EPERM)
+)
 
 // finish makes hard links, then gives directories their metadata, deepest first.
 func (c *copier) finish() error {
@@ -360,6 +372,10 @@ func (c *copier) finish() error {
 			if err := c.failed(l.entry.Path, l.to, reading(errLinked)); err != nil {
 				return err
 			}
+			continue
+		}
+		if c.refused[l.first] {
+			c.warned(l.entry.Path, errRefused)
 			continue
 		}
 		if c.opt.Force {
