@@ -99,6 +99,9 @@ func TestDeadMountIsTakenAway(t *testing.T) {
 	save(t, repo, shopDB, diskfstest.NewImage(t, mib))
 	dir := t.TempDir()
 	child := startChild(t, r, dir, "PATH=/nonexistent") // no fusermount3: root mounts directly
+	if _, err := os.Stat(dir); err != nil {             // which the kernel remembers for a second
+		t.Fatal(err)
+	}
 	if err := child.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}

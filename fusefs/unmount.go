@@ -29,8 +29,7 @@ func mountPoint(dir string) (string, error) {
 	if typ, err := mountType(dir); err != nil {
 		return "", err
 	} else if typ == fsType {
-		_, err := os.Stat(dir)
-		if !dead(err) {
+		if !dead(answers(dir)) {
 			return "", fmt.Errorf("recovery points are mounted on %s already; unmount them first: varve umount %s", dir, dir)
 		}
 		if err := Unmount(dir, true); err != nil {
@@ -45,6 +44,16 @@ func mountPoint(dir string) (string, error) {
 		return "", fmt.Errorf("mount: %s is not a directory", dir)
 	}
 	return dir, nil
+}
+
+// answers asks whoever serves the tree on a directory. Opening does so always: what stat(2)
+// tells may come out of the kernel's memory, for a second after nobody serves any more.
+func answers(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err //nolint:wrapcheck // looked at by dead
+	}
+	return f.Close() //nolint:wrapcheck // nothing was written
 }
 
 // dead reports whether an error says that nobody serves a FUSE mount.
