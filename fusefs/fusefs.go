@@ -35,9 +35,9 @@ type Options struct {
 	// Writable gives each opened disk.img an overlay that takes what is written.
 	Writable bool
 	// OverlayDir keeps overlays, each in a directory named by its point, beyond the
-	// mount. If it is empty they lie in the directory for temporary files and
-	// go when the FS is closed, or, if this process is killed, when the next one
-	// makes an overlay there.
+	// mount. If it is empty they lie below overlay.ScratchParent and go when the FS
+	// is closed, or, if this process is killed, when the next one makes an overlay
+	// there.
 	OverlayDir string
 	// OverlayLimit is the most bytes that each overlay takes; 0 for no limit.
 	OverlayLimit int64
@@ -261,7 +261,7 @@ func (f *FS) overlayDir() (string, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.scratch == nil {
-		s, err := overlay.NewScratch(os.TempDir())
+		s, err := overlay.NewScratch(overlay.ScratchParent())
 		if err != nil {
 			return "", err //nolint:wrapcheck // says what failed
 		}

@@ -3,6 +3,7 @@ package fusefs_test
 import (
 	"errors"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -11,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/varve-io/varve/backup/overlay"
 	"github.com/varve-io/varve/backup/repository/repotest"
 	"github.com/varve-io/varve/fusefs"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
@@ -135,6 +137,7 @@ func TestDeadMountIsTakenAway(t *testing.T) {
 // fio writes a writable disk.img and reads every byte back, and the recovery point
 // stays what it was.
 func TestWritableDisk(t *testing.T) {
+	t.Setenv("TMPDIR", "") // which would decide where overlays lie
 	needFUSE(t)
 	diskfstest.NeedTool(t, "fio")
 	image := newVolume(t, 64*mib, slices.Clone(mkExt4), 5)
@@ -145,8 +148,12 @@ func TestWritableDisk(t *testing.T) {
 	t.Chdir(t.TempDir()) // where fio leaves its state
 	diskfstest.Run(t, "fio", "--name=verify", "--filename="+disk, "--rw=randwrite", "--bsrange=512-64k", "--size=16m", "--numjobs=1",
 		"--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--ioengine=psync", "--fsync=64", "--allow_file_create=0")
-	if used := m.info(t, shopDB).Overlay; used == nil || used.Used == 0 {
+	info := m.info(t, shopDB)
+	if used := info.Overlay; used == nil || used.Used == 0 {
 		t.Errorf("the overlay has %+v", used)
+	}
+	if dirs, err := filepath.Glob(filepath.Join(overlay.ScratchParent(), "*", info.ID)); err != nil || len(dirs) != 1 {
+		t.Errorf("overlays in %s: %q, %v", overlay.ScratchParent(), dirs, err)
 	}
 	// Discards through a loop device arrive as holes.
 	loop := strings.TrimSpace(diskfstest.Run(t, "losetup", "--find", "--show", disk))

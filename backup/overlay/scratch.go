@@ -25,6 +25,22 @@ type Scratch struct {
 	lock *os.File // the directory
 }
 
+// largeTemporary is for temporary files that may be large: not a tmpfs, as /tmp may be, where
+// an overlay would fill the memory (file-hierarchy(7)).
+const largeTemporary = "/var/tmp"
+
+// ScratchParent is where scratch directories lie that nobody gave another place: the user's
+// $TMPDIR, else /var/tmp, else, on a machine without, the directory for temporary files.
+func ScratchParent() string {
+	if dir := os.Getenv("TMPDIR"); dir != "" {
+		return dir
+	}
+	if st, err := os.Stat(largeTemporary); err == nil && st.IsDir() {
+		return largeTemporary
+	}
+	return os.TempDir()
+}
+
 // NewScratch makes a directory in parent, and takes away what killed processes of
 // this user left there.
 func NewScratch(parent string) (*Scratch, error) {

@@ -52,3 +52,15 @@ func TestScratchOfAKilledProcess(t *testing.T) {
 		}
 	}
 }
+
+// Overlays grow as large as disks: they do not lie in memory unless the user says so.
+func TestScratchParent(t *testing.T) {
+	t.Setenv("TMPDIR", "")
+	if _, err := os.Stat(largeTemporary); err == nil && ScratchParent() != largeTemporary {
+		t.Errorf("scratch directories lie in %s", ScratchParent())
+	}
+	t.Setenv("TMPDIR", "/elsewhere")
+	if dir := ScratchParent(); dir != "/elsewhere" {
+		t.Errorf("with $TMPDIR they lie in %s", dir)
+	}
+}

@@ -98,7 +98,7 @@ The command serves until it is interrupted or 'varve umount DIR' is called; with
 	fl.BoolVar(&f.foreign, "foreign", false, "show disk images that other programs wrote as well")
 	addStaleFlag(cmd, &f.stale)
 	fl.BoolVar(&f.writable, "writable", false, "let disk.img be written, into an overlay on this machine")
-	fl.StringVar(&f.overlayDir, "overlay-dir", "", "directory that keeps the overlays beyond the mount (default a temporary one)")
+	fl.StringVar(&f.overlayDir, "overlay-dir", "", "directory that keeps the overlays beyond the mount (default a temporary one in $TMPDIR or /var/tmp)")
 	fl.StringVar(&f.overlayLimit, "overlay-limit", "", "most bytes that each overlay may take, such as 10G (default no limit)")
 	fl.StringVar(&f.cache, "cache", "256M", "memory for decoded blocks")
 	fl.DurationVar(&f.refresh, "refresh", 15*time.Second, "time between looks for new recovery points; 0 for never")
