@@ -183,6 +183,30 @@ func TestValues(t *testing.T) {
 	}
 }
 
+// The controller reads what movers get once, when it starts: an upgrade that changes that has to
+// start it anew, and one that does not leaves it alone.
+func TestControllerStartsAnewForMovers(t *testing.T) {
+	template := func(values object) object {
+		return parse(t, render(t, values))["Deployment varve-controller"]["spec"].(object)["template"].(object)
+	}
+	was := template(nil)
+	for _, tc := range []struct {
+		values object
+		anew   bool
+	}{
+		{object{"mover": object{"nodeSelector": object{"disk": "fast"}}}, true},
+		{object{"mover": object{"tolerations": []any{object{"operator": "Exists"}}}}, true},
+		{object{"mover": object{"priorityClassName": "low"}}, true},
+		{object{"mover": object{"resources": object{"limits": object{"memory": "4Gi"}}}}, true},
+		{object{"controller": object{"replicas": 3}}, false},
+		{object{"mover": object{"serviceAccountAnnotations": object{"a": "b"}}}, false},
+	} {
+		if got := !reflect.DeepEqual(template(tc.values), was); got != tc.anew {
+			t.Errorf("%v: started anew is %v", tc.values, got)
+		}
+	}
+}
+
 // No wildcard, no Secret of a tenant, and no right to escalate.
 func TestRightsAreNamed(t *testing.T) {
 	for id, o := range parse(t, render(t, PlainValues())) {
