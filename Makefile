@@ -58,8 +58,10 @@ generate: $(CRDGEN) ## Generate the objects' deep copies and CRDs from api/
 	@$(MAKE) --no-print-directory manifests
 
 .PHONY: manifests
-manifests: ## Render the Helm chart into deploy/varve.yaml
+manifests: ## Render the Helm chart into deploy/varve.yaml and deploy/varve-admission-*.yaml
 	cd e2e/chart && CGO_ENABLED=0 $(GO) run ./cmd/render -chart $(CURDIR)/deploy/helm/varve -o $(CURDIR)/deploy/varve.yaml
+	cd e2e/chart && for version in v1 v1beta1; do CGO_ENABLED=0 $(GO) run ./cmd/render -chart $(CURDIR)/deploy/helm/varve \
+		-admission $$version -o $(CURDIR)/deploy/varve-admission-$$version.yaml || exit; done
 
 .PHONY: demo
 demo: setup build ## The tour: a real disk backed up four times, read, and restored

@@ -11,6 +11,11 @@
 // Objects are as many as claims, never as many as recovery points: those live in the
 // repository and are listed through it. Deleting an object deletes no recovery point.
 //
+// What the API server admits, Go must be able to decode: one object that it cannot keeps
+// all of its kind, of all namespaces, from the controller. The generated definitions admit
+// more of durations, times and quantities than their types decode, so each such field of a
+// spec has rules of its own; admission_test.go tries them.
+//
 // +kubebuilder:object:generate=true
 // +groupName=varve.io
 package v1alpha1

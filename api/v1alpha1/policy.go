@@ -39,6 +39,9 @@ type BackupPolicySpec struct {
 	// FullEvery takes a full backup, which trusts no changed-block tracking, when
 	// the last one is older. Example: 720h
 	// +optional
+	// +kubebuilder:validation:Type=string
+	// +kubebuilder:validation:MaxLength=32
+	// +kubebuilder:validation:XValidation:rule="self.matches('^([0-9]{1,6}([.][0-9]{1,3})?[hms]|[0-9]{1,6}ms)+$') && duration(self) <= duration('876000h')",message="a duration such as 720h, 30m or 1h30m: its units are h, m, s and ms, not days"
 	FullEvery *metav1.Duration `json:"fullEvery,omitempty"`
 	// SnapshotClassName of the snapshots; if not set, the default class of the
 	// claim's driver, or its only one. Example: csi-rbd
@@ -51,8 +54,12 @@ type BackupPolicySpec struct {
 	RetainBase RetainBase `json:"retainBase,omitempty"`
 	// MaxBaseAge drops a retained snapshot that is older, as no backup came to replace
 	// it; the next one then compares. Without it the snapshot is kept until the next
-	// backup, or until the claim or its ProtectedVolume is deleted. Example: 168h
+	// backup, or until the claim or its ProtectedVolume is deleted, or no policy covers
+	// the claim any more and the snapshot is a week old. Example: 168h
 	// +optional
+	// +kubebuilder:validation:Type=string
+	// +kubebuilder:validation:MaxLength=32
+	// +kubebuilder:validation:XValidation:rule="self.matches('^([0-9]{1,6}([.][0-9]{1,3})?[hms]|[0-9]{1,6}ms)+$') && duration(self) > duration('0s') && duration(self) <= duration('876000h')",message="a duration such as 720h, 30m or 1h30m: its units are h, m, s and ms, not days, and more than none"
 	MaxBaseAge *metav1.Duration `json:"maxBaseAge,omitempty"`
 	// BackupVolume overrides what the volume that is read from is made with.
 	// Example: {storageClassName: rbd-read-only-clone}
@@ -77,10 +84,16 @@ type Schedule struct {
 	// Spread starts each claim's run up to so much later, by a hash of its UID, so
 	// that a thousand claims do not start at once. Example: 30m
 	// +optional
+	// +kubebuilder:validation:Type=string
+	// +kubebuilder:validation:MaxLength=32
+	// +kubebuilder:validation:XValidation:rule="self.matches('^([0-9]{1,6}([.][0-9]{1,3})?[hms]|[0-9]{1,6}ms)+$') && duration(self) <= duration('876000h')",message="a duration such as 720h, 30m or 1h30m: its units are h, m, s and ms, not days"
 	Spread *metav1.Duration `json:"spread,omitempty"`
 	// StartingDeadline gives up on a run that could not start for so long; the
 	// next is the next of the schedule. Example: 2h
 	// +optional
+	// +kubebuilder:validation:Type=string
+	// +kubebuilder:validation:MaxLength=32
+	// +kubebuilder:validation:XValidation:rule="self.matches('^([0-9]{1,6}([.][0-9]{1,3})?[hms]|[0-9]{1,6}ms)+$') && duration(self) > duration('0s') && duration(self) <= duration('876000h')",message="a duration such as 720h, 30m or 1h30m: its units are h, m, s and ms, not days, and more than none"
 	StartingDeadline *metav1.Duration `json:"startingDeadline,omitempty"`
 }
 
@@ -121,6 +134,9 @@ type Retention struct {
 	// Within keeps all that are at most so much older than the newest.
 	// Example: 48h
 	// +optional
+	// +kubebuilder:validation:Type=string
+	// +kubebuilder:validation:MaxLength=32
+	// +kubebuilder:validation:XValidation:rule="self.matches('^([0-9]{1,6}([.][0-9]{1,3})?[hms]|[0-9]{1,6}ms)+$') && duration(self) > duration('0s') && duration(self) <= duration('876000h')",message="a duration such as 720h, 30m or 1h30m: its units are h, m, s and ms, not days, and more than none"
 	Within *metav1.Duration `json:"within,omitempty"`
 }
 

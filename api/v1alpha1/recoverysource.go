@@ -61,6 +61,9 @@ type RecoveryFrom struct {
 type RecoveryAt struct {
 	// Time: the newest point that is not younger. Example: "2026-11-20T10:00:00Z"
 	// +optional
+	// +kubebuilder:validation:Type=string
+	// +kubebuilder:validation:Pattern=`^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$`
+	// +kubebuilder:validation:XValidation:rule="self > timestamp('1970-01-01T00:00:00Z') && self <= timestamp('9999-12-31T23:59:59Z')",message="a time such as 2026-11-20T10:00:00Z or 2026-11-20T10:00:00+01:00"
 	Time *metav1.Time `json:"time,omitempty"`
 	// ID of the point, or its first digits (8 at least). Example: 3f1c9a7be2d04c51
 	// +optional

@@ -180,10 +180,12 @@ type VolumeStorage struct {
 type Limits struct {
 	// UploadPerSecond in bytes, of each mover. Example: 50Mi
 	// +optional
+	// +kubebuilder:validation:XValidation:rule="type(self) == int ? self >= 0 : isQuantity(self) && !quantity(self).isLessThan(quantity('0'))",message="a quantity such as 50Mi or 1G, not below 0"
 	UploadPerSecond *resource.Quantity `json:"uploadPerSecond,omitempty"`
 	// DownloadPerSecond in bytes, of each mover. Each pack that is read is first taken for
 	// one of 20 MB: much less than that makes it slower than it says. Example: 200Mi
 	// +optional
+	// +kubebuilder:validation:XValidation:rule="type(self) == int ? self >= 0 : isQuantity(self) && !quantity(self).isLessThan(quantity('0'))",message="a quantity such as 50Mi or 1G, not below 0"
 	DownloadPerSecond *resource.Quantity `json:"downloadPerSecond,omitempty"`
 	// Backups at once; 4 if not set. Example: 8
 	// +optional

@@ -29,6 +29,9 @@ type VolumePopulationSpec struct {
 	PointID string `json:"pointID,omitempty"`
 	// PointTime of it.
 	// +optional
+	// +kubebuilder:validation:Type=string
+	// +kubebuilder:validation:Pattern=`^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$`
+	// +kubebuilder:validation:XValidation:rule="self > timestamp('1970-01-01T00:00:00Z') && self <= timestamp('9999-12-31T23:59:59Z')",message="a time such as 2026-11-20T10:00:00Z or 2026-11-20T10:00:00+01:00"
 	PointTime *metav1.Time `json:"pointTime,omitempty"`
 	// PointBytes is the size of its disk.
 	// +optional

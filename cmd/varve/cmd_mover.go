@@ -39,8 +39,7 @@ result goes to the container's termination message.`,
 }
 
 func (a *app) mover(cmd *cobra.Command, action mover.Action) error {
-	text, _ := a.lookupEnv(mover.TaskVariable)
-	task, err := mover.DecodeTask(text)
+	task, err := mover.ReadTask(a.lookupEnv)
 	if err != nil {
 		return usagef("%w", err)
 	}

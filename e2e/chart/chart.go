@@ -21,18 +21,28 @@ const (
 	Release   = "varve"
 )
 
-// PlainValues are those of the plain manifests: they bring their namespace, and are
-// for a Kubernetes that serves mutating admission policies.
+// PlainValues are those of the plain manifests: they bring their namespace. The admission
+// policy is in files of its own, as its API is another in each Kubernetes.
 func PlainValues() map[string]any {
 	return map[string]any{
 		"namespace":       map[string]any{"create": true},
-		"admissionPolicy": map[string]any{"apiVersion": "v1"},
+		"admissionPolicy": map[string]any{"enabled": false},
 	}
 }
 
 // Render the chart in a directory as helm template would, with values over its own.
 // Objects come in the order in which Helm installs them.
 func Render(dir string, values map[string]any) ([]byte, error) {
+	return renderTemplates(dir, values, func(string) bool { return true })
+}
+
+// RenderAdmission is the chart's admission policy alone, for an API version.
+func RenderAdmission(dir, version string) ([]byte, error) {
+	return renderTemplates(dir, map[string]any{"admissionPolicy": map[string]any{"apiVersion": version}},
+		func(template string) bool { return template == "admission.yaml" })
+}
+
+func renderTemplates(dir string, values map[string]any, wanted func(template string) bool) ([]byte, error) {
 	c, err := loader.LoadDir(dir)
 	if err != nil {
 		return nil, err
@@ -46,7 +56,7 @@ func Render(dir string, values map[string]any) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	maps.DeleteFunc(files, func(name, _ string) bool { return path.Ext(name) != ".yaml" })
+	maps.DeleteFunc(files, func(name, _ string) bool { return path.Ext(name) != ".yaml" || !wanted(path.Base(name)) })
 	_, objects, err := releaseutil.SortManifests(files, chartutil.DefaultVersionSet, releaseutil.InstallOrder)
 	if err != nil {
 		return nil, err

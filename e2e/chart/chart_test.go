@@ -3,6 +3,7 @@ package chart
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -13,7 +14,7 @@ import (
 
 const (
 	chartDir = "../../deploy/helm/varve"
-	plain    = "../../deploy/varve.yaml"
+	plainDir = "../../deploy"
 )
 
 type object = map[string]any
@@ -52,22 +53,61 @@ func parse(t *testing.T, text []byte) map[string]object {
 }
 
 func TestPlainManifestsAreTheChart(t *testing.T) {
-	text, err := os.ReadFile(plain)
-	if err != nil {
-		t.Fatal(err)
+	admission := func(version string) []byte {
+		t.Helper()
+		text, err := RenderAdmission(chartDir, version)
+		if err != nil {
+			t.Fatal(err)
+		}
+
+		return text
 	}
-	got, want := parse(t, text), parse(t, render(t, PlainValues()))
-	if len(want) < 20 {
-		t.Fatalf("the chart has %d objects only", len(want))
-	}
-	for id, o := range want {
-		if !reflect.DeepEqual(got[id], o) {
-			t.Errorf("%s is not as the chart has it; run make manifests", id)
+	for file, tc := range map[string]struct {
+		text    []byte
+		objects int // at least
+	}{
+		"varve.yaml":                   {render(t, PlainValues()), 20},
+		"varve-admission-v1.yaml":      {admission("v1"), 2},
+		"varve-admission-v1beta1.yaml": {admission("v1beta1"), 2},
+	} {
+		text, err := os.ReadFile(filepath.Join(plainDir, file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, want := parse(t, text), parse(t, tc.text)
+		if len(want) < tc.objects {
+			t.Fatalf("the chart has %d objects only for %s", len(want), file)
+		}
+		for id, o := range want {
+			if !reflect.DeepEqual(got[id], o) {
+				t.Errorf("%s in %s is not as the chart has it; run make manifests", id, file)
+			}
+		}
+		for id := range got {
+			if want[id] == nil {
+				t.Errorf("%s in %s is not in the chart; run make manifests", id, file)
+			}
 		}
 	}
-	for id := range got {
-		if want[id] == nil {
-			t.Errorf("%s is not in the chart; run make manifests", id)
+}
+
+// The manifests are applied as a whole, so that each object has to be of an API that every
+// Kubernetes serves that they are for; the admission policy's has its version from later ones.
+func TestPlainManifestsAreForEveryKubernetes(t *testing.T) {
+	for id, o := range parse(t, render(t, PlainValues())) {
+		if strings.HasPrefix(o["apiVersion"].(string), "admissionregistration.k8s.io/") {
+			t.Errorf("%s is of %s", id, o["apiVersion"])
+		}
+	}
+	for _, version := range []string{"v1", "v1beta1"} {
+		text, err := RenderAdmission(chartDir, version)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for id, o := range parse(t, text) {
+			if o["apiVersion"] != "admissionregistration.k8s.io/"+version {
+				t.Errorf("%s for %s is of %s", id, version, o["apiVersion"])
+			}
 		}
 	}
 }
@@ -180,6 +220,30 @@ func TestValues(t *testing.T) {
 				t.Error(wrong)
 			}
 		})
+	}
+}
+
+// The controller reads what movers get once, when it starts: an upgrade that changes that has to
+// start it anew, and one that does not leaves it alone.
+func TestControllerStartsAnewForMovers(t *testing.T) {
+	template := func(values object) object {
+		return parse(t, render(t, values))["Deployment varve-controller"]["spec"].(object)["template"].(object)
+	}
+	was := template(nil)
+	for _, tc := range []struct {
+		values object
+		anew   bool
+	}{
+		{object{"mover": object{"nodeSelector": object{"disk": "fast"}}}, true},
+		{object{"mover": object{"tolerations": []any{object{"operator": "Exists"}}}}, true},
+		{object{"mover": object{"priorityClassName": "low"}}, true},
+		{object{"mover": object{"resources": object{"limits": object{"memory": "4Gi"}}}}, true},
+		{object{"controller": object{"replicas": 3}}, false},
+		{object{"mover": object{"serviceAccountAnnotations": object{"a": "b"}}}, false},
+	} {
+		if got := !reflect.DeepEqual(template(tc.values), was); got != tc.anew {
+			t.Errorf("%v: started anew is %v", tc.values, got)
+		}
 	}
 }
 

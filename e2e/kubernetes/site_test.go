@@ -17,6 +17,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/kubernetes/scheme"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
@@ -47,7 +48,10 @@ const (
 	password     = "layers of sediment"
 )
 
-var manifests = filepath.Join("..", "..", "deploy", "varve.yaml")
+var (
+	deploy    = filepath.Join("..", "..", "deploy")
+	manifests = filepath.Join(deploy, "varve.yaml")
+)
 
 // site is a test's part of a cluster in which Varve is installed.
 type site struct {
@@ -109,9 +113,24 @@ func install(s *site) {
 	if _, err := s.Cluster.Kubectl(ctx, nil, "wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"); err != nil {
 		s.T.Fatal(err)
 	}
+	if _, err := s.Cluster.Kubectl(ctx, nil, "apply", "--server-side", "--force-conflicts", "-f", admissionPolicy(s)); err != nil {
+		s.T.Fatal(err)
+	}
 	s.waitController()
 	s.store(mainStore, s.bucket("varve-"+strings.ToLower(s.Namespace[len(s.Namespace)-6:])), nil)
 	installed = true
+}
+
+// admissionPolicy is the file with the policy for what the cluster serves.
+func admissionPolicy(s *site) string {
+	s.T.Helper()
+	kind := schema.GroupKind{Group: "admissionregistration.k8s.io", Kind: "MutatingAdmissionPolicy"}
+	served, err := s.Client.RESTMapper().RESTMapping(kind, "v1", "v1beta1")
+	if err != nil {
+		s.T.Fatal(err)
+	}
+
+	return filepath.Join(deploy, "varve-admission-"+served.GroupVersionKind.Version+".yaml")
 }
 
 func (s *site) waitController() {

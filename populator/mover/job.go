@@ -2,7 +2,6 @@ package mover
 
 import (
 	"cmp"
-	"encoding/json"
 	"fmt"
 	"path"
 	"strings"
@@ -95,7 +94,7 @@ const nodeLostSeconds = 60
 // Build makes the Job's object. It has one attempt: the controller makes the next.
 func (p Pods) Build(j Job) (*batchv1.Job, error) {
 	j.Task.Version = ProtocolVersion
-	task, err := json.Marshal(j.Task)
+	task, err := j.Task.Variables()
 	if err != nil {
 		return nil, fmt.Errorf("task of %s: %w", j.Name, err)
 	}
@@ -118,7 +117,7 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 	c := corev1.Container{
 		Name: "mover", Image: p.Image, ImagePullPolicy: p.PullPolicy,
 		Args:                     []string{"mover", string(j.Task.Action)},
-		Env:                      []corev1.EnvVar{{Name: TaskVariable, Value: string(task)}, {Name: "HOME", Value: ScratchDir}, {Name: "TMPDIR", Value: ConfigDir}},
+		Env:                      append(task, corev1.EnvVar{Name: "HOME", Value: ScratchDir}, corev1.EnvVar{Name: "TMPDIR", Value: ConfigDir}),
 		Resources:                p.Resources,
 		TerminationMessagePath:   TerminationPath,
 		TerminationMessagePolicy: corev1.TerminationMessageReadFile,

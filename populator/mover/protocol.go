@@ -2,7 +2,7 @@
 // is told, and what it answers.
 //
 // A mover is a Job in Varve's namespace, one pod and one attempt. It is told what to do by a
-// Task, JSON without secrets in one environment variable, and finds the store's
+// Task, JSON without secrets in its environment, and finds the store's
 // credentials as files of a mounted Secret. It has no Kubernetes API credentials. It
 // answers with a Result in the container's termination message, and shows its progress as
 // log lines. The controller makes the next attempt if one is called for.
@@ -15,6 +15,9 @@ import (
 	"fmt"
 	"strings"
 	"time"
+	"unicode/utf8"
+
+	corev1 "k8s.io/api/core/v1"
 
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/backup"
@@ -29,6 +32,8 @@ const ProtocolVersion = 1
 
 // Places in a mover's file system, and the variable with its Task.
 const (
+	// TaskVariable has the Task, or its beginning: what does not fit is in VARVE_TASK_1,
+	// VARVE_TASK_2 and so on.
 	TaskVariable = "VARVE_TASK"
 	// DevicePath is the block device that is read or written.
 	DevicePath = "/dev/varve"
@@ -46,6 +51,9 @@ const (
 	// TerminationPath takes the Result.
 	TerminationPath = "/dev/termination-log"
 )
+
+// maxVariable bounds a piece of a Task: Linux starts no process with a variable of 128 KiB.
+const maxVariable = 96 << 10
 
 // maxResult bounds a Result: the kubelet keeps 4096 bytes of a termination message.
 const maxResult = 4096
@@ -180,8 +188,49 @@ func DecodeResult(message string) (r Result, ok bool) {
 	return r, r.OK || r.Reason != ""
 }
 
-// DecodeTask reads what TaskVariable holds, and checks it.
-func DecodeTask(text string) (Task, error) {
+// Variables are the Task as a container's environment.
+func (t Task) Variables() ([]corev1.EnvVar, error) {
+	p, err := json.Marshal(t)
+	if err != nil {
+		return nil, err
+	}
+	// In a variable's value the kubelet takes $(NAME) for another's, and $$ for one $.
+	text := strings.ReplaceAll(string(p), "$", `\u0024`)
+	var out []corev1.EnvVar
+	for len(text) > maxVariable {
+		n := maxVariable
+		for !utf8.RuneStart(text[n]) {
+			n--
+		}
+		out = append(out, corev1.EnvVar{Name: taskVariable(len(out)), Value: text[:n]})
+		text = text[n:]
+	}
+
+	return append(out, corev1.EnvVar{Name: taskVariable(len(out)), Value: text}), nil
+}
+
+// taskVariable is the name of a Task's i-th variable.
+func taskVariable(i int) string {
+	if i == 0 {
+		return TaskVariable
+	}
+
+	return fmt.Sprintf("%s_%d", TaskVariable, i)
+}
+
+// ReadTask reads the Task that an environment holds, and checks it.
+func ReadTask(lookup func(name string) (string, bool)) (Task, error) {
+	var text strings.Builder
+	for i := 0; ; i++ {
+		piece, ok := lookup(taskVariable(i))
+		if !ok {
+			return decodeTask(text.String())
+		}
+		text.WriteString(piece)
+	}
+}
+
+func decodeTask(text string) (Task, error) {
 	var t Task
 	if err := json.Unmarshal([]byte(text), &t); err != nil {
 		return t, fmt.Errorf("%s: %w", TaskVariable, err)

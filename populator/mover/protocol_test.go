@@ -2,11 +2,18 @@ package mover
 
 import (
 	"encoding/json"
+	"os"
+	"os/exec"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
+
+	corev1 "k8s.io/api/core/v1"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/store"
 )
 
 func TestResultFits(t *testing.T) {
@@ -45,8 +52,77 @@ func TestDecodeTask(t *testing.T) {
 		`{"version":1,"action":"maintain"}`: true,
 		`{"version":1,"action":"backup","backup":{"volume":{"namespace":"a","name":"b","cluster":"c"}}}`: true,
 	} {
-		if _, err := DecodeTask(text); (err == nil) != good {
+		if _, err := decodeTask(text); (err == nil) != good {
 			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
+
+// environment is how a pod's process looks its variables up.
+func environment(vars []corev1.EnvVar) func(string) (string, bool) {
+	return func(name string) (string, bool) {
+		for _, v := range vars {
+			if v.Name == name {
+				return v.Value, true
+			}
+		}
+
+		return "", false
+	}
+}
+
+// asMover has this test run again, in a process whose environment is a mover's.
+const asMover = "VARVE_TEST_MOVER"
+
+// largeTask is one of a store whose caBundle is as large as the API admits: a distribution's
+// authorities in one file have four fifths of that.
+func largeTask() Task {
+	block := "# Főtanúsítvány, $(HOME), $$\n" + strings.Repeat("MIIDdzCCAl+gAwIBAgIEAgAAuTANBgkqhkiG9w0BAQUFADBaMQswCQYDVQQGEwJJ\n", 20)
+
+	return Task{Version: ProtocolVersion, Action: ActionMaintain, Store: store.Settings{CABundle: strings.Repeat(block, 256<<10/len(block)+1), ClusterName: "here"}}
+}
+
+func TestTaskOfAnySize(t *testing.T) {
+	want := largeTask()
+	if os.Getenv(asMover) != "" {
+		if got, err := ReadTask(os.LookupEnv); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%d bytes of a bundle came of %d (%v)", len(got.Store.CABundle), len(want.Store.CABundle), err)
+		}
+
+		return
+	}
+	job, err := Pods{}.Build(Job{Name: "j", Task: want})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestTaskOfAnySize$")
+	cmd.Env = []string{asMover + "=1"}
+	for _, v := range job.Spec.Template.Spec.Containers[0].Env {
+		if strings.Contains(v.Value, "$") || !utf8.ValidString(v.Value) {
+			t.Errorf("%s does not come through the kubelet as it is", v.Name)
+		}
+		cmd.Env = append(cmd.Env, v.Name+"="+v.Value)
+	}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+// A character of several bytes is not cut: what the API server takes is UTF-8.
+func TestVariablesAreText(t *testing.T) {
+	for pad := range 4 {
+		want := Task{Version: ProtocolVersion, Action: ActionMaintain, Store: store.Settings{ClusterName: strings.Repeat("x", pad) + strings.Repeat("𐍈", maxVariable)}}
+		vars, err := want.Variables()
+		if err != nil || len(vars) != 5 {
+			t.Fatalf("%d variables (%v)", len(vars), err)
+		}
+		for _, v := range vars {
+			if !utf8.ValidString(v.Value) || len(v.Value) > maxVariable {
+				t.Errorf("%s has %d bytes, or is not UTF-8", v.Name, len(v.Value))
+			}
+		}
+		if got, err := ReadTask(environment(vars)); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("it does not come back (%v)", err)
 		}
 	}
 }

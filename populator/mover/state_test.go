@@ -111,7 +111,7 @@ func TestPodIsHarmless(t *testing.T) {
 	if *job.Spec.BackoffLimit != 0 || spec.RestartPolicy != corev1.RestartPolicyNever {
 		t.Error("the Job would try again by itself")
 	}
-	if task, err := DecodeTask(c.Env[0].Value); err != nil || task.Action != ActionMaintain {
+	if task, err := ReadTask(environment(c.Env)); err != nil || task.Action != ActionMaintain {
 		t.Errorf("the task does not come back: %+v, %v", task, err)
 	}
 }

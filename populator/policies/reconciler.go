@@ -142,11 +142,8 @@ func (p *Reconciler) act(ctx context.Context, policy *v1alpha1.BackupPolicy) (*t
 
 		return nil, nil
 	}
-	c, err := parseSchedule(policy.Spec.Schedule)
+	c, selector, err := read(policy)
 	if err != nil {
-		return not(v1alpha1.ReasonInvalidSpec, err.Error())
-	}
-	if _, err := backups.Policy(policy.Spec.Retention); err != nil {
 		return not(v1alpha1.ReasonInvalidSpec, err.Error())
 	}
 	st, err := p.Stores.Get(ctx, policy.Spec.StoreRef, policy.Namespace)
@@ -161,10 +158,6 @@ func (p *Reconciler) act(ctx context.Context, policy *v1alpha1.BackupPolicy) (*t
 		}
 
 		return nil, err
-	}
-	selector, err := selectorOf(policy)
-	if err != nil {
-		return not(v1alpha1.ReasonInvalidSpec, err.Error())
 	}
 	claims, overlaps, err := p.claims(ctx, policy, selector)
 	if err != nil {
@@ -218,8 +211,7 @@ func (p *Reconciler) claims(ctx context.Context, policy *v1alpha1.BackupPolicy, 
 		o := &others.Items[i]
 		if o.Name < policy.Name && o.DeletionTimestamp == nil && !o.Spec.Paused && store.KeyOf(o.Spec.StoreRef, o.Namespace) == key {
 			// One that cannot run covers nothing.
-			_, wrong := parseSchedule(o.Spec.Schedule)
-			if s, err := selectorOf(o); err == nil && wrong == nil {
+			if _, s, err := read(o); err == nil {
 				earlier = append(earlier, s)
 			}
 		}
@@ -238,6 +230,23 @@ func (p *Reconciler) claims(ctx context.Context, policy *v1alpha1.BackupPolicy, 
 	slices.Sort(overlaps)
 
 	return mine, overlaps, nil
+}
+
+// read says when a policy runs and for which claims, or why it cannot run.
+func read(policy *v1alpha1.BackupPolicy) (cron.Schedule, labels.Selector, error) {
+	c, err := parseSchedule(policy.Spec.Schedule)
+	if err != nil {
+		return nil, nil, err
+	}
+	if _, err := backups.Policy(policy.Spec.Retention); err != nil {
+		return nil, nil, err
+	}
+	selector, err := selectorOf(policy)
+	if err != nil {
+		return nil, nil, err
+	}
+
+	return c, selector, nil
 }
 
 func selectorOf(policy *v1alpha1.BackupPolicy) (labels.Selector, error) {

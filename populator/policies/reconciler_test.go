@@ -147,10 +147,27 @@ func TestLongNames(t *testing.T) {
 // A policy that cannot run keeps no other from a claim.
 func TestOverlaps(t *testing.T) {
 	now := at("2026-11-21T01:05:00Z")
-	for cron, want := range map[string]string{"0 * * * *": v1alpha1.ReasonOverlaps, "nonsense": v1alpha1.ReasonScheduled} {
-		p := newReconciler(t, &now, newPolicy("a", cron), newPolicy("b", "0 * * * *"), newClaim("data"), backupStore())
-		if _, c := p.look(t, "b"); c.Reason != want {
-			t.Errorf("beside a policy with cron %q: %v, want %s", cron, c, want)
+	for name, tc := range map[string]struct {
+		spoil func(*v1alpha1.BackupPolicySpec)
+		want  string
+	}{
+		"one that runs": {func(*v1alpha1.BackupPolicySpec) {}, v1alpha1.ReasonOverlaps},
+		"schedule":      {func(s *v1alpha1.BackupPolicySpec) { s.Schedule.Cron = "nonsense" }, v1alpha1.ReasonScheduled},
+		"selector": {func(s *v1alpha1.BackupPolicySpec) {
+			s.Selector = &metav1.LabelSelector{MatchExpressions: []metav1.LabelSelectorRequirement{{Key: "a", Operator: "Like"}}}
+		}, v1alpha1.ReasonScheduled},
+		"retention": {func(s *v1alpha1.BackupPolicySpec) {
+			s.Retention = &v1alpha1.Retention{Within: &metav1.Duration{Duration: -time.Hour}}
+		}, v1alpha1.ReasonScheduled},
+	} {
+		first := newPolicy("a", "0 * * * *")
+		tc.spoil(&first.Spec)
+		p := newReconciler(t, &now, first, newPolicy("b", "0 * * * *"), newClaim("data"), backupStore())
+		if _, c := p.look(t, "b"); c.Reason != tc.want {
+			t.Errorf("%s: %v, want %s", name, c, tc.want)
+		}
+		if _, c := p.look(t, "a"); (c.Reason == v1alpha1.ReasonInvalidSpec) != (tc.want == v1alpha1.ReasonScheduled) {
+			t.Errorf("%s: the policy itself is %v", name, c)
 		}
 	}
 }
