@@ -22,7 +22,7 @@ import (
 type RestoreTarget interface {
 	io.WriterAt
 	// ReadAt reads back what was written, after Sync from the disk itself where
-	// that is possible.
+	// that is possible. What Fit will add reads as zeroes before.
 	io.ReaderAt
 	// ZeroRange has a range read as zeroes, in the cheapest way there is.
 	ZeroRange(off, length int64) error
@@ -248,11 +248,6 @@ func openPoint(ctx context.Context, repo *repository.Repository, cache *image.Ca
 }
 
 func (r *restore) run(ctx context.Context) error {
-	if r.opt.Delta {
-		if err := r.target.Fit(); err != nil {
-			return err
-		}
-	}
 	switch {
 	case r.opt.Delta && r.base == nil:
 		r.res.Mode = RestoreCompare

@@ -54,6 +54,9 @@ func (r *restore) delta(ctx context.Context) error {
 	if _, err := r.openJournal(ctx, ranges); err != nil {
 		return err
 	}
+	if err := r.target.Fit(); err != nil { // only now: whoever is refused keeps the file as it is
+		return err
+	}
 	return r.write(ctx, ranges)
 }
 
@@ -135,6 +138,9 @@ func cutRange(r image.Range) []image.Range {
 
 // compare reads the target and writes what differs from the point.
 func (r *restore) compare(ctx context.Context) error {
+	if err := r.target.Fit(); err != nil {
+		return err
+	}
 	return r.units(ctx, "compare", func(ctx context.Context, unit image.Range, buf []byte) error {
 		scratch := make([]byte, 0, restoreUnit)
 		bad, err := r.differs(ctx, unit, buf, scratch)

@@ -123,9 +123,6 @@ func (r *restore) checkResumed(ctx context.Context, j *restoreJournal) error {
 	if r.opt.SpotCheck <= 0 || len(there) == 0 {
 		return nil
 	}
-	if err := r.target.Fit(); err != nil {
-		return err
-	}
 	spots := r.spots(missing, there)
 	if there[0].Offset < restoreUnit {
 		spots = append(spots, image.Range{Offset: there[0].Offset, Length: min(there[0].Length, restoreUnit-there[0].Offset)})

@@ -245,6 +245,38 @@ func TestDeltaRefusesTargetThatIsNotTheBase(t *testing.T) {
 	}
 }
 
+// TestRefusedRestoreLeavesTarget: whatever size the target has, a restore that is
+// refused does not change it.
+func TestRefusedRestoreLeavesTarget(t *testing.T) {
+	r, _ := newRepo(t)
+	a, b, _, _ := twoPoints(t, r, 78, 5<<20, 5<<20)
+	journal := filepath.Join(t.TempDir(), "journal")
+	brittle := &brittleTarget{Target: openTarget(t, filepath.Join(t.TempDir(), "other.img"), a.Size, true), failAfter: 1}
+	if _, err := Restore(t.Context(), r, a, brittle, RestoreOptions{Journal: journal}); !errors.Is(err, errBrittle) {
+		t.Fatal(err)
+	}
+	for size, name := range map[int]string{40 << 20: "longer", 3<<20 + 1: "shorter", 5 << 20: "equal"} {
+		for _, c := range []struct {
+			opt  RestoreOptions
+			want error
+		}{
+			{RestoreOptions{Base: a, SpotCheck: 0.001}, ErrNotBase},
+			{RestoreOptions{Base: a, Journal: journal}, ErrOtherRestore},
+			{RestoreOptions{Journal: journal}, ErrOtherRestore},
+		} {
+			path := filepath.Join(t.TempDir(), "disk.img")
+			old := randomBytes(rand.New(rand.NewPCG(3, uint64(size))), size)
+			if err := os.WriteFile(path, old, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := Restore(t.Context(), r, b, openTarget(t, path, b.Size, true), c.opt); !errors.Is(err, c.want) {
+				t.Errorf("%s: got %v", name, err)
+			}
+			checkFile(t, path, old)
+		}
+	}
+}
+
 func firstDifference(a, b []byte) int {
 	for i := range a {
 		if a[i] != b[i] {

@@ -35,6 +35,7 @@ type Target struct {
 	*handle
 	fresh    bool
 	created  bool
+	fitted   bool // a file has its size
 	id       string
 	written  *writtenMap  // of a fresh file; nil otherwise
 	zeroing  atomic.Int32 // a zeroMethod
@@ -146,6 +147,7 @@ func (t *Target) prepare(o TargetOptions) error {
 		}
 
 		t.zeroing.Store(int32(zeroByIoctl))
+		t.fitted = true
 	} else {
 		t.fresh = !o.Keep || t.size == 0
 		t.zeroing.Store(int32(zeroByHole))
@@ -175,7 +177,8 @@ func (t *Target) prepare(o TargetOptions) error {
 }
 
 // Fit gives a file the size it was opened for: for a caller who keeps what an existing
-// one has until it is sure that it is to be written. It does nothing to a device.
+// one has until it is sure that it is to be written. It does nothing to a device. Not to
+// be called while the target is read or written.
 func (t *Target) Fit() error {
 	if t.device {
 		return nil
@@ -184,6 +187,8 @@ func (t *Target) Fit() error {
 	if err := t.buffered.Truncate(t.size); err != nil {
 		return fmt.Errorf("set the size of the target to %d: %w", t.size, err)
 	}
+
+	t.fitted = true
 
 	return nil
 }
@@ -202,7 +207,7 @@ func (t *Target) Empty() error {
 		}
 	}
 
-	t.fresh = true
+	t.fresh, t.fitted = true, true
 	t.written = newWrittenMap(t.size)
 
 	return nil
@@ -374,8 +379,9 @@ func (t *Target) Sync() error {
 
 // ReadAt reads what the disk holds, not what the page cache holds, so that a check
 // checks what was written: directly, or after writing back and dropping the cached
-// pages. A file system in memory has nothing else to read. It is io.ReaderAt; a failing
-// range is a *ReadError.
+// pages. A file system in memory has nothing else to read. Before Fit a file may end too
+// early: what is missing reads as the zeroes that Fit makes of it. It is io.ReaderAt; a
+// failing range is a *ReadError.
 func (t *Target) ReadAt(p []byte, offset int64) (int, error) {
 	if offset < 0 {
 		return 0, fmt.Errorf("read back %s: negative offset %d", t.path, offset)
@@ -391,6 +397,38 @@ func (t *Target) ReadAt(p []byte, offset int64) (int, error) {
 		end = io.EOF
 	}
 
+	there, err := t.there(p, offset)
+	if err != nil {
+		return 0, err
+	}
+
+	clear(p[there:])
+
+	n, err := t.readDisk(p[:there], offset)
+	if err != nil {
+		return n, err
+	}
+
+	return len(p), end
+}
+
+// there is how much of p, to be read at offset, the file has.
+func (t *Target) there(p []byte, offset int64) (int64, error) {
+	want := int64(len(p))
+	if t.fitted {
+		return want, nil
+	}
+
+	size, err := sizeOf(t.buffered, false)
+	if err != nil {
+		return 0, fmt.Errorf("read back %s: %w", t.path, err)
+	}
+
+	return min(max(size-offset, 0), want), nil
+}
+
+// readDisk is ReadAt of what is there.
+func (t *Target) readDisk(p []byte, offset int64) (int, error) {
 	whole := t.size &^ (t.block - 1)
 	if !t.usesDirect() || offset+int64(len(p)) > whole {
 		if err := t.dropCache(offset, int64(len(p))); err != nil {
@@ -403,10 +441,6 @@ func (t *Target) ReadAt(p []byte, offset int64) (int, error) {
 		var m int
 		m, err = t.narrow(p[n:], offset+int64(n), err)
 		n += m
-	}
-
-	if err == nil {
-		return n, end
 	}
 
 	return n, err

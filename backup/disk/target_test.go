@@ -282,6 +282,34 @@ func TestTargetReadsTheDeviceAsItIs(t *testing.T) {
 	}
 }
 
+// TestTargetReadsBeforeFit: whoever looks before it decides sees what Fit will leave, and
+// leaves the file as it is.
+func TestTargetReadsBeforeFit(t *testing.T) {
+	const size = 1<<20 + 100
+
+	for _, had := range []int64{0, 1, 300_001, 512 << 10, size - 1, size, size + 1, 3 << 20} {
+		for _, buffered := range []bool{false, true} {
+			old := random(had, 7)
+			path := tempFile(t, old)
+			target := openTarget(t, path, TargetOptions{Size: size, Keep: true, Buffered: buffered})
+
+			want := make([]byte, size)
+			copy(want, old)
+			checkReads(t, target, want)
+
+			if info, err := os.Stat(path); err != nil || info.Size() != had {
+				t.Fatalf("%d bytes: reading left %v, %v", had, info.Size(), err)
+			}
+
+			if err := target.Fit(); err != nil {
+				t.Fatal(err)
+			}
+
+			checkReads(t, target, want)
+		}
+	}
+}
+
 func TestTargetRefusals(t *testing.T) {
 	if _, err := OpenTarget("/dev/varve-no-such-device", TargetOptions{Size: 1}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a missing device = %v", err)
