@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -120,6 +121,7 @@ type restore struct {
 	base   *image.Image // nil without one
 	target RestoreTarget
 	log    *restoreJournal // nil without one
+	stale  *os.File        // journal of an earlier restore that a comparison ends; nil without one
 
 	written, zeroed, unchanged, verified atomic.Int64
 	res                                  RestoreResult
@@ -141,6 +143,9 @@ func Restore(ctx context.Context, repo *repository.Repository, p *Point, target 
 	err = r.run(ctx)
 	if r.log != nil {
 		err = errors.Join(err, r.log.close())
+	}
+	if r.stale != nil {
+		err = errors.Join(err, r.stale.Close())
 	}
 	r.res.Written, r.res.Zeroed = r.written.Load(), r.zeroed.Load()
 	r.res.Unchanged, r.res.Verified = r.unchanged.Load(), r.verified.Load()
@@ -272,7 +277,7 @@ func (r *restore) run(ctx context.Context) error {
 	if r.opt.Verify {
 		err = r.verify(ctx)
 	}
-	if r.opt.Journal != "" && (err == nil || errors.Is(err, ErrVerify)) {
+	if (r.log != nil || r.stale != nil) && (err == nil || errors.Is(err, ErrVerify)) {
 		// Done, or to be done all over again.
 		err = errors.Join(err, removeJournal(r.opt.Journal))
 	}

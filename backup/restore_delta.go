@@ -137,7 +137,14 @@ func cutRange(r image.Range) []image.Range {
 }
 
 // compare reads the target and writes what differs from the point.
-func (r *restore) compare(ctx context.Context) error {
+func (r *restore) compare(ctx context.Context) (err error) {
+	if r.opt.Journal != "" {
+		// What an earlier restore noted is worth nothing once this is done, but one
+		// that still runs needs it.
+		if r.stale, err = lockJournal(r.opt.Journal); err != nil {
+			return err
+		}
+	}
 	if err := r.target.Fit(); err != nil {
 		return err
 	}

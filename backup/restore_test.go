@@ -227,7 +227,8 @@ func TestDeltaRefusesTargetThatIsNotTheBase(t *testing.T) {
 		t.Fatal(err)
 	}
 	opt := RestoreOptions{Base: a, SpotCheck: 0.001}
-	_, err := Restore(t.Context(), r, b, openTarget(t, path, b.Size, true), opt)
+	target := openTarget(t, path, b.Size, true)
+	_, err := Restore(t.Context(), r, b, target, opt)
 	if !errors.Is(err, ErrNotBase) || !strings.Contains(err.Error(), "bytes ") {
 		t.Fatalf("got %v", err)
 	}
@@ -240,7 +241,7 @@ func TestDeltaRefusesTargetThatIsNotTheBase(t *testing.T) {
 		t.Fatal(err)
 	}
 	opt.SpotCheck = 1e-9
-	if _, err := Restore(t.Context(), r, b, openTarget(t, path, b.Size, true), opt); !errors.Is(err, ErrNotBase) {
+	if _, err := Restore(t.Context(), r, b, target, opt); !errors.Is(err, ErrNotBase) {
 		t.Errorf("got %v", err)
 	}
 }
@@ -430,6 +431,9 @@ func TestResumeFindsWhatWasChangedMeanwhile(t *testing.T) {
 			if _, err := Restore(t.Context(), r, p, brittle, opt); !errors.Is(err, errBrittle) {
 				t.Fatal(err)
 			}
+			if err := brittle.Close(); err != nil {
+				t.Fatal(err)
+			}
 			res := mustRestore(t, r, p, openTarget(t, path, p.Size, true), opt)
 			checkFile(t, path, data)
 			if res.Resumed == 0 && name != "the size" {
@@ -439,23 +443,34 @@ func TestResumeFindsWhatWasChangedMeanwhile(t *testing.T) {
 	}
 }
 
-// TestRestoreJournalIsLocked has a second restore come while one runs.
+// TestRestoreJournalIsLocked has a second restore come while one runs, to a file that
+// took the place of the first one's.
 func TestRestoreJournalIsLocked(t *testing.T) {
 	r, _ := newRepo(t)
-	p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: randomBytes(rand.New(rand.NewPCG(1, 1)), 1<<20)}})
-	dir := t.TempDir()
-	journal := filepath.Join(dir, "journal")
-	var second error
-	var once sync.Once
-	mustRestore(t, r, p, openTarget(t, filepath.Join(dir, "disk.img"), p.Size, true), RestoreOptions{Journal: journal, Progress: func(pr Progress) {
-		if pr.Done > 0 {
-			once.Do(func() {
-				_, second = Restore(context.Background(), r, p, openTarget(t, filepath.Join(dir, "disk.img"), p.Size, true), RestoreOptions{Journal: journal, Restart: true})
-			})
+	data := randomBytes(rand.New(rand.NewPCG(1, 1)), 1<<20)
+	p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: data}})
+	for name, opt := range map[string]RestoreOptions{"full": {Restart: true}, "compare": {Delta: true}} {
+		dir := t.TempDir()
+		opt.Journal = filepath.Join(dir, "journal")
+		other := filepath.Join(dir, "other.img")
+		old := randomBytes(rand.New(rand.NewPCG(2, 2)), 2<<20)
+		if err := os.WriteFile(other, old, 0o600); err != nil {
+			t.Fatal(err)
 		}
-	}})
-	if !errors.Is(second, ErrOtherRestore) {
-		t.Errorf("got %v", second)
+		var second, kept error
+		var once sync.Once
+		mustRestore(t, r, p, openTarget(t, filepath.Join(dir, "disk.img"), p.Size, true), RestoreOptions{Journal: opt.Journal, Progress: func(pr Progress) {
+			if pr.Done > 0 {
+				once.Do(func() {
+					_, second = Restore(context.Background(), r, p, openTarget(t, other, p.Size, true), opt)
+					_, kept = os.Stat(opt.Journal)
+				})
+			}
+		}})
+		if !errors.Is(second, ErrOtherRestore) || kept != nil {
+			t.Errorf("%s: got %v; its journal: %v", name, second, kept)
+		}
+		checkFile(t, other, old)
 	}
 }
 

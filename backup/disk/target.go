@@ -50,7 +50,8 @@ type Target struct {
 // OpenTarget opens a device, or makes or opens an image file, for writing. It refuses a
 // target that is used in any way (Uses), even read-only, with an *InUseError unless
 // o.Force, and a device smaller than o.Size with ErrTooSmall. A device stays claimed
-// (O_EXCL) until Close, so that nobody mounts it meanwhile. When OpenTarget fails, an
+// (O_EXCL) until Close, so that nobody mounts it meanwhile, and a file locked (flock), so
+// that no second restore writes into it. When OpenTarget fails, an
 // existing target is as it was, and none was made.
 func OpenTarget(path string, o TargetOptions) (*Target, error) {
 	if o.Size < 0 {
@@ -93,6 +94,12 @@ func OpenTarget(path string, o TargetOptions) (*Target, error) {
 		return nil, fmt.Errorf("open target: %w", err)
 	}
 
+	if !device {
+		if err := lockFile(h, o.Force); err != nil {
+			return nil, errors.Join(err, h.close())
+		}
+	}
+
 	t := &Target{handle: h}
 	if err := t.prepare(o); err != nil {
 		return nil, errors.Join(err, h.close())
@@ -104,6 +111,19 @@ func OpenTarget(path string, o TargetOptions) (*Target, error) {
 func inUseTarget(path string, uses []Use) error {
 	return &InUseError{Path: path, Uses: uses, Advice: "release it (umount, swapoff, losetup -d, ...) or choose another target; " +
 		"--force overwrites it all the same, and whoever uses it will read or write garbage"}
+}
+
+// lockFile keeps another restore, of whatever user, from writing to the same file. File
+// systems without locks (some network ones) are written to without: only one that says
+// that the lock is held refuses.
+func lockFile(h *handle, force bool) error {
+	err := control(h.buffered, func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) })
+	if errors.Is(err, unix.EWOULDBLOCK) && !force {
+		return &InUseError{Path: h.path, Uses: []Use{{Kind: Locked, Device: h.path}}, Advice: "wait until it has ended, end it, or choose another target; " +
+			"--force writes to it all the same, and if the other goes on too the file will be neither's"}
+	}
+
+	return nil
 }
 
 // createTarget makes an image file; it reads as zeroes.
@@ -121,6 +141,10 @@ func createTarget(path string, o TargetOptions) (*Target, error) {
 	h, err := openHandle(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, o.Buffered, nil)
 	if err != nil {
 		return nil, fmt.Errorf("make target: %w", err)
+	}
+
+	if err := lockFile(h, o.Force); err != nil { // somebody has found it since: it is theirs
+		return nil, errors.Join(err, h.close())
 	}
 
 	t := &Target{handle: h, created: true}

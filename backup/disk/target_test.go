@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -355,6 +356,40 @@ func TestTargetRefusals(t *testing.T) {
 	openTarget(t, device, TargetOptions{Size: 1<<20 - 512})
 }
 
+// TestTargetIsLocked: two who write to one file at once leave neither's bytes.
+func TestTargetIsLocked(t *testing.T) {
+	old := random(5000, 1)
+	path := tempFile(t, old)
+	first := openTarget(t, path, TargetOptions{Size: 3000, Keep: true})
+
+	for _, keep := range []bool{false, true} {
+		_, err := OpenTarget(path, TargetOptions{Size: 1000, Keep: keep})
+
+		var used *InUseError
+		if !errors.As(err, &used) || used.Uses[0].Kind != Locked || !strings.Contains(err.Error(), path) {
+			t.Errorf("keep %v: %v", keep, err)
+		}
+	}
+
+	if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, old) {
+		t.Errorf("the file was changed: %v", err)
+	}
+
+	forced := openTarget(t, path, TargetOptions{Size: 3000, Keep: true, Force: true})
+	if err := errors.Join(forced.Close(), first.Close()); err != nil {
+		t.Fatal(err)
+	}
+
+	fresh := filepath.Join(t.TempDir(), "new.img")
+	openTarget(t, fresh, TargetOptions{Size: 1000})
+
+	if _, err := OpenTarget(fresh, TargetOptions{Size: 1000}); !errors.Is(err, ErrMounted) {
+		t.Errorf("a file that was just made: %v", err)
+	}
+
+	openTarget(t, path, TargetOptions{Size: 3000, Keep: true})
+}
+
 func TestTargetReadOnlyDevice(t *testing.T) {
 	device := loop(t, tempFile(t, make([]byte, 1<<20)), "-r")
 
@@ -367,6 +402,10 @@ func TestTargetIdentity(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "a")
 	a := openTarget(t, path, TargetOptions{Size: 1000})
+	if err := a.Close(); err != nil {
+		t.Fatal(err)
+	}
+
 	again := openTarget(t, path, TargetOptions{Size: 1000, Keep: true})
 	b := openTarget(t, filepath.Join(dir, "b"), TargetOptions{Size: 1000})
 
