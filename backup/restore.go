@@ -121,7 +121,7 @@ type restore struct {
 	base   *image.Image // nil without one
 	target RestoreTarget
 	log    *restoreJournal // nil without one
-	stale  *os.File        // journal of an earlier restore that a comparison ends; nil without one
+	stale  *os.File        // journal of an earlier restore that this one ends; nil without one
 
 	written, zeroed, unchanged, verified atomic.Int64
 	res                                  RestoreResult
@@ -279,7 +279,9 @@ func (r *restore) run(ctx context.Context) error {
 	}
 	if (r.log != nil || r.stale != nil) && (err == nil || errors.Is(err, ErrVerify)) {
 		// Done, or to be done all over again.
-		err = errors.Join(err, removeJournal(r.opt.Journal))
+		if jerr := removeJournal(r.opt.Journal); jerr != nil {
+			slog.WarnContext(ctx, "this restore has ended, but its journal stays and would have the next one go on from there: remove it", "error", jerr)
+		}
 	}
 	return err
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -141,8 +142,10 @@ func (r *restore) compare(ctx context.Context) (err error) {
 	if r.opt.Journal != "" {
 		// What an earlier restore noted is worth nothing once this is done, but one
 		// that still runs needs it.
-		if r.stale, err = lockJournal(r.opt.Journal); err != nil {
+		if r.stale, err = lockJournal(r.opt.Journal); errors.Is(err, ErrOtherRestore) {
 			return err
+		} else if err != nil {
+			slog.WarnContext(ctx, "cannot see whether an earlier restore of the target was interrupted", "target", r.target.Path(), "error", err)
 		}
 	}
 	if err := r.target.Fit(); err != nil {

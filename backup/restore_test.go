@@ -474,6 +474,75 @@ func TestRestoreJournalIsLocked(t *testing.T) {
 	}
 }
 
+// TestRestoreWithoutRoomForJournal: what cannot be noted is restored all the same.
+func TestRestoreWithoutRoomForJournal(t *testing.T) {
+	r, _ := newRepo(t)
+	data := randomBytes(rand.New(rand.NewPCG(1, 2)), 9<<20)
+	p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: data}})
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, journal := range map[string]string{
+		"cannot be looked for": filepath.Join(file, "journal"),
+		"cannot be made":       filepath.Join(dir, strings.Repeat("x", 250)), // with what a new file's name has besides: too long
+	} {
+		for _, delta := range []bool{false, true} {
+			path := filepath.Join(t.TempDir(), "disk.img")
+			mustRestore(t, r, p, openTarget(t, path, p.Size, true), RestoreOptions{Journal: journal, Delta: delta, Verify: true})
+			checkFile(t, path, data)
+			if _, err := os.Stat(journal); err == nil {
+				t.Errorf("%s, and is there", name)
+			}
+		}
+	}
+}
+
+// TestRestoreEndsJournalThatCannotBeReplaced: one of an earlier restore must not
+// speak for what is written now.
+func TestRestoreEndsJournalThatCannotBeReplaced(t *testing.T) {
+	r, _ := newRepo(t)
+	data := randomBytes(rand.New(rand.NewPCG(1, 3)), 9<<20)
+	p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: data}})
+	for _, restart := range []bool{false, true} {
+		dir := t.TempDir()
+		path, short, long := filepath.Join(dir, "disk.img"), filepath.Join(dir, "journal"), filepath.Join(dir, strings.Repeat("x", 250))
+		brittle := &brittleTarget{Target: openTarget(t, path, p.Size, true), failAfter: 6 << 20}
+		if _, err := Restore(t.Context(), r, p, brittle, RestoreOptions{Journal: short}); !errors.Is(err, errBrittle) {
+			t.Fatal(err)
+		}
+		if err := os.Rename(short, long); err != nil {
+			t.Fatal(err)
+		}
+		var gone atomic.Bool
+		mustRestore(t, r, p, brittle.Target, RestoreOptions{Journal: long, Restart: restart, Progress: func(Progress) {
+			if _, err := os.Stat(long); err != nil {
+				gone.Store(true)
+			}
+		}})
+		if _, err := os.Stat(long); err == nil || gone.Load() != restart {
+			t.Errorf("restart %v: gone while it was written to: %v; in the end: %v", restart, gone.Load(), err)
+		}
+		checkFile(t, path, data)
+	}
+}
+
+// TestJournalIsFull: a journal that takes no more lines ends, and not the restore.
+func TestJournalIsFull(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Skip(err)
+	}
+	defer full.Close()
+	j := &restoreJournal{path: full.Name(), f: full, open: map[int64]int64{}, plan: []image.Range{{Length: restoreSync}}}
+	j.wanted = sync.NewCond(&j.mu)
+	end := j.syncInBackground(&memTarget{})
+	if err := errors.Join(j.done(0, restoreSync), end()); err != nil || !j.mute {
+		t.Errorf("mute %v, %v", j.mute, err)
+	}
+}
+
 func TestReadUnits(t *testing.T) {
 	line := func(body string) string { return body + " " + lineSum(body) + "\n" }
 	unit := func(first, n int64) image.Range {

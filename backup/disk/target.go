@@ -256,6 +256,30 @@ func (t *Target) writeProtected() (bool, error) {
 // Close closes the target, and does not make anything safe: Sync first.
 func (t *Target) Close() error { return t.close() }
 
+// RemoveUnused removes a file that OpenTarget made and nobody gave a size or wrote to: for a
+// caller who fails before it began. It does nothing to any other target.
+func (t *Target) RemoveUnused() error {
+	if !t.created || t.fitted {
+		return nil
+	}
+
+	mine, err := t.buffered.Stat()
+	if err != nil {
+		return fmt.Errorf("remove unused target: %w", err)
+	}
+
+	now, err := os.Lstat(t.path)
+	if err != nil || !os.SameFile(mine, now) || mine.Size() > 0 {
+		return nil //nolint:nilerr // gone, or somebody else's
+	}
+
+	if err := os.Remove(t.path); err != nil {
+		return fmt.Errorf("remove unused target: %w", err)
+	}
+
+	return nil
+}
+
 // Path is the name it was opened by.
 func (t *Target) Path() string { return t.path }
 

@@ -390,6 +390,42 @@ func TestTargetIsLocked(t *testing.T) {
 	openTarget(t, path, TargetOptions{Size: 3000, Keep: true})
 }
 
+func TestTargetRemoveUnused(t *testing.T) {
+	dir := t.TempDir()
+
+	for name, c := range map[string]struct {
+		begin func(*Target) error
+		stays bool
+	}{
+		"unused":  {func(*Target) error { return nil }, false},
+		"fitted":  {(*Target).Fit, true},
+		"written": {func(t *Target) error { _, err := t.WriteAt([]byte{1}, 0); return err }, true},
+		"another": {func(t *Target) error {
+			return errors.Join(os.Rename(t.Path(), t.Path()+".old"), os.WriteFile(t.Path(), nil, 0o600))
+		}, true},
+	} {
+		path := filepath.Join(dir, name)
+		target := openTarget(t, path, TargetOptions{Size: 1000, Keep: true})
+
+		if err := errors.Join(c.begin(target), target.RemoveUnused()); err != nil {
+			t.Fatal(err)
+		}
+
+		if _, err := os.Stat(path); (err == nil) != c.stays {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+
+	old := tempFile(t, nil)
+	if err := openTarget(t, old, TargetOptions{Size: 1000, Keep: true}).RemoveUnused(); err != nil {
+		t.Fatal(err)
+	}
+
+	if _, err := os.Stat(old); err != nil {
+		t.Errorf("an empty file that was there: %v", err)
+	}
+}
+
 func TestTargetReadOnlyDevice(t *testing.T) {
 	device := loop(t, tempFile(t, make([]byte, 1<<20)), "-r")
 
