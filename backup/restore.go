@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -232,7 +233,7 @@ func holdPoints(ctx context.Context, repo *repository.Repository, purpose string
 			case errors.Is(err, ErrNoSuchPoint), ctx.Err() != nil:
 				return err
 			default:
-				slog.InfoContext(ctx, "reading without a lease: a prune at the same time may delete what is read", "point", p.Name(), "error", err)
+				slog.InfoContext(ctx, "reading without a lease: a prune at the same time may delete what is read", "point", p.Name(), "error", cause(err))
 			}
 			return nil
 		})
@@ -242,6 +243,20 @@ func holdPoints(ctx context.Context, repo *repository.Repository, purpose string
 		return nil, err
 	}
 	return release, nil
+}
+
+// cause is why storage was not written to, without the way there and without what to
+// do: for what goes on all the same.
+func cause(err error) error {
+	var system syscall.Errno
+	switch {
+	case errors.Is(err, repository.ErrStorageFull):
+		return repository.ErrStorageFull
+	case errors.As(err, &system):
+		return system
+	default:
+		return err
+	}
 }
 
 func openPoint(ctx context.Context, repo *repository.Repository, cache *image.Cache, p *Point) (*image.Image, error) {
