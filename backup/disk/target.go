@@ -138,6 +138,10 @@ func createTarget(path string, o TargetOptions) (*Target, error) {
 		return nil, fmt.Errorf("open target: %s: %w: is the device attached? (lsblk lists them)", path, fs.ErrNotExist)
 	}
 
+	if to, err := os.Readlink(path); err == nil {
+		return nil, fmt.Errorf("open target: %s: %w: it is a symbolic link to %s, which is not there; name a path without it, or remove the link", path, ErrNotADisk, to)
+	}
+
 	h, err := openHandle(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, o.Buffered, nil)
 	if err != nil {
 		return nil, fmt.Errorf("make target: %w", err)

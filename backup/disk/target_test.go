@@ -328,6 +328,15 @@ func TestTargetRefusals(t *testing.T) {
 		t.Errorf("a missing directory = %v", err)
 	}
 
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink("gone.img", link); err != nil {
+		t.Fatal(err)
+	}
+
+	if _, err := OpenTarget(link, TargetOptions{}); !errors.Is(err, ErrNotADisk) || !strings.Contains(err.Error(), "symbolic link to gone.img") {
+		t.Errorf("a link to nothing = %v", err)
+	}
+
 	huge := filepath.Join(t.TempDir(), "huge")
 	if _, err := OpenTarget(huge, TargetOptions{Size: 1<<63 - 1}); err == nil {
 		t.Error("a file of 8 EiB was made")
