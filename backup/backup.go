@@ -187,13 +187,22 @@ func Run(ctx context.Context, repo *repository.Repository, opt Options) (*Point,
 	r := &run{opt: opt, repo: repo, w: w, lastCheckpoint: time.Now()}
 	p, rec, err := r.do(ctx)
 	if err != nil {
-		err = r.explainLoss(ctx, err)
+		err = adviseRoom(r.explainLoss(ctx, err))
 	}
 	if cerr := w.Close(); err == nil && cerr != nil {
 		// The point is flushed and complete; only the session's end failed.
 		slog.WarnContext(ctx, "close write session", "error", cerr)
 	}
 	return p, rec, err
+}
+
+// adviseRoom says how full storage gets room for backups again. Whatever deletes must
+// not say so: it would send to itself.
+func adviseRoom(err error) error {
+	if !errors.Is(err, repository.ErrStorageFull) {
+		return err
+	}
+	return fmt.Errorf("%w; once a few MiB are free, 'varve prune' and 'varve maintenance run' make more room", err)
 }
 
 func (r *run) do(ctx context.Context) (*Point, *blocktree.Record, error) {

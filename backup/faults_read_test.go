@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/varve-io/varve/backup/repository"
@@ -150,6 +151,25 @@ func TestVerifyTellsDamageFromFailure(t *testing.T) {
 				t.Errorf("quarantined: %v, %v", q, err)
 			}
 		})
+	}
+}
+
+// TestVerifyReportsWhatItCannotKeep has storage refuse every write.
+func TestVerifyReportsWhatItCannotKeep(t *testing.T) {
+	t.Parallel()
+	s := newFaultSite(t)
+	s.f.Add(repotest.Fault{Op: repotest.Put, Err: syscall.EROFS})
+	rep, err := Verify(t.Context(), s.faulty, VerifyOptions{Read: 1})
+	if !errors.Is(err, ErrNotKept) || errors.Is(err, ErrDamaged) || rep == nil || rep.Read == 0 {
+		t.Errorf("whole: %v, %+v", err, rep)
+	}
+	s.f.Add(repotest.Fault{Op: repotest.Get, Prefix: "p", FlipBit: 1001})
+	rep, err = Verify(t.Context(), s.faulty, VerifyOptions{Read: 1, Quarantine: true})
+	if !errors.Is(err, ErrNotKept) || !errors.Is(err, ErrDamaged) || !errors.Is(err, syscall.EROFS) {
+		t.Fatalf("damaged: %v", err)
+	}
+	if len(rep.Points[0].Problems) == 0 || rep.Forgotten != 0 {
+		t.Errorf("damaged: %+v", rep)
 	}
 }
 

@@ -206,10 +206,56 @@ func TestStorageFullDuringBackup(t *testing.T) {
 		if !errors.Is(err, repository.ErrStorageFull) || !strings.Contains(err.Error(), "free") {
 			t.Errorf("write number %d: %v", skip, err)
 		}
+		if strings.Count(err.Error(), "varve prune") != 1 {
+			t.Errorf("write number %d says not, or not once, how to make room: %v", skip, err)
+		}
 		s.check()
 	}
 	s.backup(s.faulty)
 	s.check()
+}
+
+// TestStorageFullWhileMakingRoom: whoever frees storage must not be sent to itself.
+func TestStorageFullWhileMakingRoom(t *testing.T) {
+	t.Parallel()
+	s := newFaultSite(t)
+	newest := mustList(t, s.clean).Points()[1]
+	s.f.Add(repotest.Fault{Op: repotest.Put, Err: fmt.Errorf("write pack: %w", syscall.ENOSPC)})
+	for name, do := range map[string]func() error{
+		"forget": func() error {
+			_, err := Forget(t.Context(), s.faulty, []string{newest.ID}, false, false)
+			return err
+		},
+		"prune": func() error {
+			_, err := Prune(t.Context(), s.faulty, PruneOptions{Policy: Policy{Latest: 1}, Cluster: testVolume.Cluster})
+			return err
+		},
+		"maintenance": func() error {
+			_, err := Maintain(t.Context(), s.faulty, MaintainOptions{Mode: repository.MaintenanceFull, NoSafety: true})
+			return err
+		},
+	} {
+		err := do()
+		if !errors.Is(err, syscall.ENOSPC) {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if text := err.Error(); strings.Contains(text, "varve ") || !strings.Contains(text, "by other means") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// TestReadingWithoutLeaseSaysWhy in few words: it goes on.
+func TestReadingWithoutLeaseSaysWhy(t *testing.T) {
+	for err, want := range map[error]string{
+		fmt.Errorf("flush: %w: free some: %w", repository.ErrStorageFull, syscall.ENOSPC): "the repository's storage is full",
+		fmt.Errorf("flush: put blob x: %w", syscall.EROFS):                                "read-only file system",
+		fmt.Errorf("%w: by you", repository.ErrReadOnly):                                  fmt.Sprintf("%v: by you", repository.ErrReadOnly),
+	} {
+		if got := cause(err).Error(); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
 }
 
 // TestBackupNoticesLostWrites has storage report writes that never happened, or

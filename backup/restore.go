@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -22,7 +24,7 @@ import (
 type RestoreTarget interface {
 	io.WriterAt
 	// ReadAt reads back what was written, after Sync from the disk itself where
-	// that is possible.
+	// that is possible. What Fit will add reads as zeroes before.
 	io.ReaderAt
 	// ZeroRange has a range read as zeroes, in the cheapest way there is.
 	ZeroRange(off, length int64) error
@@ -120,6 +122,7 @@ type restore struct {
 	base   *image.Image // nil without one
 	target RestoreTarget
 	log    *restoreJournal // nil without one
+	stale  *os.File        // journal of an earlier restore that this one ends; nil without one
 
 	written, zeroed, unchanged, verified atomic.Int64
 	res                                  RestoreResult
@@ -141,6 +144,9 @@ func Restore(ctx context.Context, repo *repository.Repository, p *Point, target 
 	err = r.run(ctx)
 	if r.log != nil {
 		err = errors.Join(err, r.log.close())
+	}
+	if r.stale != nil {
+		err = errors.Join(err, r.stale.Close())
 	}
 	r.res.Written, r.res.Zeroed = r.written.Load(), r.zeroed.Load()
 	r.res.Unchanged, r.res.Verified = r.unchanged.Load(), r.verified.Load()
@@ -227,7 +233,7 @@ func holdPoints(ctx context.Context, repo *repository.Repository, purpose string
 			case errors.Is(err, ErrNoSuchPoint), ctx.Err() != nil:
 				return err
 			default:
-				slog.InfoContext(ctx, "reading without a lease: a prune at the same time may delete what is read", "point", p.Name(), "error", err)
+				slog.InfoContext(ctx, "reading without a lease: a prune at the same time may delete what is read", "point", p.Name(), "error", cause(err))
 			}
 			return nil
 		})
@@ -239,6 +245,20 @@ func holdPoints(ctx context.Context, repo *repository.Repository, purpose string
 	return release, nil
 }
 
+// cause is why storage was not written to, without the way there and without what to
+// do: for what goes on all the same.
+func cause(err error) error {
+	var system syscall.Errno
+	switch {
+	case errors.Is(err, repository.ErrStorageFull):
+		return repository.ErrStorageFull
+	case errors.As(err, &system):
+		return system
+	default:
+		return err
+	}
+}
+
 func openPoint(ctx context.Context, repo *repository.Repository, cache *image.Cache, p *Point) (*image.Image, error) {
 	root, err := OpenRoot(ctx, repo, p)
 	if err != nil {
@@ -248,11 +268,6 @@ func openPoint(ctx context.Context, repo *repository.Repository, cache *image.Ca
 }
 
 func (r *restore) run(ctx context.Context) error {
-	if r.opt.Delta {
-		if err := r.target.Fit(); err != nil {
-			return err
-		}
-	}
 	switch {
 	case r.opt.Delta && r.base == nil:
 		r.res.Mode = RestoreCompare
@@ -277,9 +292,11 @@ func (r *restore) run(ctx context.Context) error {
 	if r.opt.Verify {
 		err = r.verify(ctx)
 	}
-	if r.opt.Journal != "" && (err == nil || errors.Is(err, ErrVerify)) {
+	if (r.log != nil || r.stale != nil) && (err == nil || errors.Is(err, ErrVerify)) {
 		// Done, or to be done all over again.
-		err = errors.Join(err, removeJournal(r.opt.Journal))
+		if jerr := removeJournal(r.opt.Journal); jerr != nil {
+			slog.WarnContext(ctx, "this restore has ended, but its journal stays and would have the next one go on from there: remove it", "error", jerr)
+		}
 	}
 	return err
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -52,6 +53,9 @@ func (r *restore) delta(ctx context.Context) error {
 		return err
 	}
 	if _, err := r.openJournal(ctx, ranges); err != nil {
+		return err
+	}
+	if err := r.target.Fit(); err != nil { // only now: whoever is refused keeps the file as it is
 		return err
 	}
 	return r.write(ctx, ranges)
@@ -134,7 +138,19 @@ func cutRange(r image.Range) []image.Range {
 }
 
 // compare reads the target and writes what differs from the point.
-func (r *restore) compare(ctx context.Context) error {
+func (r *restore) compare(ctx context.Context) (err error) {
+	if r.opt.Journal != "" {
+		// What an earlier restore noted is worth nothing once this is done, but one
+		// that still runs needs it.
+		if r.stale, err = lockJournal(r.opt.Journal); errors.Is(err, ErrOtherRestore) {
+			return err
+		} else if err != nil {
+			slog.WarnContext(ctx, "cannot see whether an earlier restore of the target was interrupted", "target", r.target.Path(), "error", err)
+		}
+	}
+	if err := r.target.Fit(); err != nil {
+		return err
+	}
 	return r.units(ctx, "compare", func(ctx context.Context, unit image.Range, buf []byte) error {
 		scratch := make([]byte, 0, restoreUnit)
 		bad, err := r.differs(ctx, unit, buf, scratch)

@@ -54,7 +54,8 @@ type restoreJournal struct {
 	since  int64           // bytes done since the last sync
 	wanted *sync.Cond      // a sync is due, or the end
 	ended  bool
-	err    error
+	mute   bool  // a line could not be written: what was noted counts, the rest is not
+	err    error // of a sync of the target
 }
 
 type journalHeader struct {
@@ -72,8 +73,9 @@ type journalHeader struct {
 
 const journalFormat = "varve-restore/1"
 
-// openJournal opens or makes the journal, if there is to be one. resumed tells
-// that an earlier run has written to the target.
+// openJournal opens or makes the journal, if there is to be one and there is room
+// for it: a restore must not fail because of its notes, when a full disk may be what
+// it is to help with. resumed tells that an earlier run has written to the target.
 func (r *restore) openJournal(ctx context.Context, plan []image.Range) (resumed bool, err error) {
 	if r.opt.Journal == "" {
 		return false, nil
@@ -88,12 +90,18 @@ func (r *restore) openJournal(ctx context.Context, plan []image.Range) (resumed 
 	j := &restoreJournal{path: r.opt.Journal, plan: plan, open: map[int64]int64{}}
 	j.wanted = sync.NewCond(&j.mu)
 	old, err := lockJournal(j.path)
+	if err != nil && !errors.Is(err, ErrOtherRestore) {
+		r.goOnWithoutJournal(ctx, err)
+		return false, nil
+	}
 	if err != nil {
 		return false, err
 	}
-	if old != nil {
-		defer old.Close()
-	}
+	defer func() {
+		if old != nil && old != r.stale {
+			_ = old.Close()
+		}
+	}()
 	found := false
 	if old != nil && !r.opt.Restart {
 		if found, err = j.load(old, head); err != nil {
@@ -106,10 +114,24 @@ func (r *restore) openJournal(ctx context.Context, plan []image.Range) (resumed 
 		}
 	}
 	if err := j.create(head); err != nil {
-		return false, err
+		if old != nil && !found { // it would tell of what is overwritten now
+			if rerr := removeJournal(j.path); rerr != nil {
+				return false, fmt.Errorf("%w; it is of an earlier restore, and has to go before this one: remove it, or name another place by $XDG_STATE_HOME", errors.Join(err, rerr))
+			}
+		}
+		if found { // what it says of the target stays true
+			r.stale = old
+		}
+		r.goOnWithoutJournal(ctx, err)
+		return found, nil
 	}
 	r.log = j
 	return found, nil
+}
+
+func (r *restore) goOnWithoutJournal(ctx context.Context, err error) {
+	slog.WarnContext(ctx, "restoring without a journal: if this is interrupted it starts from its beginning; $XDG_STATE_HOME names another place for it",
+		"target", r.target.Path(), "error", err)
 }
 
 // checkResumed reads some of what the journal says is written: a disk that was
@@ -122,9 +144,6 @@ func (r *restore) checkResumed(ctx context.Context, j *restoreJournal) error {
 	there := subtractRanges(j.plan, missing)
 	if r.opt.SpotCheck <= 0 || len(there) == 0 {
 		return nil
-	}
-	if err := r.target.Fit(); err != nil {
-		return err
 	}
 	spots := r.spots(missing, there)
 	if there[0].Offset < restoreUnit {
@@ -174,11 +193,19 @@ func lockJournal(path string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open restore journal: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := flock(f); err != nil {
 		_ = f.Close()
 		return nil, fmt.Errorf("%w: it is still running (journal %s)", ErrOtherRestore, path)
 	}
 	return f, nil
+}
+
+// flock locks a journal. A file system that has no locks is done without.
+func flock(f *os.File) error {
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return err
+	}
+	return nil
 }
 
 // load reads the journal of an earlier run and refuses that of another restore.
@@ -274,7 +301,7 @@ func (j *restoreJournal) create(head journalHeader) error {
 
 func (j *restoreJournal) begin(f *os.File, head journalHeader) error {
 	// Two restores of one target at once would write into each other.
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := flock(f); err != nil {
 		return err
 	}
 	b, err := json.Marshal(head)
@@ -319,14 +346,13 @@ func (j *restoreJournal) done(off, n int64) error {
 		return j.err
 	}
 	first, last := int64(-1), int64(-1) // run of units that got done
-	flush := func() error {
+	flush := func() {
 		if first < 0 {
-			return nil
+			return
 		}
 		j.lines++
-		err := j.line(j.f, fmt.Sprintf("w %d %d", first, last))
+		j.note(fmt.Sprintf("w %d %d", first, last))
 		first = -1
-		return err
 	}
 	for end := off + n; off < end; {
 		unit := off / restoreUnit
@@ -346,16 +372,31 @@ func (j *restoreJournal) done(off, n int64) error {
 		}
 		off += step
 		if left > 0 || off == end {
-			if err := flush(); err != nil {
-				j.err = fmt.Errorf("write restore journal: %w", err)
-				return j.err
-			}
+			flush()
 		}
 	}
 	if j.since += n; j.since >= restoreSync {
 		j.wanted.Signal()
 	}
 	return nil
+}
+
+// note adds a line, as long as that works; j.mu is held.
+func (j *restoreJournal) note(body string) {
+	if j.mute {
+		return
+	}
+	if err := j.line(j.f, body); err != nil {
+		j.giveUp(err)
+	}
+}
+
+// giveUp ends the notes, not the restore.
+func (j *restoreJournal) giveUp(err error) {
+	if !j.mute {
+		slog.Warn("cannot note how far the restore is: if it is interrupted it goes on from here", "journal", j.path, "error", err)
+	}
+	j.mute = true
 }
 
 // toWrite returns how many bytes of a unit the plan has. Units done by earlier
@@ -394,15 +435,15 @@ func (j *restoreJournal) syncInBackground(target RestoreTarget) (stop func() err
 			j.since = 0
 			j.mu.Unlock()
 			err := target.Sync()
-			if err == nil {
-				err = j.f.Sync() // the lines before the one that says they count
-			}
+			noted := j.f.Sync() // the lines before the one that says they count
 			j.mu.Lock()
-			if err == nil {
-				err = j.line(j.f, fmt.Sprintf("s %d", lines))
-			}
-			if err != nil && j.err == nil {
-				j.err = fmt.Errorf("note progress of the restore: %w", err)
+			switch {
+			case err != nil && j.err == nil:
+				j.err = err
+			case err == nil && noted != nil:
+				j.giveUp(noted)
+			case err == nil:
+				j.note(fmt.Sprintf("s %d", lines))
 			}
 		}
 	})

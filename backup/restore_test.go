@@ -227,7 +227,8 @@ func TestDeltaRefusesTargetThatIsNotTheBase(t *testing.T) {
 		t.Fatal(err)
 	}
 	opt := RestoreOptions{Base: a, SpotCheck: 0.001}
-	_, err := Restore(t.Context(), r, b, openTarget(t, path, b.Size, true), opt)
+	target := openTarget(t, path, b.Size, true)
+	_, err := Restore(t.Context(), r, b, target, opt)
 	if !errors.Is(err, ErrNotBase) || !strings.Contains(err.Error(), "bytes ") {
 		t.Fatalf("got %v", err)
 	}
@@ -240,8 +241,40 @@ func TestDeltaRefusesTargetThatIsNotTheBase(t *testing.T) {
 		t.Fatal(err)
 	}
 	opt.SpotCheck = 1e-9
-	if _, err := Restore(t.Context(), r, b, openTarget(t, path, b.Size, true), opt); !errors.Is(err, ErrNotBase) {
+	if _, err := Restore(t.Context(), r, b, target, opt); !errors.Is(err, ErrNotBase) {
 		t.Errorf("got %v", err)
+	}
+}
+
+// TestRefusedRestoreLeavesTarget: whatever size the target has, a restore that is
+// refused does not change it.
+func TestRefusedRestoreLeavesTarget(t *testing.T) {
+	r, _ := newRepo(t)
+	a, b, _, _ := twoPoints(t, r, 78, 5<<20, 5<<20)
+	journal := filepath.Join(t.TempDir(), "journal")
+	brittle := &brittleTarget{Target: openTarget(t, filepath.Join(t.TempDir(), "other.img"), a.Size, true), failAfter: 1}
+	if _, err := Restore(t.Context(), r, a, brittle, RestoreOptions{Journal: journal}); !errors.Is(err, errBrittle) {
+		t.Fatal(err)
+	}
+	for size, name := range map[int]string{40 << 20: "longer", 3<<20 + 1: "shorter", 5 << 20: "equal"} {
+		for _, c := range []struct {
+			opt  RestoreOptions
+			want error
+		}{
+			{RestoreOptions{Base: a, SpotCheck: 0.001}, ErrNotBase},
+			{RestoreOptions{Base: a, Journal: journal}, ErrOtherRestore},
+			{RestoreOptions{Journal: journal}, ErrOtherRestore},
+		} {
+			path := filepath.Join(t.TempDir(), "disk.img")
+			old := randomBytes(rand.New(rand.NewPCG(3, uint64(size))), size)
+			if err := os.WriteFile(path, old, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := Restore(t.Context(), r, b, openTarget(t, path, b.Size, true), c.opt); !errors.Is(err, c.want) {
+				t.Errorf("%s: got %v", name, err)
+			}
+			checkFile(t, path, old)
+		}
 	}
 }
 
@@ -398,6 +431,9 @@ func TestResumeFindsWhatWasChangedMeanwhile(t *testing.T) {
 			if _, err := Restore(t.Context(), r, p, brittle, opt); !errors.Is(err, errBrittle) {
 				t.Fatal(err)
 			}
+			if err := brittle.Close(); err != nil {
+				t.Fatal(err)
+			}
 			res := mustRestore(t, r, p, openTarget(t, path, p.Size, true), opt)
 			checkFile(t, path, data)
 			if res.Resumed == 0 && name != "the size" {
@@ -407,23 +443,103 @@ func TestResumeFindsWhatWasChangedMeanwhile(t *testing.T) {
 	}
 }
 
-// TestRestoreJournalIsLocked has a second restore come while one runs.
+// TestRestoreJournalIsLocked has a second restore come while one runs, to a file that
+// took the place of the first one's.
 func TestRestoreJournalIsLocked(t *testing.T) {
 	r, _ := newRepo(t)
-	p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: randomBytes(rand.New(rand.NewPCG(1, 1)), 1<<20)}})
-	dir := t.TempDir()
-	journal := filepath.Join(dir, "journal")
-	var second error
-	var once sync.Once
-	mustRestore(t, r, p, openTarget(t, filepath.Join(dir, "disk.img"), p.Size, true), RestoreOptions{Journal: journal, Progress: func(pr Progress) {
-		if pr.Done > 0 {
-			once.Do(func() {
-				_, second = Restore(context.Background(), r, p, openTarget(t, filepath.Join(dir, "disk.img"), p.Size, true), RestoreOptions{Journal: journal, Restart: true})
-			})
+	data := randomBytes(rand.New(rand.NewPCG(1, 1)), 1<<20)
+	p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: data}})
+	for name, opt := range map[string]RestoreOptions{"full": {Restart: true}, "compare": {Delta: true}} {
+		dir := t.TempDir()
+		opt.Journal = filepath.Join(dir, "journal")
+		other := filepath.Join(dir, "other.img")
+		old := randomBytes(rand.New(rand.NewPCG(2, 2)), 2<<20)
+		if err := os.WriteFile(other, old, 0o600); err != nil {
+			t.Fatal(err)
 		}
-	}})
-	if !errors.Is(second, ErrOtherRestore) {
-		t.Errorf("got %v", second)
+		var second, kept error
+		var once sync.Once
+		mustRestore(t, r, p, openTarget(t, filepath.Join(dir, "disk.img"), p.Size, true), RestoreOptions{Journal: opt.Journal, Progress: func(pr Progress) {
+			if pr.Done > 0 {
+				once.Do(func() {
+					_, second = Restore(context.Background(), r, p, openTarget(t, other, p.Size, true), opt)
+					_, kept = os.Stat(opt.Journal)
+				})
+			}
+		}})
+		if !errors.Is(second, ErrOtherRestore) || kept != nil {
+			t.Errorf("%s: got %v; its journal: %v", name, second, kept)
+		}
+		checkFile(t, other, old)
+	}
+}
+
+// TestRestoreWithoutRoomForJournal: what cannot be noted is restored all the same.
+func TestRestoreWithoutRoomForJournal(t *testing.T) {
+	r, _ := newRepo(t)
+	data := randomBytes(rand.New(rand.NewPCG(1, 2)), 9<<20)
+	p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: data}})
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, journal := range map[string]string{
+		"cannot be looked for": filepath.Join(file, "journal"),
+		"cannot be made":       filepath.Join(dir, strings.Repeat("x", 250)), // with what a new file's name has besides: too long
+	} {
+		for _, delta := range []bool{false, true} {
+			path := filepath.Join(t.TempDir(), "disk.img")
+			mustRestore(t, r, p, openTarget(t, path, p.Size, true), RestoreOptions{Journal: journal, Delta: delta, Verify: true})
+			checkFile(t, path, data)
+			if _, err := os.Stat(journal); err == nil {
+				t.Errorf("%s, and is there", name)
+			}
+		}
+	}
+}
+
+// TestRestoreEndsJournalThatCannotBeReplaced: one of an earlier restore must not
+// speak for what is written now.
+func TestRestoreEndsJournalThatCannotBeReplaced(t *testing.T) {
+	r, _ := newRepo(t)
+	data := randomBytes(rand.New(rand.NewPCG(1, 3)), 9<<20)
+	p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: data}})
+	for _, restart := range []bool{false, true} {
+		dir := t.TempDir()
+		path, short, long := filepath.Join(dir, "disk.img"), filepath.Join(dir, "journal"), filepath.Join(dir, strings.Repeat("x", 250))
+		brittle := &brittleTarget{Target: openTarget(t, path, p.Size, true), failAfter: 6 << 20}
+		if _, err := Restore(t.Context(), r, p, brittle, RestoreOptions{Journal: short}); !errors.Is(err, errBrittle) {
+			t.Fatal(err)
+		}
+		if err := os.Rename(short, long); err != nil {
+			t.Fatal(err)
+		}
+		var gone atomic.Bool
+		mustRestore(t, r, p, brittle.Target, RestoreOptions{Journal: long, Restart: restart, Progress: func(Progress) {
+			if _, err := os.Stat(long); err != nil {
+				gone.Store(true)
+			}
+		}})
+		if _, err := os.Stat(long); err == nil || gone.Load() != restart {
+			t.Errorf("restart %v: gone while it was written to: %v; in the end: %v", restart, gone.Load(), err)
+		}
+		checkFile(t, path, data)
+	}
+}
+
+// TestJournalIsFull: a journal that takes no more lines ends, and not the restore.
+func TestJournalIsFull(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Skip(err)
+	}
+	defer full.Close()
+	j := &restoreJournal{path: full.Name(), f: full, open: map[int64]int64{}, plan: []image.Range{{Length: restoreSync}}}
+	j.wanted = sync.NewCond(&j.mu)
+	end := j.syncInBackground(&memTarget{})
+	if err := errors.Join(j.done(0, restoreSync), end()); err != nil || !j.mute {
+		t.Errorf("mute %v, %v", j.mute, err)
 	}
 }
 

@@ -35,6 +35,9 @@ type VerifyOptions struct {
 // ErrDamaged means that verify found damage.
 var ErrDamaged = errors.New("damaged")
 
+// ErrNotKept means that what verify found out could not be stored.
+var ErrNotKept = errors.New("the results of verify could not be kept in the repository")
+
 // errDigest and errGone are what can be wrong with a block.
 var (
 	errDigest = errors.New("its bytes are not those that were backed up")
@@ -108,7 +111,9 @@ type verifier struct {
 // other error means that the storage could not be asked.
 //
 // Results are kept in the repository, unless it is connected read-only. A
-// quarantined point that is whole again is released.
+// quarantined point that is whole again is released. Where that cannot be written
+// the report is whole all the same, and the error wraps ErrNotKept, beside
+// ErrDamaged if there is damage.
 func Verify(ctx context.Context, r *repository.Repository, opt VerifyOptions) (*VerifyReport, error) {
 	if opt.Read < 0 || opt.Read > 1 {
 		return nil, fmt.Errorf("cannot read %v of all blocks: want 0 to 1", opt.Read)
@@ -146,11 +151,12 @@ func Verify(ctx context.Context, r *repository.Repository, opt VerifyOptions) (*
 	if err := v.recall(ctx, rep); err != nil {
 		return nil, err
 	}
-	if err := v.store(ctx, rep); err != nil {
-		return rep, err
+	err = v.store(ctx, rep)
+	if err != nil {
+		err = fmt.Errorf("%w: %w", ErrNotKept, err)
 	}
 	rep.End = r.Now()
-	return rep, rep.err()
+	return rep, errors.Join(rep.err(), err)
 }
 
 func (rep *VerifyReport) err() error {

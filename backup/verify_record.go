@@ -50,6 +50,7 @@ func (v *verifier) store(ctx context.Context, rep *VerifyReport) error {
 	}
 	var mark []Quarantine
 	var lift []string
+	var lifted []*PointResult
 	for i := range rep.Points {
 		res := &rep.Points[i]
 		_, marked := quarantined[res.Point.ID]
@@ -60,11 +61,14 @@ func (v *verifier) store(ctx context.Context, rep *VerifyReport) error {
 				Reason: fmt.Sprintf("verify: %d problems, the first: %v", len(res.Problems), res.Problems[0]),
 			})
 		case len(res.Problems) == 0 && marked:
-			lift, res.Lifted = append(lift, res.Point.ID), true
+			lift, lifted = append(lift, res.Point.ID), append(lifted, res)
 		}
 	}
 	if err := setQuarantine(ctx, v.repo, mark, lift); err != nil {
 		return err
+	}
+	for _, res := range lifted {
+		res.Lifted = true
 	}
 	w, err := v.repo.NewWriter(ctx, "varve verify")
 	if err != nil {
@@ -74,14 +78,16 @@ func (v *verifier) store(ctx context.Context, rep *VerifyReport) error {
 	if err := v.putRecords(ctx, w, rep); err != nil {
 		return err
 	}
+	forgotten := 0
 	if v.opt.Quarantine {
-		if rep.Forgotten, err = v.forgetBad(ctx, w, rep); err != nil {
+		if forgotten, err = v.forgetBad(ctx, w, rep); err != nil {
 			return err
 		}
 	}
 	if err := w.Flush(ctx); err != nil {
 		return err
 	}
+	rep.Forgotten = forgotten
 	return v.repo.Refresh(ctx)
 }
 

@@ -34,6 +34,8 @@ const (
 	// Claimed: somebody has it open exclusively, and nothing above explains it: a
 	// mount in another mount namespace (another container), ZFS, a program.
 	Claimed UseKind = "claimed"
+	// Locked: another program, such as a restore, holds a lock (flock) on the image file.
+	Locked UseKind = "locked"
 )
 
 // Use is one way in which a disk, a partition of it or a device on top of it is used.
@@ -60,6 +62,8 @@ func (u Use) String() string {
 		return fmt.Sprintf("%s is swapped to", u.Device)
 	case Held, Looped:
 		return fmt.Sprintf("%s carries %s", u.Device, u.By)
+	case Locked:
+		return fmt.Sprintf("%s is locked by another restore, or another program that writes to it", u.Device)
 	default:
 		return fmt.Sprintf("%s is open exclusively by another program or container", u.Device)
 	}

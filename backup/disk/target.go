@@ -35,6 +35,7 @@ type Target struct {
 	*handle
 	fresh    bool
 	created  bool
+	fitted   bool // a file has its size
 	id       string
 	written  *writtenMap  // of a fresh file; nil otherwise
 	zeroing  atomic.Int32 // a zeroMethod
@@ -49,7 +50,8 @@ type Target struct {
 // OpenTarget opens a device, or makes or opens an image file, for writing. It refuses a
 // target that is used in any way (Uses), even read-only, with an *InUseError unless
 // o.Force, and a device smaller than o.Size with ErrTooSmall. A device stays claimed
-// (O_EXCL) until Close, so that nobody mounts it meanwhile. When OpenTarget fails, an
+// (O_EXCL) until Close, so that nobody mounts it meanwhile, and a file locked (flock), so
+// that no second restore writes into it. When OpenTarget fails, an
 // existing target is as it was, and none was made.
 func OpenTarget(path string, o TargetOptions) (*Target, error) {
 	if o.Size < 0 {
@@ -92,6 +94,12 @@ func OpenTarget(path string, o TargetOptions) (*Target, error) {
 		return nil, fmt.Errorf("open target: %w", err)
 	}
 
+	if !device {
+		if err := lockFile(h, o.Force); err != nil {
+			return nil, errors.Join(err, h.close())
+		}
+	}
+
 	t := &Target{handle: h}
 	if err := t.prepare(o); err != nil {
 		return nil, errors.Join(err, h.close())
@@ -103,6 +111,19 @@ func OpenTarget(path string, o TargetOptions) (*Target, error) {
 func inUseTarget(path string, uses []Use) error {
 	return &InUseError{Path: path, Uses: uses, Advice: "release it (umount, swapoff, losetup -d, ...) or choose another target; " +
 		"--force overwrites it all the same, and whoever uses it will read or write garbage"}
+}
+
+// lockFile keeps another restore, of whatever user, from writing to the same file. File
+// systems without locks (some network ones) are written to without: only one that says
+// that the lock is held refuses.
+func lockFile(h *handle, force bool) error {
+	err := control(h.buffered, func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) })
+	if errors.Is(err, unix.EWOULDBLOCK) && !force {
+		return &InUseError{Path: h.path, Uses: []Use{{Kind: Locked, Device: h.path}}, Advice: "wait until it has ended, end it, or choose another target; " +
+			"--force writes to it all the same, and if the other goes on too the file will be neither's"}
+	}
+
+	return nil
 }
 
 // createTarget makes an image file; it reads as zeroes.
@@ -117,9 +138,17 @@ func createTarget(path string, o TargetOptions) (*Target, error) {
 		return nil, fmt.Errorf("open target: %s: %w: is the device attached? (lsblk lists them)", path, fs.ErrNotExist)
 	}
 
+	if to, err := os.Readlink(path); err == nil {
+		return nil, fmt.Errorf("open target: %s: %w: it is a symbolic link to %s, which is not there; name a path without it, or remove the link", path, ErrNotADisk, to)
+	}
+
 	h, err := openHandle(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, o.Buffered, nil)
 	if err != nil {
 		return nil, fmt.Errorf("make target: %w", err)
+	}
+
+	if err := lockFile(h, o.Force); err != nil { // somebody has found it since: it is theirs
+		return nil, errors.Join(err, h.close())
 	}
 
 	t := &Target{handle: h, created: true}
@@ -146,6 +175,7 @@ func (t *Target) prepare(o TargetOptions) error {
 		}
 
 		t.zeroing.Store(int32(zeroByIoctl))
+		t.fitted = true
 	} else {
 		t.fresh = !o.Keep || t.size == 0
 		t.zeroing.Store(int32(zeroByHole))
@@ -175,7 +205,8 @@ func (t *Target) prepare(o TargetOptions) error {
 }
 
 // Fit gives a file the size it was opened for: for a caller who keeps what an existing
-// one has until it is sure that it is to be written. It does nothing to a device.
+// one has until it is sure that it is to be written. It does nothing to a device. Not to
+// be called while the target is read or written.
 func (t *Target) Fit() error {
 	if t.device {
 		return nil
@@ -184,6 +215,8 @@ func (t *Target) Fit() error {
 	if err := t.buffered.Truncate(t.size); err != nil {
 		return fmt.Errorf("set the size of the target to %d: %w", t.size, err)
 	}
+
+	t.fitted = true
 
 	return nil
 }
@@ -202,7 +235,7 @@ func (t *Target) Empty() error {
 		}
 	}
 
-	t.fresh = true
+	t.fresh, t.fitted = true, true
 	t.written = newWrittenMap(t.size)
 
 	return nil
@@ -226,6 +259,30 @@ func (t *Target) writeProtected() (bool, error) {
 
 // Close closes the target, and does not make anything safe: Sync first.
 func (t *Target) Close() error { return t.close() }
+
+// RemoveUnused removes a file that OpenTarget made and nobody gave a size or wrote to: for a
+// caller who fails before it began. It does nothing to any other target.
+func (t *Target) RemoveUnused() error {
+	if !t.created || t.fitted {
+		return nil
+	}
+
+	mine, err := t.buffered.Stat()
+	if err != nil {
+		return fmt.Errorf("remove unused target: %w", err)
+	}
+
+	now, err := os.Lstat(t.path)
+	if err != nil || !os.SameFile(mine, now) || mine.Size() > 0 {
+		return nil //nolint:nilerr // gone, or somebody else's
+	}
+
+	if err := os.Remove(t.path); err != nil {
+		return fmt.Errorf("remove unused target: %w", err)
+	}
+
+	return nil
+}
 
 // Path is the name it was opened by.
 func (t *Target) Path() string { return t.path }
@@ -374,8 +431,9 @@ func (t *Target) Sync() error {
 
 // ReadAt reads what the disk holds, not what the page cache holds, so that a check
 // checks what was written: directly, or after writing back and dropping the cached
-// pages. A file system in memory has nothing else to read. It is io.ReaderAt; a failing
-// range is a *ReadError.
+// pages. A file system in memory has nothing else to read. Before Fit a file may end too
+// early: what is missing reads as the zeroes that Fit makes of it. It is io.ReaderAt; a
+// failing range is a *ReadError.
 func (t *Target) ReadAt(p []byte, offset int64) (int, error) {
 	if offset < 0 {
 		return 0, fmt.Errorf("read back %s: negative offset %d", t.path, offset)
@@ -391,6 +449,38 @@ func (t *Target) ReadAt(p []byte, offset int64) (int, error) {
 		end = io.EOF
 	}
 
+	there, err := t.there(p, offset)
+	if err != nil {
+		return 0, err
+	}
+
+	clear(p[there:])
+
+	n, err := t.readDisk(p[:there], offset)
+	if err != nil {
+		return n, err
+	}
+
+	return len(p), end
+}
+
+// there is how much of p, to be read at offset, the file has.
+func (t *Target) there(p []byte, offset int64) (int64, error) {
+	want := int64(len(p))
+	if t.fitted {
+		return want, nil
+	}
+
+	size, err := sizeOf(t.buffered, false)
+	if err != nil {
+		return 0, fmt.Errorf("read back %s: %w", t.path, err)
+	}
+
+	return min(max(size-offset, 0), want), nil
+}
+
+// readDisk is ReadAt of what is there.
+func (t *Target) readDisk(p []byte, offset int64) (int, error) {
 	whole := t.size &^ (t.block - 1)
 	if !t.usesDirect() || offset+int64(len(p)) > whole {
 		if err := t.dropCache(offset, int64(len(p))); err != nil {
@@ -403,10 +493,6 @@ func (t *Target) ReadAt(p []byte, offset int64) (int, error) {
 		var m int
 		m, err = t.narrow(p[n:], offset+int64(n), err)
 		n += m
-	}
-
-	if err == nil {
-		return n, end
 	}
 
 	return n, err

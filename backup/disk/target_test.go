@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -282,6 +283,34 @@ func TestTargetReadsTheDeviceAsItIs(t *testing.T) {
 	}
 }
 
+// TestTargetReadsBeforeFit: whoever looks before it decides sees what Fit will leave, and
+// leaves the file as it is.
+func TestTargetReadsBeforeFit(t *testing.T) {
+	const size = 1<<20 + 100
+
+	for _, had := range []int64{0, 1, 300_001, 512 << 10, size - 1, size, size + 1, 3 << 20} {
+		for _, buffered := range []bool{false, true} {
+			old := random(had, 7)
+			path := tempFile(t, old)
+			target := openTarget(t, path, TargetOptions{Size: size, Keep: true, Buffered: buffered})
+
+			want := make([]byte, size)
+			copy(want, old)
+			checkReads(t, target, want)
+
+			if info, err := os.Stat(path); err != nil || info.Size() != had {
+				t.Fatalf("%d bytes: reading left %v, %v", had, info.Size(), err)
+			}
+
+			if err := target.Fit(); err != nil {
+				t.Fatal(err)
+			}
+
+			checkReads(t, target, want)
+		}
+	}
+}
+
 func TestTargetRefusals(t *testing.T) {
 	if _, err := OpenTarget("/dev/varve-no-such-device", TargetOptions{Size: 1}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a missing device = %v", err)
@@ -297,6 +326,15 @@ func TestTargetRefusals(t *testing.T) {
 
 	if _, err := OpenTarget(filepath.Join(t.TempDir(), "none", "x"), TargetOptions{}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a missing directory = %v", err)
+	}
+
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink("gone.img", link); err != nil {
+		t.Fatal(err)
+	}
+
+	if _, err := OpenTarget(link, TargetOptions{}); !errors.Is(err, ErrNotADisk) || !strings.Contains(err.Error(), "symbolic link to gone.img") {
+		t.Errorf("a link to nothing = %v", err)
 	}
 
 	huge := filepath.Join(t.TempDir(), "huge")
@@ -327,6 +365,76 @@ func TestTargetRefusals(t *testing.T) {
 	openTarget(t, device, TargetOptions{Size: 1<<20 - 512})
 }
 
+// TestTargetIsLocked: two who write to one file at once leave neither's bytes.
+func TestTargetIsLocked(t *testing.T) {
+	old := random(5000, 1)
+	path := tempFile(t, old)
+	first := openTarget(t, path, TargetOptions{Size: 3000, Keep: true})
+
+	for _, keep := range []bool{false, true} {
+		_, err := OpenTarget(path, TargetOptions{Size: 1000, Keep: keep})
+
+		var used *InUseError
+		if !errors.As(err, &used) || used.Uses[0].Kind != Locked || !strings.Contains(err.Error(), path) {
+			t.Errorf("keep %v: %v", keep, err)
+		}
+	}
+
+	if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, old) {
+		t.Errorf("the file was changed: %v", err)
+	}
+
+	forced := openTarget(t, path, TargetOptions{Size: 3000, Keep: true, Force: true})
+	if err := errors.Join(forced.Close(), first.Close()); err != nil {
+		t.Fatal(err)
+	}
+
+	fresh := filepath.Join(t.TempDir(), "new.img")
+	openTarget(t, fresh, TargetOptions{Size: 1000})
+
+	if _, err := OpenTarget(fresh, TargetOptions{Size: 1000}); !errors.Is(err, ErrMounted) {
+		t.Errorf("a file that was just made: %v", err)
+	}
+
+	openTarget(t, path, TargetOptions{Size: 3000, Keep: true})
+}
+
+func TestTargetRemoveUnused(t *testing.T) {
+	dir := t.TempDir()
+
+	for name, c := range map[string]struct {
+		begin func(*Target) error
+		stays bool
+	}{
+		"unused":  {func(*Target) error { return nil }, false},
+		"fitted":  {(*Target).Fit, true},
+		"written": {func(t *Target) error { _, err := t.WriteAt([]byte{1}, 0); return err }, true},
+		"another": {func(t *Target) error {
+			return errors.Join(os.Rename(t.Path(), t.Path()+".old"), os.WriteFile(t.Path(), nil, 0o600))
+		}, true},
+	} {
+		path := filepath.Join(dir, name)
+		target := openTarget(t, path, TargetOptions{Size: 1000, Keep: true})
+
+		if err := errors.Join(c.begin(target), target.RemoveUnused()); err != nil {
+			t.Fatal(err)
+		}
+
+		if _, err := os.Stat(path); (err == nil) != c.stays {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+
+	old := tempFile(t, nil)
+	if err := openTarget(t, old, TargetOptions{Size: 1000, Keep: true}).RemoveUnused(); err != nil {
+		t.Fatal(err)
+	}
+
+	if _, err := os.Stat(old); err != nil {
+		t.Errorf("an empty file that was there: %v", err)
+	}
+}
+
 func TestTargetReadOnlyDevice(t *testing.T) {
 	device := loop(t, tempFile(t, make([]byte, 1<<20)), "-r")
 
@@ -339,6 +447,10 @@ func TestTargetIdentity(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "a")
 	a := openTarget(t, path, TargetOptions{Size: 1000})
+	if err := a.Close(); err != nil {
+		t.Fatal(err)
+	}
+
 	again := openTarget(t, path, TargetOptions{Size: 1000, Keep: true})
 	b := openTarget(t, filepath.Join(dir, "b"), TargetOptions{Size: 1000})
 

@@ -35,12 +35,13 @@ func isCorrupt(err error) bool {
 // What was flushed before stays; nothing is left half-written.
 var ErrStorageFull = errors.New("the repository's storage is full")
 
-// explainWrite tells what to do about storage without room. Deleting points
-// writes a little, too, so some room has to be made from outside first.
+// explainWrite tells what to do about storage without room. Deleting points and
+// maintenance write a little, too (less than 1 MiB in a small repository, more where
+// indexes are long), so some room has to be made from outside first.
 func explainWrite(err error) error {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return fmt.Errorf("%w: free some of it, or enlarge it, and run this again; every older recovery point is intact, "+
-			"and 'varve prune' with 'varve maintenance' makes more room: %w", ErrStorageFull, err)
+		return fmt.Errorf("%w: free a few MiB of it by other means than varve, which writes a little even to delete, or enlarge it, "+
+			"and run this again; every older recovery point is intact: %w", ErrStorageFull, err)
 	}
 	return err
 }

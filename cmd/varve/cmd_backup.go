@@ -196,7 +196,7 @@ func (a *app) printBackup(p *backup.Point, rec *blocktree.Record) error {
 		t.line("%s backup %s (ID %s)", rec.Kind, p.Name(), p.ShortID())
 		t.line("  read %s, changed %s, uploaded %s in %s",
 			t.bytes(st.Read), t.bytes(st.Changed), t.bytes(st.Uploaded), st.Duration.Round(time.Millisecond))
-		if c := rec.SpotCheck; c != nil {
+		if c := rec.SpotCheck; c != nil && c.Blocks > 0 {
 			t.line("  spot check: %d of %d blocks reported unchanged were read and are; a lie about one in a thousand is found with probability %.1f %%; stripe %d of %d",
 				c.Blocks, c.Candidates, 100*c.Probability, c.Stripe+1, c.Stripes)
 		}

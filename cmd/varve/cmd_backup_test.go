@@ -108,7 +108,12 @@ func TestBackupFromExtents(t *testing.T) {
 	if res.Source != "compare" || len(res.Notes) != 1 || len(res.Fallbacks) != 1 || strings.Contains(res.Fallbacks[0].Detail, "nothing was recorded") {
 		t.Errorf("backup after a lie: %+v", res)
 	}
-	if err := os.WriteFile(list, []byte(`{"base":"snap-3","target":"snap-4","size":1048576}`+"\n"), 0o600); err != nil {
+	changeByte(t, disk, 900_000)
+	write("snap-3", "snap-4", `{"offset":499712,"length":4096}`)
+	if r = mustRun(t, env, "backup", disk, "--volume", "shop/db", "--extents", list, "--on-mismatch=full"); strings.Contains(r.stdout, "spot check") {
+		t.Errorf("a check that was not done is told of:\n%s", r.stdout)
+	}
+	if err := os.WriteFile(list, []byte(`{"base":"snap-4","target":"snap-5","size":1048576}`+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if r = runVarve(t, env, "backup", disk, "--volume", "shop/db", "--extents", list); r.code != exitRefused || !strings.Contains(r.stderr, "cut off") {

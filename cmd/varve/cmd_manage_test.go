@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // newChainEnv is a user with n points of shop/db.
@@ -127,17 +129,9 @@ func TestPinForgetPruneMaintenance(t *testing.T) {
 	}
 }
 
-func TestVerifyNamesDamage(t *testing.T) {
-	env, disk := newBackupEnv(t)
-	data := make([]byte, 1<<20)
-	rng := rand.NewChaCha8([32]byte{1})
-	_, _ = rng.Read(data) // never fails
-	if err := os.WriteFile(disk, data, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	first := backupJSON(t, env, disk, "--volume", "shop/db", "--block-size", "64K")
-	changeByte(t, disk, 100_000)
-	backupJSON(t, env, disk, "--volume", "shop/db")
+// removeBlocks removes the packs of blocks from the storage of an environment.
+func removeBlocks(t *testing.T, env testEnv) {
+	t.Helper()
 	const records = 32 << 10 // packs of records are smaller than this, those of blocks are not
 	err := filepath.WalkDir(filepath.Join(env["HOME"], "repo"), func(path string, d os.DirEntry, err error) error {
 		if err != nil || d.IsDir() || filepath.Base(filepath.Dir(filepath.Dir(path)))[0] != 'p' {
@@ -152,6 +146,20 @@ func TestVerifyNamesDamage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+func TestVerifyNamesDamage(t *testing.T) {
+	env, disk := newBackupEnv(t)
+	data := make([]byte, 1<<20)
+	rng := rand.NewChaCha8([32]byte{1})
+	_, _ = rng.Read(data) // never fails
+	if err := os.WriteFile(disk, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	first := backupJSON(t, env, disk, "--volume", "shop/db", "--block-size", "64K")
+	changeByte(t, disk, 100_000)
+	backupJSON(t, env, disk, "--volume", "shop/db")
+	removeBlocks(t, env)
 	r := runVarve(t, env, "verify", "-o", "json")
 	if r.code != exitDamaged || !strings.Contains(r.stderr, first.Name) {
 		t.Errorf("exit code %d: %s", r.code, r.stderr)
@@ -188,5 +196,54 @@ func TestVerifyNamesDamage(t *testing.T) {
 	out := runVarve(t, env, "verify", "shop/db@latest~2", "--read", "100%")
 	if out.code != exitOK || !strings.Contains(out.stdout, "whole again") {
 		t.Errorf("exit code %d: %s%s", out.code, out.stdout, out.stderr)
+	}
+}
+
+// TestVerifyOfReadOnlyStorage: what verify finds is told, whether or not it can be kept.
+func TestVerifyOfReadOnlyStorage(t *testing.T) {
+	env, disk := newBackupEnv(t)
+	data := make([]byte, 1<<20)
+	rng := rand.NewChaCha8([32]byte{2})
+	_, _ = rng.Read(data) // never fails
+	if err := os.WriteFile(disk, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := backupJSON(t, env, disk, "--volume", "shop/db", "--block-size", "64K")
+	setReadOnly := mountOver(t, filepath.Join(env["HOME"], "repo"))
+	setReadOnly(true)
+	r := runVarve(t, env, "verify")
+	if r.code != exitOK || !strings.Contains(r.stdout, "1 recovery point, 0 damaged") || !strings.Contains(r.stderr, "could not be kept") {
+		t.Errorf("whole: exit code %d: %s%s", r.code, r.stdout, r.stderr)
+	}
+	setReadOnly(false)
+	removeBlocks(t, env)
+	setReadOnly(true)
+	r = runVarve(t, env, "verify")
+	if r.code != exitDamaged || !strings.Contains(r.stdout, p.Name) || !strings.Contains(r.stdout, "is damaged:") || !strings.Contains(r.stderr, "could not be kept") {
+		t.Errorf("damaged: exit code %d: %s%s", r.code, r.stdout, r.stderr)
+	}
+}
+
+// mountOver mounts a directory over itself, so that it can be made read-only even
+// for root.
+func mountOver(t *testing.T, dir string) (setReadOnly func(bool)) {
+	t.Helper()
+	if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
+		t.Skipf("cannot mount here: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Errorf("unmount %s: %v", dir, err)
+		}
+	})
+	return func(on bool) {
+		t.Helper()
+		flags := uintptr(unix.MS_BIND | unix.MS_REMOUNT)
+		if on {
+			flags |= unix.MS_RDONLY
+		}
+		if err := unix.Mount("", dir, "", flags, ""); err != nil {
+			t.Fatalf("remount %s: %v", dir, err)
+		}
 	}
 }

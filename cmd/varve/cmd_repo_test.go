@@ -158,10 +158,12 @@ func TestPasswordSources(t *testing.T) {
 		{"flag before environment", testEnv{"VARVE_PASSWORD": "nonsense"}, []string{"--password-file", right}, 0, ""},
 		{"wrong", testEnv{"VARVE_PASSWORD": "nonsense"}, nil, exitRepository, "wrong password"},
 		{"both", nil, []string{"--password-file", right, "--password-command", "cat"}, exitUsage, "both"},
-		{"no such file", nil, []string{"--password-file", "/nonexistent"}, exitUsage, "/nonexistent"},
-		{"empty", testEnv{"VARVE_PASSWORD": ""}, nil, exitUsage, "empty"},
-		{"command fails", nil, []string{"--password-command", "exit 3"}, exitFailure, "exit status 3"},
-		{"two lines", nil, []string{"--password-command", "echo a; echo b"}, exitFailure, "more than one line"},
+		{"no such file", nil, []string{"--password-file", right + ".none"}, exitRepository, ": name a file"},
+		{"empty file", nil, []string{"--password-file", os.DevNull}, exitRepository, "is empty: name a file"},
+		{"empty", testEnv{"VARVE_PASSWORD": ""}, nil, exitRepository, "$VARVE_PASSWORD is empty: set it"},
+		{"command fails", nil, []string{"--password-command", "exit 3"}, exitRepository, "exit status 3: run it by itself"},
+		{"command prints nothing", nil, []string{"--password-command", "true"}, exitRepository, "printed is empty: it has to print"},
+		{"two lines", nil, []string{"--password-command", "echo a; echo b"}, exitRepository, "more than one line"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			e := testEnv{"HOME": env["HOME"], "VARVE_CONFIG": env["VARVE_CONFIG"]}

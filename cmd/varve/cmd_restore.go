@@ -165,7 +165,12 @@ func (a *app) restoreToDisk(ctx context.Context, repo *repository.Repository, p 
 	if err != nil {
 		return res, err
 	}
-	defer func() { err = errors.Join(err, target.Close()) }()
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, target.RemoveUnused())
+		}
+		err = errors.Join(err, target.Close())
+	}()
 	if f.changed != "" {
 		if opt.Changed, err = a.changedRanges(ctx, f.changed, opt.Base, target.Size()); err != nil {
 			return res, err

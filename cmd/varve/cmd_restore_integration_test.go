@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestMain lets a test run this binary as varve itself, in a process that can
@@ -160,6 +162,45 @@ func TestRestoreCommandRefuses(t *testing.T) {
 		if r.code != c.code || !strings.Contains(r.stderr, c.says) {
 			t.Errorf("restore %v: exit code %d, %s", c.args, r.code, r.stderr)
 		}
+	}
+}
+
+// TestRestoreWithoutStateDirectory: notes that cannot be kept are no reason not to
+// restore, and a restore that is refused leaves nothing behind.
+func TestRestoreWithoutStateDirectory(t *testing.T) {
+	env, disk := newBackupEnv(t)
+	backupJSON(t, env, disk, "--volume", "shop/db", "--block-size", "64K")
+	target := filepath.Join(env["HOME"], "target.img")
+	env["XDG_STATE_HOME"] = disk // a file
+	if r := mustRun(t, env, "restore", "shop/db@latest", target); !strings.Contains(r.stderr, "XDG_STATE_HOME") {
+		t.Errorf("nothing was said: %s", r.stderr)
+	}
+	sameFiles(t, target, disk)
+
+	env["XDG_STATE_HOME"] = t.TempDir()
+	a := newApp()
+	a.lookupEnv = func(name string) (string, bool) { v, ok := env[name]; return v, ok }
+	fresh := filepath.Join(env["HOME"], "fresh.img")
+	journal, err := a.restoreJournal(fresh)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Dir(journal), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	running, err := os.Create(journal)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer running.Close()
+	if err := unix.Flock(int(running.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	if r := runVarve(t, env, "restore", "shop/db@latest", fresh); r.code != exitRefused {
+		t.Errorf("exit code %d: %s", r.code, r.stderr)
+	}
+	if _, err := os.Stat(fresh); err == nil {
+		t.Error("an empty file is left behind")
 	}
 }
 

@@ -28,6 +28,10 @@ blocks. Damage is named by point, offset, object and pack, and the exit code is 
 Intact parts of a damaged point, and all other points, stay readable. What was
 found damaged by reading it stays so until it is read in full again.
 
+Results are kept in the repository for "varve list". Where they cannot be written
+(storage that is full or read-only) they are printed all the same, and the exit
+code is that of what was found: 0 with a warning if nothing is damaged.
+
 With --quarantine no later backup builds on a damaged point, and the damaged
 blocks are marked so that the next backup that meets the same bytes stores them
 again, which heals older points. A point that is whole again is released.`,
@@ -88,8 +92,13 @@ func (a *app) verify(ctx context.Context, repo *repository.Repository, names []s
 	}
 	rep, err := backup.Verify(ctx, repo, opt)
 	task.Done()
-	if rep == nil || (err != nil && !errors.Is(err, backup.ErrDamaged)) {
+	if rep == nil || (err != nil && !errors.Is(err, backup.ErrDamaged) && !errors.Is(err, backup.ErrNotKept)) {
 		return err
+	}
+	if errors.Is(err, backup.ErrNotKept) && !errors.Is(err, backup.ErrDamaged) && ctx.Err() == nil {
+		// The question was whether the points can be restored, and they can.
+		a.log.Warn("nothing is damaged, but \"varve list\" will not show this run, and points that were quarantined stay so", "error", err)
+		err = nil
 	}
 	res := verifyResult{Blocks: rep.Blocks, Read: rep.Read, Bytes: rep.Bytes, Indexes: rep.Segments, Forgotten: rep.Forgotten, Points: []verifyPoint{}}
 	for _, p := range rep.Points {

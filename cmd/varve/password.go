@@ -28,7 +28,22 @@ var (
 	newPassword      = passwordPurpose{"new-", "New repository password: ", true}
 )
 
-var errNoPassword = errors.New("no repository password: give --password-file, --password-command or $VARVE_PASSWORD, or run on a terminal")
+var errNoPassword = errors.New("no repository password")
+
+// noPassword says what is wrong with the way to the password, and what to do. Without
+// the password of a repository that cannot be opened, and the exit code says so; a new
+// password is a matter of how varve was called.
+func (p passwordPurpose) noPassword(why error, next string) error {
+	if p.prefix != "" {
+		return usagef("no new repository password: %w: %s", why, next)
+	}
+	return fmt.Errorf("%w: %w: %s", errNoPassword, why, next)
+}
+
+// ways are those in which a password can be given.
+func (p passwordPurpose) ways() string {
+	return fmt.Sprintf("give --%[1]spassword-file, --%[1]spassword-command or $%[2]s, or type it on a terminal", p.prefix, environmentOf("", p.prefix+"password"))
+}
 
 // maxPassword bounds what is read as a password.
 const maxPassword = 64 << 10
@@ -61,7 +76,8 @@ func (a *app) password(ctx context.Context, purpose passwordPurpose) (string, er
 	if file == "" && command == "" {
 		if p, ok := a.lookupEnv(environmentOf("", purpose.prefix+"password")); ok {
 			if p == "" {
-				return "", usagef("$%s is empty", environmentOf("", purpose.prefix+"password"))
+				name := environmentOf("", purpose.prefix+"password")
+				return "", purpose.noPassword(fmt.Errorf("$%s is empty", name), "set it to the password, or unset it and give another way to it")
 			}
 			return p, nil
 		}
@@ -80,18 +96,18 @@ func (a *app) password(ctx context.Context, purpose passwordPurpose) (string, er
 	case file != "" && command != "":
 		return "", usagef("both %s and %s are given; give one", fileName, commandName)
 	case file != "":
-		return passwordFromFile(file)
+		return passwordFromFile(file, purpose)
 	case command != "":
-		return a.passwordFromCommand(ctx, command)
+		return a.passwordFromCommand(ctx, command, purpose)
 	default:
 		return a.passwordFromTerminal(purpose)
 	}
 }
 
-func passwordFromFile(file string) (string, error) {
+func passwordFromFile(file string, purpose passwordPurpose) (string, error) {
 	p, err := readSecretFile(file)
 	if err != nil {
-		return "", usagef("password file: %w", err)
+		return "", purpose.noPassword(fmt.Errorf("password file: %w", err), "name a file that this user may read, with the password as its one line")
 	}
 	return p, nil
 }
@@ -128,7 +144,7 @@ func oneLine(p []byte) (string, error) {
 	return string(p), nil
 }
 
-func (a *app) passwordFromCommand(ctx context.Context, command string) (string, error) {
+func (a *app) passwordFromCommand(ctx context.Context, command string, purpose passwordPurpose) (string, error) {
 	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", command)
 	// It may ask for something itself. What is piped into varve is not for it: a list
 	// of extents, or the NBD client of --stdio.
@@ -138,11 +154,14 @@ func (a *app) passwordFromCommand(ctx context.Context, command string) (string, 
 	cmd.Stderr = a.stderr
 	p, err := cmd.Output()
 	if err != nil {
-		return "", fmt.Errorf("password command: %w", err)
+		if ctx.Err() != nil {
+			return "", context.Cause(ctx)
+		}
+		return "", purpose.noPassword(fmt.Errorf("the password command failed: %w", err), "run it by itself (sh -c) to see why; it has to print the password and end with 0")
 	}
 	s, err := oneLine(p)
 	if err != nil {
-		return "", fmt.Errorf("what the password command printed %w", err)
+		return "", purpose.noPassword(fmt.Errorf("what the password command printed %w", err), "it has to print the password, as one line, to standard output")
 	}
 	return s, nil
 }
@@ -150,10 +169,7 @@ func (a *app) passwordFromCommand(ctx context.Context, command string) (string, 
 func (a *app) passwordFromTerminal(purpose passwordPurpose) (string, error) {
 	in, ok := a.stdin.(*os.File)
 	if !ok || !term.IsTerminal(int(in.Fd())) {
-		if purpose.prefix != "" {
-			return "", usagef("no new password: give --new-password-file, --new-password-command or $VARVE_NEW_PASSWORD, or run on a terminal")
-		}
-		return "", errNoPassword
+		return "", purpose.noPassword(errors.New("standard input is not a terminal"), purpose.ways())
 	}
 	ask := func(prompt string) (string, error) {
 		fmt.Fprint(a.stderr, prompt)
@@ -169,7 +185,7 @@ func (a *app) passwordFromTerminal(purpose passwordPurpose) (string, error) {
 		return "", err
 	}
 	if p == "" {
-		return "", errNoPassword
+		return "", purpose.noPassword(errors.New("nothing was typed"), purpose.ways())
 	}
 	if purpose.confirm {
 		again, err := ask("The same again: ")
