@@ -474,10 +474,20 @@ func TestAliases(t *testing.T) {
 		t.Errorf("alias of a deleted disk: %v", err)
 	}
 	open("a").Close()
-	// A writable one is bound for good.
+	// A writable one is bound for good once a client stays, not by one that asks.
 	now = now.Add(nbdserver.AliasGrace)
 	m.latest = "w"
 	open("w").Close()
+	m.latest = "a"
+	now = now.Add(nbdserver.AliasGrace)
+	open("a").Close()
+	now = now.Add(nbdserver.AliasGrace)
+	m.latest = "w"
+	stays := open("w")
+	if err := stays.Enter(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	stays.Close()
 	m.latest = "a"
 	now = now.Add(1000 * time.Hour)
 	open("w").Close()
