@@ -198,13 +198,19 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 			_ = os.Remove(f.overlays.Dir) // empty now, or somebody else's too
 		}
 	}()
-	var exports nbdserver.Resolver = catalog
-	if rules != nil {
-		exports = nbdserver.Restrict(catalog, rules)
-	}
-	cfg.Catalog = nbdserver.NewAliases(exports, nbdserver.AliasGrace, nil)
+	cfg.Catalog = clientView(catalog, rules)
 	run := &serving{app: a, flags: f, catalog: catalog, cache: cache, copies: copies, listeners: listeners, opening: opened.Sub(began), opened: opened}
 	return run.run(ctx, cfg)
+}
+
+// clientView is a catalogue as clients see it. The rules go before the aliases: a client
+// that may not open what an alias leads to must not touch what others have it bound to.
+func clientView(catalog nbdserver.Resolver, rules []nbdserver.AccessRule) nbdserver.Catalog {
+	aliases := nbdserver.NewAliases(catalog, nbdserver.AliasGrace, nil)
+	if rules == nil {
+		return aliases
+	}
+	return nbdserver.Restrict(aliases, rules)
 }
 
 // openCopies opens the cache of --hydrate; nil without.
