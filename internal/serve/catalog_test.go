@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -18,6 +19,7 @@ import (
 	"github.com/varve-io/varve/backup/repository/repotest"
 	"github.com/varve-io/varve/nbdserver"
 	"github.com/varve-io/varve/nbdserver/nbdtest"
+	"github.com/varve-io/varve/nbdserver/proto"
 )
 
 // memory is a disk to back up.
@@ -117,6 +119,63 @@ func TestNames(t *testing.T) {
 	}
 	if _, err := Open(t.Context(), r, image.NewCache(0), Options{Select: []string{"shop/no@latest"}}); !errors.Is(err, backup.ErrNoSuchPoint) {
 		t.Errorf("a point that is not there was selected: %v", err)
+	}
+}
+
+// A client learns nothing of points that it may not open from dirty bitmaps, under
+// none of their names, and reads what it may as before.
+func TestRestrictedContexts(t *testing.T) {
+	r := repotest.New(t).Open(t)
+	var points []*backup.Point
+	for i := range 3 {
+		points = append(points, save(t, r, "c", "shop/db", text(70_000, byte(i))))
+	}
+	open := func(opt Options, allowed ...*backup.Point) *nbdserver.Opened {
+		t.Helper()
+		var rules []nbdserver.AccessRule
+		for _, p := range allowed {
+			rules = append(rules, nbdserver.AccessRule{Client: "team", Export: p.Name()})
+		}
+		o, err := nbdserver.Restrict(openCatalog(t, r, opt), rules).Open(t.Context(), allowed[0].Name(), nbdserver.Client{Names: []string{"team"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(o.Close)
+		return o
+	}
+	dirty := func(name string) string { return proto.ContextDirtyBitmap + name }
+	for name, opt := range map[string]Options{"read-only": {}, "padded": {Pad: 512},
+		"writable": {Writable: &Overlays{Dir: filepath.Join(t.TempDir(), "overlays")}}} {
+		o := open(opt, points[2], points[0])
+		if _, ok := o.Export.(nbdserver.Writer); ok != (opt.Writable != nil) {
+			t.Errorf("%s: a writer: %v", name, ok)
+		}
+		s := o.Export.(nbdserver.Statuser)
+		got, err := s.Contexts(t.Context())
+		if want := []string{contextDepth, dirty(points[0].Name())}; err != nil || !slices.Equal(got, want) {
+			t.Errorf("%s: listed %q, %v", name, got, err)
+		}
+		for _, known := range []string{contextDepth, dirty(points[0].Name()), dirty(points[0].ID), dirty("shop/db@latest~2")} {
+			changed := false
+			err := s.Status(t.Context(), known, 0, o.Size(), func(_ int64, flags uint32) bool { changed = flags != 0; return false })
+			if !s.HasContext(t.Context(), known) || err != nil || !changed {
+				t.Errorf("%s: %s: %v", name, known, err)
+			}
+		}
+		for _, hidden := range []string{dirty(points[1].Name()), dirty(points[1].ID), dirty("shop/db@latest~1")} {
+			err := s.Status(t.Context(), hidden, 0, 512, func(int64, uint32) bool { t.Errorf("%s: told of %s", name, hidden); return false })
+			if s.HasContext(t.Context(), hidden) || !errors.Is(err, nbdserver.ErrUnknownExport) {
+				t.Errorf("%s: %s: %v", name, hidden, err)
+			}
+		}
+		p := make([]byte, 4096)
+		if _, err := o.ReadAt(t.Context(), p, 8192); err != nil || !bytes.Equal(p, text(70_000, 2)[8192:8192+4096]) {
+			t.Errorf("%s: reads differ: %v", name, err)
+		}
+		pieces, err := o.Export.(nbdserver.Lender).Lend(t.Context(), nil, 8192, 4096, true)
+		if lends := opt.Writable == nil; lends != (err == nil) || lends != (len(pieces) > 0) {
+			t.Errorf("%s: lent %d pieces, %v", name, len(pieces), err)
+		}
 	}
 }
 
