@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"testing"
@@ -15,6 +16,7 @@ import (
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/hydrate"
 	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/overlay"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/backup/repository/repotest"
 	"github.com/varve-io/varve/nbdserver"
@@ -337,6 +339,80 @@ func TestLinger(t *testing.T) {
 		if err := t.Context().Err(); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// One who only asks leaves nothing behind; one who stays has an overlay and a copy, and
+// what was written stays there.
+func TestOverlaysOfThoseWhoStay(t *testing.T) {
+	r := repotest.New(t).Open(t)
+	data := text(70_000, 1)
+	p := save(t, r, "c", "shop/db", data)
+	overlays, dir := filepath.Join(t.TempDir(), "overlays"), filepath.Join(t.TempDir(), "copies")
+	copies, err := hydrate.New(hydrate.Options{Dir: dir, Keep: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = copies.Close() })
+	c := openCatalog(t, r, Options{Writable: &Overlays{Dir: overlays, Keep: true}, Hydrate: copies, Pad: 512})
+	there := func() (n int) {
+		for _, path := range []string{filepath.Join(overlays, p.ID, "map"), filepath.Join(dir, p.ID, "map")} {
+			if _, err := os.Stat(path); err == nil {
+				n++
+			}
+		}
+		return n
+	}
+	o := c.mustOpen(t, p.Name())
+	w, ok := o.Export.(nbdserver.Writer)
+	if _, err := o.Export.(nbdserver.Statuser).Contexts(t.Context()); !ok || err != nil || o.Size() != 70_144 {
+		t.Errorf("asked: a writer %v of %d bytes, %v", ok, o.Size(), err)
+	}
+	if _, n := c.OverlayBytes(); n != 0 || there() != 0 {
+		t.Errorf("%d overlays, %d directories after somebody asked", n, there())
+	}
+	if _, err := w.WriteAt(t.Context(), []byte("x"), 0); err == nil {
+		t.Error("written before anybody stays")
+	}
+	if err := o.Enter(t.Context()); err != nil || there() != 2 {
+		t.Fatalf("%d directories after somebody stayed: %v", there(), err)
+	}
+	if _, err := w.WriteAt(t.Context(), []byte("written"), 5000); err != nil || w.Flush(t.Context()) != nil {
+		t.Fatal(err)
+	}
+	copy(data[5000:], "written")
+	o.Close()
+	again := c.mustOpen(t, p.Name())
+	got := make([]byte, len(data))
+	if _, err := again.ReadAt(t.Context(), got, 0); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("another client reads something else: %v", err)
+	}
+	if bytes, n := c.OverlayBytes(); n != 1 || bytes != overlay.Granule {
+		t.Errorf("%d overlays of %d bytes", n, bytes)
+	}
+}
+
+// A client that cannot have an overlay is refused, and the next one is not for that.
+func TestOverlayThatFails(t *testing.T) {
+	r := repotest.New(t).Open(t)
+	p := save(t, r, "c", "shop/db", text(70_000, 1))
+	dir := filepath.Join(t.TempDir(), "overlays")
+	if err := os.WriteFile(dir, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := openCatalog(t, r, Options{Writable: &Overlays{Dir: dir, Keep: true}})
+	o := c.mustOpen(t, p.Name())
+	if err := o.Enter(t.Context()); err == nil {
+		t.Error("entered without an overlay")
+	}
+	if err := os.Remove(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := o.Enter(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if held, err := backup.Leases(t.Context(), r); err != nil || len(held[p.ID]) != 1 {
+		t.Errorf("%d leases, %v", len(held[p.ID]), err)
 	}
 }
 
