@@ -18,6 +18,7 @@ import (
 
 	"github.com/varve-io/varve/backup/hydrate"
 	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/overlay"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/internal/serve"
 	"github.com/varve-io/varve/nbdserver"
@@ -177,7 +178,12 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 		cache = image.NewCacheWithWorkers(int64(f.cacheSize), f.readers)
 	}
 	defer cache.Close()
-	copies, err := f.openCopies(a.log)
+	scratch, err := f.scratch()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, scratch.close()) }()
+	copies, err := f.openCopies(a.log, scratch)
 	if err != nil {
 		return err
 	}
@@ -213,19 +219,50 @@ func clientView(catalog nbdserver.Resolver, rules []nbdserver.AccessRule) nbdser
 	return nbdserver.Restrict(aliases, rules)
 }
 
+// serveScratch is the temporary directories of a server. What a killed one left is
+// taken away by the next.
+type serveScratch struct {
+	overlays, copies *overlay.Scratch // nil where none is needed
+}
+
+// scratchParent is not a tmpfs, as /tmp may be.
+var scratchParent = "/var/tmp"
+
+// scratch makes the directories that flags do not name.
+func (f *serveFlags) scratch() (s serveScratch, err error) {
+	if f.writable && f.overlays.Dir == "" {
+		if s.overlays, err = overlay.NewScratch(scratchParent); err != nil {
+			return s, err
+		}
+		f.overlays.Dir = s.overlays.Dir
+	}
+	if f.hydrate && f.copies.Dir == "" {
+		if s.copies, err = overlay.NewScratch(scratchParent); err != nil {
+			return s, errors.Join(err, s.close())
+		}
+	}
+	return s, nil
+}
+
+func (s serveScratch) close() error {
+	var errs []error
+	for _, d := range []*overlay.Scratch{s.overlays, s.copies} {
+		if d != nil {
+			errs = append(errs, d.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // openCopies opens the cache of --hydrate; nil without.
-func (f *serveFlags) openCopies(log *slog.Logger) (*hydrate.Cache, error) {
+func (f *serveFlags) openCopies(log *slog.Logger, scratch serveScratch) (*hydrate.Cache, error) {
 	if !f.hydrate {
 		return nil, nil //nolint:nilnil // there is none, and that is no error
 	}
 	opt := f.copies
 	opt.Log, opt.Keep = log, opt.Dir != ""
-	if !opt.Keep {
-		dir, err := os.MkdirTemp("/var/tmp", "varve-hydrate-") // not a tmpfs, as /tmp may be
-		if err != nil {
-			return nil, fmt.Errorf("make a directory for local copies: %w", err)
-		}
-		opt.Dir = dir
+	if scratch.copies != nil {
+		opt.Dir = scratch.copies.Dir
 	}
 	if opt.Limit == 0 {
 		opt.FreeShare = 0.9
@@ -239,13 +276,6 @@ func (a *app) openCatalog(ctx context.Context, repo *repository.Repository, cach
 		opt.Pad = 512
 	}
 	if f.writable {
-		if f.overlays.Dir == "" {
-			dir, err := os.MkdirTemp("/var/tmp", "varve-overlays-") // not a tmpfs, as /tmp may be
-			if err != nil {
-				return nil, fmt.Errorf("make a directory for overlays: %w", err)
-			}
-			f.overlays.Dir = dir
-		}
 		opt.Writable = &f.overlays
 	}
 	catalog, err := serve.Open(ctx, repo, cache, opt)

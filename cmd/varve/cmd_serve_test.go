@@ -14,8 +14,10 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/overlay"
 	"github.com/varve-io/varve/internal/progress"
 	"github.com/varve-io/varve/nbdserver"
 	"github.com/varve-io/varve/nbdserver/nbdclient"
@@ -319,6 +321,62 @@ func TestServeHydrate(t *testing.T) {
 	startServer(t, env, args...).stop()
 	if _, err := os.Stat(filepath.Join(copies, first.ID)); !os.IsNotExist(err) {
 		t.Errorf("the copy of a deleted point: %v", err)
+	}
+}
+
+// What a killed server left in the clear goes with the next, and what a server makes
+// goes with it.
+func TestServeScratch(t *testing.T) {
+	env, disk := newBackupEnv(t)
+	backupJSON(t, env, disk, "--volume", "shop/db")
+	defer func(was string) { scratchParent = was }(scratchParent)
+	scratchParent = t.TempDir()
+	// A server that is killed neither removes its directories nor stays to hold them.
+	f := serveFlags{writable: true, hydrate: true}
+	killed, err := f.scratch()
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := time.Now().Add(-time.Hour)
+	for i, s := range []*overlay.Scratch{killed.overlays, killed.copies} {
+		dir := filepath.Join(scratchParent, fmt.Sprintf("kept%d", i))
+		if err := errors.Join(os.Rename(s.Dir, dir), s.Close(), os.Rename(dir, s.Dir), os.Mkdir(filepath.Join(s.Dir, "id"), 0o700),
+			os.WriteFile(filepath.Join(s.Dir, "id", "data"), []byte("secret"), 0o600), os.Chtimes(s.Dir, old, old)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	names := func() (dirs []string) {
+		entries, err := os.ReadDir(scratchParent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			dirs = append(dirs, filepath.Join(scratchParent, e.Name()))
+		}
+		return dirs
+	}
+	s := startServer(t, env, "--writable", "--hydrate")
+	for _, dir := range names() {
+		if dir == killed.overlays.Dir || dir == killed.copies.Dir {
+			t.Errorf("%s of a killed server is there still", dir)
+		}
+	}
+	if n := len(names()); n != 2 {
+		t.Errorf("%d directories of a server: %v", n, names())
+	}
+	e := s.enter(t, "shop/db@latest")
+	if err := e.WriteAt(t.Context(), []byte("x"), 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	_ = e.Close()
+	// Whatever lies there goes.
+	for _, dir := range names() {
+		if err := os.Mkdir(filepath.Join(dir, "half"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if r := s.stop(); r.code != exitOK || len(names()) != 0 {
+		t.Errorf("exit code %d, left %v\n%s", r.code, names(), r.stderr)
 	}
 }
 
