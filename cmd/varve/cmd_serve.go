@@ -78,7 +78,7 @@ one as a new recovery point.`,
   varve serve shop/db@latest --writable --listen 127.0.0.1:10809
   varve serve --listen 0.0.0.0 --tls-cert cert.pem --tls-key key.pem \
       --tls-client-ca ca.pem --allow 'db-team=shop/*'
-  nbdcopy -- [ varve serve shop/db@latest --stdio ] disk.img`,
+  nbdcopy -- [ varve serve shop/db@latest ] disk.img`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			f.overlays.Limit = int64(f.limit)
 			f.copies.Limit = int64(f.copyLimit)

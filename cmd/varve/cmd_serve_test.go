@@ -567,6 +567,16 @@ func TestNBDCommands(t *testing.T) {
 	}
 }
 
+// libnbd's brackets pass a socket, and what runs in them must not serve anything else.
+func TestServeExamples(t *testing.T) {
+	for line := range strings.Lines(newServeCommand(&app{}).Example) {
+		_, inner, ok := strings.Cut(line, "[ varve serve ")
+		if inner, _, closed := strings.Cut(inner, " ]"); ok && (!closed || strings.Contains(inner, "--stdio") || strings.Contains(inner, "--listen")) {
+			t.Errorf("socket activation with %q", inner)
+		}
+	}
+}
+
 func TestShellWord(t *testing.T) {
 	for in, want := range map[string]string{"a/b@c": "a/b@c", "": "''", "a?b": "'a?b'", "it's": `'it'\''s'`} {
 		if got := shellWord(in); got != want {
