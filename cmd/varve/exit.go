@@ -83,6 +83,7 @@ var exitCodes = []struct {
 	{backup.ErrOtherRestore, exitRefused},
 	{backup.ErrTargetTooSmall, exitRefused},
 	{errTargetExists, exitRefused},
+	{errNotPrivate, exitRefused},
 	{disk.ErrMounted, exitRefused},
 	{disk.ErrTooSmall, exitRefused},
 	{disk.ErrReadOnly, exitRefused},
