@@ -93,6 +93,8 @@ var exitCodes = []struct {
 	{hydrate.ErrInUse, exitRefused},
 	{hydrate.ErrNotACache, exitRefused},
 	{serve.ErrKept, exitRefused},
+	{serve.ErrPadded, exitRefused},
+	{serve.ErrNotPadded, exitRefused},
 	{serve.ErrNotWritable, exitUsage},
 	{nbdserver.ErrUnknownExport, exitNotFound},
 	{errOtherVolume, exitUsage},

@@ -392,6 +392,57 @@ func TestOverlaysOfThoseWhoStay(t *testing.T) {
 	}
 }
 
+// An overlay that only --pad keeps from fitting says so; nobody is told to remove it.
+func TestOverlayOfAnotherPadding(t *testing.T) {
+	r := repotest.New(t).Open(t)
+	p := save(t, r, "c", "shop/db", text(70_000, 1))
+	other := save(t, r, "c", "shop/web", text(80_000, 1))
+	enter := func(dir string, pad int64) error {
+		t.Helper()
+		c, err := Open(t.Context(), r, image.NewCache(1<<20), Options{Writable: &Overlays{Dir: dir, Keep: true}, Pad: pad})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			if err := c.Close(t.Context()); err != nil {
+				t.Error(err)
+			}
+		}()
+		o, err := c.Open(t.Context(), p.Name(), nbdserver.Client{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer o.Close()
+		return o.Enter(t.Context())
+	}
+	for pad, want := range map[int64]error{512: ErrPadded, 0: ErrNotPadded} {
+		dir := t.TempDir()
+		if err := enter(dir, pad); err != nil {
+			t.Fatal(err)
+		}
+		if err := enter(dir, 512-pad); !errors.Is(err, want) || errors.Is(err, overlay.ErrOtherBase) {
+			t.Errorf("made with --pad %d, opened with %d: %v", pad, 512-pad, err)
+		}
+		if err := enter(dir, pad); err != nil {
+			t.Error(err)
+		}
+		w, err := KeptOverlay(t.Context(), r, image.NewCache(1<<20), p, filepath.Join(dir, p.ID))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Close(); err != nil {
+			t.Error(err)
+		}
+		// That of another disk is another's all the same.
+		if err := os.Rename(filepath.Join(dir, p.ID), filepath.Join(dir, other.ID)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := KeptOverlay(t.Context(), r, image.NewCache(1<<20), other, filepath.Join(dir, other.ID)); !errors.Is(err, overlay.ErrOtherBase) {
+			t.Errorf("another disk's: %v", err)
+		}
+	}
+}
+
 // A client that cannot have an overlay is refused, and the next one is not for that.
 func TestOverlayThatFails(t *testing.T) {
 	r := repotest.New(t).Open(t)
