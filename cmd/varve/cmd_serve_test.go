@@ -552,6 +552,24 @@ func TestNBDCommands(t *testing.T) {
 	if !bytes.Equal(contents(t, file), want) {
 		t.Error("the copy differs")
 	}
+	// A file is replaced only when that is said; the export is not even asked for before.
+	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if r := runVarve(t, env, "nbd", "read", "nbd+unix:///?socket=/nowhere", file); r.code != exitRefused || !strings.Contains(r.stderr, "--overwrite") {
+		t.Errorf("onto a file: %+v", r)
+	}
+	if got := contents(t, file); string(got) != "precious" {
+		t.Errorf("the file holds %d bytes", len(got))
+	}
+	mustRun(t, env, "nbd", "read", s.uri(""), file, "--overwrite")
+	mustRun(t, env, "nbd", "read", s.uri(""), "/dev/null")
+	if !bytes.Equal(contents(t, file), want) {
+		t.Error("the copy over a file differs")
+	}
+	if out := mustRun(t, env, "nbd", "read", s.uri(""), "-", "--length", "5").stdout; out != string(want[:5]) {
+		t.Errorf("standard output: %q", out)
+	}
 	for _, args := range [][]string{
 		{"info", "http://x/"},
 		{"read", s.uri(""), "--offset", "1M", "--length", "1"},
