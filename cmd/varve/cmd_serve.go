@@ -133,7 +133,7 @@ func (f *serveFlags) check() error {
 		return usagef("--stdio serves one client and listens nowhere: leave out --listen")
 	case f.refresh <= 0:
 		return usagef("--refresh must be positive")
-	case f.tls.Certificate == "" && (f.tls.Key != "" || f.tls.ClientCA != "" || f.tls.AllowTLS12 || f.plain):
+	case (f.tls.Certificate == "" || f.tls.Key == "") && (f.tls != nbdserver.TLSFiles{} || f.plain):
 		return usagef("TLS needs --tls-cert and --tls-key")
 	}
 	return nil

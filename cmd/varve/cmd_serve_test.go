@@ -449,6 +449,7 @@ func TestServeRefusals(t *testing.T) {
 		{"names without certificates", []string{"--allow", "db=shop/*"}, "--tls-client-ca", exitUsage},
 		{"no rule", []string{"--allow", "db"}, "CLIENT=EXPORT", exitUsage},
 		{"half of TLS", []string{"--tls-key", "k"}, "--tls-cert", exitUsage},
+		{"the other half of TLS", []string{"--tls-cert", "c"}, "--tls-key", exitUsage},
 		{"no such point", []string{"shop/db@2001-01-01"}, "no such recovery point", exitFailure},
 		{"no such metrics address", []string{"--metrics", "nowhere.invalid:1"}, "metrics", exitFailure},
 		{"too little memory", []string{"--max-memory", "1M"}, "32 MiB", exitUsage},

@@ -98,7 +98,7 @@ var exitCodes = []struct {
 	{serve.ErrNotWritable, exitUsage},
 	{nbdserver.ErrUnknownExport, exitNotFound},
 	{errOtherVolume, exitUsage},
-	{fusefs.ErrNotMounted, exitNotFound},
+	{fusefs.ErrNotMounted, exitUsage},
 	{fusefs.ErrBusy, exitRefused},
 }
 
