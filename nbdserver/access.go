@@ -3,7 +3,10 @@ package nbdserver
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
+
+	"github.com/varve-io/varve/nbdserver/proto"
 )
 
 // AccessRule lets clients open exports. Both patterns may hold '*', which
@@ -26,7 +29,8 @@ func ParseAccessRule(s string) (AccessRule, error) {
 }
 
 // Restrict shows each client only the exports a rule lets it open; any other
-// name answers exactly as an unknown one.
+// name answers exactly as an unknown one. That holds for dirty bitmaps, too,
+// which are named by the export that they compare with.
 func Restrict(c Resolver, rules []AccessRule) Resolver {
 	return &restricted{Resolver: c, rules: rules}
 }
@@ -84,7 +88,85 @@ func (r *restricted) Open(ctx context.Context, name string, client Client) (*Ope
 		o.close()
 		return nil, ErrUnknownExport
 	}
-	return o, nil
+	return r.hideContexts(o, client), nil
+}
+
+// hideContexts takes the dirty bitmaps of hidden exports from an open one.
+func (r *restricted) hideContexts(o *Opened, client Client) *Opened {
+	s, ok := o.Export.(Statuser)
+	if !ok {
+		return o
+	}
+	e := &restrictedExport{Export: o.Export, all: s, rules: r, client: client}
+	shown := *o
+	shown.Export = e
+	if w, ok := o.Export.(Writer); ok {
+		shown.Export = struct {
+			*restrictedExport
+			Writer
+		}{e, w}
+	}
+	return &shown
+}
+
+// restrictedExport is an export with the metadata contexts that a client may
+// know of.
+type restrictedExport struct {
+	Export
+	all    Statuser
+	rules  *restricted
+	client Client
+}
+
+// Contexts lists those whose exports the client may open.
+func (e *restrictedExport) Contexts(ctx context.Context) ([]string, error) {
+	names, err := e.all.Contexts(ctx)
+	return slices.DeleteFunc(slices.Clone(names), func(name string) bool {
+		base, dirty := strings.CutPrefix(name, proto.ContextDirtyBitmap)
+		return dirty && !e.rules.allows(e.client, base)
+	}), err
+}
+
+// canonical is a context by the canonical name of its export, so that what is
+// asked about an alias is told of the very export that the rules allow.
+func (e *restrictedExport) canonical(ctx context.Context, name string) (string, error) {
+	base, dirty := strings.CutPrefix(name, proto.ContextDirtyBitmap)
+	if !dirty {
+		return name, nil
+	}
+	target, err := e.rules.Resolve(ctx, base, e.client)
+	return proto.ContextDirtyBitmap + target, err
+}
+
+// HasContext knows no context of an export that the client may not open.
+func (e *restrictedExport) HasContext(ctx context.Context, name string) bool {
+	name, err := e.canonical(ctx, name)
+	return err == nil && e.all.HasContext(ctx, name)
+}
+
+// Status tells flags, unless an alias has moved on to a hidden export.
+func (e *restrictedExport) Status(ctx context.Context, name string, off, length int64, yield func(int64, uint32) bool) error {
+	name, err := e.canonical(ctx, name)
+	if err != nil {
+		return err
+	}
+	return e.all.Status(ctx, name, off, length, yield)
+}
+
+// Lend passes on what the export lends.
+func (e *restrictedExport) Lend(ctx context.Context, dst []Piece, off int64, n int, wait bool) ([]Piece, error) {
+	if l, ok := e.Export.(Lender); ok {
+		return l.Lend(ctx, dst, off, n, wait)
+	}
+	return dst, ErrNotCached
+}
+
+// Prefetch passes on the hint.
+func (e *restrictedExport) Prefetch(ctx context.Context, off, length int64) error {
+	if f, ok := e.Export.(Prefetcher); ok {
+		return f.Prefetch(ctx, off, length)
+	}
+	return nil
 }
 
 // glob matches s against a pattern in which '*' stands for any characters. It

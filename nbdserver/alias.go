@@ -14,7 +14,10 @@ const AliasGrace = 60 * time.Second
 // to it resolves it, and it stays bound while any connection to it lives and
 // AliasGrace longer, so that a client with several connections, or one that
 // reconnects, never mixes two disks. An alias of a writable export is bound
-// for good: its overlay belongs to that disk.
+// for good once a client stays: its overlay belongs to that disk.
+//
+// Bindings are for all clients together, so the catalogue beneath has to answer
+// all alike: Restrict goes around this, not beneath it.
 type Aliases struct {
 	Resolver
 	grace time.Duration
@@ -81,12 +84,18 @@ func (a *Aliases) Open(ctx context.Context, name string, client Client) (*Opened
 		a.release(name, b, errors.Is(err, ErrUnknownExport))
 		return nil, err
 	}
-	if o.writer() != nil {
-		a.mu.Lock()
-		b.forever = true
-		a.mu.Unlock()
-	}
 	c := *o
+	c.Enter = func(ctx context.Context) error {
+		if err := o.begin(ctx); err != nil {
+			return err
+		}
+		if o.writer() != nil {
+			a.mu.Lock()
+			b.forever = true
+			a.mu.Unlock()
+		}
+		return nil
+	}
 	var once sync.Once
 	c.Close = func() {
 		once.Do(func() {

@@ -191,7 +191,7 @@ func (c *conn) startTLS() error {
 	c.nc = t
 	c.br.Reset(t)
 	c.client.TLS = true
-	c.client.Names = clientNames(t.ConnectionState())
+	c.client.Names = clientNames(t.ConnectionState(), c.srv.verifies)
 	if len(c.client.Names) > 0 {
 		c.log = c.log.With("name", c.client.Names[0])
 	}

@@ -64,9 +64,10 @@ type Config struct {
 
 // Server serves a Catalog to any number of clients. Make one with New.
 type Server struct {
-	cfg    Config
-	log    *slog.Logger
-	memory *semaphore.Weighted
+	cfg      Config
+	verifies bool // client certificates, by namelessAuthorities
+	log      *slog.Logger
+	memory   *semaphore.Weighted
 
 	ctx    context.Context // ends when Shutdown gives up waiting, or Close
 	cancel context.CancelFunc
@@ -115,9 +116,13 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
+	nameless := namelessAuthorities(cfg.TLS)
+	if nameless != nil {
+		cfg.TLS = nameless
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	return &Server{
-		cfg: cfg, log: cfg.Logger,
+		cfg: cfg, verifies: nameless != nil, log: cfg.Logger,
 		memory:    semaphore.NewWeighted(cfg.TotalMemory),
 		ctx:       ctx,
 		cancel:    cancel,

@@ -80,12 +80,69 @@ func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	return c.loaded, nil
 }
 
-// clientNames returns the names a verified client certificate proves.
-func clientNames(s tls.ConnectionState) []string {
-	if len(s.VerifiedChains) == 0 {
+// namelessAuthorities is a configuration that verifies client certificates as the
+// given one does, but asks for them without naming the authorities. GnuTLS (libnbd,
+// qemu) looks for a certificate of a named authority whose key fits the signatures
+// asked for, and takes RSA keys to fit PKCS #1 v1.5 only, which TLS 1.3 does not
+// sign with: it would send no certificate at all. Without names it sends the only
+// one it has. It returns nil for a configuration that has nothing to change.
+func namelessAuthorities(cfg *tls.Config) *tls.Config {
+	// One that is chosen for each client would not verify what this one does.
+	if cfg == nil || cfg.ClientAuth < tls.VerifyClientCertIfGiven || cfg.GetConfigForClient != nil {
 		return nil
 	}
-	leaf := s.VerifiedChains[0][0]
+	c := cfg.Clone()
+	c.ClientCAs = nil
+	c.ClientAuth = tls.RequestClientCert
+	if cfg.ClientAuth == tls.RequireAndVerifyClientCert {
+		c.ClientAuth = tls.RequireAnyClientCert
+	}
+	// Unlike VerifyPeerCertificate this is called for resumed sessions, too.
+	c.VerifyConnection = func(s tls.ConnectionState) error {
+		if err := verifyClient(cfg, s.PeerCertificates); err != nil {
+			return err
+		}
+		if cfg.VerifyConnection != nil {
+			return cfg.VerifyConnection(s)
+		}
+		return nil
+	}
+	return c
+}
+
+// verifyClient checks what a client sent as crypto/tls would.
+func verifyClient(cfg *tls.Config, sent []*x509.Certificate) error {
+	if len(sent) == 0 {
+		return nil // allowed here, or refused before
+	}
+	opts := x509.VerifyOptions{
+		Roots: cfg.ClientCAs, Intermediates: x509.NewCertPool(),
+		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}
+	if cfg.Time != nil {
+		opts.CurrentTime = cfg.Time()
+	}
+	for _, c := range sent[1:] {
+		opts.Intermediates.AddCert(c)
+	}
+	if _, err := sent[0].Verify(opts); err != nil {
+		return &tls.CertificateVerificationError{UnverifiedCertificates: sent, Err: err}
+	}
+	return nil
+}
+
+// clientNames returns the names a verified client certificate proves. verified says
+// that all certificates of s are, by verifyClient.
+func clientNames(s tls.ConnectionState, verified bool) []string {
+	var leaf *x509.Certificate
+	switch {
+	case len(s.VerifiedChains) > 0:
+		leaf = s.VerifiedChains[0][0]
+	case verified && len(s.PeerCertificates) > 0:
+		leaf = s.PeerCertificates[0]
+	default:
+		return nil
+	}
 	var names []string
 	if leaf.Subject.CommonName != "" {
 		names = append(names, leaf.Subject.CommonName)

@@ -2,9 +2,11 @@ package nbdserver_test
 
 import (
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -48,7 +50,7 @@ func newPKI(t *testing.T) *pki {
 	return p
 }
 
-func (p *pki) sign(c *x509.Certificate, pub *ecdsa.PublicKey) []byte {
+func (p *pki) sign(c *x509.Certificate, pub crypto.PublicKey) []byte {
 	p.t.Helper()
 	c.SerialNumber, _ = rand.Int(rand.Reader, big.NewInt(1<<62))
 	c.NotBefore, c.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
@@ -74,9 +76,14 @@ func (p *pki) write(name, typ string, der []byte) {
 func (p *pki) issue(role, name string) tls.Certificate {
 	p.t.Helper()
 	key, _ := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	return p.issueFor(role, name, key)
+}
+
+func (p *pki) issueFor(role, name string, key crypto.Signer) tls.Certificate {
+	p.t.Helper()
 	der := p.sign(&x509.Certificate{Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
 		KeyUsage:    x509.KeyUsageDigitalSignature,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}}, &key.PublicKey)
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}}, key.Public())
 	p.write(role+"-cert.pem", "CERTIFICATE", der)
 	pkcs, _ := x509.MarshalPKCS8PrivateKey(key)
 	p.write(role+"-key.pem", "PRIVATE KEY", pkcs)
@@ -340,6 +347,78 @@ func TestTLSInterop(t *testing.T) {
 	sameAsImage(t, out)
 }
 
+// libnbd and qemu get in with an RSA key, which GnuTLS offers over TLS 1.3 only where no
+// authority is named.
+func TestTLSInteropRSA(t *testing.T) {
+	p := newPKI(t)
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.issueFor("client", "dba", key)
+	rule, _ := nbdserver.ParseAccessRule("dba=disk")
+	_, path := serve(t, nbdserver.Config{TLS: p.config(true),
+		Catalog: nbdserver.Restrict(single(nbdtest.NewDisk(nbdtest.Image()).ReadOnly()), []nbdserver.AccessRule{rule})})
+	out := filepath.Join(t.TempDir(), "out")
+	run(t, "nbdcopy", "nbds+unix:///disk?socket="+path+"&tls-certificates="+p.dir, out)
+	sameAsImage(t, out)
+	if err := os.Remove(out); err != nil {
+		t.Fatal(err)
+	}
+	l, err := nbdserver.Listen("127.0.0.1:0") // qemu checks names of TCP servers only
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv, err := nbdserver.New(nbdserver.Config{TLS: p.config(true), Catalog: single(nbdtest.NewDisk(nbdtest.Image()).ReadOnly())})
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { _ = srv.Serve(l) }()
+	t.Cleanup(srv.Close)
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	run(t, "qemu-img", "convert", "--object", "tls-creds-x509,id=tls0,endpoint=client,dir="+p.dir, "--image-opts",
+		"driver=nbd,server.type=inet,server.host=localhost,server.port="+port+",tls-creds=tls0,export=disk", "-O", "raw", out)
+	sameAsImage(t, out)
+}
+
+// Authorities of clients are not named, and certificates of others refused all the same,
+// also where none need be sent.
+func TestClientAuthorities(t *testing.T) {
+	p, stranger := newPKI(t), newPKI(t)
+	for _, auth := range []tls.ClientAuthType{tls.RequireAndVerifyClientCert, tls.VerifyClientCertIfGiven} {
+		cfg := p.config(true)
+		cfg.ClientAuth = auth
+		asked := false
+		cfg.VerifyConnection = func(tls.ConnectionState) error { asked = true; return nil }
+		rule, _ := nbdserver.ParseAccessRule("dba=disk")
+		_, path := serve(t, nbdserver.Config{TLS: cfg, Catalog: nbdserver.Restrict(single(holes{size: 512}), []nbdserver.AccessRule{rule})})
+		info := func(send tls.Certificate) error {
+			c := negotiate(t, dialUnix(t, path), nbdclient.Simple)
+			err := c.StartTLS(ctx(t), &tls.Config{RootCAs: p.pool, ServerName: "localhost",
+				GetClientCertificate: func(r *tls.CertificateRequestInfo) (*tls.Certificate, error) {
+					if len(r.AcceptableCAs) > 0 {
+						t.Errorf("the server names %d authorities", len(r.AcceptableCAs))
+					}
+					return &send, nil
+				}})
+			if err == nil {
+				_, err = c.Info("disk")
+			}
+			return err
+		}
+		if err := info(p.issue("client", "dba")); err != nil || !asked {
+			t.Errorf("%v: a client of the authority: %v, own check called %v", auth, err, asked)
+		}
+		var refused *nbdclient.RefusedError
+		if err := info(stranger.issue("client", "dba")); err == nil || errors.As(err, &refused) {
+			t.Errorf("%v: a client of another authority: %v", auth, err)
+		}
+		if err := info(tls.Certificate{}); err == nil || errors.As(err, &refused) != (auth == tls.VerifyClientCertIfGiven) {
+			t.Errorf("%v: a client without a certificate: %v", auth, err)
+		}
+	}
+}
+
 // movable is a catalogue whose alias "latest" can be moved.
 type movable struct {
 	*nbdserver.Static
@@ -395,10 +474,20 @@ func TestAliases(t *testing.T) {
 		t.Errorf("alias of a deleted disk: %v", err)
 	}
 	open("a").Close()
-	// A writable one is bound for good.
+	// A writable one is bound for good once a client stays, not by one that asks.
 	now = now.Add(nbdserver.AliasGrace)
 	m.latest = "w"
 	open("w").Close()
+	m.latest = "a"
+	now = now.Add(nbdserver.AliasGrace)
+	open("a").Close()
+	now = now.Add(nbdserver.AliasGrace)
+	m.latest = "w"
+	stays := open("w")
+	if err := stays.Enter(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	stays.Close()
 	m.latest = "a"
 	now = now.Add(1000 * time.Hour)
 	open("w").Close()

@@ -127,7 +127,7 @@ func New(opt Options) (*Cache, error) {
 		free := float64(st.Bavail)*float64(st.Bsize) + float64(c.used.Load())
 		c.opt.Limit = max(int64(free*opt.FreeShare), 1)
 	}
-	for c.opt.Limit > 0 && c.used.Load() > opt.Limit && c.evict() {
+	for c.opt.Limit > 0 && c.used.Load() > c.opt.Limit && c.evict() {
 	}
 	return c, nil
 }

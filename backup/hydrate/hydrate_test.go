@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -307,6 +308,43 @@ func TestLimit(t *testing.T) {
 	}
 	if st := c.Stats(); st.Bytes != third.held.Load() {
 		t.Errorf("%+v, not %d", st, third.held.Load())
+	}
+}
+
+// Kept copies outlive a restart whose limit is a part of the free space; of those that
+// a smaller limit has no room for, the longest unused go.
+func TestLimitAtStart(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "cache")
+	src := newImage(20 * unit)
+	old := time.Now().Add(-time.Hour)
+	for _, id := range []string{"old", "new"} {
+		c, _ := openCache(t, Options{Dir: dir, Keep: true, FreeShare: 0.9})
+		d := c.mustOpen(t, src, id)
+		same(t, d, src.data)
+		closed(t, d)
+		if err := errors.Join(c.Close(), os.Chtimes(filepath.Join(dir, "old", "data"), old, old)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	there := func() (ids []string) {
+		for _, id := range []string{"old", "new"} {
+			if _, err := os.Stat(filepath.Join(dir, id, "data")); err == nil {
+				ids = append(ids, id)
+			}
+		}
+		return ids
+	}
+	c, _ := openCache(t, Options{Dir: dir, Keep: true, FreeShare: 0.9})
+	if got := there(); len(got) != 2 {
+		t.Errorf("after a restart there are copies of %v", got)
+	}
+	taken := c.Stats().Bytes
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	openCache(t, Options{Dir: dir, Keep: true, Limit: taken * 3 / 4})
+	if got := there(); !slices.Equal(got, []string{"new"}) {
+		t.Errorf("under a smaller limit there are copies of %v", got)
 	}
 }
 

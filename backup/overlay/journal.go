@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -55,6 +56,33 @@ func (h header) encode() []byte {
 	b = binary.LittleEndian.AppendUint32(b, uint32(len(h.baseID)))
 	b = append(b, h.baseID...)
 	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
+}
+
+// BaseOf reads which image the overlay in a directory was made over.
+func BaseOf(dir string) (baseID string, size int64, err error) {
+	f, err := os.Open(filepath.Join(dir, "map"))
+	if err != nil {
+		return "", 0, fmt.Errorf("open the overlay's map: %w", err)
+	}
+	defer f.Close()
+	head := make([]byte, 28)
+	if _, err := io.ReadFull(f, head); err != nil {
+		return "", 0, fmt.Errorf("read the overlay's map: %w", err)
+	}
+	n := binary.LittleEndian.Uint32(head[24:])
+	if n > maxBaseID {
+		return "", 0, fmt.Errorf("read the overlay's map: a base identity of %d bytes", n)
+	}
+	id := make([]byte, n)
+	if _, err := io.ReadFull(f, id); err != nil {
+		return "", 0, fmt.Errorf("read the overlay's map: %w", err)
+	}
+	h := header{size: int64(binary.LittleEndian.Uint64(head[16:])), baseID: string(id)}
+	sum := make([]byte, 4)
+	if _, err := io.ReadFull(f, sum); err != nil || !bytes.Equal(h.encode(), slices.Concat(head, id, sum)) {
+		return "", 0, errors.New("read the overlay's map: its header is not whole, or of another version")
+	}
+	return h.baseID, h.size, nil
 }
 
 // encodeFrame is the frame of at most maxFrameRuns runs.

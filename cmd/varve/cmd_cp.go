@@ -109,6 +109,13 @@ func (e *incompleteError) Unwrap() []error {
 	return errs
 }
 
+// inTheWayError is the refusal to replace a file, before anything was copied.
+type inTheWayError struct{ err error }
+
+func (e *inTheWayError) Error() string        { return e.err.Error() }
+func (e *inTheWayError) Unwrap() error        { return e.err }
+func (e *inTheWayError) Is(target error) bool { return target == errTargetExists }
+
 func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags) error {
 	into := false
 	if st, err := os.Stat(target); err == nil && st.IsDir() {
@@ -153,6 +160,9 @@ func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags
 		return err //nolint:wrapcheck // names the file
 	})
 	task.Done()
+	if errors.Is(err, fs.ErrExist) && sum.Files+sum.Dirs == 0 {
+		return &inTheWayError{err}
+	}
 	if err != nil {
 		return err
 	}

@@ -73,7 +73,7 @@ func TestFileCommands(t *testing.T) {
 		{"versions at one point", []string{"ls", "--versions", p + "/etc"}, exitUsage, "shop/db:/etc"},
 		{"ls -l", []string{"ls", "-l", p + "/etc"}, exitOK, "-rw-r-----"},
 		{"cp a pattern", []string{"cp", p + "/etc/*", dir}, exitOK, "copied 2 files"},
-		{"cp over a file", []string{"cp", p + "/etc/other", dir}, exitFailure, "--force"},
+		{"cp over a file", []string{"cp", p + "/etc/other", dir}, exitRefused, "--force"},
 		{"cp over a file by force", []string{"cp", "-f", p + "/etc/other", dir}, exitOK, "copied 1 file and 0 directories"},
 		{"cp a directory", []string{"cp", p + "/etc", dir}, exitFailure, "--recursive"},
 		{"cp a tree", []string{"cp", "-r", p + "/", filepath.Join(dir, "all")}, exitOK, "copied 3 files and 3 directories"},
@@ -315,7 +315,7 @@ func TestMountCommand(t *testing.T) {
 		t.Errorf("a second mount: exit code %d\n%s", r.code, r.stderr)
 	}
 	mustRun(t, env, "umount", dir)
-	if r := runVarve(t, env, "umount", dir); r.code != exitNotFound {
+	if r := runVarve(t, env, "umount", dir); r.code != exitUsage {
 		t.Errorf("a second umount: exit code %d\n%s", r.code, r.stderr)
 	}
 

@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 
 	"github.com/spf13/cobra"
 
+	"github.com/varve-io/varve/backup/disk"
 	"github.com/varve-io/varve/nbdserver/nbdclient"
 	"github.com/varve-io/varve/nbdserver/proto"
 )
@@ -277,10 +279,18 @@ func flagsMean(context string, flags uint64) string {
 
 func newNBDReadCommand(a *app) *cobra.Command {
 	var r nbdRange
-	var dump bool
+	var dump, overwrite bool
 	cmd := &cobra.Command{
 		Use: "read URI [FILE]", Short: "Read bytes of an export to a file or standard output", Args: cobra.RangeArgs(1, 2),
+		Long: `Read bytes of an export to a file, a device that is not in use, or standard output
+('-', and without FILE).`,
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			toFile := len(args) == 2 && args[1] != "-"
+			if toFile {
+				if err := mayReplace(args[1], overwrite); err != nil {
+					return err
+				}
+			}
 			e, err := enterExport(cmd.Context(), args[0])
 			if err != nil {
 				return err
@@ -291,8 +301,8 @@ func newNBDReadCommand(a *app) *cobra.Command {
 				return err
 			}
 			out := a.stdout
-			if len(args) == 2 {
-				f, err := os.Create(args[1])
+			if toFile {
+				f, err := createOutput(args[1])
 				if err != nil {
 					return err
 				}
@@ -304,7 +314,39 @@ func newNBDReadCommand(a *app) *cobra.Command {
 	}
 	r.flags(cmd)
 	cmd.Flags().BoolVar(&dump, "hex", false, "show a hex dump, numbered from the beginning of the range")
+	cmd.Flags().BoolVar(&overwrite, "overwrite", false, "replace a file that exists")
 	return cmd
+}
+
+// mayReplace refuses to write over a file, unless told to, and over what is in use.
+func mayReplace(path string, overwrite bool) error {
+	info, err := os.Stat(path)
+	switch {
+	case err != nil:
+		return nil //nolint:nilerr // there is nothing, or creating it tells what is wrong
+	case info.Mode().IsRegular() && info.Size() > 0 && !overwrite:
+		return fmt.Errorf("%w: %s: replace it with --overwrite, or choose another name", errTargetExists, path)
+	case !info.Mode().IsRegular() && !isBlockDevice(info):
+		return nil
+	}
+	uses, err := disk.Uses(path)
+	if err == nil && len(uses) > 0 {
+		err = &disk.InUseError{Path: path, Uses: uses, Advice: "release it (umount, swapoff, losetup -d, ...) or choose another target"}
+	}
+	return err
+}
+
+// createOutput opens what is written to. A device is claimed, so that nobody mounts it
+// meanwhile.
+func createOutput(path string) (*os.File, error) {
+	if info, err := os.Stat(path); err == nil && isBlockDevice(info) {
+		return os.OpenFile(path, os.O_WRONLY|os.O_EXCL, 0)
+	}
+	return os.Create(path)
+}
+
+func isBlockDevice(info fs.FileInfo) bool {
+	return info.Mode()&fs.ModeDevice != 0 && info.Mode()&fs.ModeCharDevice == 0
 }
 
 func copyExport(ctx context.Context, out io.Writer, e *nbdclient.Export, off, length int64, dump bool) error {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -18,6 +20,7 @@ import (
 
 	"github.com/varve-io/varve/backup/hydrate"
 	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/overlay"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/internal/serve"
 	"github.com/varve-io/varve/nbdserver"
@@ -77,7 +80,7 @@ one as a new recovery point.`,
   varve serve shop/db@latest --writable --listen 127.0.0.1:10809
   varve serve --listen 0.0.0.0 --tls-cert cert.pem --tls-key key.pem \
       --tls-client-ca ca.pem --allow 'db-team=shop/*'
-  nbdcopy -- [ varve serve shop/db@latest --stdio ] disk.img`,
+  nbdcopy -- [ varve serve shop/db@latest ] disk.img`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			f.overlays.Limit = int64(f.limit)
 			f.copies.Limit = int64(f.copyLimit)
@@ -130,7 +133,7 @@ func (f *serveFlags) check() error {
 		return usagef("--stdio serves one client and listens nowhere: leave out --listen")
 	case f.refresh <= 0:
 		return usagef("--refresh must be positive")
-	case f.tls.Certificate == "" && (f.tls.Key != "" || f.tls.ClientCA != "" || f.tls.AllowTLS12 || f.plain):
+	case (f.tls.Certificate == "" || f.tls.Key == "") && (f.tls != nbdserver.TLSFiles{} || f.plain):
 		return usagef("TLS needs --tls-cert and --tls-key")
 	}
 	return nil
@@ -177,7 +180,12 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 		cache = image.NewCacheWithWorkers(int64(f.cacheSize), f.readers)
 	}
 	defer cache.Close()
-	copies, err := f.openCopies(a.log)
+	scratch, err := f.scratch()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, scratch.close()) }()
+	copies, err := f.openCopies(a.log, scratch)
 	if err != nil {
 		return err
 	}
@@ -198,28 +206,65 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 			_ = os.Remove(f.overlays.Dir) // empty now, or somebody else's too
 		}
 	}()
-	var exports nbdserver.Resolver = catalog
-	if rules != nil {
-		exports = nbdserver.Restrict(catalog, rules)
-	}
-	cfg.Catalog = nbdserver.NewAliases(exports, nbdserver.AliasGrace, nil)
+	cfg.Catalog = clientView(catalog, rules)
 	run := &serving{app: a, flags: f, catalog: catalog, cache: cache, copies: copies, listeners: listeners, opening: opened.Sub(began), opened: opened}
 	return run.run(ctx, cfg)
 }
 
+// clientView is a catalogue as clients see it. The rules go before the aliases: a client
+// that may not open what an alias leads to must not touch what others have it bound to.
+func clientView(catalog nbdserver.Resolver, rules []nbdserver.AccessRule) nbdserver.Catalog {
+	aliases := nbdserver.NewAliases(catalog, nbdserver.AliasGrace, nil)
+	if rules == nil {
+		return aliases
+	}
+	return nbdserver.Restrict(aliases, rules)
+}
+
+// serveScratch is the temporary directories of a server. What a killed one left is
+// taken away by the next.
+type serveScratch struct {
+	overlays, copies *overlay.Scratch // nil where none is needed
+}
+
+// scratchParent is not a tmpfs, as /tmp may be.
+var scratchParent = "/var/tmp"
+
+// scratch makes the directories that flags do not name.
+func (f *serveFlags) scratch() (s serveScratch, err error) {
+	if f.writable && f.overlays.Dir == "" {
+		if s.overlays, err = overlay.NewScratch(scratchParent); err != nil {
+			return s, err
+		}
+		f.overlays.Dir = s.overlays.Dir
+	}
+	if f.hydrate && f.copies.Dir == "" {
+		if s.copies, err = overlay.NewScratch(scratchParent); err != nil {
+			return s, errors.Join(err, s.close())
+		}
+	}
+	return s, nil
+}
+
+func (s serveScratch) close() error {
+	var errs []error
+	for _, d := range []*overlay.Scratch{s.overlays, s.copies} {
+		if d != nil {
+			errs = append(errs, d.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // openCopies opens the cache of --hydrate; nil without.
-func (f *serveFlags) openCopies(log *slog.Logger) (*hydrate.Cache, error) {
+func (f *serveFlags) openCopies(log *slog.Logger, scratch serveScratch) (*hydrate.Cache, error) {
 	if !f.hydrate {
 		return nil, nil //nolint:nilnil // there is none, and that is no error
 	}
 	opt := f.copies
 	opt.Log, opt.Keep = log, opt.Dir != ""
-	if !opt.Keep {
-		dir, err := os.MkdirTemp("/var/tmp", "varve-hydrate-") // not a tmpfs, as /tmp may be
-		if err != nil {
-			return nil, fmt.Errorf("make a directory for local copies: %w", err)
-		}
-		opt.Dir = dir
+	if scratch.copies != nil {
+		opt.Dir = scratch.copies.Dir
 	}
 	if opt.Limit == 0 {
 		opt.FreeShare = 0.9
@@ -233,13 +278,6 @@ func (a *app) openCatalog(ctx context.Context, repo *repository.Repository, cach
 		opt.Pad = 512
 	}
 	if f.writable {
-		if f.overlays.Dir == "" {
-			dir, err := os.MkdirTemp("/var/tmp", "varve-overlays-") // not a tmpfs, as /tmp may be
-			if err != nil {
-				return nil, fmt.Errorf("make a directory for overlays: %w", err)
-			}
-			f.overlays.Dir = dir
-		}
 		opt.Writable = &f.overlays
 	}
 	catalog, err := serve.Open(ctx, repo, cache, opt)
@@ -313,11 +351,31 @@ func defaultSocket() (string, error) {
 		dir = "/run"
 	default:
 		dir = filepath.Join(os.TempDir(), "varve-"+strconv.Itoa(os.Geteuid()))
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return "", fmt.Errorf("make a directory for the socket: %w", err)
+		if err := privateDirectory(dir); err != nil {
+			return "", fmt.Errorf("directory for the socket: %w", err)
 		}
 	}
 	return filepath.Join(dir, "varve-nbd.sock"), nil
+}
+
+// errNotPrivate means that others can get at a directory that must be this user's only.
+var errNotPrivate = errors.New("it must be a directory of this user that nobody else may enter: remove it, or name another place by --listen or XDG_RUNTIME_DIR")
+
+// privateDirectory makes a directory, or makes sure that the one that is there was not
+// put there by somebody else, as anybody may in /tmp.
+func privateDirectory(dir string) error {
+	if err := os.Mkdir(dir, 0o700); !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	info, err := os.Lstat(dir)
+	if err != nil {
+		return err
+	}
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !info.IsDir() || info.Mode().Perm()&0o077 != 0 || !ok || int(st.Uid) != os.Geteuid() {
+		return fmt.Errorf("%s: %w", dir, errNotPrivate)
+	}
+	return nil
 }
 
 // serving is a server at work.

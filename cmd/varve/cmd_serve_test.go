@@ -14,10 +14,14 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/overlay"
 	"github.com/varve-io/varve/internal/progress"
+	"github.com/varve-io/varve/nbdserver"
 	"github.com/varve-io/varve/nbdserver/nbdclient"
+	"github.com/varve-io/varve/nbdserver/nbdtest"
 	"github.com/varve-io/varve/nbdserver/proto"
 )
 
@@ -320,6 +324,62 @@ func TestServeHydrate(t *testing.T) {
 	}
 }
 
+// What a killed server left in the clear goes with the next, and what a server makes
+// goes with it.
+func TestServeScratch(t *testing.T) {
+	env, disk := newBackupEnv(t)
+	backupJSON(t, env, disk, "--volume", "shop/db")
+	defer func(was string) { scratchParent = was }(scratchParent)
+	scratchParent = t.TempDir()
+	// A server that is killed neither removes its directories nor stays to hold them.
+	f := serveFlags{writable: true, hydrate: true}
+	killed, err := f.scratch()
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := time.Now().Add(-time.Hour)
+	for i, s := range []*overlay.Scratch{killed.overlays, killed.copies} {
+		dir := filepath.Join(scratchParent, fmt.Sprintf("kept%d", i))
+		if err := errors.Join(os.Rename(s.Dir, dir), s.Close(), os.Rename(dir, s.Dir), os.Mkdir(filepath.Join(s.Dir, "id"), 0o700),
+			os.WriteFile(filepath.Join(s.Dir, "id", "data"), []byte("secret"), 0o600), os.Chtimes(s.Dir, old, old)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	names := func() (dirs []string) {
+		entries, err := os.ReadDir(scratchParent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			dirs = append(dirs, filepath.Join(scratchParent, e.Name()))
+		}
+		return dirs
+	}
+	s := startServer(t, env, "--writable", "--hydrate")
+	for _, dir := range names() {
+		if dir == killed.overlays.Dir || dir == killed.copies.Dir {
+			t.Errorf("%s of a killed server is there still", dir)
+		}
+	}
+	if n := len(names()); n != 2 {
+		t.Errorf("%d directories of a server: %v", n, names())
+	}
+	e := s.enter(t, "shop/db@latest")
+	if err := e.WriteAt(t.Context(), []byte("x"), 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	_ = e.Close()
+	// Whatever lies there goes.
+	for _, dir := range names() {
+		if err := os.Mkdir(filepath.Join(dir, "half"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if r := s.stop(); r.code != exitOK || len(names()) != 0 {
+		t.Errorf("exit code %d, left %v\n%s", r.code, names(), r.stderr)
+	}
+}
+
 // The limits of the flags hold.
 func TestServeLimits(t *testing.T) {
 	env, disk := newBackupEnv(t)
@@ -389,6 +449,7 @@ func TestServeRefusals(t *testing.T) {
 		{"names without certificates", []string{"--allow", "db=shop/*"}, "--tls-client-ca", exitUsage},
 		{"no rule", []string{"--allow", "db"}, "CLIENT=EXPORT", exitUsage},
 		{"half of TLS", []string{"--tls-key", "k"}, "--tls-cert", exitUsage},
+		{"the other half of TLS", []string{"--tls-cert", "c"}, "--tls-key", exitUsage},
 		{"no such point", []string{"shop/db@2001-01-01"}, "no such recovery point", exitFailure},
 		{"no such metrics address", []string{"--metrics", "nowhere.invalid:1"}, "metrics", exitFailure},
 		{"too little memory", []string{"--max-memory", "1M"}, "32 MiB", exitUsage},
@@ -424,6 +485,42 @@ func TestServeRules(t *testing.T) {
 	}
 }
 
+// moving is a catalogue whose alias "latest" leads to the last export.
+type moving struct {
+	*nbdserver.Static
+	latest string
+}
+
+func (m *moving) Resolve(ctx context.Context, name string, c nbdserver.Client) (string, error) {
+	if name == "latest" {
+		name = m.latest
+	}
+	return m.Static.Resolve(ctx, name, c)
+}
+
+// A client without rights leaves alone what others have an alias bound to.
+func TestServeRulesAndAliases(t *testing.T) {
+	rule, err := nbdserver.ParseAccessRule("alice=*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	disk := nbdtest.NewEmptyDisk(4096).ReadOnly()
+	m := &moving{Static: nbdserver.NewStatic(nbdserver.Opened{Name: "a", Export: disk}, nbdserver.Opened{Name: "b", Export: disk}), latest: "a"}
+	view := clientView(m, []nbdserver.AccessRule{rule})
+	alice := nbdserver.Client{Names: []string{"alice"}}
+	for _, want := range []string{"a", "a"} {
+		o, err := view.Open(t.Context(), "latest", alice)
+		if err != nil || o.Name != want {
+			t.Fatalf("latest is %+v, not %s: %v", o, want, err)
+		}
+		o.Close()
+		m.latest = "b"
+		if _, err := view.Open(t.Context(), "latest", nbdserver.Client{Names: []string{"mallory"}}); !errors.Is(err, nbdserver.ErrUnknownExport) {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestNBDCommands(t *testing.T) {
 	env, disk := newBackupEnv(t)
 	first := backupJSON(t, env, disk, "--volume", "shop/db")
@@ -456,6 +553,24 @@ func TestNBDCommands(t *testing.T) {
 	if !bytes.Equal(contents(t, file), want) {
 		t.Error("the copy differs")
 	}
+	// A file is replaced only when that is said; the export is not even asked for before.
+	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if r := runVarve(t, env, "nbd", "read", "nbd+unix:///?socket=/nowhere", file); r.code != exitRefused || !strings.Contains(r.stderr, "--overwrite") {
+		t.Errorf("onto a file: %+v", r)
+	}
+	if got := contents(t, file); string(got) != "precious" {
+		t.Errorf("the file holds %d bytes", len(got))
+	}
+	mustRun(t, env, "nbd", "read", s.uri(""), file, "--overwrite")
+	mustRun(t, env, "nbd", "read", s.uri(""), "/dev/null")
+	if !bytes.Equal(contents(t, file), want) {
+		t.Error("the copy over a file differs")
+	}
+	if out := mustRun(t, env, "nbd", "read", s.uri(""), "-", "--length", "5").stdout; out != string(want[:5]) {
+		t.Errorf("standard output: %q", out)
+	}
 	for _, args := range [][]string{
 		{"info", "http://x/"},
 		{"read", s.uri(""), "--offset", "1M", "--length", "1"},
@@ -468,6 +583,47 @@ func TestNBDCommands(t *testing.T) {
 	}
 	if r := runVarve(t, env, "commit", s.uri("")); r.code == exitOK || !strings.Contains(r.stderr, "--writable") {
 		t.Errorf("commit of a read-only export: %+v", r)
+	}
+}
+
+// libnbd's brackets pass a socket, and what runs in them must not serve anything else.
+func TestServeExamples(t *testing.T) {
+	for line := range strings.Lines(newServeCommand(&app{}).Example) {
+		_, inner, ok := strings.Cut(line, "[ varve serve ")
+		if inner, _, closed := strings.Cut(inner, " ]"); ok && (!closed || strings.Contains(inner, "--stdio") || strings.Contains(inner, "--listen")) {
+			t.Errorf("socket activation with %q", inner)
+		}
+	}
+}
+
+// The default socket lies in a directory of this user only, whoever was there first.
+func TestPrivateDirectory(t *testing.T) {
+	in := t.TempDir()
+	for name, make := range map[string]func(dir string) error{
+		"file":    func(dir string) error { return os.WriteFile(dir, nil, 0o600) },
+		"open":    func(dir string) error { return errors.Join(os.Mkdir(dir, 0o700), os.Chmod(dir, 0o777)) },
+		"group":   func(dir string) error { return errors.Join(os.Mkdir(dir, 0o700), os.Chmod(dir, 0o750)) },
+		"symlink": func(dir string) error { return os.Symlink(in, dir) },
+		"somebody's": func(dir string) error {
+			if os.Geteuid() != 0 {
+				return os.Symlink(in, dir)
+			}
+			return errors.Join(os.Mkdir(dir, 0o700), os.Chown(dir, 65534, 65534))
+		},
+	} {
+		dir := filepath.Join(in, name)
+		if err := make(dir); err != nil {
+			t.Fatal(err)
+		}
+		if err := privateDirectory(dir); !errors.Is(err, errNotPrivate) || exitCode(err) != exitRefused {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	own := filepath.Join(in, "own")
+	for range 2 {
+		if err := privateDirectory(own); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

@@ -83,6 +83,7 @@ var exitCodes = []struct {
 	{backup.ErrOtherRestore, exitRefused},
 	{backup.ErrTargetTooSmall, exitRefused},
 	{errTargetExists, exitRefused},
+	{errNotPrivate, exitRefused},
 	{disk.ErrMounted, exitRefused},
 	{disk.ErrTooSmall, exitRefused},
 	{disk.ErrReadOnly, exitRefused},
@@ -92,10 +93,12 @@ var exitCodes = []struct {
 	{hydrate.ErrInUse, exitRefused},
 	{hydrate.ErrNotACache, exitRefused},
 	{serve.ErrKept, exitRefused},
+	{serve.ErrPadded, exitRefused},
+	{serve.ErrNotPadded, exitRefused},
 	{serve.ErrNotWritable, exitUsage},
 	{nbdserver.ErrUnknownExport, exitNotFound},
 	{errOtherVolume, exitUsage},
-	{fusefs.ErrNotMounted, exitNotFound},
+	{fusefs.ErrNotMounted, exitUsage},
 	{fusefs.ErrBusy, exitRefused},
 }
 

@@ -205,7 +205,7 @@ func TestKernelMountLeavesOtherLoopDevices(t *testing.T) {
 		}
 	}
 	for _, lazy := range []string{"--lazy=false", "--lazy"} {
-		if r := runVarve(t, env, "umount", lazy, other); r.code != exitNotFound {
+		if r := runVarve(t, env, "umount", lazy, other); r.code != exitUsage {
 			t.Errorf("umount %s of another's mount: exit code %d\n%s", lazy, r.code, r.stderr)
 		}
 		check("after umount")

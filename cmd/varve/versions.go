@@ -70,6 +70,9 @@ func (a *app) versions(ctx context.Context, arg string, stale bool) (err error) 
 	if err != nil {
 		return err
 	}
+	if len(list) == 1 && list[0].File == nil {
+		return fmt.Errorf("%s: %w", arg, fs.ErrNotExist) // in no point
+	}
 	return a.print(list, func(t *table) {
 		t.row("FIRST", "LAST", "POINTS", "MODE", "UID", "GID", "SIZE", "MODIFIED")
 		for _, v := range list {

@@ -50,6 +50,7 @@ func TestVersionsOfAFile(t *testing.T) {
 	}{
 		{[]string{"ls", "--versions", "shop/db"}, exitUsage},
 		{[]string{"ls", "--versions", "shop/nothing:/data"}, exitNotFound},
+		{[]string{"ls", "--versions", "shop/db:/nothing"}, exitFailure},
 	} {
 		if r := runVarve(t, env, c.args...); r.code != c.code {
 			t.Errorf("%v: exit code %d, want %d\n%s", c.args, r.code, c.code, r.stderr)

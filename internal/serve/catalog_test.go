@@ -7,17 +7,21 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/hydrate"
 	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/overlay"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/backup/repository/repotest"
 	"github.com/varve-io/varve/nbdserver"
 	"github.com/varve-io/varve/nbdserver/nbdtest"
+	"github.com/varve-io/varve/nbdserver/proto"
 )
 
 // memory is a disk to back up.
@@ -117,6 +121,63 @@ func TestNames(t *testing.T) {
 	}
 	if _, err := Open(t.Context(), r, image.NewCache(0), Options{Select: []string{"shop/no@latest"}}); !errors.Is(err, backup.ErrNoSuchPoint) {
 		t.Errorf("a point that is not there was selected: %v", err)
+	}
+}
+
+// A client learns nothing of points that it may not open from dirty bitmaps, under
+// none of their names, and reads what it may as before.
+func TestRestrictedContexts(t *testing.T) {
+	r := repotest.New(t).Open(t)
+	var points []*backup.Point
+	for i := range 3 {
+		points = append(points, save(t, r, "c", "shop/db", text(70_000, byte(i))))
+	}
+	open := func(opt Options, allowed ...*backup.Point) *nbdserver.Opened {
+		t.Helper()
+		var rules []nbdserver.AccessRule
+		for _, p := range allowed {
+			rules = append(rules, nbdserver.AccessRule{Client: "team", Export: p.Name()})
+		}
+		o, err := nbdserver.Restrict(openCatalog(t, r, opt), rules).Open(t.Context(), allowed[0].Name(), nbdserver.Client{Names: []string{"team"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(o.Close)
+		return o
+	}
+	dirty := func(name string) string { return proto.ContextDirtyBitmap + name }
+	for name, opt := range map[string]Options{"read-only": {}, "padded": {Pad: 512},
+		"writable": {Writable: &Overlays{Dir: filepath.Join(t.TempDir(), "overlays")}}} {
+		o := open(opt, points[2], points[0])
+		if _, ok := o.Export.(nbdserver.Writer); ok != (opt.Writable != nil) {
+			t.Errorf("%s: a writer: %v", name, ok)
+		}
+		s := o.Export.(nbdserver.Statuser)
+		got, err := s.Contexts(t.Context())
+		if want := []string{contextDepth, dirty(points[0].Name())}; err != nil || !slices.Equal(got, want) {
+			t.Errorf("%s: listed %q, %v", name, got, err)
+		}
+		for _, known := range []string{contextDepth, dirty(points[0].Name()), dirty(points[0].ID), dirty("shop/db@latest~2")} {
+			changed := false
+			err := s.Status(t.Context(), known, 0, o.Size(), func(_ int64, flags uint32) bool { changed = flags != 0; return false })
+			if !s.HasContext(t.Context(), known) || err != nil || !changed {
+				t.Errorf("%s: %s: %v", name, known, err)
+			}
+		}
+		for _, hidden := range []string{dirty(points[1].Name()), dirty(points[1].ID), dirty("shop/db@latest~1")} {
+			err := s.Status(t.Context(), hidden, 0, 512, func(int64, uint32) bool { t.Errorf("%s: told of %s", name, hidden); return false })
+			if s.HasContext(t.Context(), hidden) || !errors.Is(err, nbdserver.ErrUnknownExport) {
+				t.Errorf("%s: %s: %v", name, hidden, err)
+			}
+		}
+		p := make([]byte, 4096)
+		if _, err := o.ReadAt(t.Context(), p, 8192); err != nil || !bytes.Equal(p, text(70_000, 2)[8192:8192+4096]) {
+			t.Errorf("%s: reads differ: %v", name, err)
+		}
+		pieces, err := o.Export.(nbdserver.Lender).Lend(t.Context(), nil, 8192, 4096, true)
+		if lends := opt.Writable == nil; lends != (err == nil) || lends != (len(pieces) > 0) {
+			t.Errorf("%s: lent %d pieces, %v", name, len(pieces), err)
+		}
 	}
 }
 
@@ -278,6 +339,131 @@ func TestLinger(t *testing.T) {
 		if err := t.Context().Err(); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// One who only asks leaves nothing behind; one who stays has an overlay and a copy, and
+// what was written stays there.
+func TestOverlaysOfThoseWhoStay(t *testing.T) {
+	r := repotest.New(t).Open(t)
+	data := text(70_000, 1)
+	p := save(t, r, "c", "shop/db", data)
+	overlays, dir := filepath.Join(t.TempDir(), "overlays"), filepath.Join(t.TempDir(), "copies")
+	copies, err := hydrate.New(hydrate.Options{Dir: dir, Keep: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = copies.Close() })
+	c := openCatalog(t, r, Options{Writable: &Overlays{Dir: overlays, Keep: true}, Hydrate: copies, Pad: 512})
+	there := func() (n int) {
+		for _, path := range []string{filepath.Join(overlays, p.ID, "map"), filepath.Join(dir, p.ID, "map")} {
+			if _, err := os.Stat(path); err == nil {
+				n++
+			}
+		}
+		return n
+	}
+	o := c.mustOpen(t, p.Name())
+	w, ok := o.Export.(nbdserver.Writer)
+	if _, err := o.Export.(nbdserver.Statuser).Contexts(t.Context()); !ok || err != nil || o.Size() != 70_144 {
+		t.Errorf("asked: a writer %v of %d bytes, %v", ok, o.Size(), err)
+	}
+	if _, n := c.OverlayBytes(); n != 0 || there() != 0 {
+		t.Errorf("%d overlays, %d directories after somebody asked", n, there())
+	}
+	if _, err := w.WriteAt(t.Context(), []byte("x"), 0); err == nil {
+		t.Error("written before anybody stays")
+	}
+	if err := o.Enter(t.Context()); err != nil || there() != 2 {
+		t.Fatalf("%d directories after somebody stayed: %v", there(), err)
+	}
+	if _, err := w.WriteAt(t.Context(), []byte("written"), 5000); err != nil || w.Flush(t.Context()) != nil {
+		t.Fatal(err)
+	}
+	copy(data[5000:], "written")
+	o.Close()
+	again := c.mustOpen(t, p.Name())
+	got := make([]byte, len(data))
+	if _, err := again.ReadAt(t.Context(), got, 0); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("another client reads something else: %v", err)
+	}
+	if bytes, n := c.OverlayBytes(); n != 1 || bytes != overlay.Granule {
+		t.Errorf("%d overlays of %d bytes", n, bytes)
+	}
+}
+
+// An overlay that only --pad keeps from fitting says so; nobody is told to remove it.
+func TestOverlayOfAnotherPadding(t *testing.T) {
+	r := repotest.New(t).Open(t)
+	p := save(t, r, "c", "shop/db", text(70_000, 1))
+	other := save(t, r, "c", "shop/web", text(80_000, 1))
+	enter := func(dir string, pad int64) error {
+		t.Helper()
+		c, err := Open(t.Context(), r, image.NewCache(1<<20), Options{Writable: &Overlays{Dir: dir, Keep: true}, Pad: pad})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			if err := c.Close(t.Context()); err != nil {
+				t.Error(err)
+			}
+		}()
+		o, err := c.Open(t.Context(), p.Name(), nbdserver.Client{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer o.Close()
+		return o.Enter(t.Context())
+	}
+	for pad, want := range map[int64]error{512: ErrPadded, 0: ErrNotPadded} {
+		dir := t.TempDir()
+		if err := enter(dir, pad); err != nil {
+			t.Fatal(err)
+		}
+		if err := enter(dir, 512-pad); !errors.Is(err, want) || errors.Is(err, overlay.ErrOtherBase) {
+			t.Errorf("made with --pad %d, opened with %d: %v", pad, 512-pad, err)
+		}
+		if err := enter(dir, pad); err != nil {
+			t.Error(err)
+		}
+		w, err := KeptOverlay(t.Context(), r, image.NewCache(1<<20), p, filepath.Join(dir, p.ID))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Close(); err != nil {
+			t.Error(err)
+		}
+		// That of another disk is another's all the same.
+		if err := os.Rename(filepath.Join(dir, p.ID), filepath.Join(dir, other.ID)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := KeptOverlay(t.Context(), r, image.NewCache(1<<20), other, filepath.Join(dir, other.ID)); !errors.Is(err, overlay.ErrOtherBase) {
+			t.Errorf("another disk's: %v", err)
+		}
+	}
+}
+
+// A client that cannot have an overlay is refused, and the next one is not for that.
+func TestOverlayThatFails(t *testing.T) {
+	r := repotest.New(t).Open(t)
+	p := save(t, r, "c", "shop/db", text(70_000, 1))
+	dir := filepath.Join(t.TempDir(), "overlays")
+	if err := os.WriteFile(dir, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := openCatalog(t, r, Options{Writable: &Overlays{Dir: dir, Keep: true}})
+	o := c.mustOpen(t, p.Name())
+	if err := o.Enter(t.Context()); err == nil {
+		t.Error("entered without an overlay")
+	}
+	if err := os.Remove(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := o.Enter(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if held, err := backup.Leases(t.Context(), r); err != nil || len(held[p.ID]) != 1 {
+		t.Errorf("%d leases, %v", len(held[p.ID]), err)
 	}
 }
 

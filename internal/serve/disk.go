@@ -9,13 +9,14 @@ import (
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/nbdserver"
+	"github.com/varve-io/varve/nbdserver/proto"
 )
 
 // Names of the metadata contexts of a recovery point, as qemu defines them
 // (docs/interop/nbd.txt of qemu).
 const (
 	contextDepth = "qemu:allocation-depth"
-	contextDirty = "qemu:dirty-bitmap:"
+	contextDirty = proto.ContextDirtyBitmap
 )
 
 // Disk is a recovery point as an export. It is immutable and safe for

@@ -3,6 +3,7 @@ package serve
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 
 	"github.com/varve-io/varve/backup/hydrate"
 	"github.com/varve-io/varve/nbdserver"
@@ -12,7 +13,7 @@ import (
 // through the page cache, and all else from the disk.
 type hydrated struct {
 	*Disk
-	local *hydrate.Disk
+	local atomic.Pointer[hydrate.Disk] // nil until a client stays, and where none could be had
 }
 
 var (
@@ -25,7 +26,10 @@ var (
 
 // ReadAt fills p from off.
 func (h *hydrated) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
-	return h.local.ReadAt(ctx, p, off)
+	if local := h.local.Load(); local != nil {
+		return local.ReadAt(ctx, p, off)
+	}
+	return h.Disk.ReadAt(ctx, p, off)
 }
 
 // maxNow is the most bytes copied from the page cache on the spot, by the
@@ -43,8 +47,9 @@ func (c *pageCopy) Release() { copies.Put(c) }
 // Lend lends what is in the page cache, or in the memory of the disk's own
 // cache. Where it would wait, ReadAt is to be used.
 func (h *hydrated) Lend(ctx context.Context, dst []nbdserver.Piece, off int64, n int, wait bool) ([]nbdserver.Piece, error) {
-	if !h.local.Has(off, int64(n)) && !wait {
-		return h.Disk.Lend(ctx, dst, off, n, false)
+	local := h.local.Load()
+	if local == nil || !local.Has(off, int64(n)) && !wait {
+		return h.Disk.Lend(ctx, dst, off, n, wait)
 	}
 	if wait || n > maxNow {
 		return dst, nbdserver.ErrNotCached
@@ -55,10 +60,10 @@ func (h *hydrated) Lend(ctx context.Context, dst []nbdserver.Piece, off int64, n
 	}
 	have := len(dst)
 	for b := c.b[:n]; len(b) > 0; {
-		zero, k := h.local.Run(off, int64(len(b)))
+		zero, k := local.Run(off, int64(len(b)))
 		if zero {
 			dst = append(dst, nbdserver.Piece{Zeroes: int(k)})
-		} else if h.local.ReadNow(b[:k], off) {
+		} else if local.ReadNow(b[:k], off) {
 			dst = append(dst, nbdserver.Piece{Data: b[:k:k]})
 		} else {
 			c.Release()
@@ -72,10 +77,17 @@ func (h *hydrated) Lend(ctx context.Context, dst []nbdserver.Piece, off int64, n
 
 // Prefetch asks for what is not here yet.
 func (h *hydrated) Prefetch(ctx context.Context, off, length int64) error {
-	if h.local.Has(off, length) {
+	if local := h.local.Load(); local != nil && local.Has(off, length) {
 		return nil
 	}
 	return h.Disk.Prefetch(ctx, off, length)
+}
+
+func (h *hydrated) close() error {
+	if local := h.local.Load(); local != nil {
+		return local.Close()
+	}
+	return nil
 }
 
 // hydrationUnit is the unit of a copy of an image with such blocks; 0 for the

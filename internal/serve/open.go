@@ -10,9 +10,7 @@ import (
 	"time"
 
 	"github.com/varve-io/varve/backup"
-	"github.com/varve-io/varve/backup/hydrate"
 	"github.com/varve-io/varve/backup/image"
-	"github.com/varve-io/varve/backup/overlay"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/nbdserver"
 )
@@ -22,10 +20,10 @@ type entry struct {
 	id    string
 	ready chan struct{} // closed once the fields below and err are set
 
-	err     error
-	export  nbdserver.Export
-	overlay *overlay.Overlay // nil for a read-only one
-	local   *hydrate.Disk    // nil without hydration
+	err      error
+	export   nbdserver.Export
+	hydrated *hydrated // nil without hydration
+	written  *writable // nil for a read-only one
 
 	entering sync.Mutex
 	entered  atomic.Bool   // a client stayed
@@ -73,8 +71,9 @@ func (c *Catalog) acquire(ctx context.Context, p *backup.Point, name string) (*e
 
 var errClosed = errors.New("the server is shutting down")
 
-// fill opens the point. Nothing is pruned under those who only ask about it
-// that they would miss: the lease comes with the first who stays.
+// fill opens the point. Those who only ask about it miss nothing that is pruned, and
+// leave nothing behind: the lease, the local copy and the overlay come with the first
+// who stays.
 func (c *Catalog) fill(ctx context.Context, e *entry, p *backup.Point, name string) error {
 	img, err := c.openImage(ctx, p)
 	if err != nil {
@@ -83,11 +82,8 @@ func (c *Catalog) fill(ctx context.Context, e *entry, p *backup.Point, name stri
 	disk := &Disk{img: img, name: name, bases: &siblings{c: c, id: p.ID}}
 	e.export = disk
 	if c.opt.Hydrate != nil {
-		if e.local, err = c.opt.Hydrate.Open(disk, p.ID, hydrationUnit(img.BlockSize())); err != nil {
-			c.log.WarnContext(ctx, "no local copy of a disk; it is read from the repository", "export", name, "err", err)
-		} else {
-			e.export = &hydrated{Disk: disk, local: e.local}
-		}
+		e.hydrated = &hydrated{Disk: disk}
+		e.export = e.hydrated
 	}
 	if c.opt.Pad > 0 {
 		e.export = nbdserver.Pad(e.export, c.opt.Pad)
@@ -96,28 +92,21 @@ func (c *Catalog) fill(ctx context.Context, e *entry, p *backup.Point, name stri
 		c.log.WarnContext(ctx, "size is no multiple of 512: a Linux kernel client loses the rest; --pad fills it up",
 			"export", name, "size", size)
 	}
-	if c.opt.Writable == nil {
-		return nil
+	if c.opt.Writable != nil {
+		e.written = &writable{base: e.export}
+		e.export = e.written
 	}
-	e.overlay, err = c.opt.Writable.open(e.export, p.ID)
-	if err != nil {
-		if e.local != nil {
-			err = errors.Join(err, e.local.Close())
-		}
-		return err
-	}
-	e.export = e.overlay
 	return nil
 }
 
-// enter takes the lease of a point for its first client.
+// enter opens what the first client of a point needs that stays.
 func (c *Catalog) enter(ctx context.Context, e *entry, p *backup.Point, name string) error {
 	e.entering.Lock()
 	defer e.entering.Unlock()
 	if e.entered.Load() {
 		return nil
 	}
-	if c.repo.Writable() {
+	if e.lease == nil && c.repo.Writable() {
 		lease, err := backup.AcquireLease(context.WithoutCancel(ctx), c.repo, p, "serve")
 		if errors.Is(err, backup.ErrNoSuchPoint) {
 			return nbdserver.ErrUnknownExport // deleted since the last refresh
@@ -127,8 +116,21 @@ func (c *Catalog) enter(ctx context.Context, e *entry, p *backup.Point, name str
 		}
 		e.lease = lease
 	}
-	if e.local != nil {
-		e.local.Start()
+	if e.written != nil {
+		o, err := c.opt.Writable.open(e.written.base, p.ID)
+		if err != nil {
+			return err
+		}
+		e.written.over.Store(o)
+	}
+	if e.hydrated != nil {
+		local, err := c.opt.Hydrate.Open(e.hydrated.Disk, p.ID, hydrationUnit(e.hydrated.img.BlockSize()))
+		if err != nil {
+			c.log.WarnContext(ctx, "no local copy of a disk; it is read from the repository", "export", name, "err", err)
+		} else {
+			e.hydrated.local.Store(local)
+			local.Start()
+		}
 	}
 	e.entered.Store(true)
 	return nil
@@ -163,7 +165,7 @@ func (c *Catalog) release(e *entry) {
 	switch {
 	case e.err != nil:
 		delete(c.open, e.id)
-	case e.overlay != nil && e.entered.Load():
+	case e.written != nil && e.entered.Load():
 	default:
 		e.linger = time.AfterFunc(c.opt.Linger, func() { c.drop(e) })
 	}
@@ -189,11 +191,11 @@ func (c *Catalog) drop(e *entry) {
 
 func (e *entry) close(ctx context.Context) error {
 	var err error
-	if e.overlay != nil {
-		err = e.overlay.Close()
+	if e.written != nil {
+		err = e.written.close()
 	}
-	if e.local != nil {
-		err = errors.Join(err, e.local.Close())
+	if e.hydrated != nil {
+		err = errors.Join(err, e.hydrated.close())
 	}
 	if e.lease != nil {
 		err = errors.Join(err, e.lease.Close(ctx))
@@ -231,8 +233,11 @@ func (c *Catalog) OverlayBytes() (bytes int64, overlays int) {
 	for _, e := range c.open {
 		select {
 		case <-e.ready:
-			if e.overlay != nil {
-				bytes += e.overlay.Used()
+			if e.written == nil {
+				continue
+			}
+			if o := e.written.over.Load(); o != nil {
+				bytes += o.Used()
 				overlays++
 			}
 		default:

@@ -46,8 +46,30 @@ func (o *Overlays) open(base nbdserver.Export, id string) (*overlay.Overlay, err
 	return OpenOverlay(base, filepath.Join(o.Dir, id), id, o.Limit, o.Keep)
 }
 
+var (
+	// ErrPadded means that an overlay is of this disk, at the size that it has
+	// with Options.Pad.
+	ErrPadded = errors.New("this overlay was made with --pad: serve it with --pad again")
+	// ErrNotPadded means that an overlay is of this disk, at the size that it has
+	// without Options.Pad.
+	ErrNotPadded = errors.New("this overlay was made without --pad: serve it without")
+)
+
 // OpenOverlay opens the overlay of a point in a directory, over the point's
 // disk, or starts one there.
 func OpenOverlay(base nbdserver.Export, dir, id string, limit int64, keep bool) (*overlay.Overlay, error) {
-	return overlay.Open(base, overlay.Options{Dir: dir, BaseID: paddedID(id, base.Size()), Limit: limit, Keep: keep})
+	size := base.Size()
+	o, err := overlay.Open(base, overlay.Options{Dir: dir, BaseID: paddedID(id, size), Limit: limit, Keep: keep})
+	if !errors.Is(err, overlay.ErrOtherBase) {
+		return o, err
+	}
+	was, old, headErr := overlay.BaseOf(dir)
+	switch {
+	case headErr != nil || was != paddedID(id, old):
+		return nil, err
+	case old > size:
+		return nil, fmt.Errorf("overlay %s: %w", dir, ErrPadded)
+	default:
+		return nil, fmt.Errorf("overlay %s: %w", dir, ErrNotPadded)
+	}
 }

@@ -84,8 +84,8 @@ func KeptOverlay(ctx context.Context, repo *repository.Repository, cache *image.
 	}
 	var base nbdserver.Export = &Disk{img: img, name: p.Name(), bases: noBases{}}
 	o, err := OpenOverlay(base, dir, p.ID, 0, true)
-	if errors.Is(err, overlay.ErrOtherBase) {
-		o, err = OpenOverlay(nbdserver.Pad(base, 512), dir, p.ID, 0, true) // served with --pad
+	if errors.Is(err, ErrPadded) {
+		o, err = OpenOverlay(nbdserver.Pad(base, 512), dir, p.ID, 0, true)
 	}
 	if errors.Is(err, overlay.ErrInUse) {
 		return nil, fmt.Errorf("%w: name the export of the server that uses it, by its NBD URI", err)

@@ -224,6 +224,10 @@ const (
 	StateZero         uint32 = 1 << 1
 )
 
+// ContextDirtyBitmap begins the names of qemu's contexts for what has changed
+// (docs/interop/nbd.txt of qemu).
+const ContextDirtyBitmap = "qemu:dirty-bitmap:"
+
 // Errno is an error number of the protocol; it is an error itself.
 type Errno uint32
 
