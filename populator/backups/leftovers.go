@@ -105,6 +105,10 @@ func (l *Leftovers) Sweep(ctx context.Context) (int, error) {
 		left += n
 		errs = append(errs, err)
 	}
+	// Of claims that somebody else deleted, or that were deleted while their volume was made.
+	n, err := l.dropVolumes(ctx, "")
+	left += n
+	errs = append(errs, err)
 	if l.Metrics != nil {
 		l.Metrics.Leftovers(left)
 	}
