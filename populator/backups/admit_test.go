@@ -20,6 +20,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/backup/cbt/csi/csikube"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/queue"
 	"github.com/varve-io/varve/populator/report"
@@ -31,7 +32,7 @@ import (
 func newCluster(t *testing.T, objects ...client.Object) (client.WithWatch, *Reconciler) {
 	t.Helper()
 	s := runtime.NewScheme()
-	if err := errors.Join(corev1.AddToScheme(s), batchv1.AddToScheme(s), v1alpha1.AddToScheme(s), snapshotv1.AddToScheme(s)); err != nil {
+	if err := errors.Join(corev1.AddToScheme(s), batchv1.AddToScheme(s), v1alpha1.AddToScheme(s), csikube.AddToScheme(s)); err != nil {
 		t.Fatal(err)
 	}
 	c := fake.NewClientBuilder().WithScheme(s).WithStatusSubresource(&v1alpha1.VolumeBackup{}, &v1alpha1.ProtectedVolume{}).WithObjects(

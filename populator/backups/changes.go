@@ -9,6 +9,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -38,6 +39,9 @@ func (r *run) task(ctx context.Context) (*mover.BackupTask, error) {
 		return nil, r.refuse(err)
 	}
 	target, driver, err := csikube.Snapshot(ctx, r.Live, types.NamespacedName{Namespace: r.Pods.Namespace, Name: twinName(r.vb.UID)}, s.VolumeHandle)
+	if apierrors.IsNotFound(err) {
+		return nil, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("somebody deleted it: %w", err))
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -164,7 +168,7 @@ func (r *run) askChanges(ctx context.Context) (step.Result, error) {
 // it could not be asked is no failure: the mover asks again and steps down with a reason.
 func (r *run) unchanged(ctx context.Context, repo *store.Open, t *mover.BackupTask) (mover.Result, error) {
 	none := mover.Result{}
-	if t.Full || t.Changed.Endpoint.Address == "" || t.Changed.Base == nil || r.Tokens == nil {
+	if t.Full || t.Changed.Endpoint.Address == "" || t.Changed.Endpoint.Trouble != "" || t.Changed.Base == nil || r.Tokens == nil {
 		return none, nil
 	}
 	cat, err := backup.List(ctx, repo.Repository, backup.ListOptions{Volume: &t.Volume})

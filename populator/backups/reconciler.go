@@ -155,14 +155,9 @@ func (r *run) settle(ctx context.Context, wait *step.Result, err error) (reconci
 	case err != nil && ctx.Err() != nil:
 		return reconcile.Result{}, err
 	case err != nil:
-		if r.say(metav1.ConditionFalse, r.reasonOf(err), err.Error()) {
-			r.Events.Warning(r.vb, r.reasonOf(err), "%s", err)
-			err = errors.Join(err, client.IgnoreNotFound(r.save(ctx)))
-		}
-
-		return reconcile.Result{}, err
+		return r.tryAgain(ctx, err)
 	}
-	if r.say(metav1.ConditionFalse, wait.Reason, wait.Message) {
+	if gotOn := r.gotOn(); r.say(metav1.ConditionFalse, wait.Reason, wait.Message) || gotOn {
 		if err := r.save(ctx); err != nil {
 			return reconcile.Result{RequeueAfter: time.Second}, client.IgnoreNotFound(ignoreConflict(err))
 		}
@@ -175,21 +170,29 @@ func (r *run) settle(ctx context.Context, wait *step.Result, err error) (reconci
 	return reconcile.Result{RequeueAfter: after}, nil
 }
 
+// tryAgain says what error a run met, and leaves it to the controller's back-off, for a while.
+func (r *run) tryAgain(ctx context.Context, err error) (reconcile.Result, error) {
+	noted, err := r.retrying(err)
+	if reason, is := step.IsTerminal(err); is {
+		return r.abandon(ctx, reason, err)
+	}
+	if r.say(metav1.ConditionFalse, r.reasonOf(err), err.Error()) {
+		r.Events.Warning(r.vb, r.reasonOf(err), "%s", err)
+		noted = true
+	}
+	if noted {
+		err = errors.Join(err, client.IgnoreNotFound(r.save(ctx)))
+	}
+
+	return reconcile.Result{}, err
+}
+
 func ignoreConflict(err error) error {
 	if apierrors.IsConflict(err) {
 		return nil
 	}
 
 	return err
-}
-
-// reasonOf an error that is tried again.
-func (r *run) reasonOf(err error) string {
-	if reason, _ := store.Reason(err); reason != v1alpha1.ReasonStoreNotReady {
-		return reason
-	}
-
-	return v1alpha1.ReasonRunning
 }
 
 // say sets the Complete condition.
@@ -214,6 +217,7 @@ func (r *run) save(ctx context.Context) error {
 func (r *run) record(ctx context.Context, name string) error {
 	r.vb.Status.Step = name
 	r.vb.Status.Phase = phases[name]
+	r.gotOn()
 	if r.vb.Status.StartTime == nil {
 		now := metav1.NewTime(r.now())
 		r.vb.Status.StartTime = &now
@@ -229,6 +233,7 @@ func (r *run) abandon(ctx context.Context, reason string, why error) (reconcile.
 	message := why.Error()
 	report.Condition(&r.vb.Status.Conditions, r.vb, v1alpha1.ConditionFailed, metav1.ConditionTrue, reason, message)
 	r.say(metav1.ConditionFalse, reason, message)
+	r.gotOn()
 	if r.vb.Status.StartTime == nil {
 		now := metav1.NewTime(r.now())
 		r.vb.Status.StartTime = &now
