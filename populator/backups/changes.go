@@ -30,6 +30,10 @@ import (
 // asked again by the mover, which has the time.
 const askPatience = time.Minute
 
+// lookTimeout bounds all that is asked of a repository here: a storage that takes requests and
+// answers none must not keep a worker. The mover asks it again.
+const lookTimeout = 5 * time.Minute
+
 // task is what the mover is told. It is made anew for each attempt from what the cluster
 // says then.
 func (r *run) task(ctx context.Context) (*mover.BackupTask, error) {
@@ -142,18 +146,25 @@ func (r *run) askChanges(ctx context.Context) (step.Result, error) {
 		return step.Result{}, r.refuse(err)
 	}
 	var res mover.Result
-	err = r.Stores.With(ctx, st, func(repo *store.Open) error {
+	look, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	err = r.Stores.With(look, st, func(repo *store.Open) error {
 		var found bool
-		if res, found, err = work.Done(ctx, repo.Repository, t); err != nil || found {
+		if res, found, err = work.Done(look, repo.Repository, t); err != nil || found {
 			return err
 		}
-		res, err = r.unchanged(ctx, repo, t)
+		res, err = r.unchanged(look, repo, t)
 		if res.KeepError != "" {
 			res.KeepError = repo.Redact(errors.New(res.KeepError)).Error()
 		}
 
 		return err
 	})
+	if err != nil && look.Err() != nil && ctx.Err() == nil {
+		slog.InfoContext(ctx, "the storage does not answer in time; the mover will ask it", "run", r.vb.Namespace+"/"+r.vb.Name, "after", lookTimeout, "error", err)
+
+		return step.Done(), nil
+	}
 	if err != nil {
 		return step.Result{}, err
 	}

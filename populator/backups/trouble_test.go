@@ -4,6 +4,7 @@ import (
 	"context"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	snapshotmetadatav1beta1 "github.com/kubernetes-csi/external-snapshot-metadata/client/apis/snapshotmetadataservice/v1beta1"
@@ -179,4 +180,34 @@ func TestTaskOfABrokenService(t *testing.T) {
 	if err != nil || task.Changed.Endpoint.Trouble == "" {
 		t.Errorf("%+v, %v", task, err)
 	}
+}
+
+// silent answers nothing until whoever asks gives up.
+type silent struct{ client.Reader }
+
+func (silent) Get(ctx context.Context, _ client.ObjectKey, _ client.Object, _ ...client.GetOption) error {
+	<-ctx.Done()
+
+	return ctx.Err()
+}
+
+// A store that says nothing costs the question whether anything changed, not a worker.
+func TestAskingASilentStore(t *testing.T) {
+	vb := newRun("run", "AskChanges")
+	c, b := newCluster(t, append(readyTwin(vb), vb)...)
+	var main v1alpha1.BackupStore
+	if err := c.Get(t.Context(), client.ObjectKey{Name: "main"}, &main); err != nil {
+		t.Fatal(err)
+	}
+	main.Spec.CredentialsSecretRef.Name = "credentials"
+	if err := c.Update(t.Context(), &main); err != nil {
+		t.Fatal(err)
+	}
+	b.Stores.Secrets = silent{c}
+	synctest.Test(t, func(t *testing.T) {
+		res, err := (&run{Reconciler: b, vb: vb}).askChanges(t.Context())
+		if err != nil || !res.IsDone() {
+			t.Errorf("%v, %v", res, err)
+		}
+	})
 }
