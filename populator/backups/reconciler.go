@@ -86,7 +86,13 @@ type run struct {
 // Reconcile goes on with a run.
 func (b *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
 	var vb v1alpha1.VolumeBackup
-	if err := b.Live.Get(ctx, req.NamespacedName, &vb); err != nil {
+	err := b.Live.Get(ctx, req.NamespacedName, &vb)
+	if err == nil || apierrors.IsNotFound(err) {
+		// One that was deleted while it was admitted got its place after its end was told of. A
+		// name is looked at by one worker at a time, so that nobody is about to ask for another.
+		b.Queue.Gone(queue.Backup, req.NamespacedName, vb.UID)
+	}
+	if err != nil {
 		return reconcile.Result{}, client.IgnoreNotFound(err)
 	}
 	r := &run{Reconciler: b, vb: &vb}
@@ -107,6 +113,10 @@ func (b *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	}
 	if at == "" {
 		if wait, err := r.admit(ctx); err != nil || wait != nil {
+			if wait == nil || wait.Reason != v1alpha1.ReasonQueued {
+				b.Queue.Done(vb.UID) // it waits for something else, and nobody is to wait behind it
+			}
+
 			return r.settle(ctx, wait, err)
 		}
 	} else {
@@ -134,10 +144,23 @@ func (b *Reconciler) resumeAll(ctx context.Context) error {
 	if err := b.Live.List(ctx, &runs); err != nil {
 		return fmt.Errorf("list the runs under way: %w", err)
 	}
+	gone := map[types.UID]bool{}
 	for i := range runs.Items {
 		if vb := &runs.Items[i]; vb.Status.Step != "" && !finished(vb) && vb.DeletionTimestamp == nil {
 			b.Queue.Resume((&run{Reconciler: b, vb: vb}).ticket())
+			gone[vb.UID] = true
 		}
+	}
+	// Those that were deleted meanwhile: nobody tells of their end again.
+	var still v1alpha1.VolumeBackupList
+	if err := b.Live.List(ctx, &still); err != nil {
+		return fmt.Errorf("list the runs under way: %w", err)
+	}
+	for i := range still.Items {
+		delete(gone, still.Items[i].UID)
+	}
+	for uid := range gone {
+		b.Queue.Done(uid)
 	}
 	b.resumed = true
 
