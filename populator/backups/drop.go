@@ -150,7 +150,8 @@ func (b *Reconciler) dropOrigin(ctx context.Context, vs *snapshotv1.VolumeSnapsh
 			return false, err
 		case err == nil && c.Labels[mover.LabelRun] == string(uid):
 			return false, nil // dropContents has it
-		case err == nil && c.Spec.VolumeSnapshotRef.UID == vs.UID:
+		case err == nil && c.Spec.VolumeSnapshotRef.UID == vs.UID && c.Spec.Source.VolumeHandle != nil:
+			// One that was taken for it; one that somebody made for a handle is not ours.
 			if err := b.setPolicy(ctx, &c, snapshotv1.VolumeSnapshotContentDelete); err != nil {
 				return false, err
 			}

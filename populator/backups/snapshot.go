@@ -275,7 +275,7 @@ func (r *run) makeTwin(ctx context.Context) (step.Result, error) {
 		if r.Live.Get(ctx, types.NamespacedName{Namespace: r.vb.Namespace, Name: originName(r.vb.UID)}, &from) == nil {
 			// Some drivers tell here what a delta takes as its base.
 			for k, v := range from.Annotations {
-				if !strings.HasPrefix(k, "kubectl.kubernetes.io/") {
+				if _, ours := annotations[k]; !ours && !strings.HasPrefix(k, "kubectl.kubernetes.io/") {
 					annotations[k] = v
 				}
 			}
