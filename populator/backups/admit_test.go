@@ -44,7 +44,7 @@ func newCluster(t *testing.T, objects ...client.Object) (client.WithWatch, *Reco
 			Spec:       corev1.PersistentVolumeClaimSpec{VolumeName: "pv"}, Status: corev1.PersistentVolumeClaimStatus{Phase: corev1.ClaimBound},
 		},
 		&corev1.PersistentVolume{ObjectMeta: metav1.ObjectMeta{Name: "pv"}, Spec: corev1.PersistentVolumeSpec{
-			PersistentVolumeSource: corev1.PersistentVolumeSource{CSI: &corev1.CSIPersistentVolumeSource{Driver: "csi", VolumeHandle: "vol-1"}}}},
+			StorageClassName: "class", PersistentVolumeSource: corev1.PersistentVolumeSource{CSI: &corev1.CSIPersistentVolumeSource{Driver: "csi", VolumeHandle: "vol-1"}}}},
 		&snapshotv1.VolumeSnapshotClass{ObjectMeta: metav1.ObjectMeta{Name: "snap"}, Driver: "csi"},
 	).WithObjects(objects...).WithInterceptorFuncs(interceptor.Funcs{
 		Create: func(ctx context.Context, c client.WithWatch, o client.Object, opts ...client.CreateOption) error {
@@ -99,6 +99,31 @@ func TestRunsTakeTurnsAcrossARestart(t *testing.T) {
 	_, b = newCluster(t, newRun("fresh", ""))
 	if vb := b.look(t, "fresh"); vb.Status.Step != Backup.Steps[0].Name {
 		t.Errorf("alone it is at step %q", vb.Status.Step)
+	}
+}
+
+// A volume that was made by hand may have no class, and a clone cannot do without one.
+func TestVolumeWithoutAClass(t *testing.T) {
+	for class, want := range map[string]string{"": "AbandonClone", "fast": "Snapshot"} {
+		vb := newRun("run", "")
+		vb.Spec.BackupVolume = &v1alpha1.BackupVolume{StorageClassName: class}
+		c, b := newCluster(t, vb)
+		var pv corev1.PersistentVolume
+		if err := c.Get(t.Context(), client.ObjectKey{Name: "pv"}, &pv); err != nil {
+			t.Fatal(err)
+		}
+		pv.Spec.StorageClassName = ""
+		if err := c.Update(t.Context(), &pv); err != nil {
+			t.Fatal(err)
+		}
+		got := b.look(t, "run")
+		failed := meta.FindStatusCondition(got.Status.Conditions, v1alpha1.ConditionFailed)
+		if got.Status.Step != want {
+			t.Errorf("with class %q it is at %q", class, got.Status.Step)
+		}
+		if class == "" && (failed == nil || failed.Reason != v1alpha1.ReasonNoStorageClass || !strings.Contains(failed.Message, "backupVolume.storageClassName")) {
+			t.Errorf("%v", got.Status.Conditions)
+		}
 	}
 }
 

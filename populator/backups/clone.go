@@ -50,10 +50,7 @@ func (r *run) ensureClone(ctx context.Context) (*corev1.PersistentVolumeClaim, e
 		return &pvc, err
 	}
 	size := max(s.SnapshotBytes, s.Claim.CapacityBytes, s.Claim.RequestBytes)
-	class := s.Claim.StorageClassName
-	if v := r.vb.Spec.BackupVolume; v != nil && v.StorageClassName != "" {
-		class = v.StorageClassName
-	}
+	class := r.cloneClass(s.Claim.StorageClassName)
 	block, group := corev1.PersistentVolumeBlock, snapshotv1.GroupName
 	pvc = corev1.PersistentVolumeClaim{
 		ObjectMeta: metav1.ObjectMeta{Namespace: r.Pods.Namespace, Name: name, Labels: r.labels(), Annotations: r.annotations()},
@@ -69,6 +66,15 @@ func (r *run) ensureClone(ctx context.Context) (*corev1.PersistentVolumeClaim, e
 	}
 
 	return &pvc, nil
+}
+
+// cloneClass is the storage class of the volume that is read, given the claim's own volume's.
+func (r *run) cloneClass(own string) string {
+	if v := r.vb.Spec.BackupVolume; v != nil && v.StorageClassName != "" {
+		return v.StorageClassName
+	}
+
+	return own
 }
 
 // noBlock is how drivers and the provisioner say that they have no Block volumes.
