@@ -17,6 +17,7 @@ import (
 	authenticationv1 "k8s.io/api/authentication/v1"
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
+	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
@@ -136,11 +137,16 @@ type job struct {
 	ended func(context.Context) error
 }
 
-// backupJob is a backup of claim data, by delta; it is to end in a phase.
-func (s *site) backupJob(name string, want v1alpha1.BackupPhase) job {
-	return job{func() { s.startBackup(name, "data", nil) }, func(ctx context.Context) error {
+// backupJob is a backup of claim data, by delta; it is to end in a phase. What it is read from is
+// of a class that would keep it.
+func (k *killer) backupJob(name string, want v1alpha1.BackupPhase) job {
+	return job{func() {
+		k.startBackup(name, "data", func(vb *v1alpha1.VolumeBackup) {
+			vb.Spec.BackupVolume = &v1alpha1.BackupVolume{StorageClassName: k.retaining}
+		})
+	}, func(ctx context.Context) error {
 		var vb v1alpha1.VolumeBackup
-		if err := s.Client.Get(ctx, s.Key(name), &vb); err != nil {
+		if err := k.Client.Get(ctx, k.Key(name), &vb); err != nil {
 			return err
 		}
 		if vb.Status.Phase != want || vb.Status.CompletionTime == nil {
@@ -253,9 +259,11 @@ type killer struct {
 	*site
 	driver *cluster.Driver
 	class  string
-	cfg    *rest.Config
-	sum    string // of what the source "block" has
-	runs   int
+	// retaining is a class of the same driver whose volumes stay when they are released.
+	retaining string
+	cfg       *rest.Config
+	sum       string // of what the source "block" has
+	runs      int
 }
 
 // run does jobs once, with the controller dying where dies says, and fails the test
@@ -389,12 +397,31 @@ func at(points ...point) func(point) bool {
 // detach is how long the driver takes to detach a volume: long enough to be killed.
 const detach = csidriver.Duration(300 * time.Millisecond)
 
+// retainingClass is like another class, but its volumes stay when they are released.
+func (s *site) retainingClass(like string) string {
+	s.T.Helper()
+	var class storagev1.StorageClass
+	s.Eventually("class "+like, func(ctx context.Context) error { return s.Client.Get(ctx, client.ObjectKey{Name: like}, &class) })
+	retain := corev1.PersistentVolumeReclaimRetain
+	class.ObjectMeta = metav1.ObjectMeta{Name: like + "-retain"}
+	class.ReclaimPolicy = &retain
+	s.Create(&class)
+	s.atEnd(func() {
+		if err := s.Client.Delete(context.Background(), &class); err != nil {
+			s.T.Error(err)
+		}
+	})
+
+	return class.Name
+}
+
 // newKiller has a claim of each mode backed up, and no controller but this process.
 func newKiller(t *testing.T) *killer {
 	t.Helper()
 	s := newSite(t)
 	k := &killer{site: s, driver: s.Driver(csidriver.Options{AttachRequired: true, DetachDelay: detach})}
 	k.class = k.driver.Class()
+	k.retaining = s.retainingClass(k.class)
 	s.CreateClaim(framework.Claim{Name: "data", Class: k.class, Mode: framework.Block, Size: "64Mi"})
 	s.CreateClaim(framework.Claim{Name: "text", Class: k.class, Mode: framework.Filesystem, Size: "32Mi"})
 	s.RunPod(framework.Pod{Name: "writer", Claims: map[string]corev1.PersistentVolumeMode{"data": framework.Block, "text": framework.Filesystem}})

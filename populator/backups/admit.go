@@ -63,6 +63,10 @@ func (r *run) admit(ctx context.Context) (*step.Result, error) {
 	if pv.Spec.CSI == nil {
 		return nil, step.Terminal(v1alpha1.ReasonNotCSI, fmt.Errorf("volume %s of claim %s is not a CSI volume: there are no snapshots of it", pv.Name, pvc.Name))
 	}
+	if r.cloneClass(pv.Spec.StorageClassName) == "" {
+		return nil, step.Terminal(v1alpha1.ReasonNoStorageClass, fmt.Errorf(
+			"volume %s of claim %s has no storage class to make a volume of its snapshot with: set backupVolume.storageClassName to a class of driver %s", pv.Name, pvc.Name, pv.Spec.CSI.Driver))
+	}
 	s := &r.vb.Status
 	if s.SnapshotClassName, err = r.snapshotClass(ctx, pv.Spec.CSI.Driver); err != nil {
 		return nil, err

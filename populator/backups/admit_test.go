@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
 	batchv1 "k8s.io/api/batch/v1"
@@ -20,6 +22,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/backup/cbt/csi/csikube"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/queue"
 	"github.com/varve-io/varve/populator/report"
@@ -31,7 +34,7 @@ import (
 func newCluster(t *testing.T, objects ...client.Object) (client.WithWatch, *Reconciler) {
 	t.Helper()
 	s := runtime.NewScheme()
-	if err := errors.Join(corev1.AddToScheme(s), batchv1.AddToScheme(s), v1alpha1.AddToScheme(s), snapshotv1.AddToScheme(s)); err != nil {
+	if err := errors.Join(corev1.AddToScheme(s), batchv1.AddToScheme(s), v1alpha1.AddToScheme(s), csikube.AddToScheme(s)); err != nil {
 		t.Fatal(err)
 	}
 	c := fake.NewClientBuilder().WithScheme(s).WithStatusSubresource(&v1alpha1.VolumeBackup{}, &v1alpha1.ProtectedVolume{}).WithObjects(
@@ -41,7 +44,7 @@ func newCluster(t *testing.T, objects ...client.Object) (client.WithWatch, *Reco
 			Spec:       corev1.PersistentVolumeClaimSpec{VolumeName: "pv"}, Status: corev1.PersistentVolumeClaimStatus{Phase: corev1.ClaimBound},
 		},
 		&corev1.PersistentVolume{ObjectMeta: metav1.ObjectMeta{Name: "pv"}, Spec: corev1.PersistentVolumeSpec{
-			PersistentVolumeSource: corev1.PersistentVolumeSource{CSI: &corev1.CSIPersistentVolumeSource{Driver: "csi", VolumeHandle: "vol-1"}}}},
+			StorageClassName: "class", PersistentVolumeSource: corev1.PersistentVolumeSource{CSI: &corev1.CSIPersistentVolumeSource{Driver: "csi", VolumeHandle: "vol-1"}}}},
 		&snapshotv1.VolumeSnapshotClass{ObjectMeta: metav1.ObjectMeta{Name: "snap"}, Driver: "csi"},
 	).WithObjects(objects...).WithInterceptorFuncs(interceptor.Funcs{
 		Create: func(ctx context.Context, c client.WithWatch, o client.Object, opts ...client.CreateOption) error {
@@ -99,6 +102,31 @@ func TestRunsTakeTurnsAcrossARestart(t *testing.T) {
 	}
 }
 
+// A volume that was made by hand may have no class, and a clone cannot do without one.
+func TestVolumeWithoutAClass(t *testing.T) {
+	for class, want := range map[string]string{"": "AbandonClone", "fast": "Snapshot"} {
+		vb := newRun("run", "")
+		vb.Spec.BackupVolume = &v1alpha1.BackupVolume{StorageClassName: class}
+		c, b := newCluster(t, vb)
+		var pv corev1.PersistentVolume
+		if err := c.Get(t.Context(), client.ObjectKey{Name: "pv"}, &pv); err != nil {
+			t.Fatal(err)
+		}
+		pv.Spec.StorageClassName = ""
+		if err := c.Update(t.Context(), &pv); err != nil {
+			t.Fatal(err)
+		}
+		got := b.look(t, "run")
+		failed := meta.FindStatusCondition(got.Status.Conditions, v1alpha1.ConditionFailed)
+		if got.Status.Step != want {
+			t.Errorf("with class %q it is at %q", class, got.Status.Step)
+		}
+		if class == "" && (failed == nil || failed.Reason != v1alpha1.ReasonNoStorageClass || !strings.Contains(failed.Message, "backupVolume.storageClassName")) {
+			t.Errorf("%v", got.Status.Conditions)
+		}
+	}
+}
+
 // The snapshot of a claim that was made anew under the same name is another volume's.
 func TestSnapshotOfAnotherVolume(t *testing.T) {
 	for handle, want := range map[string]string{"vol-1": v1alpha1.ReasonRunning, "vol-2": v1alpha1.ReasonSnapshotGone} {
@@ -120,5 +148,115 @@ func TestSnapshotOfAnotherVolume(t *testing.T) {
 		if c == nil || c.Reason != want || (want == v1alpha1.ReasonSnapshotGone) != strings.Contains(c.Message, "made anew") {
 			t.Errorf("a snapshot of %s: %v", handle, c)
 		}
+	}
+}
+
+// A run that is deleted while it is admitted gets its place, or its turn, after the cluster told
+// of its end.
+func TestRunDeletedWhileItIsAdmitted(t *testing.T) {
+	for name, before := range map[string]*v1alpha1.VolumeBackup{"place": nil, "turn": newRun("before", "Read")} {
+		t.Run(name, func(t *testing.T) {
+			objects := []client.Object{newRun("run", "")}
+			if before != nil {
+				objects = append(objects, before)
+			}
+			c, b := newCluster(t, objects...)
+			key := reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "shop", Name: "run"}}
+			b.Live = counting{c, func(o client.Object) {
+				if _, is := o.(*corev1.PersistentVolumeClaim); is {
+					if err := c.Delete(t.Context(), newRun("run", "")); client.IgnoreNotFound(err) != nil {
+						t.Error(err)
+					}
+					b.Queue.Done("run")
+				}
+			}}
+			if res, err := b.Reconcile(t.Context(), key); err == nil && res.RequeueAfter == 0 {
+				t.Error("nobody looks at it again")
+			}
+			if _, err := b.Reconcile(t.Context(), key); err != nil {
+				t.Error(err)
+			}
+			b.Queue.Done("before")
+			next := (&run{Reconciler: b, vb: newRun("next", "")}).ticket()
+			next.Limit, next.Since = 1, time.Now()
+			if !b.Queue.Start(next) {
+				t.Error("its " + name + " is taken for ever")
+			}
+		})
+	}
+}
+
+// One of the same name takes nothing over from a run that was deleted.
+func TestRunOfTheNameOfAnother(t *testing.T) {
+	c, b := newCluster(t, newRun("run", ""))
+	b.look(t, "run")
+	if err := c.Delete(t.Context(), newRun("run", "")); err != nil {
+		t.Fatal(err)
+	}
+	again := newRun("run", "")
+	again.UID = "again"
+	if err := c.Create(t.Context(), again); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.look(t, "run"); got.Status.Step == "" {
+		t.Errorf("it waits for the one that was there before: %v", got.Status.Conditions)
+	}
+}
+
+// A new process gives no place to runs that are deleted as it begins.
+func TestRunDeletedAtARestart(t *testing.T) {
+	c, b := newCluster(t, newRun("under-way", "Read"), newRun("fresh", ""))
+	b.Live = listing{c, sync.OnceFunc(func() {
+		if err := c.Delete(t.Context(), newRun("under-way", "")); err != nil {
+			t.Error(err)
+		}
+		b.Queue.Done("under-way")
+	})}
+	if vb := b.look(t, "fresh"); vb.Status.Step == "" {
+		t.Errorf("it waits: %v", vb.Status.Conditions)
+	}
+}
+
+// listing tells of each list of VolumeBackups, after it is there.
+type listing struct {
+	client.Reader
+	onList func()
+}
+
+func (l listing) List(ctx context.Context, list client.ObjectList, opts ...client.ListOption) error {
+	err := l.Reader.List(ctx, list, opts...)
+	if _, is := list.(*v1alpha1.VolumeBackupList); is {
+		l.onList()
+	}
+
+	return err
+}
+
+// A run that waits for something else than its turn keeps nobody else from theirs.
+func TestWaitForAClaimIsNoTurn(t *testing.T) {
+	c, b := newCluster(t, newRun("run", ""))
+	vb := newRun("run", "")
+	ticket := (&run{Reconciler: b, vb: vb}).ticket()
+	ticket.Limit = 1
+	other := ticket
+	other.ID, other.Name.Name, other.Serial, other.Since = "other", "other", "another", time.Now()
+	busy := other
+	busy.ID = "busy"
+	b.Queue.Start(busy)
+	if b.Queue.Start(ticket) {
+		t.Fatal("it should wait")
+	}
+	var pvc corev1.PersistentVolumeClaim
+	if err := c.Get(t.Context(), client.ObjectKey{Namespace: "shop", Name: "data"}, &pvc); err != nil {
+		t.Fatal(err)
+	}
+	pvc.Status.Phase = corev1.ClaimPending
+	if err := c.Status().Update(t.Context(), &pvc); err != nil {
+		t.Fatal(err)
+	}
+	b.look(t, "run")
+	b.Queue.Done("busy")
+	if !b.Queue.Start(other) {
+		t.Error("another waits behind it")
 	}
 }

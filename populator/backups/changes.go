@@ -9,6 +9,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -29,6 +30,10 @@ import (
 // asked again by the mover, which has the time.
 const askPatience = time.Minute
 
+// lookTimeout bounds all that is asked of a repository here: a storage that takes requests and
+// answers none must not keep a worker. The mover asks it again.
+const lookTimeout = 5 * time.Minute
+
 // task is what the mover is told. It is made anew for each attempt from what the cluster
 // says then.
 func (r *run) task(ctx context.Context) (*mover.BackupTask, error) {
@@ -38,6 +43,9 @@ func (r *run) task(ctx context.Context) (*mover.BackupTask, error) {
 		return nil, r.refuse(err)
 	}
 	target, driver, err := csikube.Snapshot(ctx, r.Live, types.NamespacedName{Namespace: r.Pods.Namespace, Name: twinName(r.vb.UID)}, s.VolumeHandle)
+	if apierrors.IsNotFound(err) {
+		return nil, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("somebody deleted it: %w", err))
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -138,18 +146,25 @@ func (r *run) askChanges(ctx context.Context) (step.Result, error) {
 		return step.Result{}, r.refuse(err)
 	}
 	var res mover.Result
-	err = r.Stores.With(ctx, st, func(repo *store.Open) error {
+	look, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	err = r.Stores.With(look, st, func(repo *store.Open) error {
 		var found bool
-		if res, found, err = work.Done(ctx, repo.Repository, t); err != nil || found {
+		if res, found, err = work.Done(look, repo.Repository, t); err != nil || found {
 			return err
 		}
-		res, err = r.unchanged(ctx, repo, t)
+		res, err = r.unchanged(look, repo, t)
 		if res.KeepError != "" {
 			res.KeepError = repo.Redact(errors.New(res.KeepError)).Error()
 		}
 
 		return err
 	})
+	if err != nil && look.Err() != nil && ctx.Err() == nil {
+		slog.InfoContext(ctx, "the storage does not answer in time; the mover will ask it", "run", r.vb.Namespace+"/"+r.vb.Name, "after", lookTimeout, "error", err)
+
+		return step.Done(), nil
+	}
 	if err != nil {
 		return step.Result{}, err
 	}
@@ -164,7 +179,7 @@ func (r *run) askChanges(ctx context.Context) (step.Result, error) {
 // it could not be asked is no failure: the mover asks again and steps down with a reason.
 func (r *run) unchanged(ctx context.Context, repo *store.Open, t *mover.BackupTask) (mover.Result, error) {
 	none := mover.Result{}
-	if t.Full || t.Changed.Endpoint.Address == "" || t.Changed.Base == nil || r.Tokens == nil {
+	if t.Full || t.Changed.Endpoint.Address == "" || t.Changed.Endpoint.Trouble != "" || t.Changed.Base == nil || r.Tokens == nil {
 		return none, nil
 	}
 	cat, err := backup.List(ctx, repo.Repository, backup.ListOptions{Volume: &t.Volume})

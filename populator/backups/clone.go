@@ -50,10 +50,7 @@ func (r *run) ensureClone(ctx context.Context) (*corev1.PersistentVolumeClaim, e
 		return &pvc, err
 	}
 	size := max(s.SnapshotBytes, s.Claim.CapacityBytes, s.Claim.RequestBytes)
-	class := s.Claim.StorageClassName
-	if v := r.vb.Spec.BackupVolume; v != nil && v.StorageClassName != "" {
-		class = v.StorageClassName
-	}
+	class := r.cloneClass(s.Claim.StorageClassName)
 	block, group := corev1.PersistentVolumeBlock, snapshotv1.GroupName
 	pvc = corev1.PersistentVolumeClaim{
 		ObjectMeta: metav1.ObjectMeta{Namespace: r.Pods.Namespace, Name: name, Labels: r.labels(), Annotations: r.annotations()},
@@ -64,11 +61,20 @@ func (r *run) ensureClone(ctx context.Context) (*corev1.PersistentVolumeClaim, e
 			DataSource:  &corev1.TypedLocalObjectReference{APIGroup: &group, Kind: "VolumeSnapshot", Name: twinName(r.vb.UID)},
 		},
 	}
-	if err := r.Client.Create(ctx, &pvc); err != nil {
+	if err := refused(v1alpha1.ReasonCloneFailed, r.Client.Create(ctx, &pvc)); err != nil {
 		return nil, fmt.Errorf("volume of the snapshot: %w", err)
 	}
 
 	return &pvc, nil
+}
+
+// cloneClass is the storage class of the volume that is read, given the claim's own volume's.
+func (r *run) cloneClass(own string) string {
+	if v := r.vb.Spec.BackupVolume; v != nil && v.StorageClassName != "" {
+		return v.StorageClassName
+	}
+
+	return own
 }
 
 // noBlock is how drivers and the provisioner say that they have no Block volumes.

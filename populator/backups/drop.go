@@ -3,7 +3,6 @@ package backups
 import (
 	"context"
 	"fmt"
-	"strings"
 	"time"
 
 	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
@@ -58,6 +57,9 @@ func (b *Reconciler) dropMovers(ctx context.Context, uid types.UID) (left int, e
 	}
 	for i := range claims.Items {
 		if claims.Items[i].DeletionTimestamp == nil {
+			if err := b.deleteWithClaim(ctx, &claims.Items[i]); err != nil {
+				return 0, err
+			}
 			if err := client.IgnoreNotFound(b.Client.Delete(ctx, &claims.Items[i])); err != nil {
 				return 0, err
 			}
@@ -66,7 +68,7 @@ func (b *Reconciler) dropMovers(ctx context.Context, uid types.UID) (left int, e
 	left = len(jobs.Items) + len(pods.Items) + len(claims.Items)
 	var volumes int
 	if left == 0 {
-		if volumes, err = b.volumesOf(ctx, uid); err != nil {
+		if volumes, err = b.dropVolumes(ctx, clonePrefix(uid)); err != nil {
 			return 0, err
 		}
 		secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: b.Pods.Namespace, Name: secretName(uid)}}
@@ -76,34 +78,6 @@ func (b *Reconciler) dropMovers(ctx context.Context, uid types.UID) (left int, e
 	}
 
 	return left + volumes, nil
-}
-
-// volumePatience is how long a volume that was released is waited for.
-const volumePatience = 30 * time.Second
-
-// volumesOf counts the volumes of a run's claims: a driver may need the snapshot until they
-// are gone. One that stays, as drivers do not delete what a lost node may still have, is the
-// provisioner's to delete when it can: no run is held up by it.
-func (b *Reconciler) volumesOf(ctx context.Context, uid types.UID) (int, error) {
-	var volumes corev1.PersistentVolumeList
-	if err := b.Client.List(ctx, &volumes); err != nil {
-		return 0, err
-	}
-	n := 0
-	for _, v := range volumes.Items {
-		ref := v.Spec.ClaimRef
-		if ref == nil || ref.Namespace != b.Pods.Namespace || v.Spec.PersistentVolumeReclaimPolicy != corev1.PersistentVolumeReclaimDelete {
-			continue
-		}
-		if since := v.Status.LastPhaseTransitionTime; v.Status.Phase != corev1.VolumeBound && since != nil && b.now().Sub(since.Time) > volumePatience {
-			continue
-		}
-		if strings.HasPrefix(ref.Name, clonePrefix(uid)) {
-			n++
-		}
-	}
-
-	return n, nil
 }
 
 // lostPodAfter is how long a pod may take to end before its node is looked at.
@@ -176,7 +150,8 @@ func (b *Reconciler) dropOrigin(ctx context.Context, vs *snapshotv1.VolumeSnapsh
 			return false, err
 		case err == nil && c.Labels[mover.LabelRun] == string(uid):
 			return false, nil // dropContents has it
-		case err == nil && c.Spec.VolumeSnapshotRef.UID == vs.UID:
+		case err == nil && c.Spec.VolumeSnapshotRef.UID == vs.UID && c.Spec.Source.VolumeHandle != nil:
+			// One that was taken for it; one that somebody made for a handle is not ours.
 			if err := b.setPolicy(ctx, &c, snapshotv1.VolumeSnapshotContentDelete); err != nil {
 				return false, err
 			}

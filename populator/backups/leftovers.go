@@ -69,7 +69,8 @@ func (l *Leftovers) Start(ctx context.Context) error {
 
 // found is what a run left behind.
 type found struct {
-	owner string // Kind/namespace/name
+	owner    string // Kind/namespace/name
+	disputed bool   // its objects name several owners
 }
 
 // Sweep looks around once and says how many objects are still left.
@@ -79,7 +80,7 @@ func (l *Leftovers) Sweep(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	runs, err := l.all(ctx, bases)
+	runs, origins, err := l.all(ctx, bases)
 	if err != nil {
 		return 0, err
 	}
@@ -87,7 +88,7 @@ func (l *Leftovers) Sweep(ctx context.Context) (int, error) {
 	var errs []error
 	var dead []types.UID
 	for uid, f := range runs {
-		alive, err := l.underWay(ctx, uid, f.owner)
+		alive, err := l.underWay(ctx, uid, f)
 		errs = append(errs, err)
 		if err == nil && !alive {
 			dead = append(dead, uid)
@@ -101,10 +102,23 @@ func (l *Leftovers) Sweep(ctx context.Context) (int, error) {
 	}
 	for _, uid := range dead {
 		l.Queue.Done(uid)
-		n, err := l.dropRun(ctx, uid, bases)
+		n, err := l.dropRun(ctx, uid, runs[uid].owner, bases)
 		left += n
 		errs = append(errs, err)
 	}
+	for i := range origins {
+		uid := types.UID(origins[i].Labels[mover.LabelRun])
+		if runs[uid] != nil {
+			continue // what Varve's own objects say of the run goes
+		}
+		n, err := l.sweepOrigin(ctx, &origins[i], uid)
+		left += n
+		errs = append(errs, err)
+	}
+	// Of claims that somebody else deleted, or that were deleted while their volume was made.
+	n, err := l.dropVolumes(ctx, "")
+	left += n
+	errs = append(errs, err)
 	if l.Metrics != nil {
 		l.Metrics.Leftovers(left)
 	}
@@ -112,8 +126,10 @@ func (l *Leftovers) Sweep(ctx context.Context) (int, error) {
 	return left, errors.Join(errs...)
 }
 
-// all finds the runs that have other objects than a base, by their UIDs.
-func (l *Leftovers) all(ctx context.Context, bases map[string]bool) (map[types.UID]*found, error) {
+// all finds the runs that have other objects than a base, by their UIDs. Only what tenants
+// cannot write says whose a run is: contents, and what is in Varve's namespace. The snapshots in
+// theirs, which they may have labelled as they like, are given apart.
+func (l *Leftovers) all(ctx context.Context, bases map[string]bool) (map[types.UID]*found, []snapshotv1.VolumeSnapshot, error) {
 	mine := client.MatchingLabels{mover.LabelManagedBy: mover.ManagedBy, mover.LabelRole: Role}
 	here := client.InNamespace(l.Pods.Namespace)
 	runs := map[types.UID]*found{}
@@ -122,24 +138,27 @@ func (l *Leftovers) all(ctx context.Context, bases map[string]bool) (map[types.U
 		if uid == "" {
 			return
 		}
+		owner := o.GetAnnotations()[mover.AnnotationOwner]
 		f := runs[uid]
 		if f == nil {
-			f = &found{}
+			f = &found{owner: owner}
 			runs[uid] = f
 		}
-		if f.owner == "" {
-			f.owner = o.GetAnnotations()[mover.AnnotationOwner]
-		}
+		f.disputed = f.disputed || f.owner != owner
 	}
 	var snapshots snapshotv1.VolumeSnapshotList
 	var contents snapshotv1.VolumeSnapshotContentList
 	var claims corev1.PersistentVolumeClaimList
 	var jobs batchv1.JobList
 	if err := errors.Join(l.Live.List(ctx, &snapshots, mine), l.Live.List(ctx, &contents, mine), l.Live.List(ctx, &claims, mine, here), l.Live.List(ctx, &jobs, mine, here)); err != nil {
-		return nil, fmt.Errorf("list objects of runs: %w", err)
+		return nil, nil, fmt.Errorf("list objects of runs: %w", err)
 	}
+	var origins []snapshotv1.VolumeSnapshot
 	for i := range snapshots.Items {
-		if s := &snapshots.Items[i]; s.Namespace != l.Pods.Namespace || !bases[s.Name] {
+		switch s := &snapshots.Items[i]; {
+		case s.Namespace != l.Pods.Namespace:
+			origins = append(origins, *s)
+		case !bases[s.Name]:
 			note(s)
 		}
 	}
@@ -155,7 +174,31 @@ func (l *Leftovers) all(ctx context.Context, bases map[string]bool) (map[types.U
 		note(&jobs.Items[i])
 	}
 
-	return runs, nil
+	return runs, origins, nil
+}
+
+// isOrigin says whether a snapshot in a tenant's namespace is what a run of an owner makes there: it
+// has the run's name, and the owner is in the same namespace.
+func isOrigin(s *snapshotv1.VolumeSnapshot, uid types.UID, owner string) bool {
+	key, ok := ownerKey(owner)
+
+	return ok && key.Namespace == s.Namespace && s.Name == originName(uid) && s.Annotations[mover.AnnotationOwner] == owner
+}
+
+// sweepOrigin removes a snapshot that a run took and did not take over before it was gone.
+func (l *Leftovers) sweepOrigin(ctx context.Context, s *snapshotv1.VolumeSnapshot, uid types.UID) (int, error) {
+	owner := s.Annotations[mover.AnnotationOwner]
+	if !isOrigin(s, uid, owner) {
+		slog.WarnContext(ctx, "a snapshot has the labels of a backup and is none's; it is left alone", "snapshot", s.Namespace+"/"+s.Name, "owner", owner)
+
+		return 0, nil
+	}
+	if alive, err := l.underWay(ctx, uid, &found{owner: owner}); err != nil || alive {
+		return 0, err
+	}
+	_, err := l.dropOrigin(ctx, s, uid)
+
+	return 1, err
 }
 
 // bases are the names of the contents that ProtectedVolumes keep.
@@ -175,10 +218,10 @@ func (l *Leftovers) bases(ctx context.Context) (map[string]bool, error) {
 }
 
 // underWay says whether a run will look after its objects itself.
-func (l *Leftovers) underWay(ctx context.Context, uid types.UID, owner string) (bool, error) {
-	key, ok := ownerKey(owner)
-	if !ok {
-		slog.WarnContext(ctx, "an object of a backup does not say whose it is; it is left alone", "run", string(uid), "owner", owner)
+func (l *Leftovers) underWay(ctx context.Context, uid types.UID, f *found) (bool, error) {
+	key, ok := ownerKey(f.owner)
+	if !ok || f.disputed {
+		slog.WarnContext(ctx, "objects of a backup do not say whose they are, or not the same; they are left alone", "run", string(uid), "owner", f.owner)
 
 		return true, nil
 	}
@@ -192,7 +235,7 @@ func (l *Leftovers) underWay(ctx context.Context, uid types.UID, owner string) (
 }
 
 // dropRun removes the objects of a run, but for its snapshot if that is somebody's base.
-func (l *Leftovers) dropRun(ctx context.Context, uid types.UID, bases map[string]bool) (int, error) {
+func (l *Leftovers) dropRun(ctx context.Context, uid types.UID, owner string, bases map[string]bool) (int, error) {
 	left, err := l.dropMovers(ctx, uid)
 	if err != nil || left > 0 {
 		return left, err
@@ -211,7 +254,8 @@ func (l *Leftovers) dropRun(ctx context.Context, uid types.UID, bases map[string
 		return 0, err
 	}
 	for i := range snapshots.Items {
-		if s := &snapshots.Items[i]; s.Name != keep || s.Namespace != l.Pods.Namespace {
+		s := &snapshots.Items[i]
+		if s.Namespace == l.Pods.Namespace && s.Name != keep || s.Namespace != l.Pods.Namespace && isOrigin(s, uid, owner) {
 			left++
 			if _, err := l.dropOrigin(ctx, s, uid); err != nil {
 				return left, err

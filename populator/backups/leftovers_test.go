@@ -77,6 +77,88 @@ func TestSweepKeepsABaseThatJustCame(t *testing.T) {
 	}
 }
 
+// tenants is a bound snapshot in a tenant's namespace with the labels of a run, whose content is
+// the driver's of a volume.
+func tenants(namespace, name string, run types.UID, owner string) []client.Object {
+	objects := snapshotPair(namespace, name, "", snapshotv1.VolumeSnapshotContentRetain, mover.RunLabels(Role, run))
+	vs, volume, yes := objects[0].(*snapshotv1.VolumeSnapshot), "vol-1", true
+	content := objects[1].(*snapshotv1.VolumeSnapshotContent)
+	content.Labels, content.Name = nil, "content-of-"+name
+	content.Spec.Source = snapshotv1.VolumeSnapshotContentSource{VolumeHandle: &volume}
+	vs.Annotations = map[string]string{mover.AnnotationOwner: owner}
+	vs.Status = &snapshotv1.VolumeSnapshotStatus{BoundVolumeSnapshotContentName: &content.Name, ReadyToUse: &yes}
+
+	return objects
+}
+
+// Labels in a tenant's namespace are the tenant's to write: only a snapshot that can be a run's is
+// removed, and of other runs they say nothing.
+func TestSweepOfTenantsSnapshots(t *testing.T) {
+	const gone = types.UID("11111111-c27f-3d54-6502-b79bd5b4ddb4")
+	handle := "somebody's"
+	for _, tc := range []struct {
+		name            string
+		namespace, snap string
+		run             types.UID
+		owner           string
+		change          func(*snapshotv1.VolumeSnapshotContent)
+		removed         bool
+		policy          snapshotv1.DeletionPolicy
+	}{
+		{"a run's", "shop", originName(gone), gone, "VolumeBackup/shop/gone", nil, true, snapshotv1.VolumeSnapshotContentDelete},
+		{"made for a handle", "shop", originName(gone), gone, "VolumeBackup/shop/gone", func(c *snapshotv1.VolumeSnapshotContent) {
+			c.Spec.Source = snapshotv1.VolumeSnapshotContentSource{SnapshotHandle: &handle}
+		}, true, snapshotv1.VolumeSnapshotContentRetain},
+		{"of another name", "shop", "mine", gone, "VolumeBackup/shop/gone", nil, false, snapshotv1.VolumeSnapshotContentRetain},
+		{"of an owner elsewhere", "shop", originName(gone), gone, "VolumeBackup/mall/gone", nil, false, snapshotv1.VolumeSnapshotContentRetain},
+		{"of no owner", "shop", originName(gone), gone, "", nil, false, snapshotv1.VolumeSnapshotContentRetain},
+		{"of a live run", "shop", originName(testUID), testUID, "VolumeBackup/shop/run", nil, false, snapshotv1.VolumeSnapshotContentRetain},
+		{"of a live run, elsewhere", "mall", originName(testUID), testUID, "VolumeBackup/mall/gone", nil, false, snapshotv1.VolumeSnapshotContentRetain},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			live := newRun("run", "Read")
+			live.UID = testUID
+			clone, _ := cloneOf(testUID)
+			objects := tenants(tc.namespace, tc.snap, tc.run, tc.owner)
+			content := objects[1].(*snapshotv1.VolumeSnapshotContent)
+			if tc.change != nil {
+				tc.change(content)
+			}
+			c, b := newCluster(t, append(objects, live, clone)...)
+			if _, err := NewLeftovers(b).Sweep(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			err := c.Get(t.Context(), client.ObjectKeyFromObject(objects[0]), &snapshotv1.VolumeSnapshot{})
+			if apierrors.IsNotFound(err) != tc.removed {
+				t.Errorf("the snapshot: %v", err)
+			}
+			if err := c.Get(t.Context(), client.ObjectKeyFromObject(content), content); err != nil || content.Spec.DeletionPolicy != tc.policy {
+				t.Errorf("its content: %v, %s, want %s", err, content.Spec.DeletionPolicy, tc.policy)
+			}
+			if err := c.Get(t.Context(), client.ObjectKeyFromObject(clone), clone); err != nil {
+				t.Errorf("the clone of a live run: %v", err)
+			}
+		})
+	}
+}
+
+// A run whose own objects name several owners is for a person to look at.
+func TestSweepOfDisputedObjects(t *testing.T) {
+	clone, _ := cloneOf(testUID)
+	other := clone.DeepCopy()
+	other.Name, other.UID = cloneName(testUID, 2), "other"
+	other.Annotations[mover.AnnotationOwner] = "VolumeBackup/mall/gone"
+	c, b := newCluster(t, clone, other)
+	if left, err := NewLeftovers(b).Sweep(t.Context()); left != 0 || err != nil {
+		t.Errorf("%d left, %v", left, err)
+	}
+	for _, o := range []client.Object{clone, other} {
+		if err := c.Get(t.Context(), client.ObjectKeyFromObject(o), o); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // Bases are as many as volumes: a look at them all reads none of their runs. One that nobody
 // names any more goes.
 func TestSweepOfBases(t *testing.T) {
@@ -109,5 +191,23 @@ func TestSnapshotThatNobodyTakes(t *testing.T) {
 		if meta.IsStatusConditionTrue(vb.Status.Conditions, v1alpha1.ConditionFailed) != failed {
 			t.Errorf("after %v: %v", after, vb.Status.Conditions)
 		}
+	}
+}
+
+// What a tenant writes on the snapshot in its namespace does not say whose the twin is.
+func TestTwinIsOfItsRun(t *testing.T) {
+	vb := newRun("run", "Twin")
+	objects := readyTwin(vb)[1:] // its content
+	vs := tenants("shop", originName(vb.UID), vb.UID, "VolumeBackup/mall/gone")[0]
+	c, b := newCluster(t, append(objects, vs, vb)...)
+	if _, err := (&run{Reconciler: b, vb: vb}).makeTwin(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	var twin snapshotv1.VolumeSnapshot
+	if err := c.Get(t.Context(), client.ObjectKey{Namespace: "varve", Name: twinName(vb.UID)}, &twin); err != nil {
+		t.Fatal(err)
+	}
+	if got := twin.Annotations[mover.AnnotationOwner]; got != "VolumeBackup/shop/run" {
+		t.Errorf("its owner is %q", got)
 	}
 }

@@ -164,7 +164,7 @@ func (r *run) startMover(ctx context.Context, name, device string) error {
 	if err != nil {
 		return err
 	}
-	if err := r.Client.Create(ctx, job); err != nil && !apierrors.IsAlreadyExists(err) {
+	if err := refused(v1alpha1.ReasonMoverFailed, r.Client.Create(ctx, job)); err != nil && !apierrors.IsAlreadyExists(err) {
 		return fmt.Errorf("mover of claim %s: %w", r.vb.Spec.ClaimName, err)
 	}
 

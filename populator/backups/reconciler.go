@@ -86,7 +86,13 @@ type run struct {
 // Reconcile goes on with a run.
 func (b *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
 	var vb v1alpha1.VolumeBackup
-	if err := b.Live.Get(ctx, req.NamespacedName, &vb); err != nil {
+	err := b.Live.Get(ctx, req.NamespacedName, &vb)
+	if err == nil || apierrors.IsNotFound(err) {
+		// One that was deleted while it was admitted got its place after its end was told of. A
+		// name is looked at by one worker at a time, so that nobody is about to ask for another.
+		b.Queue.Gone(queue.Backup, req.NamespacedName, vb.UID)
+	}
+	if err != nil {
 		return reconcile.Result{}, client.IgnoreNotFound(err)
 	}
 	r := &run{Reconciler: b, vb: &vb}
@@ -107,6 +113,10 @@ func (b *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	}
 	if at == "" {
 		if wait, err := r.admit(ctx); err != nil || wait != nil {
+			if wait == nil || wait.Reason != v1alpha1.ReasonQueued {
+				b.Queue.Done(vb.UID) // it waits for something else, and nobody is to wait behind it
+			}
+
 			return r.settle(ctx, wait, err)
 		}
 	} else {
@@ -134,10 +144,23 @@ func (b *Reconciler) resumeAll(ctx context.Context) error {
 	if err := b.Live.List(ctx, &runs); err != nil {
 		return fmt.Errorf("list the runs under way: %w", err)
 	}
+	gone := map[types.UID]bool{}
 	for i := range runs.Items {
 		if vb := &runs.Items[i]; vb.Status.Step != "" && !finished(vb) && vb.DeletionTimestamp == nil {
 			b.Queue.Resume((&run{Reconciler: b, vb: vb}).ticket())
+			gone[vb.UID] = true
 		}
+	}
+	// Those that were deleted meanwhile: nobody tells of their end again.
+	var still v1alpha1.VolumeBackupList
+	if err := b.Live.List(ctx, &still); err != nil {
+		return fmt.Errorf("list the runs under way: %w", err)
+	}
+	for i := range still.Items {
+		delete(gone, still.Items[i].UID)
+	}
+	for uid := range gone {
+		b.Queue.Done(uid)
 	}
 	b.resumed = true
 
@@ -155,14 +178,9 @@ func (r *run) settle(ctx context.Context, wait *step.Result, err error) (reconci
 	case err != nil && ctx.Err() != nil:
 		return reconcile.Result{}, err
 	case err != nil:
-		if r.say(metav1.ConditionFalse, r.reasonOf(err), err.Error()) {
-			r.Events.Warning(r.vb, r.reasonOf(err), "%s", err)
-			err = errors.Join(err, client.IgnoreNotFound(r.save(ctx)))
-		}
-
-		return reconcile.Result{}, err
+		return r.tryAgain(ctx, err)
 	}
-	if r.say(metav1.ConditionFalse, wait.Reason, wait.Message) {
+	if gotOn := r.gotOn(); r.say(metav1.ConditionFalse, wait.Reason, wait.Message) || gotOn {
 		if err := r.save(ctx); err != nil {
 			return reconcile.Result{RequeueAfter: time.Second}, client.IgnoreNotFound(ignoreConflict(err))
 		}
@@ -175,21 +193,29 @@ func (r *run) settle(ctx context.Context, wait *step.Result, err error) (reconci
 	return reconcile.Result{RequeueAfter: after}, nil
 }
 
+// tryAgain says what error a run met, and leaves it to the controller's back-off, for a while.
+func (r *run) tryAgain(ctx context.Context, err error) (reconcile.Result, error) {
+	noted, err := r.retrying(err)
+	if reason, is := step.IsTerminal(err); is {
+		return r.abandon(ctx, reason, err)
+	}
+	if r.say(metav1.ConditionFalse, r.reasonOf(err), err.Error()) {
+		r.Events.Warning(r.vb, r.reasonOf(err), "%s", err)
+		noted = true
+	}
+	if noted {
+		err = errors.Join(err, client.IgnoreNotFound(r.save(ctx)))
+	}
+
+	return reconcile.Result{}, err
+}
+
 func ignoreConflict(err error) error {
 	if apierrors.IsConflict(err) {
 		return nil
 	}
 
 	return err
-}
-
-// reasonOf an error that is tried again.
-func (r *run) reasonOf(err error) string {
-	if reason, _ := store.Reason(err); reason != v1alpha1.ReasonStoreNotReady {
-		return reason
-	}
-
-	return v1alpha1.ReasonRunning
 }
 
 // say sets the Complete condition.
@@ -214,6 +240,7 @@ func (r *run) save(ctx context.Context) error {
 func (r *run) record(ctx context.Context, name string) error {
 	r.vb.Status.Step = name
 	r.vb.Status.Phase = phases[name]
+	r.gotOn()
 	if r.vb.Status.StartTime == nil {
 		now := metav1.NewTime(r.now())
 		r.vb.Status.StartTime = &now
@@ -229,6 +256,7 @@ func (r *run) abandon(ctx context.Context, reason string, why error) (reconcile.
 	message := why.Error()
 	report.Condition(&r.vb.Status.Conditions, r.vb, v1alpha1.ConditionFailed, metav1.ConditionTrue, reason, message)
 	r.say(metav1.ConditionFalse, reason, message)
+	r.gotOn()
 	if r.vb.Status.StartTime == nil {
 		now := metav1.NewTime(r.now())
 		r.vb.Status.StartTime = &now

@@ -38,7 +38,7 @@ func (b *Reconciler) Setup(mgr manager.Manager, workers int, wake <-chan event.G
 		b.Queue.Done(e.Object.GetUID())
 		left.Wake()
 
-		return false
+		return true // a look that is under way may just be asking for its place
 	}}
 	err := builder.ControllerManagedBy(mgr).Named("volumebackup").
 		For(&v1alpha1.VolumeBackup{}, builder.WithPredicates(deleted)).

@@ -57,6 +57,7 @@ func (r *run) takeSnapshot(ctx context.Context) (step.Result, error) {
 		if apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause) {
 			return step.Result{}, step.Terminal(v1alpha1.ReasonClaimNotFound, fmt.Errorf("the namespace is being deleted: %w", err))
 		}
+		err = refused(v1alpha1.ReasonSnapshotFailed, err)
 	}
 	if err != nil {
 		return step.Result{}, fmt.Errorf("snapshot of claim %s: %w", r.vb.Spec.ClaimName, err)
@@ -181,7 +182,7 @@ func (r *run) retainOrigin(ctx context.Context) (step.Result, error) {
 	maps.Copy(c.Labels, r.labels())
 	c.Labels[LabelOrigin] = "true"
 	metav1.SetMetaDataAnnotation(&c.ObjectMeta, mover.AnnotationOwner, r.annotations()[mover.AnnotationOwner])
-	if err := r.Client.Patch(ctx, c, client.MergeFrom(old)); err != nil {
+	if err := refused(v1alpha1.ReasonSnapshotFailed, r.Client.Patch(ctx, c, client.MergeFrom(old))); err != nil {
 		return step.Result{}, fmt.Errorf("retain VolumeSnapshotContent %s: %w", c.Name, err)
 	}
 	// Read again: the sidecar may have been about to delete it.
@@ -259,7 +260,7 @@ func (r *run) makeTwin(ctx context.Context) (step.Result, error) {
 				VolumeSnapshotRef: corev1.ObjectReference{Kind: "VolumeSnapshot", APIVersion: snapshotv1.SchemeGroupVersion.String(), Namespace: r.Pods.Namespace, Name: name},
 			},
 		}
-		if err := r.Client.Create(ctx, c); err != nil {
+		if err := refused(v1alpha1.ReasonSnapshotFailed, r.Client.Create(ctx, c)); err != nil {
 			return step.Result{}, fmt.Errorf("VolumeSnapshotContent %s: %w", name, err)
 		}
 	}
@@ -274,7 +275,7 @@ func (r *run) makeTwin(ctx context.Context) (step.Result, error) {
 		if r.Live.Get(ctx, types.NamespacedName{Namespace: r.vb.Namespace, Name: originName(r.vb.UID)}, &from) == nil {
 			// Some drivers tell here what a delta takes as its base.
 			for k, v := range from.Annotations {
-				if !strings.HasPrefix(k, "kubectl.kubernetes.io/") {
+				if _, ours := annotations[k]; !ours && !strings.HasPrefix(k, "kubectl.kubernetes.io/") {
 					annotations[k] = v
 				}
 			}
@@ -286,7 +287,7 @@ func (r *run) makeTwin(ctx context.Context) (step.Result, error) {
 				VolumeSnapshotClassName: &class, Source: snapshotv1.VolumeSnapshotSource{VolumeSnapshotContentName: &name},
 			},
 		}
-		err = r.Client.Create(ctx, &vs)
+		err = refused(v1alpha1.ReasonSnapshotFailed, r.Client.Create(ctx, &vs))
 	}
 	if err != nil {
 		return step.Result{}, fmt.Errorf("VolumeSnapshot %s/%s: %w", r.Pods.Namespace, name, err)

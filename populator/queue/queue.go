@@ -8,6 +8,7 @@
 package queue
 
 import (
+	"maps"
 	"sync"
 	"time"
 
@@ -151,10 +152,26 @@ func (q *Queue) Resume(t Ticket) {
 
 // Done gives the place, or the wait for one, back and wakes those who wait.
 func (q *Queue) Done(id types.UID) {
+	q.drop(func(t Ticket) bool { return t.ID == id })
+}
+
+// Gone is Done for the runs of a kind and name but the one that has the name now, if any: an
+// object may be deleted between the look at it and Start, and another have its name.
+func (q *Queue) Gone(k Kind, name types.NamespacedName, now types.UID) {
+	q.drop(func(t Ticket) bool { return t.Kind == k && t.Name == name && t.ID != now })
+}
+
+// drop takes tickets out and wakes those who wait if that made room.
+func (q *Queue) drop(is func(Ticket) bool) {
 	q.mu.Lock()
-	_, had := q.running[id]
-	delete(q.running, id)
-	delete(q.waiting, id)
+	had := false
+	for id, t := range q.running {
+		if is(t) {
+			had = true
+			delete(q.running, id)
+		}
+	}
+	maps.DeleteFunc(q.waiting, func(_ types.UID, t Ticket) bool { return is(t) })
 	var wake []Ticket
 	if had && q.wake != nil {
 		for _, w := range q.waiting {

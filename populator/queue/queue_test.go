@@ -142,3 +142,29 @@ func TestRestoresAgainOfOneStore(t *testing.T) {
 		t.Error("the one that had no turn yet has to wait although a place is free")
 	}
 }
+
+func TestNamesThatAreGone(t *testing.T) {
+	var woken []types.UID
+	q := New(0, func(w Ticket) { woken = append(woken, w.ID) })
+	named := func(id string, k Kind, name string) Ticket {
+		t := ticket(id, k, 1)
+		t.Name.Name, t.Limit = name, 1
+
+		return t
+	}
+	q.Start(named("a", Backup, "x"))
+	q.Start(named("b", Backup, "y"))
+	q.Start(named("r", Restore, "x"))
+	q.Gone(Backup, types.NamespacedName{Name: "x"}, "a")
+	if len(woken) > 0 {
+		t.Errorf("the one that has the name lost its place: woke %v", woken)
+	}
+	q.Gone(Backup, types.NamespacedName{Name: "x"}, "")
+	if !slices.Equal(woken, []types.UID{"b"}) || q.Start(named("s", Restore, "z")) {
+		t.Errorf("woke %v, and a restore of the same name is to keep its place", woken)
+	}
+	q.Gone(Backup, types.NamespacedName{Name: "y"}, "")
+	if !q.Oldest(Backup).IsZero() {
+		t.Error("one that is gone waits")
+	}
+}

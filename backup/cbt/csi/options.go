@@ -21,6 +21,9 @@ type Endpoint struct {
 	// Audience is what the token must be for. The token source, not this package,
 	// sees to that.
 	Audience string `json:"audience,omitempty"`
+	// Trouble is what is wrong with the object, if it says too little to reach the
+	// service by. Nothing is asked then, as of a service that cannot be reached.
+	Trouble string `json:"trouble,omitempty"`
 }
 
 // Snapshot is one snapshot as the cluster and the storage name it.
@@ -154,17 +157,28 @@ func (o Options) check() error {
 			t.Namespace, t.Name)
 	case o.MaxResults < 0:
 		return fmt.Errorf("MaxResults is %d", o.MaxResults)
-	case o.Endpoint.Address == "":
-		return nil
-	case o.Tokens == nil:
+	case o.Endpoint.Address != "" && o.Endpoint.Trouble == "" && o.Tokens == nil:
 		return fmt.Errorf("no token for %s: give a TokenFile or a TokenSource", o.Endpoint.Address)
 	}
 
-	if _, _, err := net.SplitHostPort(o.Endpoint.Address); err != nil {
+	return nil
+}
+
+// check says why the service cannot be reached, whatever is at the other end.
+func (e Endpoint) check() error {
+	if e.Trouble != "" {
+		return errors.New(e.Trouble)
+	}
+
+	if e.Address == "" {
+		return nil
+	}
+
+	if _, _, err := net.SplitHostPort(e.Address); err != nil {
 		return fmt.Errorf("the address of the SnapshotMetadataService is not host:port: %w", err)
 	}
 
-	_, err := o.Endpoint.pool()
+	_, err := e.pool()
 
 	return err
 }

@@ -21,8 +21,9 @@ const (
 // Session is one backup's conversation with a driver's sidecar, over one connection.
 type Session struct {
 	opt      Options
-	conn     *grpc.ClientConn // nil if the driver has no service
+	conn     *grpc.ClientConn // nil if the driver has no service, or none that can be asked
 	client   api.SnapshotMetadataClient
+	broken   error     // why it cannot be asked
 	troubles *troubles // of conn
 
 	mu    sync.Mutex
@@ -40,8 +41,8 @@ type Stats struct {
 }
 
 // Open checks the options and prepares the connection, which the first call makes: a
-// service that cannot be reached is found, and stepped down from, by the sources. The
-// errors of Open are mistakes of the caller. Close the Session.
+// service that cannot be reached, or whose object in the cluster is wrong, is stepped down
+// from by the sources. The errors of Open are mistakes of the caller. Close the Session.
 func Open(_ context.Context, opt Options) (*Session, error) {
 	opt, err := opt.withDefaults()
 	if err != nil {
@@ -49,12 +50,8 @@ func Open(_ context.Context, opt Options) (*Session, error) {
 	}
 
 	s := &Session{opt: opt}
-	if opt.Endpoint.Address == "" {
-		return s, nil
-	}
-
-	if err := s.reconnect(); err != nil {
-		return nil, fmt.Errorf("changed blocks by CSI: %w", err)
+	if s.broken = opt.Endpoint.check(); s.broken == nil && opt.Endpoint.Address != "" {
+		s.broken = s.reconnect()
 	}
 
 	return s, nil

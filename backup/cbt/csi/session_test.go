@@ -228,14 +228,11 @@ func TestOptionsAreChecked(t *testing.T) {
 	server := csitest.New(t, csitest.Script{})
 
 	for want, change := range map[string]func(*csi.Options){
-		"namespace and name":   func(o *csi.Options) { o.Target.Name = "" },
-		"no snapshot handle":   func(o *csi.Options) { o.Target.Handle = "" },
-		"volume handle":        func(o *csi.Options) { o.Target.VolumeHandle = "" },
-		"no token":             func(o *csi.Options) { o.Tokens = nil },
-		"not host:port":        func(o *csi.Options) { o.Endpoint.Address = "host" },
-		"no certificate":       func(o *csi.Options) { o.Endpoint.CABundle = []byte("x") },
-		"MaxResults":           func(o *csi.Options) { o.MaxResults = -1 },
-		"of the SnapshotMetad": func(o *csi.Options) { o.Endpoint.CABundle = nil },
+		"namespace and name": func(o *csi.Options) { o.Target.Name = "" },
+		"no snapshot handle": func(o *csi.Options) { o.Target.Handle = "" },
+		"volume handle":      func(o *csi.Options) { o.Target.VolumeHandle = "" },
+		"no token":           func(o *csi.Options) { o.Tokens = nil },
+		"MaxResults":         func(o *csi.Options) { o.MaxResults = -1 },
 	} {
 		opt := csi.Options{
 			Endpoint: server.Endpoint(), Tokens: fixedToken("t"),
@@ -245,6 +242,32 @@ func TestOptionsAreChecked(t *testing.T) {
 
 		if _, err := csi.Open(t.Context(), opt); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want one that says %q", err, want)
+		}
+	}
+}
+
+// A SnapshotMetadataService that somebody wrote wrongly costs the changed blocks, not the backup.
+func TestBrokenEndpoint(t *testing.T) {
+	server := csitest.New(t, csitest.Script{})
+
+	for want, change := range map[string]func(*csi.Endpoint){
+		"not host:port":  func(e *csi.Endpoint) { e.Address = "host" },
+		"no certificate": func(e *csi.Endpoint) { e.CABundle = []byte("x") },
+		"certificate in": func(e *csi.Endpoint) { e.CABundle = nil },
+		"lacks":          func(e *csi.Endpoint) { *e = csi.Endpoint{Trouble: "it lacks an address"} },
+		"an audience":    func(e *csi.Endpoint) { e.Trouble = "it lacks an audience" },
+	} {
+		session := openSession(t, server, func(o *csi.Options) { change(&o.Endpoint) })
+
+		for _, source := range []cbt.Source{session.Delta(), session.Allocated()} {
+			_, _, err := list(t, source, deltaRequest())
+			if reason, _ := cbt.FallbackReason(err); reason != cbt.ReasonConnectionFailed || !strings.Contains(err.Error(), want) {
+				t.Errorf("%v, want one that says %q", err, want)
+			}
+		}
+
+		if _, err := session.Unchanged(t.Context(), testBase); !errors.Is(err, cbt.ErrUnavailable) {
+			t.Errorf("%s: %v", want, err)
 		}
 	}
 }

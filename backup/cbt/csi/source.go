@@ -93,6 +93,13 @@ func (s *Session) run(ctx context.Context, l *listing, req cbt.Request) (cbt.Rep
 		return cbt.Report{}, &cbt.Error{Source: l.name, Kind: cbt.ErrOutOfRange, Detail: "the size of the disk is negative"}
 	}
 
+	if s.broken != nil {
+		return cbt.Report{}, &cbt.Error{
+			Source: l.name, Kind: cbt.ErrUnavailable, Reason: cbt.ReasonConnectionFailed,
+			Detail: "the service cannot be asked", Cause: s.broken,
+		}
+	}
+
 	if s.client == nil {
 		return cbt.Report{}, &cbt.Error{
 			Source: l.name, Kind: cbt.ErrUnavailable, Reason: cbt.ReasonNoService,

@@ -30,7 +30,7 @@ func AddToScheme(s *runtime.Scheme) error {
 
 // Service finds the SnapshotMetadata service of a driver, by the object of the driver's
 // name. If there is none, or the cluster has no such kind, the Endpoint is empty, as
-// csi.Options takes it.
+// csi.Options takes it. One that says too little is no error, but its Trouble.
 func Service(ctx context.Context, r client.Reader, driver string) (csi.Endpoint, error) {
 	var svc snapshotmetadatav1beta1.SnapshotMetadataService
 
@@ -45,7 +45,7 @@ func Service(ctx context.Context, r client.Reader, driver string) (csi.Endpoint,
 
 	e := csi.Endpoint{Address: svc.Spec.Address, CABundle: svc.Spec.CACert, Audience: svc.Spec.Audience}
 	if e.Address == "" || e.Audience == "" || len(e.CABundle) == 0 {
-		return csi.Endpoint{}, fmt.Errorf("SnapshotMetadataService %s lacks an address, a CA certificate or an audience: see the driver's installation", driver)
+		e.Trouble = fmt.Sprintf("SnapshotMetadataService %s lacks an address, a CA certificate or an audience: see the driver's installation", driver)
 	}
 
 	return e, nil

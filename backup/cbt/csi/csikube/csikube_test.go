@@ -50,8 +50,8 @@ func TestService(t *testing.T) {
 		t.Errorf("none: %+v, %v", e, err)
 	}
 
-	if _, err = Service(t.Context(), c, "bad"); err == nil {
-		t.Error("bad: no error")
+	if e, err = Service(t.Context(), c, "bad"); err != nil || !strings.Contains(e.Trouble, "lacks") {
+		t.Errorf("bad: %+v, %v", e, err)
 	}
 
 	noKind := &meta.NoKindMatchError{GroupKind: schema.GroupKind{Group: "cbt.storage.k8s.io", Kind: "SnapshotMetadataService"}}

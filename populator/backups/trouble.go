@@ -1,0 +1,110 @@
+package backups
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/step"
+	"github.com/varve-io/varve/populator/store"
+)
+
+// A run that began holds a place in the queue. It is not tried again for ever: the next one of
+// its schedule finds out whether things are better.
+const (
+	// refusedPatience is how long a step may meet what only a person can help. Quota may come
+	// free and a Secret be corrected, as snapshots that fail may succeed.
+	refusedPatience = snapshotPatience
+	// errorPatience is for all other errors: servers that are away come back.
+	errorPatience = time.Hour
+)
+
+// conditionRetrying on a run says since when its step meets errors; it is gone once one of its
+// steps gets on.
+const conditionRetrying = "Retrying"
+
+// because is an error that has a condition reason of its own.
+type because struct {
+	reason string
+	err    error
+}
+
+func (e *because) Error() string { return e.err.Error() }
+func (e *because) Unwrap() error { return e.err }
+
+// refused is what the API server says of an object that a run needs. What is not valid now will
+// not be in a while.
+func refused(reason string, err error) error {
+	switch {
+	case err == nil, apierrors.IsConflict(err), apierrors.IsAlreadyExists(err):
+		return err
+	case apierrors.IsInvalid(err):
+		return step.Terminal(reason, err)
+	}
+
+	return &because{reason, err}
+}
+
+// stepReasons are why a run failed whose step went on meeting errors that have no other.
+var stepReasons = map[string]string{
+	"Snapshot": v1alpha1.ReasonSnapshotFailed, "RetainOrigin": v1alpha1.ReasonSnapshotFailed,
+	"Twin": v1alpha1.ReasonSnapshotFailed, "ReleaseOrigin": v1alpha1.ReasonSnapshotFailed,
+	"Clone": v1alpha1.ReasonCloneFailed, "Read": v1alpha1.ReasonMoverFailed,
+}
+
+// retrying notes that a step met an error. It gives the error back as terminal if that has been
+// so for too long; a run that has its point goes on until all is cleaned up. changed says that
+// the status is to be saved.
+func (r *run) retrying(err error) (changed bool, _ error) {
+	at := r.vb.Status.Step
+	if !Backup.has(at) || r.vb.Status.Point != nil {
+		return false, err
+	}
+	reason, patience := r.reasonOf(err), errorPatience
+	if _, again := store.Reason(err); !again || apierrors.IsForbidden(err) {
+		patience = refusedPatience
+	}
+	list := &r.vb.Status.Conditions
+	before := meta.FindStatusCondition(*list, conditionRetrying)
+	if before == nil {
+		return meta.SetStatusCondition(list, metav1.Condition{
+			Type: conditionRetrying, Status: metav1.ConditionTrue, Reason: reason, LastTransitionTime: metav1.NewTime(r.now()),
+			Message: "step " + at + " meets errors; the run ends if that does not change", ObservedGeneration: r.vb.Generation,
+		}), err
+	}
+	since := before.LastTransitionTime.Time
+	if r.now().Sub(since) <= patience {
+		return false, err
+	}
+	if reason == v1alpha1.ReasonRunning {
+		reason = v1alpha1.ReasonBackupFailed
+		if of := stepReasons[at]; of != "" {
+			reason = of
+		}
+	}
+
+	return false, step.Terminal(reason, fmt.Errorf("tried again since %s: %w", since.UTC().Format("2006-01-02T15:04:05Z"), err))
+}
+
+// gotOn notes that the step meets no error any more.
+func (r *run) gotOn() (changed bool) {
+	return meta.RemoveStatusCondition(&r.vb.Status.Conditions, conditionRetrying)
+}
+
+// reasonOf an error that is tried again.
+func (r *run) reasonOf(err error) string {
+	var b *because
+	if errors.As(err, &b) {
+		return b.reason
+	}
+	if reason, _ := store.Reason(err); reason != v1alpha1.ReasonStoreNotReady {
+		return reason
+	}
+
+	return v1alpha1.ReasonRunning
+}
