@@ -140,12 +140,18 @@ func cutRange(r image.Range) []image.Range {
 // compare reads the target and writes what differs from the point.
 func (r *restore) compare(ctx context.Context) (err error) {
 	if r.opt.Journal != "" {
-		// What an earlier restore noted is worth nothing once this is done, but one
-		// that still runs needs it.
+		// What an earlier restore noted is worth nothing from here on, but one that
+		// still runs needs it.
 		if r.stale, err = lockJournal(r.opt.Journal); errors.Is(err, ErrOtherRestore) {
 			return err
 		} else if err != nil {
 			slog.WarnContext(ctx, "cannot see whether an earlier restore of the target was interrupted", "target", r.target.Path(), "error", err)
+		}
+	}
+	if r.stale != nil {
+		// It would describe what is written over from here on, also if this is interrupted.
+		if err := removeJournal(r.opt.Journal); err != nil {
+			return fmt.Errorf("%w; it is of an earlier restore, and has to go before this one: remove it", err)
 		}
 	}
 	if err := r.target.Fit(); err != nil {

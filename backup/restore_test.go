@@ -474,6 +474,44 @@ func TestRestoreJournalIsLocked(t *testing.T) {
 	}
 }
 
+// TestInterruptedCompareLeavesNoJournal has a restore that compares write over what an
+// earlier one, of another point, had written and noted: nobody goes on from those notes.
+func TestInterruptedCompareLeavesNoJournal(t *testing.T) {
+	r, _ := newRepo(t)
+	data := randomBytes(rand.New(rand.NewPCG(3, 3)), 20<<20)
+	first, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: bytes.Clone(data)}, BlockSize: 1 << 20})
+	changed := bytes.Clone(data)
+	for i := 0; i < len(changed); i += 3 << 20 {
+		changed[i]++
+	}
+	second, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: changed}})
+	dir := t.TempDir()
+	path, journal := filepath.Join(dir, "disk.img"), filepath.Join(dir, "journal")
+	for _, step := range []struct {
+		point *Point
+		opt   RestoreOptions
+		after int64
+	}{
+		{first, RestoreOptions{Journal: journal, Workers: 1}, 18 << 20},
+		{second, RestoreOptions{Journal: journal, Workers: 1, Delta: true}, 2 << 20},
+	} {
+		brittle := &brittleTarget{Target: openTarget(t, path, first.Size, true), failAfter: step.after}
+		if _, err := Restore(t.Context(), r, step.point, brittle, step.opt); !errors.Is(err, errBrittle) {
+			t.Fatal(err)
+		}
+		if err := brittle.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := os.Stat(journal); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the first restore's journal: %v", err)
+	}
+	if res := mustRestore(t, r, first, openTarget(t, path, first.Size, true), RestoreOptions{Journal: journal}); res.Resumed != 0 {
+		t.Errorf("%d bytes were taken for the first point's", res.Resumed)
+	}
+	checkFile(t, path, data)
+}
+
 // TestRestoreWithoutRoomForJournal: what cannot be noted is restored all the same.
 func TestRestoreWithoutRoomForJournal(t *testing.T) {
 	r, _ := newRepo(t)

@@ -7,6 +7,7 @@ const (
 	ConditionProtected     = "Protected"     // ProtectedVolume
 	ConditionComplete      = "Complete"      // VolumeBackup, VolumePopulation
 	ConditionFailed        = "Failed"        // VolumeBackup
+	ConditionRetrying      = "Retrying"      // VolumeBackup: since when its step meets errors
 	ConditionChangedBlocks = "ChangedBlocks" // VolumeBackup: whether the driver told them, and why not
 )
 

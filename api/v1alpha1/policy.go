@@ -36,8 +36,9 @@ type BackupPolicySpec struct {
 	// after each run. Example: {latest: 8, daily: 7, weekly: 5}
 	// +optional
 	Retention *Retention `json:"retention,omitempty"`
-	// FullEvery takes a full backup, which trusts no changed-block tracking, when
-	// the last one is older. Example: 720h
+	// FullEvery takes a full backup when the last one is older. It reads the whole
+	// disk; only the first of a claim may trust the storage's list of allocated
+	// blocks. Example: 720h
 	// +optional
 	// +kubebuilder:validation:Type=string
 	// +kubebuilder:validation:MaxLength=32

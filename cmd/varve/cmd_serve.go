@@ -100,13 +100,13 @@ one as a new recovery point.`,
 	fl.BoolVar(&f.insecure, "insecure", false, "listen beyond this machine without TLS: anybody who connects reads the disks")
 	fl.StringArrayVar(&f.allow, "allow", nil, "who may open what: CLIENT=EXPORT, where CLIENT is a name in a client certificate, or * for all, and * in EXPORT matches anything; repeatable")
 	fl.BoolVar(&f.writable, "writable", false, "put a copy-on-write overlay over each export")
-	fl.StringVar(&f.overlays.Dir, "overlay-dir", "", "directory of overlays (default a temporary one)")
+	fl.StringVar(&f.overlays.Dir, "overlay-dir", "", "directory of overlays (default a temporary one in $TMPDIR or /var/tmp)")
 	fl.BoolVar(&f.overlays.Keep, "keep", false, "keep overlays, and go on with those that are there; needs --overlay-dir")
 	fl.Var(&f.limit, "overlay-limit", "most bytes that an overlay may take; writes beyond it fail for lack of space (default no limit)")
 	fl.BoolVar(&f.pad, "pad", false, "round the size of each disk up to whole sectors of 512 bytes")
 	fl.Var(&f.cacheSize, "cache-size", "memory for decoded blocks, shared by all exports")
 	fl.BoolVar(&f.hydrate, "hydrate", false, "copy whole disks that clients open to local files, in the background, and read from those")
-	fl.StringVar(&f.copies.Dir, "hydrate-dir", "", "directory of those copies, which stay for the next run (default a temporary one)")
+	fl.StringVar(&f.copies.Dir, "hydrate-dir", "", "directory of those copies, which stay for the next run (default a temporary one in $TMPDIR or /var/tmp)")
 	fl.Var(&f.copyLimit, "hydrate-limit", "most bytes that the copies may take together (default nine tenths of the free space)")
 	fl.IntVar(&f.readers, "readers", 0, "blocks read ahead at once (default one for each CPU; 16 or more help with object stores)")
 	fl.StringVar(&f.metrics, "metrics", "", "serve Prometheus metrics on this address: PORT or :PORT (loopback), or HOST:PORT")
@@ -227,19 +227,16 @@ type serveScratch struct {
 	overlays, copies *overlay.Scratch // nil where none is needed
 }
 
-// scratchParent is not a tmpfs, as /tmp may be.
-var scratchParent = "/var/tmp"
-
 // scratch makes the directories that flags do not name.
 func (f *serveFlags) scratch() (s serveScratch, err error) {
 	if f.writable && f.overlays.Dir == "" {
-		if s.overlays, err = overlay.NewScratch(scratchParent); err != nil {
+		if s.overlays, err = overlay.NewScratch(overlay.ScratchParent()); err != nil {
 			return s, err
 		}
 		f.overlays.Dir = s.overlays.Dir
 	}
 	if f.hydrate && f.copies.Dir == "" {
-		if s.copies, err = overlay.NewScratch(scratchParent); err != nil {
+		if s.copies, err = overlay.NewScratch(overlay.ScratchParent()); err != nil {
 			return s, errors.Join(err, s.close())
 		}
 	}

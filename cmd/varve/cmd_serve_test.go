@@ -329,8 +329,8 @@ func TestServeHydrate(t *testing.T) {
 func TestServeScratch(t *testing.T) {
 	env, disk := newBackupEnv(t)
 	backupJSON(t, env, disk, "--volume", "shop/db")
-	defer func(was string) { scratchParent = was }(scratchParent)
-	scratchParent = t.TempDir()
+	parent := t.TempDir()
+	t.Setenv("TMPDIR", parent)
 	// A server that is killed neither removes its directories nor stays to hold them.
 	f := serveFlags{writable: true, hydrate: true}
 	killed, err := f.scratch()
@@ -339,19 +339,19 @@ func TestServeScratch(t *testing.T) {
 	}
 	old := time.Now().Add(-time.Hour)
 	for i, s := range []*overlay.Scratch{killed.overlays, killed.copies} {
-		dir := filepath.Join(scratchParent, fmt.Sprintf("kept%d", i))
+		dir := filepath.Join(parent, fmt.Sprintf("kept%d", i))
 		if err := errors.Join(os.Rename(s.Dir, dir), s.Close(), os.Rename(dir, s.Dir), os.Mkdir(filepath.Join(s.Dir, "id"), 0o700),
 			os.WriteFile(filepath.Join(s.Dir, "id", "data"), []byte("secret"), 0o600), os.Chtimes(s.Dir, old, old)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	names := func() (dirs []string) {
-		entries, err := os.ReadDir(scratchParent)
+		entries, err := os.ReadDir(parent)
 		if err != nil {
 			t.Fatal(err)
 		}
 		for _, e := range entries {
-			dirs = append(dirs, filepath.Join(scratchParent, e.Name()))
+			dirs = append(dirs, filepath.Join(parent, e.Name()))
 		}
 		return dirs
 	}

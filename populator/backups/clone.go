@@ -61,6 +61,9 @@ func (r *run) ensureClone(ctx context.Context) (*corev1.PersistentVolumeClaim, e
 			DataSource:  &corev1.TypedLocalObjectReference{APIGroup: &group, Kind: "VolumeSnapshot", Name: twinName(r.vb.UID)},
 		},
 	}
+	if err := r.noVolumeInTheWay(ctx, class, size); err != nil {
+		return nil, err
+	}
 	if err := refused(v1alpha1.ReasonCloneFailed, r.Client.Create(ctx, &pvc)); err != nil {
 		return nil, fmt.Errorf("volume of the snapshot: %w", err)
 	}

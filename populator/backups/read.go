@@ -50,6 +50,9 @@ func (r *run) read(ctx context.Context) (step.Result, error) {
 
 		return step.Wait(v1alpha1.ReasonRunning, "another volume is made of the snapshot", time.Second), r.save(ctx)
 	}
+	if err := r.madeOfSnapshot(ctx, pvc); err != nil {
+		return step.Result{}, err
+	}
 	name := jobName(r.vb.UID, s.Attempts)
 	state, err := mover.Look(ctx, r.Live, r.Pods.Namespace, name)
 	if err != nil {

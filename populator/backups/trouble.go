@@ -24,10 +24,6 @@ const (
 	errorPatience = time.Hour
 )
 
-// conditionRetrying on a run says since when its step meets errors; it is gone once one of its
-// steps gets on.
-const conditionRetrying = "Retrying"
-
 // because is an error that has a condition reason of its own.
 type because struct {
 	reason string
@@ -70,10 +66,10 @@ func (r *run) retrying(err error) (changed bool, _ error) {
 		patience = refusedPatience
 	}
 	list := &r.vb.Status.Conditions
-	before := meta.FindStatusCondition(*list, conditionRetrying)
+	before := meta.FindStatusCondition(*list, v1alpha1.ConditionRetrying)
 	if before == nil {
 		return meta.SetStatusCondition(list, metav1.Condition{
-			Type: conditionRetrying, Status: metav1.ConditionTrue, Reason: reason, LastTransitionTime: metav1.NewTime(r.now()),
+			Type: v1alpha1.ConditionRetrying, Status: metav1.ConditionTrue, Reason: reason, LastTransitionTime: metav1.NewTime(r.now()),
 			Message: "step " + at + " meets errors; the run ends if that does not change", ObservedGeneration: r.vb.Generation,
 		}), err
 	}
@@ -93,7 +89,7 @@ func (r *run) retrying(err error) (changed bool, _ error) {
 
 // gotOn notes that the step meets no error any more.
 func (r *run) gotOn() (changed bool) {
-	return meta.RemoveStatusCondition(&r.vb.Status.Conditions, conditionRetrying)
+	return meta.RemoveStatusCondition(&r.vb.Status.Conditions, v1alpha1.ConditionRetrying)
 }
 
 // reasonOf an error that is tried again.

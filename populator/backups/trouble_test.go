@@ -96,7 +96,7 @@ func TestErrorsEndARun(t *testing.T) {
 				for _, later := range []time.Duration{0, tc.after - time.Minute} {
 					now = now.Add(later)
 					got := reconcileRun()
-					if isFailed(got) || !meta.IsStatusConditionTrue(got.Status.Conditions, conditionRetrying) {
+					if isFailed(got) || !meta.IsStatusConditionTrue(got.Status.Conditions, v1alpha1.ConditionRetrying) {
 						t.Fatalf("after %v: %v", later, got.Status.Conditions)
 					}
 				}
@@ -107,7 +107,7 @@ func TestErrorsEndARun(t *testing.T) {
 			if failed == nil || failed.Reason != tc.reason || !strings.Contains(failed.Message, tc.says) {
 				t.Fatalf("it should have failed for %s: %v", tc.reason, got.Status.Conditions)
 			}
-			if meta.FindStatusCondition(got.Status.Conditions, conditionRetrying) != nil {
+			if meta.FindStatusCondition(got.Status.Conditions, v1alpha1.ConditionRetrying) != nil {
 				t.Error("it is not tried again, and says so")
 			}
 			b.Client = c
@@ -149,7 +149,7 @@ func TestErrorsThatAreOver(t *testing.T) {
 		t.Error("no error that the controller would try again")
 	}
 	fail = false
-	if got := b.look(t, "run"); meta.FindStatusCondition(got.Status.Conditions, conditionRetrying) != nil {
+	if got := b.look(t, "run"); meta.FindStatusCondition(got.Status.Conditions, v1alpha1.ConditionRetrying) != nil {
 		t.Errorf("%v", got.Status.Conditions)
 	}
 }

@@ -11,6 +11,9 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/step"
 )
 
 // What the provisioner and the cluster note on a volume: who made it for its claim, and that
@@ -63,6 +66,47 @@ func (b *Reconciler) setReclaim(ctx context.Context, v *corev1.PersistentVolume)
 	}
 
 	return nil
+}
+
+// noVolumeInTheWay fails, terminally, where the cluster would bind the clone's claim to a volume
+// that is there already: it looks for one that fits before it has one made, and does not
+// heed the snapshot that the claim names. Somebody else's data would be backed up.
+func (r *run) noVolumeInTheWay(ctx context.Context, class string, size int64) error {
+	var volumes corev1.PersistentVolumeList
+	if err := r.Live.List(ctx, &volumes); err != nil {
+		return fmt.Errorf("volumes of class %s: %w", class, err)
+	}
+	for i := range volumes.Items {
+		v := &volumes.Items[i]
+		if v.Status.Phase == corev1.VolumeAvailable && v.DeletionTimestamp == nil && v.Spec.ClaimRef == nil && v.Spec.StorageClassName == class &&
+			v.Spec.VolumeMode != nil && *v.Spec.VolumeMode == corev1.PersistentVolumeBlock && v.Spec.Capacity.Storage().Value() >= size {
+			return notOfSnapshot(v)
+		}
+	}
+
+	return nil
+}
+
+// madeOfSnapshot fails, terminally, if the clone's claim was bound to a volume that was there
+// before all the same.
+func (r *run) madeOfSnapshot(ctx context.Context, pvc *corev1.PersistentVolumeClaim) error {
+	if pvc.Spec.VolumeName == "" {
+		return nil
+	}
+	var v corev1.PersistentVolume
+	if err := r.Live.Get(ctx, types.NamespacedName{Name: pvc.Spec.VolumeName}, &v); err != nil {
+		return client.IgnoreNotFound(err)
+	}
+	if v.Annotations[boundByController] != "" {
+		return notOfSnapshot(&v)
+	}
+
+	return nil
+}
+
+func notOfSnapshot(v *corev1.PersistentVolume) error {
+	return step.Terminal(v1alpha1.ReasonCloneFailed, fmt.Errorf("volume %s of class %s is free, and Kubernetes gives it to the claim that is to be made of the snapshot; reserve it (spec.claimRef), give it another class, or set backupVolume.storageClassName",
+		v.Name, v.Spec.StorageClassName))
 }
 
 // dropVolumes has the volumes deleted whose clone's claim is gone, and counts them: a driver may

@@ -6,10 +6,12 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/step"
 )
@@ -103,5 +105,49 @@ func TestSweepOfVolumes(t *testing.T) {
 	}
 	if left, err := NewLeftovers(b).Sweep(t.Context()); left != 0 || err != nil {
 		t.Errorf("one that the provisioner does not get rid of: %d left, %v", left, err)
+	}
+}
+
+// A free volume of the class, which Kubernetes would take for the clone's claim, ends the run
+// before anything is read of it.
+func TestVolumeInTheWay(t *testing.T) {
+	block, file := corev1.PersistentVolumeBlock, corev1.PersistentVolumeFilesystem
+	for _, tc := range []struct {
+		name     string
+		change   func(*corev1.PersistentVolume)
+		inTheWay bool
+	}{
+		{"free", func(*corev1.PersistentVolume) {}, true},
+		{"larger", func(v *corev1.PersistentVolume) { v.Spec.Capacity[corev1.ResourceStorage] = resource.MustParse("1Ti") }, true},
+		{"too small", func(v *corev1.PersistentVolume) { v.Spec.Capacity[corev1.ResourceStorage] = resource.MustParse("1Mi") }, false},
+		{"of files", func(v *corev1.PersistentVolume) { v.Spec.VolumeMode = &file }, false},
+		{"of another class", func(v *corev1.PersistentVolume) { v.Spec.StorageClassName = "other" }, false},
+		{"bound", func(v *corev1.PersistentVolume) { v.Status.Phase = corev1.VolumeBound }, false},
+		{"reserved", func(v *corev1.PersistentVolume) {
+			v.Spec.ClaimRef = &corev1.ObjectReference{Namespace: "shop", Name: "data"}
+		}, false},
+	} {
+		pv := &corev1.PersistentVolume{
+			ObjectMeta: metav1.ObjectMeta{Name: "free"},
+			Spec: corev1.PersistentVolumeSpec{
+				StorageClassName: "fast", VolumeMode: &block, Capacity: corev1.ResourceList{corev1.ResourceStorage: resource.MustParse("1Gi")},
+			},
+			Status: corev1.PersistentVolumeStatus{Phase: corev1.VolumeAvailable},
+		}
+		tc.change(pv)
+		_, b := newCluster(t, pv)
+		vb := newRun("run", "Clone")
+		vb.Status.Claim, vb.Status.SnapshotBytes, vb.Status.Clones = &v1alpha1.ClaimSummary{StorageClassName: "fast"}, 1<<30, 1
+		_, err := (&run{Reconciler: b, vb: vb}).ensureClone(t.Context())
+		if reason, got := step.IsTerminal(err); got != tc.inTheWay || got && reason != v1alpha1.ReasonCloneFailed || err != nil && !got {
+			t.Errorf("%s: %v", tc.name, err)
+		}
+	}
+	// One that was taken all the same.
+	pvc, pv := cloneOf(testUID)
+	pv.Annotations[boundByController] = "yes"
+	_, b := newCluster(t, pvc, pv)
+	if err := (&run{Reconciler: b, vb: newRun("run", "Read")}).madeOfSnapshot(t.Context(), pvc); err == nil {
+		t.Error("a volume that was there before is read")
 	}
 }
