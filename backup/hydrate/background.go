@@ -75,7 +75,11 @@ func (g *gate) wait(ctx context.Context) {
 // hydration ends with Close, when all is there, or when there is no more room.
 func (d *Disk) Start() {
 	d.begin.Do(func() {
-		if d.ctx.Err() != nil || d.Complete() {
+		if d.ctx.Err() != nil {
+			return
+		}
+		if d.Complete() {
+			d.tellWhole()
 			return
 		}
 		d.cache.start.Do(func() {
@@ -85,6 +89,10 @@ func (d *Disk) Start() {
 		})
 		d.tasks.Go(d.hydrate)
 	})
+}
+
+func (d *Disk) tellWhole() {
+	d.cache.log.Info("an image is here as a whole", "id", d.head.id, "bytes", d.held.Load(), "size", d.head.size)
 }
 
 // work fetches units for all disks of the cache.
@@ -141,7 +149,7 @@ func (d *Disk) hydrate() {
 		d.sync()
 		switch {
 		case d.Complete():
-			d.cache.log.Info("an image is here as a whole", "id", d.head.id, "bytes", d.held.Load(), "size", d.head.size)
+			d.tellWhole()
 			return
 		case errors.Is(err, errEnded) || d.ctx.Err() != nil:
 			return
