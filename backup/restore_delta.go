@@ -138,21 +138,9 @@ func cutRange(r image.Range) []image.Range {
 }
 
 // compare reads the target and writes what differs from the point.
-func (r *restore) compare(ctx context.Context) (err error) {
-	if r.opt.Journal != "" {
-		// What an earlier restore noted is worth nothing from here on, but one that
-		// still runs needs it.
-		if r.stale, err = lockJournal(r.opt.Journal); errors.Is(err, ErrOtherRestore) {
-			return err
-		} else if err != nil {
-			slog.WarnContext(ctx, "cannot see whether an earlier restore of the target was interrupted", "target", r.target.Path(), "error", err)
-		}
-	}
-	if r.stale != nil {
-		// It would describe what is written over from here on, also if this is interrupted.
-		if err := removeJournal(r.opt.Journal); err != nil {
-			return fmt.Errorf("%w; it is of an earlier restore, and has to go before this one: remove it", err)
-		}
+func (r *restore) compare(ctx context.Context) error {
+	if err := r.dropJournal(ctx); err != nil {
+		return err
 	}
 	if err := r.target.Fit(); err != nil {
 		return err
@@ -171,6 +159,28 @@ func (r *restore) compare(ctx context.Context) (err error) {
 		r.unchanged.Add(unit.Length - total(bad))
 		return nil
 	})
+}
+
+// dropJournal takes away what an earlier restore noted: it would describe what is written
+// over from here on, also if this is interrupted. One that still runs needs it.
+func (r *restore) dropJournal(ctx context.Context) error {
+	if r.opt.Journal == "" {
+		return nil
+	}
+	old, err := lockJournal(r.opt.Journal)
+	switch {
+	case errors.Is(err, ErrOtherRestore):
+		return err
+	case err != nil:
+		slog.WarnContext(ctx, "cannot see whether an earlier restore of the target was interrupted", "target", r.target.Path(), "error", err)
+		return nil
+	case old == nil:
+		return nil
+	}
+	if err := errors.Join(removeJournal(r.opt.Journal), old.Close()); err != nil {
+		return fmt.Errorf("%w; it is of an earlier restore, and has to go before this one: remove it", err)
+	}
+	return nil
 }
 
 // overwrite writes a range of at most a unit.

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"time"
@@ -118,10 +117,10 @@ func (a *app) restore(ctx context.Context, name, path string, f restoreFlags) (e
 		}
 	}
 	if p.Unread > 0 {
-		slog.WarnContext(ctx, "some of this point could not be read when it was backed up and is zeroes", "point", p.Name(), "bytes", p.Unread, "ranges", "varve show "+p.Name())
+		a.log.Warn("some of this point could not be read when it was backed up and is zeroes", "point", p.Name(), "bytes", p.Unread, "ranges", "varve show "+p.Name())
 	}
 	if p.NotCrashConsistent {
-		slog.WarnContext(ctx, "the disk was written to while this point was made: check what is on it", "point", p.Name())
+		a.log.Warn("the disk was written to while this point was made: check what is on it", "point", p.Name())
 	}
 	task := a.progress.Start("restore "+p.Name(), p.Size, progress.Bytes)
 	defer task.Done()

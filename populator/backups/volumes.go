@@ -73,7 +73,7 @@ func (b *Reconciler) setReclaim(ctx context.Context, v *corev1.PersistentVolume)
 // heed the snapshot that the claim names. Somebody else's data would be backed up.
 func (r *run) noVolumeInTheWay(ctx context.Context, class string, size int64) error {
 	var volumes corev1.PersistentVolumeList
-	if err := r.Live.List(ctx, &volumes); err != nil {
+	if err := r.Client.List(ctx, &volumes); err != nil { // what is newer than the cache, madeOfSnapshot finds
 		return fmt.Errorf("volumes of class %s: %w", class, err)
 	}
 	for i := range volumes.Items {
