@@ -50,7 +50,12 @@ fuzz: ## Fuzz every parser of untrusted bytes for a while each (TIME=30s)
 
 .PHONY: lint
 lint: $(LINT) ## Lint; depguard keeps the layers
+	@scripts/release-notes.sh >/dev/null
 	$(LINT) run ./...
+
+.PHONY: release-notes
+release-notes: ## Print the changes since the last release (VERSION=v1.2.3: collect them for that release)
+	@scripts/release-notes.sh $(if $(filter command line,$(origin VERSION)),$(VERSION))
 
 .PHONY: generate
 generate: $(CRDGEN) ## Generate the objects' deep copies and CRDs from api/
