@@ -6,6 +6,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/varve-io/varve/backup/blocktree"
@@ -47,6 +48,28 @@ func TestOpenHangingStorage(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestOpenSlowStorage opens a repository whose storage takes its time for each answer,
+// in all more than it may be silent: it is slow, not dead.
+func TestOpenSlowStorage(t *testing.T) {
+	conf, f := repotest.New(t).ConnectFaulty(t)
+	synctest.Test(t, func(t *testing.T) {
+		const late = 40 * time.Second
+		f.Add(repotest.Fault{Delay: late})
+		begun := time.Now()
+		r, err := repository.Open(t.Context(), repository.OpenOptions{ConfigFile: conf, Password: repotest.Password})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(begun); took < 2*repository.OpenTimeout {
+			t.Errorf("it took %v: nothing was tried", took)
+		}
+		f.Clear()
+		if err := r.Close(t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // TestOpenIsInterrupted gives up an open that hangs when its context ends.

@@ -20,9 +20,10 @@ import (
 	"github.com/kopia/kopia/repo/format"
 )
 
-// OpenTimeout is how long a storage may take to answer before Create, Connect
-// and Open give up. Kopia by itself repeats a request for as long as its
-// server does not answer, ten times over.
+// OpenTimeout is how long a storage may be silent, asked for something, before
+// Create, Connect and Open give up. It does not bound how long they take. Kopia by
+// itself repeats a request for as long as its server does not answer, ten times
+// over.
 const OpenTimeout = 45 * time.Second
 
 // ConnectOptions tell how to connect to a repository.
@@ -35,6 +36,7 @@ type ConnectOptions struct {
 	Cache      Cache
 	Limits     Limits
 	Log        *slog.Logger // what Kopia logs, at debug level; nil for nothing
+	Turn       Turn         // to derive the repository's key; nil for at once
 }
 
 func (opt *ConnectOptions) validate() error {
@@ -55,24 +57,7 @@ func (opt *ConnectOptions) validate() error {
 // is left as it was when anything fails. A repository that Varve did not
 // create is connected read-only.
 func Connect(ctx context.Context, opt ConnectOptions) error {
-	if err := opt.validate(); err != nil {
-		return err
-	}
-	st, release, err := openStorage(ctx, opt.Storage, false)
-	if err != nil {
-		return err
-	}
-	defer release()
-	defer st.Close(context.WithoutCancel(ctx))
-	f, err := readFormatBlob(ctx, st)
-	if err != nil {
-		return err
-	}
-	c, err := newConnection(st, f, opt)
-	if err != nil {
-		return err
-	}
-	r, err := c.try(ctx, opt)
+	c, r, err := connect(ctx, opt)
 	if err != nil {
 		return err
 	}
@@ -84,10 +69,75 @@ func Connect(ctx context.Context, opt ConnectOptions) error {
 	return c.install(opt.ConfigFile)
 }
 
+// Attach opens a repository without leaving a connection behind: what Connect and
+// Open do, with the key derived and the indexes read once. The directory of
+// ConfigFile takes a file for a moment, the cache stays.
+func Attach(ctx context.Context, opt ConnectOptions) (*Repository, error) {
+	c, r, err := connect(ctx, opt)
+	if err != nil {
+		return nil, err
+	}
+	r.described = c.described
+	return r, nil
+}
+
+// Unchanged reads the blob that describes an attached repository again. The error
+// is ErrUnreachable or ErrNotInitialized as that of Open, or ErrReplaced if another
+// repository stands there now or the password was changed: attach anew to find
+// out.
+func (r *Repository) Unchanged(ctx context.Context) error {
+	if r.direct == nil || r.described == nil {
+		return fmt.Errorf("%s was not attached to", r.place)
+	}
+	octx, settled, release := boundSilence(ctx, OpenTimeout)
+	defer release()
+	defer settled()
+	p, err := answered(octx, func() ([]byte, error) { return getBlob(octx, r.direct.BlobReader(), format.KopiaRepositoryBlobID) }, func([]byte) {})
+	if errors.Is(err, blob.ErrBlobNotFound) {
+		return contents{}.missingFormat(r.place)
+	}
+	if err != nil {
+		return explain(octx, r.place, err)
+	}
+	f, err := format.ParseKopiaRepositoryJSON(p)
+	if err != nil || !bytes.Equal(f.UniqueID, r.described.UniqueID) || !bytes.Equal(f.EncryptedFormatBytes, r.described.EncryptedFormatBytes) {
+		return &stateError{kind: ErrReplaced, cause: err, text: fmt.Sprintf(
+			"the blob kopia.repository in %s was written anew since the repository was opened: open it again", r.place)}
+	}
+	return nil
+}
+
+// connect opens the repository that options name.
+func connect(ctx context.Context, opt ConnectOptions) (*connection, *Repository, error) {
+	if err := opt.validate(); err != nil {
+		return nil, nil, err
+	}
+	st, release, err := openStorage(ctx, opt.Storage, false)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer release()
+	defer st.Close(context.WithoutCancel(ctx))
+	f, err := readFormatBlob(ctx, st)
+	if err != nil {
+		return nil, nil, err
+	}
+	c, err := newConnection(st, f, opt)
+	if err != nil {
+		return nil, nil, err
+	}
+	r, err := c.try(ctx, opt)
+	if err != nil {
+		return nil, nil, err
+	}
+	return c, r, nil
+}
+
 // connection is one that is being made.
 type connection struct {
-	lc   *repo.LocalConfig
-	side sideFile
+	lc        *repo.LocalConfig
+	side      sideFile
+	described *format.KopiaRepositoryJSON
 }
 
 func newConnection(st blob.Storage, f *format.KopiaRepositoryJSON, opt ConnectOptions) (*connection, error) {
@@ -116,7 +166,8 @@ func newConnection(st blob.Storage, f *format.KopiaRepositoryJSON, opt ConnectOp
 				Throttling:              opt.Limits.kopia(),
 			},
 		},
-		side: sideFile{Cluster: opt.Cluster, UniqueID: id},
+		side:      sideFile{Cluster: opt.Cluster, UniqueID: id},
+		described: f,
 	}, nil
 }
 
@@ -126,7 +177,7 @@ func (c *connection) try(ctx context.Context, opt ConnectOptions) (*Repository, 
 	if err != nil {
 		return nil, err
 	}
-	r, err := open(ctx, OpenOptions{ConfigFile: temp, Password: opt.Password, Log: opt.Log}, c.side)
+	r, err := open(ctx, OpenOptions{ConfigFile: temp, Password: opt.Password, Log: opt.Log, Turn: opt.Turn}, c.side)
 	if rerr := os.Remove(temp); rerr != nil && err == nil {
 		err = errors.Join(fmt.Errorf("remove trial configuration: %w", rerr), r.Close(context.WithoutCancel(ctx)))
 	}
@@ -150,7 +201,7 @@ func (c *connection) install(configFile string) error {
 // readFormatBlob reads the blob that describes a repository and says what is
 // the matter when there is none.
 func readFormatBlob(ctx context.Context, st blob.Storage) (*format.KopiaRepositoryJSON, error) {
-	octx, settled, release := withDeadline(ctx, OpenTimeout)
+	octx, settled, release := boundSilence(ctx, OpenTimeout)
 	defer release()
 	defer settled()
 	where := place(st.ConnectionInfo())

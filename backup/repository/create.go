@@ -215,9 +215,11 @@ func existsError(where, text string) error {
 // initialize writes the blobs that describe a repository. why is what
 // readFormatBlob said of the place.
 func initialize(ctx context.Context, st blob.Storage, opt CreateOptions, why error) error {
-	octx, settled, release := withDeadline(ctx, OpenTimeout)
+	octx, settled, release := boundSilence(ctx, OpenTimeout)
 	defer release()
 	defer settled()
+	octx, over := withTurn(octx, opt.Turn)
+	defer over()
 	where := place(st.ConnectionInfo())
 	switch {
 	case errors.Is(why, ErrNotInitialized):

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"regexp"
 	"strings"
-	"time"
 
 	"github.com/kopia/kopia/repo"
 	"github.com/kopia/kopia/repo/blob"
@@ -64,18 +63,6 @@ func (e *stateError) Unwrap() []error {
 
 func invalid(format string, args ...any) error {
 	return &stateError{kind: ErrInvalidOptions, text: fmt.Sprintf(format, args...)}
-}
-
-// errNoAnswer cancels an attempt that took too long.
-var errNoAnswer = errors.New("no answer in time")
-
-// withDeadline returns a context that is cancelled when nothing has been
-// settled after limit. Call settled once the work is done: a storage may keep
-// the context, so that it lives on until release.
-func withDeadline(parent context.Context, limit time.Duration) (ctx context.Context, settled, release func()) {
-	ctx, cancel := context.WithCancelCause(parent)
-	timer := time.AfterFunc(limit, func() { cancel(errNoAnswer) })
-	return ctx, func() { timer.Stop() }, func() { cancel(context.Canceled) }
 }
 
 // damagedIndex is what Kopia says of an index blob that does not decode; the

@@ -35,17 +35,19 @@ type OpenOptions struct {
 	// Now is the clock that everything written is dated by; nil for the
 	// machine's. Tests set hosts apart with it.
 	Now func() time.Time
-	// Timeout is how long the storage may take until the repository is open; 0
-	// for OpenTimeout.
+	// Timeout is how long the storage may be silent, asked for something, until the
+	// repository is open; 0 for OpenTimeout.
 	Timeout time.Duration
+	// Turn to derive the repository's key; nil for at once.
+	Turn Turn
 	// Grace is how long a write session goes on after its context was
 	// cancelled; 0 for DefaultGrace.
 	Grace time.Duration
 }
 
 // Open opens a repository that Create or Connect connected. The error wraps
-// one of the sentinels of this package and says what to do. A storage that
-// does not answer within OpenTimeout is ErrUnreachable.
+// one of the sentinels of this package and says what to do. A storage that is
+// silent for OpenTimeout is ErrUnreachable; a slow one may take its time.
 func Open(ctx context.Context, opt OpenOptions) (*Repository, error) {
 	side, err := readSideFile(opt.ConfigFile)
 	if err != nil {
@@ -68,8 +70,8 @@ func open(ctx context.Context, opt OpenOptions, side sideFile) (*Repository, err
 	})
 }
 
-// openWithin opens the Kopia repository and calls check, both within the
-// timeout. A storage may hang without a look at its context, as a directory of a
+// openWithin opens the Kopia repository and calls check, both bounded by the
+// storage's silence. A storage may hang without a look at its context, as a directory of a
 // dead NFS server does: then it is left behind, to be closed should it ever come
 // back, for the process is about to end.
 func openWithin(ctx context.Context, opt OpenOptions, side sideFile, check func(context.Context, *Repository) error) (*Repository, error) {
@@ -77,8 +79,13 @@ func openWithin(ctx context.Context, opt OpenOptions, side sideFile, check func(
 	if err != nil {
 		return nil, err
 	}
-	octx, settled, release := withDeadline(ctx, cmp.Or(opt.Timeout, OpenTimeout))
+	octx, settled, release := boundSilence(ctx, cmp.Or(opt.Timeout, OpenTimeout))
+	octx, over := withTurn(octx, opt.Turn)
 	r, err := answered(octx, func() (*Repository, error) {
+		if lc.APIServer != nil { // calls no storage of ours: it is one call
+			silenceOf(octx).begin()
+			defer silenceOf(octx).end(false)
+		}
 		r, err := openKopia(octx, lc, opt, side)
 		if err != nil {
 			return nil, err
@@ -89,6 +96,7 @@ func openWithin(ctx context.Context, opt OpenOptions, side sideFile, check func(
 		return r, nil
 	}, func(r *Repository) { _ = r.Close(context.WithoutCancel(ctx)) })
 	settled()
+	over()
 	if err != nil {
 		if context.Cause(octx) != nil {
 			err = explain(octx, placeOf(lc), err)
@@ -141,7 +149,7 @@ func (c *connection) tryUnfinished(ctx context.Context, opt ConnectOptions) (*Re
 		return nil, err
 	}
 	defer os.Remove(temp)
-	return openWithin(ctx, OpenOptions{ConfigFile: temp, Password: opt.Password, Log: opt.Log}, c.side,
+	return openWithin(ctx, OpenOptions{ConfigFile: temp, Password: opt.Password, Log: opt.Log, Turn: opt.Turn}, c.side,
 		func(context.Context, *Repository) error { return nil })
 }
 

@@ -52,7 +52,7 @@ func finishPasswordChange(ctx context.Context, opt OpenOptions, newPassword stri
 	if lc.Storage == nil || lc.ReadOnly {
 		return fmt.Errorf("%w: finish the password change where it was begun", ErrReadOnly)
 	}
-	octx, settled, release := withDeadline(ctx, OpenTimeout)
+	octx, settled, release := boundSilence(ctx, OpenTimeout)
 	defer release()
 	defer settled()
 	where := place(*lc.Storage)

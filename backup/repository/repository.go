@@ -15,6 +15,7 @@ import (
 	"github.com/kopia/kopia/repo"
 	"github.com/kopia/kopia/repo/blob"
 	"github.com/kopia/kopia/repo/content"
+	"github.com/kopia/kopia/repo/format"
 	"github.com/kopia/kopia/repo/object"
 )
 
@@ -57,6 +58,8 @@ type Repository struct {
 	release func() // frees what the storage holds, after Close
 	grace   time.Duration
 
+	described *format.KopiaRepositoryJSON // as it was when Attach read it; nil without
+
 	mu         sync.Mutex // guards refreshSeq and serialises refreshes
 	refreshSeq uint64
 
@@ -92,6 +95,33 @@ func (r *Repository) Writable() bool {
 // Direct reports whether the repository is read from its storage itself, not
 // through a Kopia API server.
 func (r *Repository) Direct() bool { return r.direct != nil }
+
+// UniqueID is what Kopia gave the repository when it was created, in hexadecimal;
+// empty behind a Kopia API server.
+func (r *Repository) UniqueID() string {
+	if r.direct == nil {
+		return ""
+	}
+	return hexID(r.direct.UniqueID())
+}
+
+// Answering calls do and returns its error, or ErrUnreachable if the storage, asked
+// for something with the context that do got, was silent for OpenTimeout. It
+// returns soon after ctx ends; a storage that heeds no context may keep do until
+// later, and left is called once do has returned.
+func (r *Repository) Answering(ctx context.Context, do func(context.Context) error, left func()) error {
+	octx, settled, release := boundSilence(ctx, OpenTimeout)
+	_, err := answered(octx, func() (struct{}, error) {
+		defer left()
+		defer release()
+		return struct{}{}, do(octx)
+	}, func(struct{}) {})
+	settled()
+	if err != nil && errors.Is(context.Cause(octx), errNoAnswer) {
+		return explain(octx, r.place, err)
+	}
+	return err
+}
 
 // Now is the repository's clock.
 func (r *Repository) Now() time.Time { return r.rep.Time() }

@@ -68,7 +68,7 @@ func place(ci blob.ConnectionInfo) string {
 // isLocal tells whether a storage needs no cache of contents.
 func isLocal(ci blob.ConnectionInfo) bool { return ci.Type == "filesystem" }
 
-// openStorage validates and opens a storage within OpenTimeout. The error says
+// openStorage validates and opens a storage that answers within OpenTimeout. The error says
 // what to do. release frees what the storage may still hold once it is closed.
 func openStorage(ctx context.Context, s Storage, create bool) (st blob.Storage, release func(), err error) {
 	if s == nil {
@@ -77,8 +77,10 @@ func openStorage(ctx context.Context, s Storage, create bool) (st blob.Storage, 
 	if err := s.validate(); err != nil {
 		return nil, nil, err
 	}
-	octx, settled, release := withDeadline(ctx, OpenTimeout)
-	st, err = answered(octx, func() (blob.Storage, error) { return s.open(octx, create) },
+	octx, settled, release := boundSilence(ctx, OpenTimeout)
+	st, err = answered(octx, func() (blob.Storage, error) {
+		return watch(octx, func() (blob.Storage, error) { return s.open(octx, create) })
+	},
 		func(st blob.Storage) { _ = st.Close(context.WithoutCancel(ctx)) })
 	settled()
 	if err != nil {

@@ -12,6 +12,8 @@ import (
 
 	"github.com/kopia/kopia/repo/blob"
 	"github.com/kopia/kopia/repo/blob/filesystem"
+
+	"github.com/varve-io/varve/backup/repository"
 )
 
 // Op is an operation of blob storage.
@@ -202,7 +204,7 @@ func unregister(name string) {
 }
 
 func init() {
-	blob.AddSupportedStorage(storageType, storageOptions{}, openFaulty)
+	repository.RegisterStorage(storageType, openFaulty)
 }
 
 func openFaulty(ctx context.Context, opt *storageOptions, isCreate bool) (blob.Storage, error) {
