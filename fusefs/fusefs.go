@@ -66,10 +66,11 @@ type FS struct {
 	gid   uint32
 
 	view    atomic.Pointer[view]
-	mu      sync.Mutex // guards points, scratch, closed
+	mu      sync.Mutex // guards points, scratch, named, closed
 	closed  bool
 	points  map[string]*point
 	scratch *overlay.Scratch // for overlays that are not kept, once there is one
+	named   *overlay.Dir     // the lock on opt.OverlayDir, once there is an overlay
 	fetched fetched
 	numbers numbers
 	names   nameBudget
@@ -121,6 +122,7 @@ func (f *FS) Close() error {
 	if f.scratch != nil {
 		errs = append(errs, f.scratch.Close())
 	}
+	errs = append(errs, f.named.Close())
 	return errors.Join(errs...)
 }
 
@@ -255,11 +257,18 @@ func (f *FS) forget(v *view) {
 
 // overlayDir is where a point's overlay lies.
 func (f *FS) overlayDir() (string, error) {
-	if f.opt.OverlayDir != "" {
-		return f.opt.OverlayDir, nil
-	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.opt.OverlayDir != "" {
+		if f.named == nil {
+			d, err := overlay.TakeDir(f.opt.OverlayDir)
+			if err != nil {
+				return "", err //nolint:wrapcheck // says what failed
+			}
+			f.named = d
+		}
+		return f.opt.OverlayDir, nil
+	}
 	if f.scratch == nil {
 		s, err := overlay.NewScratch(overlay.ScratchParent())
 		if err != nil {

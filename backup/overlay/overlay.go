@@ -53,7 +53,8 @@ type Options struct {
 	// Limit is the most bytes of scratch data; zero means no limit. At the
 	// limit, writes to new places fail with ENOSPC.
 	Limit int64
-	// Keep leaves the overlay on disk at Close.
+	// Keep leaves the overlay on disk at Close. Without, an overlay that is there
+	// already is refused: it is not this one's to remove.
 	Keep bool
 }
 
@@ -62,6 +63,8 @@ var (
 	ErrOtherBase = errors.New("this overlay belongs to another image: choose another directory, or remove it to start afresh")
 	// ErrInUse is the refusal to open an overlay twice.
 	ErrInUse = errors.New("this overlay is in use by another process")
+	// ErrKept is the refusal to go on, without Keep, with an overlay that was kept.
+	ErrKept = errors.New("it holds overlays of an earlier run, which would be removed at the end: go on with them by --keep, give another directory, or remove them")
 	// ErrNotFast is Zero's answer when only a slow way is left. It is
 	// EOPNOTSUPP.
 	ErrNotFast = fmt.Errorf("zeroing here would be no faster than writing: %w", syscall.EOPNOTSUPP)
@@ -119,7 +122,20 @@ func (o *Overlay) load() error {
 		}
 		return fmt.Errorf("lock the overlay: %w", err)
 	}
-	var err error
+	var st unix.Stat_t
+	err := unix.Fstat(int(o.data.Fd()), &st)
+	if err == nil && st.Nlink == 0 {
+		// Its last user removed it between the opening and the lock.
+		return fmt.Errorf("overlay %s: %w", o.opt.Dir, ErrInUse)
+	}
+	if err == nil && !o.opt.Keep {
+		if _, err := os.Lstat(filepath.Join(o.opt.Dir, "map")); err == nil {
+			return fmt.Errorf("%s: %w", o.opt.Dir, ErrKept)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("lock the overlay: %w", err)
+	}
 	o.log, err = openJournal(filepath.Join(o.opt.Dir, "map"), header{size: o.size, baseID: o.opt.BaseID}, func(r stateRun) {
 		o.used.Add(o.apply(r))
 	})
@@ -140,12 +156,11 @@ func (o *Overlay) Close() error {
 	if o.opt.Keep {
 		err = o.Flush(context.Background())
 	}
-	err = errors.Join(err, o.log.close(), o.data.Close())
-	if !o.opt.Keep {
-		err = errors.Join(err, os.Remove(filepath.Join(o.opt.Dir, "data")),
-			os.Remove(filepath.Join(o.opt.Dir, "map")), os.Remove(o.opt.Dir))
+	if !o.opt.Keep { // before the lock is given back: afterwards they may be another's
+		err = errors.Join(err, os.Remove(filepath.Join(o.opt.Dir, "map")),
+			os.Remove(filepath.Join(o.opt.Dir, "data")), os.Remove(o.opt.Dir))
 	}
-	return err
+	return errors.Join(err, o.log.close(), o.data.Close())
 }
 
 // Size is the image's length in bytes.

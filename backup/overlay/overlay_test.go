@@ -224,7 +224,7 @@ func TestCrash(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			again := open(t, base, Options{Dir: crashed, BaseID: "a"})
+			again := open(t, base, Options{Dir: crashed, BaseID: "a", Keep: true})
 			if got := content(t, again); !bytes.Equal(got[512<<10:], flushed[512<<10:]) {
 				t.Fatalf("cut at %d of %d: flushed bytes are lost", cut, len(later))
 			}
@@ -272,7 +272,7 @@ func TestRewrite(t *testing.T) {
 	if err := o.Close(); err != nil {
 		t.Fatal(err)
 	}
-	check(t, open(t, base, Options{Dir: dir, BaseID: "a"}), base, model)
+	check(t, open(t, base, Options{Dir: dir, BaseID: "a", Keep: true}), base, model)
 }
 
 func TestLimitAndDiscard(t *testing.T) {

@@ -221,19 +221,26 @@ func clientView(catalog nbdserver.Resolver, rules []nbdserver.AccessRule) nbdser
 	return nbdserver.Restrict(aliases, rules)
 }
 
-// serveScratch is the temporary directories of a server. What a killed one left is
-// taken away by the next.
+// serveScratch is the directories of a server: temporary ones, of which the next server
+// deletes what a killed one left, and the one that a user named for overlays.
 type serveScratch struct {
 	overlays, copies *overlay.Scratch // nil where none is needed
+	named            *overlay.Dir     // nil where none is
 }
 
-// scratch makes the directories that flags do not name.
+// scratch makes the directories that flags do not name, and locks those they do. That of
+// copies has a lock of its own.
 func (f *serveFlags) scratch() (s serveScratch, err error) {
-	if f.writable && f.overlays.Dir == "" {
+	switch {
+	case f.writable && f.overlays.Dir == "":
 		if s.overlays, err = overlay.NewScratch(overlay.ScratchParent()); err != nil {
 			return s, err
 		}
 		f.overlays.Dir = s.overlays.Dir
+	case f.writable:
+		if s.named, err = overlay.TakeDir(f.overlays.Dir); err != nil {
+			return s, err
+		}
 	}
 	if f.hydrate && f.copies.Dir == "" {
 		if s.copies, err = overlay.NewScratch(overlay.ScratchParent()); err != nil {
@@ -244,7 +251,7 @@ func (f *serveFlags) scratch() (s serveScratch, err error) {
 }
 
 func (s serveScratch) close() error {
-	var errs []error
+	errs := []error{s.named.Close()}
 	for _, d := range []*overlay.Scratch{s.overlays, s.copies} {
 		if d != nil {
 			errs = append(errs, d.Close())
@@ -261,7 +268,7 @@ func (f *serveFlags) openCopies(log *slog.Logger, scratch serveScratch) (*hydrat
 	opt := f.copies
 	opt.Log, opt.Keep = log, opt.Dir != ""
 	if scratch.copies != nil {
-		opt.Dir = scratch.copies.Dir
+		opt.Dir = filepath.Join(scratch.copies.Dir, "copies")
 	}
 	if opt.Limit == 0 {
 		opt.FreeShare = 0.9

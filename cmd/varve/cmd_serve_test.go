@@ -337,11 +337,10 @@ func TestServeScratch(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	old := time.Now().Add(-time.Hour)
 	for i, s := range []*overlay.Scratch{killed.overlays, killed.copies} {
 		dir := filepath.Join(parent, fmt.Sprintf("kept%d", i))
 		if err := errors.Join(os.Rename(s.Dir, dir), s.Close(), os.Rename(dir, s.Dir), os.Mkdir(filepath.Join(s.Dir, "id"), 0o700),
-			os.WriteFile(filepath.Join(s.Dir, "id", "data"), []byte("secret"), 0o600), os.Chtimes(s.Dir, old, old)); err != nil {
+			os.WriteFile(filepath.Join(s.Dir, "id", "data"), []byte("secret"), 0o600)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -377,6 +376,48 @@ func TestServeScratch(t *testing.T) {
 	}
 	if r := s.stop(); r.code != exitOK || len(names()) != 0 {
 		t.Errorf("exit code %d, left %v\n%s", r.code, names(), r.stderr)
+	}
+}
+
+// A directory that a user named is nobody's scratch, whatever its name: neither while its
+// server runs nor afterwards.
+func TestServeLeavesNamedDirectories(t *testing.T) {
+	env, disk := newBackupEnv(t)
+	backupJSON(t, env, disk, "--volume", "shop/db")
+	parent := t.TempDir()
+	t.Setenv("TMPDIR", parent)
+	overlays, copies := filepath.Join(parent, "varve-overlay-mydb"), filepath.Join(parent, "varve-overlay-copies")
+	args := []string{"--writable", "--keep", "--overlay-dir", overlays, "--hydrate", "--hydrate-dir", copies}
+	first := startServer(t, env, args...)
+	e := first.enter(t, "shop/db@latest")
+	if err := e.WriteAt(t.Context(), []byte("mine"), 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	_ = e.Close()
+	old := time.Now().Add(-time.Hour)
+	for _, dir := range []string{overlays, copies} {
+		if err := os.Chtimes(dir, old, old); err != nil {
+			t.Fatal(err)
+		}
+	}
+	other := func() {
+		if r := startServer(t, env, "--writable", "--hydrate").stop(); r.code != exitOK {
+			t.Fatalf("exit code %d: %s", r.code, r.stderr)
+		}
+	}
+	other()
+	if got := first.read(t, "shop/db@latest"); string(got[:4]) != "mine" {
+		t.Errorf("the running server reads %q", got[:4])
+	}
+	if r := first.stop(); r.code != exitOK {
+		t.Fatalf("exit code %d: %s", r.code, r.stderr)
+	}
+	other()
+	if _, err := os.Stat(copies); err != nil {
+		t.Error(err)
+	}
+	if got := startServer(t, env, args...).read(t, "shop/db@latest"); string(got[:4]) != "mine" {
+		t.Errorf("afterwards the disk reads %q", got[:4])
 	}
 }
 

@@ -92,7 +92,7 @@ var exitCodes = []struct {
 	{overlay.ErrOtherBase, exitRefused},
 	{hydrate.ErrInUse, exitRefused},
 	{hydrate.ErrNotACache, exitRefused},
-	{serve.ErrKept, exitRefused},
+	{overlay.ErrKept, exitRefused},
 	{serve.ErrPadded, exitRefused},
 	{serve.ErrNotPadded, exitRefused},
 	{serve.ErrNotWritable, exitUsage},

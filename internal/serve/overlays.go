@@ -19,9 +19,6 @@ type Overlays struct {
 	Keep  bool  // leave them for the next run
 }
 
-// ErrKept means that overlays of an earlier run are there and would be removed.
-var ErrKept = errors.New("it holds overlays of an earlier run, which would be removed at the end: go on with them by --keep, give another directory, or remove them")
-
 // check refuses a directory with overlays in it unless they are kept.
 func (o *Overlays) check() error {
 	if o.Keep {
@@ -33,7 +30,7 @@ func (o *Overlays) check() error {
 	}
 	for _, e := range entries {
 		if _, err := os.Lstat(filepath.Join(o.Dir, e.Name(), "map")); err == nil {
-			return fmt.Errorf("%s: %w", o.Dir, ErrKept)
+			return fmt.Errorf("%s: %w", o.Dir, overlay.ErrKept)
 		}
 	}
 	return nil

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
 
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/cbt"
@@ -73,7 +74,17 @@ func WrittenOver(ctx context.Context, e *nbdclient.Export, cat *backup.Catalog) 
 }
 
 // KeptOverlay opens an overlay that a server left, over its point.
-func KeptOverlay(ctx context.Context, repo *repository.Repository, cache *image.Cache, p *backup.Point, dir string) (*Written, error) {
+func KeptOverlay(ctx context.Context, repo *repository.Repository, cache *image.Cache, p *backup.Point, dir string) (_ *Written, err error) {
+	// A directory of a killed server is not to be deleted meanwhile.
+	held, err := overlay.HoldDir(filepath.Dir(dir))
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, held.Close())
+		}
+	}()
 	root, err := backup.OpenRoot(ctx, repo, p)
 	if err != nil {
 		return nil, err
@@ -94,7 +105,7 @@ func KeptOverlay(ctx context.Context, repo *repository.Repository, cache *image.
 		return nil, err
 	}
 	return &Written{
-		Base: p, size: o.Size(), close: o.Close,
+		Base: p, size: o.Size(), close: func() error { return errors.Join(o.Close(), held.Close()) },
 		read: func(b []byte, off int64) error {
 			_, err := o.ReadAt(context.WithoutCancel(ctx), b, off)
 			return err
