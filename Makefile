@@ -10,10 +10,13 @@ CRDGEN_VER := v0.21.0
 CRDGEN    := $(TOOLS)/controller-gen-$(CRDGEN_VER)
 KOPIA_VER := $(shell sed -n 's,^\tgithub.com/kopia/kopia \(v[^ ]*\).*,\1,p' go.mod)
 KOPIA     := $(TOOLS)/kopia-$(KOPIA_VER)
+GOTESTSUM_VER := v1.13.0
+GOTESTSUM := $(TOOLS)/gotestsum-$(GOTESTSUM_VER)
 VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LDFLAGS   := -s -w -X main.version=$(VERSION)
 
 export CGO_ENABLED ?= 1
+export VARVE_RACE CACHE
 
 .PHONY: help
 help: ## Show this list
@@ -33,8 +36,19 @@ check: lint ## Build, vet, lint and the quick tests
 	$(GO) test -tags testing -short ./...
 
 .PHONY: test
-test: setup $(KOPIA) ## All tests, with the race detector, beside stock Kopia and real tools
-	VARVE_TEST_KOPIA=$(KOPIA) scripts/test.sh
+test: setup $(KOPIA) $(GOTESTSUM) ## All tests, beside stock Kopia and real tools; the race detector where there are goroutines
+	VARVE_TEST_KOPIA=$(KOPIA) GOTESTSUM=$(GOTESTSUM) scripts/test.sh
+
+.PHONY: nightly
+nightly: ## What takes hours: the race detector everywhere, every fault, a million steps of the model, every kill
+	$(MAKE) test VARVE_RACE=all
+	$(MAKE) faults
+	$(MAKE) model
+	$(MAKE) fuzz
+	$(MAKE) e2e VARVE_E2E_KILLS=all
+
+.PHONY: tools
+tools: $(LINT) $(KOPIA) $(GOTESTSUM) ## Build the tools of lint and tests, once for each version
 
 .PHONY: model
 model: ## The long run of the model test: a million steps
@@ -86,6 +100,10 @@ kopia: $(KOPIA) ## Build stock Kopia, the same version as the library
 $(KOPIA):
 	@mkdir -p $(TOOLS)
 	scripts/build-tool.sh github.com/kopia/kopia $(KOPIA_VER) github.com/kopia/kopia $@
+
+$(GOTESTSUM):
+	@mkdir -p $(TOOLS)
+	scripts/build-tool.sh gotest.tools/gotestsum $(GOTESTSUM_VER) gotest.tools/gotestsum $@
 
 $(CRDGEN):
 	@mkdir -p $(TOOLS)

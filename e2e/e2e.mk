@@ -25,12 +25,15 @@ e2e-nbd: setup ## NBD clients against varve serve, the Linux kernel in a virtual
 	cd e2e && VARVE_TEST_KERNEL=1 $(GO) test -count=1 -timeout 30m -v -run "$${RUN:-.}" ./nbd
 
 .PHONY: e2e
-e2e: e2e-setup e2e-nbd ## The end-to-end tests in a cluster of their own (RUN=regexp to choose)
-	@e2e/cluster/test.sh
+e2e: e2e-setup e2e-nbd e2e-prepare e2e-tests ## The end-to-end tests in a cluster of their own (RUN=regexp to choose)
 
-.PHONY: e2e-ci
-e2e-ci: ## make e2e if the cluster is built already or there is time; else say why not
-	@e2e/cluster/ci.sh
+.PHONY: e2e-prepare
+e2e-prepare: ## Build the image and the programs of the cluster's tests
+	@e2e/cluster/test.sh prepare
+
+.PHONY: e2e-tests
+e2e-tests: e2e-setup ## Run the cluster's tests with what e2e-prepare built
+	@e2e/cluster/test.sh run
 
 .PHONY: image
 image: ## Build Varve's container image as an OCI archive: bin/image/varve.tar

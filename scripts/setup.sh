@@ -2,7 +2,7 @@
 # Installs the Debian packages that the tests and the demo use. Nothing is done
 # where all of them are there already, so it is quick to run again.
 set -euo pipefail
-packages=(e2fsprogs xfsprogs fuse3 util-linux fdisk gdisk lvm2 dosfstools mtools attr acl qemu-utils libnbd-bin python3-libnbd nbdkit fio sqlite3 postgresql)
+packages=(e2fsprogs xfsprogs fuse3 util-linux fdisk gdisk lvm2 dosfstools mtools attr acl qemu-utils libnbd-bin python3-libnbd nbdkit fio sqlite3 postgresql jq)
 missing=()
 for p in "${packages[@]}"; do
 	dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'install ok installed' || missing+=("$p")

@@ -20,7 +20,7 @@ var (
 
 // The NBD conformance suite, writes included, over an overlay.
 func TestServed(t *testing.T) {
-	nbdtest.Run(t, func(t *testing.T) nbdtest.Target {
+	nbdtest.Run(t, nbdtest.Traits{Writable: true}, func(t *testing.T) nbdtest.Target {
 		dir := t.TempDir()
 		base := nbdtest.NewDisk(nbdtest.Image())
 		base.Extra = map[string]func(int64) uint32{"qemu:allocation-depth": func(int64) uint32 { return 1 }}
@@ -48,7 +48,7 @@ func TestServed(t *testing.T) {
 			srv.Close()
 			<-served
 		})
-		return nbdtest.Target{Export: "disk", Writable: true, Strict: true, Dial: func(t testing.TB) net.Conn {
+		return nbdtest.Target{Export: "disk", Dial: func(t testing.TB) net.Conn {
 			c, err := net.Dial("unix", socket)
 			if err != nil {
 				t.Fatal(err)

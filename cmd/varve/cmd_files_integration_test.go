@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -228,14 +229,32 @@ func TestCpWithoutRoot(t *testing.T) {
 	}
 }
 
-// buildVarve makes the program, for tests of processes. The tag is Kopia's: it opens
-// what tests with that tag make, and all else.
+// buildVarve makes the program, once for all tests of processes. The tag is Kopia's: it
+// opens what tests with that tag make, and all else. TestMain removes it.
 func buildVarve(t *testing.T) string {
 	t.Helper()
-	program := filepath.Join(t.TempDir(), "varve")
-	diskfstest.Run(t, "go", "build", "-tags", "testing", "-o", program, ".")
+	program, err := builtVarve()
+	if err != nil {
+		t.Fatal(err)
+	}
 	return program
 }
+
+var builtVarve = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "varve-build-*")
+	if err != nil {
+		return "", err
+	}
+	builtVarveDir = dir
+	program := filepath.Join(dir, "varve")
+	if out, err := exec.Command("go", "build", "-tags", "testing", "-o", program, ".").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build varve: %w: %s", err, out)
+	}
+	return program, nil
+})
+
+// builtVarveDir is where buildVarve built, if it did.
+var builtVarveDir string
 
 func needFUSE(t *testing.T) {
 	t.Helper()

@@ -26,7 +26,11 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	if builtVarveDir != "" {
+		_ = os.RemoveAll(builtVarveDir)
+	}
+	os.Exit(code)
 }
 
 // varveProcess starts varve in a process of its own.

@@ -25,12 +25,14 @@ func run(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(dir)
-	varveBin = filepath.Join(dir, "varve")
-	build := exec.Command("go", "build", "-o", varveBin, "./cmd/varve")
-	build.Dir = filepath.Join("..", "..")
-	if out, err := build.CombinedOutput(); err != nil {
-		fmt.Fprintf(os.Stderr, "build varve: %v\n%s", err, out)
-		return 1
+	if varveBin = os.Getenv("VARVE"); varveBin == "" {
+		varveBin = filepath.Join(dir, "varve")
+		build := exec.Command("go", "build", "-o", varveBin, "./cmd/varve")
+		build.Dir = filepath.Join("..", "..")
+		if out, err := build.CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "build varve: %v\n%s", err, out)
+			return 1
+		}
 	}
 	return m.Run()
 }

@@ -245,7 +245,7 @@ func TestConformance(t *testing.T) {
 	}
 	for _, hydrated := range []bool{false, true} {
 		t.Run(fmt.Sprintf("hydrated=%v", hydrated), func(t *testing.T) {
-			nbdtest.Run(t, func(t *testing.T) nbdtest.Target {
+			nbdtest.Run(t, nbdtest.Traits{}, func(t *testing.T) nbdtest.Target {
 				opt := Options{}
 				if hydrated {
 					copies, err := hydrate.New(hydrate.Options{Dir: filepath.Join(t.TempDir(), "copies")})
@@ -274,7 +274,7 @@ func TestConformance(t *testing.T) {
 					srv.Close()
 					<-served
 				})
-				return nbdtest.Target{Export: p.Name(), Strict: true, Dial: func(t testing.TB) net.Conn {
+				return nbdtest.Target{Export: p.Name(), Dial: func(t testing.TB) net.Conn {
 					c, err := net.Dial("unix", socket)
 					if err != nil {
 						t.Fatal(err)

@@ -91,9 +91,6 @@ func exportNameZeroes(t *testing.T, s Target) {
 }
 
 func exportNameUnknown(t *testing.T, s Target) {
-	if s.AnyName {
-		t.Skip("server takes every export name")
-	}
 	r := s.DialOptions(t, Fixed)
 	r.Option(proto.OptExportName, []byte("no such export"))
 	r.WantClosed()
@@ -229,9 +226,6 @@ func infoNameTooLong(t *testing.T, s Target) {
 }
 
 func unknownExport(t *testing.T, s Target) {
-	if s.AnyName {
-		t.Skip("server takes every export name")
-	}
 	r := s.DialOptions(t, Fixed)
 	for _, o := range []proto.Option{proto.OptInfo, proto.OptGo} {
 		r.Option(o, lenString("no such export"), be16(0))
@@ -368,9 +362,6 @@ func contextMalformed(t *testing.T, s Target) {
 
 // Contexts are selected for one export.
 func contextOtherExport(t *testing.T, s Target) {
-	if !s.AnyName && s.Export == "" {
-		t.Skip("server has no second name for the export")
-	}
 	r := s.DialOptions(t, Fixed)
 	r.Option(proto.OptStructuredReply)
 	r.Want(proto.OptStructuredReply, proto.RepAck)

@@ -2,8 +2,8 @@
 // is one rule of the protocol, run against any server that a [Target] dials.
 // The server exports [Image] and nothing else.
 //
-// Run it with [Run]. Rules about parts of the protocol a server may leave out
-// are skipped if it does, unless the target is Strict.
+// Run it with [Run]. Rules about parts of the protocol that a server leaves out are
+// named in [Traits].LeftOut and not run; a rule that is run and not met fails.
 package nbdtest
 
 import (
@@ -14,7 +14,9 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net"
+	"path"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -29,16 +31,37 @@ type Target struct {
 	Dial func(t testing.TB) net.Conn
 	// Export is the name under which Image is served.
 	Export string
+	// Traits are set by Run.
+	Traits
+}
+
+// Traits say which rules of the suite apply to a server.
+type Traits struct {
 	// Writable says that the export is a fresh, writable copy of Image for
 	// each test; else it is read-only.
 	Writable bool
 	// AnyName says that the server takes every export name.
 	AnyName bool
-	// Strict makes a missing optional feature a failure.
-	Strict bool
-	// Known holds deviations of a server from the protocol, by test name, with
-	// the reason; those tests are skipped.
-	Known map[string]string
+	// LeftOut holds the rules that this server is known not to follow, with the
+	// reason: a deviation, or an optional part that it does not offer. The keys are
+	// patterns of path.Match over the names in All, and each must match one.
+	LeftOut map[string]string
+}
+
+// applies tells whether the server has to follow the rule of that name.
+func (tr Traits) applies(name string) bool {
+	for pattern := range tr.LeftOut {
+		if ok, _ := path.Match(pattern, name); ok {
+			return false
+		}
+	}
+	switch name {
+	case "write/read-only":
+		return !tr.Writable
+	case "handshake/export-name-unknown", "handshake/unknown-export":
+		return !tr.AnyName
+	}
+	return tr.Writable || !strings.HasPrefix(name, "write/")
 }
 
 // All is the suite.
@@ -48,26 +71,31 @@ func register(tests map[string]func(*testing.T, Target)) {
 	maps.Copy(All, tests)
 }
 
-// Run runs the whole suite; fresh makes the target of one test.
-func Run(t *testing.T, fresh func(t *testing.T) Target) {
-	for _, name := range slices.Sorted(maps.Keys(All)) {
+// Run runs the rules that apply to servers of those traits; fresh makes the target of
+// one test.
+func Run(t *testing.T, traits Traits, fresh func(t *testing.T) Target) {
+	names := slices.Sorted(maps.Keys(All))
+	for pattern := range traits.LeftOut {
+		if !slices.ContainsFunc(names, func(name string) bool { ok, _ := path.Match(pattern, name); return ok }) {
+			t.Errorf("the suite has no rule %q to leave out", pattern)
+		}
+	}
+	for _, name := range names {
+		if !traits.applies(name) {
+			continue
+		}
 		t.Run(name, func(t *testing.T) {
 			s := fresh(t)
-			if why, ok := s.Known[name]; ok {
-				t.Skipf("known deviation of this server: %s", why)
-			}
+			s.Traits = traits
 			All[name](t, s)
 		})
 	}
 }
 
-// missing skips, or fails, for a feature the server does not offer.
+// missing fails for a feature that the server does not offer.
 func (s Target) missing(t *testing.T, feature string) {
 	t.Helper()
-	if s.Strict {
-		t.Fatalf("server does not offer %s", feature)
-	}
-	t.Skipf("server does not offer %s", feature)
+	t.Fatalf("server does not offer %s", feature)
 }
 
 // ImageSize is the length of Image.

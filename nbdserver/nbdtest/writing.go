@@ -31,21 +31,9 @@ func init() {
 	})
 }
 
-// writable enters a writable export, or skips: the target is read-only.
-func (s Target) writable(t *testing.T, h nbdclient.Headers, contexts ...string) *nbdclient.Export {
-	t.Helper()
-	if !s.Writable {
-		t.Skip("export is read-only")
-	}
-	return s.enter(t, h, contexts...)
-}
-
 // readOnly checks that nothing writes, payloads are consumed, and the
 // connection lives on.
 func readOnly(t *testing.T, s Target) {
-	if s.Writable {
-		t.Skip("export is writable")
-	}
 	r := s.DialOptions(t, Fixed)
 	if _, f := r.Go(s.Export); f&proto.FlagReadOnly == 0 {
 		t.Fatal("read-only export does not say so")
@@ -61,7 +49,7 @@ func readOnly(t *testing.T, s Target) {
 
 func writeReadBack(t *testing.T, s Target, h nbdclient.Headers) {
 	ctx := testContext(t)
-	e := s.writable(t, h)
+	e := s.enter(t, h)
 	want := Image()
 	data := make([]byte, 100_000)
 	rand.NewChaCha8([32]byte{7}).Read(data) //nolint:errcheck // cannot fail
@@ -80,7 +68,7 @@ func writeReadBack(t *testing.T, s Target, h nbdclient.Headers) {
 // writeModel does random writes, zeroes and reads beside a plain []byte.
 func writeModel(t *testing.T, s Target) {
 	ctx := testContext(t)
-	e := s.writable(t, nbdclient.Structured)
+	e := s.enter(t, nbdclient.Structured)
 	model := Image()
 	r := rand.New(rand.NewPCG(3, 4))
 	for i := range 300 {
@@ -113,7 +101,7 @@ func writeModel(t *testing.T, s Target) {
 
 func flushAndFUA(t *testing.T, s Target) {
 	ctx := testContext(t)
-	e := s.writable(t, nbdclient.Structured)
+	e := s.enter(t, nbdclient.Structured)
 	if e.Flags&proto.FlagSendFlush == 0 || e.Flags&proto.FlagSendFUA == 0 {
 		s.missing(t, "FLUSH and FUA")
 	}
@@ -134,7 +122,7 @@ func flushAndFUA(t *testing.T, s Target) {
 
 func writeZeroes(t *testing.T, s Target) {
 	ctx := testContext(t)
-	e := s.writable(t, nbdclient.Structured)
+	e := s.enter(t, nbdclient.Structured)
 	if e.Flags&proto.FlagSendWriteZeroes == 0 {
 		s.missing(t, "WRITE_ZEROES")
 	}
@@ -157,7 +145,7 @@ func writeZeroes(t *testing.T, s Target) {
 // FAST_ZERO either works or says at once that it does not, leaving the bytes.
 func fastZero(t *testing.T, s Target) {
 	ctx := testContext(t)
-	e := s.writable(t, nbdclient.Structured)
+	e := s.enter(t, nbdclient.Structured)
 	if e.Flags&proto.FlagSendFastZero == 0 {
 		s.missing(t, "FAST_ZERO")
 	}
@@ -180,7 +168,7 @@ func fastZero(t *testing.T, s Target) {
 
 func trim(t *testing.T, s Target) {
 	ctx := testContext(t)
-	e := s.writable(t, nbdclient.Structured)
+	e := s.enter(t, nbdclient.Structured)
 	if e.Flags&proto.FlagSendTrim == 0 {
 		s.missing(t, "TRIM")
 	}
@@ -201,7 +189,7 @@ func trim(t *testing.T, s Target) {
 
 func writeBeyondEnd(t *testing.T, s Target) {
 	ctx := testContext(t)
-	e := s.writable(t, nbdclient.Structured)
+	e := s.enter(t, nbdclient.Structured)
 	if err := e.WriteAt(ctx, make([]byte, 1024), ImageSize-512, 0); !errors.Is(err, proto.ENOSPC) {
 		t.Errorf("write beyond the end: %v", err)
 	}
@@ -216,7 +204,7 @@ func writeBeyondEnd(t *testing.T, s Target) {
 
 func writeNothing(t *testing.T, s Target) {
 	ctx := testContext(t)
-	e := s.writable(t, nbdclient.Structured)
+	e := s.enter(t, nbdclient.Structured)
 	refused := (*nbdclient.RequestError)(nil)
 	if err := e.WriteAt(ctx, []byte{}, 0, 0); err != nil && !errors.As(err, &refused) {
 		t.Error(err)
@@ -229,9 +217,6 @@ func writeNothing(t *testing.T, s Target) {
 // A payload beyond the advertised one is refused, or the server hangs up; it
 // must not be taken for requests.
 func writeTooMuch(t *testing.T, s Target) {
-	if !s.Writable {
-		t.Skip("export is read-only")
-	}
 	r := s.DialOptions(t, Fixed)
 	r.Go(s.Export)
 	const n = proto.MaxPayload + 4096
@@ -252,7 +237,7 @@ func writeTooMuch(t *testing.T, s Target) {
 // Block status tells what was written and zeroed.
 func statusFollows(t *testing.T, s Target) {
 	ctx := testContext(t)
-	e := s.writable(t, nbdclient.Structured, proto.ContextAllocation)
+	e := s.enter(t, nbdclient.Structured, proto.ContextAllocation)
 	flags := func(off int64) uint64 {
 		all, err := e.BlockStatus(ctx, off, 65536, proto.CmdFlagReqOne)
 		if err != nil {
@@ -282,7 +267,7 @@ func statusFollows(t *testing.T, s Target) {
 // answered and flushed.
 func seenByOthers(t *testing.T, s Target) {
 	ctx := testContext(t)
-	a := s.writable(t, nbdclient.Structured)
+	a := s.enter(t, nbdclient.Structured)
 	if a.Flags&proto.FlagCanMultiConn == 0 {
 		s.missing(t, "CAN_MULTI_CONN")
 	}
@@ -304,9 +289,6 @@ func seenByOthers(t *testing.T, s Target) {
 
 // An extended WRITE without payload is refused, not taken for zeroes.
 func extendedNoData(t *testing.T, s Target) {
-	if !s.Writable {
-		t.Skip("export is read-only")
-	}
 	r := s.enterExtended(t)
 	r.Send(ExtendedRequest(proto.CmdWrite, 0, 1, 0, 4096))
 	r.wantExtendedError(1, proto.EINVAL)

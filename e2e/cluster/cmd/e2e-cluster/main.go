@@ -1,7 +1,6 @@
 // e2e-cluster runs the cluster of the end-to-end tests (package cluster):
 //
 //	e2e-cluster build          make the binaries and images, if they are not there
-//	e2e-cluster warm           exit 0 if build has nothing long to do
 //	e2e-cluster up             build, then start
 //	e2e-cluster down           end it and free everything
 //	e2e-cluster kubectl ...    kubectl as administrator
@@ -73,7 +72,7 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 		return supervisor.Serve(args[3], log)
 	case "down":
 		return cluster.Down(ctx)
-	case "build", "warm", "up":
+	case "build", "up":
 		return buildOrUp(ctx, args[0], log)
 	}
 	c, err := cluster.Open(ctx)
@@ -116,13 +115,6 @@ func buildOrUp(ctx context.Context, what string, log *slog.Logger) error {
 		return err
 	}
 	b := cluster.Builder{Source: src, Log: log}
-	if what == "warm" {
-		warm, err := b.Warm()
-		if err == nil && !warm {
-			err = errors.New("the cluster's components are not built")
-		}
-		return err
-	}
 	bin, err := b.Build(ctx)
 	if err != nil || what == "build" {
 		return err
