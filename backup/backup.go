@@ -310,12 +310,12 @@ func (r *run) chooseParent(cat *Catalog, quarantined map[string]Quarantine) erro
 	}
 	v := r.opt.Volume
 	if r.opt.Parent != "" {
-		p, err := cat.Resolve(r.opt.Parent)
+		p, err := Names{Catalog: cat, Cluster: v.Cluster}.Read(r.opt.Parent)
 		if err != nil {
 			return fmt.Errorf("%w: %w", ErrWrongParent, err)
 		}
 		if p.Volume != v && !r.opt.Branch {
-			return fmt.Errorf("%w: %s is a point of %s:%s, not of %s:%s", ErrWrongParent, p.Name(), p.Volume.Cluster, p.Volume, v.Cluster, v)
+			return fmt.Errorf("%w: %s is a point of %s, not of %s", ErrWrongParent, p.Name(), p.Volume.FullName(), v.FullName())
 		}
 		if q, bad := quarantined[p.ID]; bad {
 			return fmt.Errorf("%w: %s is quarantined: %s", ErrWrongParent, p.Name(), q.Reason)

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/varve-io/varve/backup/blocktree"
@@ -20,12 +19,6 @@ type Catalog struct {
 	points     []*Point
 	incomplete []*Point
 }
-
-// ErrNoSuchPoint and ErrAmbiguous are what a name can fail with.
-var (
-	ErrNoSuchPoint = errors.New("no such recovery point")
-	ErrAmbiguous   = errors.New("ambiguous name")
-)
 
 // ListOptions narrow a catalogue.
 type ListOptions struct {
@@ -83,9 +76,11 @@ func List(ctx context.Context, r *repository.Repository, opt ListOptions) (*Cata
 		seen[p.ID] = p
 	}
 	c.points = slices.Collect(maps.Values(seen))
-	slices.SortFunc(c.points, comparePoints)
+	c.sort()
 	return c, nil
 }
+
+func (c *Catalog) sort() { slices.SortFunc(c.points, comparePoints) }
 
 var errNotAPoint = errors.New("not a recovery point")
 
@@ -203,165 +198,6 @@ func (c *Catalog) Volumes() []Volume {
 		}
 	}
 	return out
-}
-
-// minIDPrefix is the shortest prefix of an ID that names a point.
-const minIDPrefix = 4
-
-// Resolve finds the point that a name means: namespace/name@latest, @latest~N,
-// @TIME (UTC; any prefix of a point's own time, such as 2026-11-20 or
-// 2026-11-20T10:00), @ID or an ID prefix alone. A cluster may stand before the
-// volume: prod:shop/db@latest. The error wraps ErrNoSuchPoint or ErrAmbiguous
-// and says what there is.
-func (c *Catalog) Resolve(name string) (*Point, error) {
-	vol, sel, at := cutLastAt(name)
-	if !at {
-		if strings.Contains(name, "/") {
-			return nil, fmt.Errorf("%w: %q: say which one: %s@latest, %s@TIME or an ID", ErrNoSuchPoint, name, name, name)
-		}
-		return c.byIDPrefix(name, c.points)
-	}
-	points, err := c.ofNamed(vol)
-	if err != nil {
-		return nil, err
-	}
-	if p, ok, err := byAge(name, sel, points); ok || err != nil {
-		return p, err
-	}
-	var found []*Point
-	for _, p := range points {
-		if matchesTime(p, sel) {
-			found = append(found, p)
-		}
-	}
-	switch {
-	case len(found) == 1:
-		return found[0], nil
-	case len(found) > 1:
-		return nil, ambiguous(name, found)
-	}
-	if p, err := c.byIDPrefix(sel, points); err == nil || errors.Is(err, ErrAmbiguous) {
-		return p, err
-	}
-	oldest, newest := points[0], points[len(points)-1]
-	return nil, fmt.Errorf("%w: %q: %s has %d, from %s to %s", ErrNoSuchPoint, name, vol, len(points), timeText(oldest.Time), timeText(newest.Time))
-}
-
-// cutLastAt splits at the last '@': a foreign point's volume has one in it.
-func cutLastAt(s string) (before, after string, ok bool) {
-	i := strings.LastIndexByte(s, '@')
-	if i < 0 {
-		return s, "", false
-	}
-	return s[:i], s[i+1:], true
-}
-
-// ofNamed returns the points of the volume that a name before the '@' means.
-func (c *Catalog) ofNamed(vol string) ([]*Point, error) {
-	byVolume := map[Volume][]*Point{}
-	var order []Volume
-	for _, p := range c.points {
-		if matchesVolume(p, vol) {
-			if byVolume[p.Volume] == nil {
-				order = append(order, p.Volume)
-			}
-			byVolume[p.Volume] = append(byVolume[p.Volume], p)
-		}
-	}
-	switch len(order) {
-	case 0:
-		return nil, fmt.Errorf("%w: no recovery points of volume %q; \"varve list\" shows what there is", ErrNoSuchPoint, vol)
-	case 1:
-		return byVolume[order[0]], nil
-	default:
-		var names []string
-		for _, v := range order {
-			names = append(names, v.Cluster+":"+v.String())
-		}
-		return nil, fmt.Errorf("%w: volume %q is in several clusters: say which: %s", ErrAmbiguous, vol, strings.Join(names, ", "))
-	}
-}
-
-func matchesVolume(p *Point, text string) bool {
-	v := p.Volume
-	if p.Foreign != "" {
-		// As Kopia writes a source; Velero's paths have no slash before them.
-		if path, ok := strings.CutPrefix(text, v.Namespace+"@"+v.Cluster+":"); ok && strings.TrimPrefix(path, "/") == v.Name {
-			return true
-		}
-	}
-	return text == v.String() || text == v.Cluster+":"+v.String()
-}
-
-// byAge resolves latest and latest~N. ok is false when sel is not of that form.
-func byAge(name, sel string, points []*Point) (p *Point, ok bool, err error) {
-	rest, ok := strings.CutPrefix(sel, "latest")
-	if !ok {
-		return nil, false, nil
-	}
-	back := 0
-	if rest != "" {
-		digits, tilde := strings.CutPrefix(rest, "~")
-		n, err := strconv.Atoi(digits)
-		if !tilde || err != nil || n < 0 {
-			return nil, false, fmt.Errorf("%w: %q: want @latest or @latest~N", ErrNoSuchPoint, name)
-		}
-		back = n
-	}
-	if back >= len(points) {
-		return nil, false, fmt.Errorf("%w: %q: there are %d, the oldest is @latest~%d", ErrNoSuchPoint, name, len(points), len(points)-1)
-	}
-	return points[len(points)-1-back], true, nil
-}
-
-func matchesTime(p *Point, sel string) bool {
-	if len(sel) < len("2026") || sel[0] < '0' || sel[0] > '9' {
-		return false
-	}
-	full := p.Time.UTC().Format("2006-01-02T15:04:05.000Z")
-	exact := timeText(p.Time)
-	sel = strings.Replace(sel, " ", "T", 1)
-	if sel == exact {
-		return true
-	}
-	// A prefix ends at a field, so that 2026-11-2 is not the 20th.
-	switch len(sel) {
-	case len("2006-01-02"), len("2006-01-02T15"), len("2006-01-02T15:04"), len("2006-01-02T15:04:05"):
-		return strings.HasPrefix(full, sel)
-	}
-	return false
-}
-
-func (c *Catalog) byIDPrefix(prefix string, among []*Point) (*Point, error) {
-	if len(prefix) < minIDPrefix {
-		return nil, fmt.Errorf("%w: %q: an ID needs at least %d digits", ErrNoSuchPoint, prefix, minIDPrefix)
-	}
-	var found []*Point
-	for _, p := range among {
-		if strings.HasPrefix(p.ID, strings.ToLower(prefix)) {
-			found = append(found, p)
-		}
-	}
-	switch len(found) {
-	case 0:
-		return nil, fmt.Errorf("%w: %q is neither a name (namespace/name@TIME, @latest) nor the beginning of an ID", ErrNoSuchPoint, prefix)
-	case 1:
-		return found[0], nil
-	default:
-		return nil, ambiguous(prefix, found)
-	}
-}
-
-func ambiguous(name string, found []*Point) error {
-	var lines []string
-	for i, p := range found {
-		if i == 10 {
-			lines = append(lines, fmt.Sprintf("and %d more", len(found)-i))
-			break
-		}
-		lines = append(lines, fmt.Sprintf("%s (ID %s)", p.Name(), p.ShortID()))
-	}
-	return fmt.Errorf("%w: %q may be %s", ErrAmbiguous, name, strings.Join(lines, ", "))
 }
 
 // OpenRoot tells how to open a point's disk.

@@ -80,7 +80,7 @@ func interfere(t *testing.T, step string, prepare func(t *testing.T, r *reposito
 		}
 		met = true
 		if len(forget) > 0 {
-			if _, err := Forget(t.Context(), other, forget, true, false); err != nil {
+			if _, err := Forget(t.Context(), other, ForgetOptions{Names: forget, Cluster: testVolume.Cluster, Force: true}); err != nil {
 				t.Errorf("forget at %s: %v", step, err)
 			}
 		}
@@ -150,7 +150,7 @@ func TestGarbageReusedDuringCollection(t *testing.T) {
 				kept, want := chain(t, r, other, 1, 500_000)
 				data := append(randomBytes(rand.New(rand.NewPCG(2, 2)), 1<<20), make([]byte, blocktree.SegmentSize)...)
 				p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: data}, BlockSize: 64 << 10})
-				if _, err := Forget(t.Context(), r, []string{p.ID}, false, false); err != nil {
+				if _, err := Forget(t.Context(), r, ForgetOptions{Names: []string{p.ID}, Cluster: testVolume.Cluster}); err != nil {
 					t.Fatal(err)
 				}
 				return Options{Volume: testVolume, Disk: &memDisk{data: data}}, nil, map[*Point][]byte{kept[0]: want[0]}
@@ -168,7 +168,7 @@ func TestBackupDuringCollection(t *testing.T) {
 			r, conf := newRepo(t)
 			data := randomBytes(rand.New(rand.NewPCG(3, 3)), 1<<20)
 			old, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: data}})
-			if _, err := Forget(t.Context(), r, []string{old.ID}, false, false); err != nil {
+			if _, err := Forget(t.Context(), r, ForgetOptions{Names: []string{old.ID}, Cluster: testVolume.Cluster}); err != nil {
 				t.Fatal(err)
 			}
 			writer := openRepo(t, conf)
@@ -236,7 +236,7 @@ func TestReaderDuringRewrite(t *testing.T) {
 	})
 	<-started
 	before := packFiles(t, conf, "p")
-	if _, err := Forget(t.Context(), r, []string{points[0].ID, points[1].ID}, false, false); err != nil {
+	if _, err := Forget(t.Context(), r, ForgetOptions{Names: []string{points[0].ID, points[1].ID}, Cluster: testVolume.Cluster}); err != nil {
 		t.Error(err)
 	}
 	res, err := Maintain(t.Context(), r, MaintainOptions{Mode: repository.MaintenanceFull, NoSafety: true})
@@ -361,7 +361,7 @@ func TestClocksApart(t *testing.T) {
 			t.Errorf("point %d is listed as number %d", p.Generation, i+1)
 		}
 	}
-	latest, err := cat.Resolve("shop/db@latest")
+	latest, err := Names{Catalog: cat, Cluster: testVolume.Cluster}.Read("shop/db@latest")
 	if err != nil || latest.ID != ids[3] {
 		t.Errorf("latest is %v, %v", latest, err)
 	}

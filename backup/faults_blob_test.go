@@ -52,7 +52,7 @@ func TestBrokenPack(t *testing.T) {
 			s.change()
 			s.backup(s.clean)
 			gone := mustList(t, s.clean).Of(testVolume)[0]
-			if _, err := Forget(t.Context(), s.clean, []string{gone.ID}, false, false); err != nil {
+			if _, err := Forget(t.Context(), s.clean, ForgetOptions{Names: []string{gone.ID}, Cluster: testVolume.Cluster}); err != nil {
 				t.Fatal(err)
 			}
 			delete(s.want, gone.ID)

@@ -111,7 +111,7 @@ func (s *faultSite) thin() {
 	s.t.Helper()
 	all := mustList(s.t, s.clean).Of(testVolume)
 	for _, p := range all[:max(0, len(all)-2)] {
-		if _, err := Forget(s.t.Context(), s.clean, []string{p.ID}, false, false); err != nil {
+		if _, err := Forget(s.t.Context(), s.clean, ForgetOptions{Names: []string{p.ID}, Cluster: testVolume.Cluster}); err != nil {
 			s.t.Fatal(err)
 		}
 		delete(s.want, p.ID)
@@ -223,7 +223,7 @@ func TestStorageFullWhileMakingRoom(t *testing.T) {
 	s.f.Add(repotest.Fault{Op: repotest.Put, Err: fmt.Errorf("write pack: %w", syscall.ENOSPC)})
 	for name, do := range map[string]func() error{
 		"forget": func() error {
-			_, err := Forget(t.Context(), s.faulty, []string{newest.ID}, false, false)
+			_, err := Forget(t.Context(), s.faulty, ForgetOptions{Names: []string{newest.ID}, Cluster: testVolume.Cluster})
 			return err
 		},
 		"prune": func() error {

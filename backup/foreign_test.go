@@ -58,7 +58,7 @@ func TestVeleroRepository(t *testing.T) {
 		for _, name := range []string{
 			p.Name(), id, id[:12], p.Volume.Namespace + "@" + p.Volume.Cluster + ":" + p.Volume.Name + "@latest~" + string(rune('1'-i)),
 		} {
-			if q, err := cat.Resolve(name); err != nil || q.ID != p.ID {
+			if q, err := (Names{Catalog: cat, Cluster: testVolume.Cluster}).Read(name); err != nil || q.ID != p.ID {
 				t.Errorf("%q means %v, %v", name, q, err)
 			}
 		}
@@ -90,7 +90,7 @@ func TestVeleroRepository(t *testing.T) {
 	if rep, err := Verify(ctx, r, VerifyOptions{Read: 1}); err != nil || rep.Read == 0 {
 		t.Errorf("verify: %+v, %v", rep, err)
 	}
-	if _, err := Forget(ctx, r, []string{full.ManifestID}, true, false); err == nil || !strings.Contains(err.Error(), "velero") {
+	if _, err := Forget(ctx, r, ForgetOptions{Names: []string{full.ManifestID}, Cluster: "default", Force: true}); err == nil || !strings.Contains(err.Error(), "velero") {
 		t.Errorf("forget: %v", err)
 	}
 }
@@ -122,7 +122,7 @@ func TestForeignPointsStayInARepositoryOfOurs(t *testing.T) {
 		t.Errorf("pruned %v, %v", plan.Removed(), err)
 	}
 	for id := range foreign {
-		if _, err := Forget(ctx, r, []string{id}, true, false); err == nil {
+		if _, err := Forget(ctx, r, ForgetOptions{Names: []string{id}, Cluster: testVolume.Cluster, Force: true}); err == nil {
 			t.Errorf("%s, which is not ours, was forgotten", id)
 		}
 	}

@@ -104,7 +104,7 @@ func TestForgetAndMaintenanceReclaim(t *testing.T) {
 	other := Volume{Namespace: "shop", Name: "big", Cluster: "test"}
 	big, _ := chain(t, r, other, 1, 8<<20)
 	before := packBytes(t, conf)
-	if _, err := Forget(t.Context(), r, []string{"shop/big@latest", points[0].ID, points[2].Name()}, false, false); err != nil {
+	if _, err := Forget(t.Context(), r, ForgetOptions{Names: []string{"shop/big@latest", points[0].ID, points[2].Name()}, Cluster: testVolume.Cluster}); err != nil {
 		t.Fatal(err)
 	}
 	res := maintainNow(t, r)
@@ -140,7 +140,7 @@ func TestSafetyKeepsWhatIsYoung(t *testing.T) {
 	r, conf := newRepo(t)
 	points, _ := chain(t, r, testVolume, 2, 4<<20)
 	before := len(packFiles(t, conf, "p"))
-	if _, err := Forget(t.Context(), r, []string{points[0].ID}, false, false); err != nil {
+	if _, err := Forget(t.Context(), r, ForgetOptions{Names: []string{points[0].ID}, Cluster: testVolume.Cluster}); err != nil {
 		t.Fatal(err)
 	}
 	res, err := Maintain(t.Context(), r, MaintainOptions{Mode: repository.MaintenanceFull})
@@ -178,7 +178,7 @@ func TestDamageIsNamedAndSurvived(t *testing.T) {
 		t.Fatal(err)
 	}
 	flip(t, packPath(t, conf, st.Pack), st.Offset+st.Packed/2)
-	if _, err := Forget(ctx, r, []string{gone[0].ID}, false, false); err != nil {
+	if _, err := Forget(ctx, r, ForgetOptions{Names: []string{gone[0].ID}, Cluster: testVolume.Cluster}); err != nil {
 		t.Fatal(err)
 	}
 
@@ -373,7 +373,7 @@ func TestLeaseHoldsPoint(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Forget(ctx, r, []string{points[0].ID}, false, false); !errors.Is(err, ErrLeased) {
+	if _, err := Forget(ctx, r, ForgetOptions{Names: []string{points[0].ID}, Cluster: testVolume.Cluster}); !errors.Is(err, ErrLeased) {
 		t.Errorf("forget: %v", err)
 	}
 	plan, err := Prune(ctx, r, PruneOptions{Policy: Policy{Latest: 1}, Cluster: "test"})
@@ -468,14 +468,14 @@ func TestPins(t *testing.T) {
 	r, _ := newRepo(t)
 	points, _ := chain(t, r, testVolume, 2, 1<<20)
 	ctx := t.Context()
-	p, err := Pin(ctx, r, points[0].ID, []string{"audit"}, nil)
+	p, err := Pin(ctx, r, testVolume.Cluster, points[0].ID, []string{"audit"}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if len(p.Pins) != 1 || p.ID != points[0].ID {
 		t.Errorf("pins %v", p.Pins)
 	}
-	if _, err := Forget(ctx, r, []string{p.ID}, false, false); !errors.Is(err, ErrPinned) {
+	if _, err := Forget(ctx, r, ForgetOptions{Names: []string{p.ID}, Cluster: testVolume.Cluster}); !errors.Is(err, ErrPinned) {
 		t.Errorf("forget: %v", err)
 	}
 	plan, err := Prune(ctx, r, PruneOptions{Policy: Policy{Latest: 1}, Cluster: "test"})
@@ -485,10 +485,10 @@ func TestPins(t *testing.T) {
 	if len(plan.Removed()) != 0 {
 		t.Errorf("removed %v", plan.Removed())
 	}
-	if _, err := Pin(ctx, r, p.ID, nil, []string{"audit"}); err != nil {
+	if _, err := Pin(ctx, r, testVolume.Cluster, p.ID, nil, []string{"audit"}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Forget(ctx, r, []string{p.ID}, false, false); err != nil {
+	if _, err := Forget(ctx, r, ForgetOptions{Names: []string{p.ID}, Cluster: testVolume.Cluster}); err != nil {
 		t.Error(err)
 	}
 }

@@ -531,7 +531,7 @@ func (m *model) delete(v *modelVolume) {
 		return
 	}
 	for id := range v.points {
-		if _, err := Forget(m.t.Context(), m.repo, []string{id}, false, false); err != nil {
+		if _, err := Forget(m.t.Context(), m.repo, ForgetOptions{Names: []string{id}, Cluster: testVolume.Cluster}); err != nil {
 			m.t.Errorf("forget %s: %v", id, err)
 			return
 		}

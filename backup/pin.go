@@ -14,8 +14,8 @@ const DefaultPin = "varve"
 
 // Pin changes the pins of a point: prune keeps a point that has any, and so does
 // stock Kopia. A label that is there already, or not there to be removed, is no
-// error.
-func Pin(ctx context.Context, r *repository.Repository, name string, add, remove []string) (*Point, error) {
+// error. The name of a point of another cluster than this one needs its cluster.
+func Pin(ctx context.Context, r *repository.Repository, cluster, name string, add, remove []string) (*Point, error) {
 	for _, label := range slices.Concat(add, remove) {
 		if strings.TrimSpace(label) == "" {
 			return nil, fmt.Errorf("a pin needs a label that says why")
@@ -28,7 +28,7 @@ func Pin(ctx context.Context, r *repository.Repository, name string, add, remove
 	if err != nil {
 		return nil, err
 	}
-	p, err := cat.Resolve(name)
+	p, err := Names{Catalog: cat, Cluster: cluster}.Change(name)
 	if err != nil {
 		return nil, err
 	}

@@ -157,6 +157,24 @@ func (p *Point) Name() string {
 	return p.Volume.String() + "@" + timeText(p.Time)
 }
 
+// FullName returns the name with the cluster before it, which means this point
+// to every command of every cluster.
+func (p *Point) FullName() string {
+	if p.Foreign != "" {
+		return p.Name()
+	}
+	return p.Volume.Cluster + ":" + p.Name()
+}
+
+// NameIn returns the name that means this point in a cluster: without the
+// cluster for its own points.
+func (p *Point) NameIn(cluster string) string {
+	if p.Volume.Cluster == cluster {
+		return p.Name()
+	}
+	return p.FullName()
+}
+
 // ShortID returns the first digits of the ID, as lists show them.
 func (p *Point) ShortID() string { return p.ID[:min(len(p.ID), 12)] }
 

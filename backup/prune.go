@@ -122,7 +122,7 @@ func planPrune(ctx context.Context, r *repository.Repository, opt PruneOptions) 
 	for _, v := range volumes {
 		points := cat.Of(v)
 		if len(points) == 0 {
-			return nil, fmt.Errorf("%w: no recovery points of volume %s:%s; \"varve list\" shows what there is", ErrNoSuchPoint, v.Cluster, v)
+			return nil, Names{Catalog: cat, Cluster: opt.Cluster}.NoPoints(v)
 		}
 		var candidates []Candidate
 		for _, p := range points {

@@ -22,6 +22,9 @@ type Volume struct {
 
 func (v Volume) String() string { return v.Namespace + "/" + v.Name }
 
+// FullName is the volume with its cluster: cluster:namespace/name.
+func (v Volume) FullName() string { return v.Cluster + ":" + v.String() }
+
 // maxNamePart is the longest namespace, name or cluster, as in DNS.
 const maxNamePart = 253
 

@@ -69,9 +69,17 @@ func (d *catalogDir) children() ([]child, bool) {
 		for ns := range v.namespaces {
 			list = append(list, d.dir(ns, &catalogDir{fs: d.fs, namespace: ns}))
 		}
+		for ns := range v.links {
+			if v.namespaces[ns] == nil {
+				list = append(list, d.dir(ns, &catalogDir{fs: d.fs, namespace: ns}))
+			}
+		}
 	case d.volume == "":
 		for vol := range v.namespaces[d.namespace] {
 			list = append(list, d.dir(vol, &catalogDir{fs: d.fs, namespace: d.namespace, volume: vol}))
+		}
+		for vol, target := range v.links[d.namespace] {
+			list = append(list, d.link(vol, target))
 		}
 	default:
 		vol := v.namespaces[d.namespace][d.volume]
@@ -81,10 +89,7 @@ func (d *catalogDir) children() ([]child, bool) {
 		for name, p := range vol.points {
 			list = append(list, d.dir(name, &pointDir{fs: d.fs, info: p}))
 		}
-		list = append(list, child{
-			name: "latest", key: d.namespace + "/" + d.volume + "/latest=" + vol.latest, mode: syscall.S_IFLNK,
-			make: func() fs.InodeEmbedder { return &linkNode{fs: d.fs, target: vol.latest} },
-		})
+		list = append(list, d.link("latest", vol.latest))
 	}
 	slices.SortFunc(list, func(a, b child) int { return strings.Compare(a.name, b.name) })
 	return list, len(list) > 0 || d.namespace == ""
@@ -96,6 +101,13 @@ func (d *catalogDir) dir(name string, node fs.InodeEmbedder) child {
 		key = "point " + p.info.ID
 	}
 	return child{name: name, key: key, mode: syscall.S_IFDIR, make: func() fs.InodeEmbedder { return node }}
+}
+
+func (d *catalogDir) link(name, target string) child {
+	return child{
+		name: name, key: d.namespace + "/" + d.volume + "/" + name + "=" + target, mode: syscall.S_IFLNK,
+		make: func() fs.InodeEmbedder { return &linkNode{fs: d.fs, target: target} },
+	}
 }
 
 func (d *catalogDir) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {

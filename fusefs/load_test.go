@@ -111,7 +111,7 @@ func TestDeadMountIsTakenAway(t *testing.T) {
 	if _, err := os.ReadDir(dir); !errors.Is(err, unix.ENOTCONN) {
 		t.Fatalf("the mount is not dead: %v", err)
 	}
-	tree, err := fusefs.New(t.Context(), repo, fusefs.Options{})
+	tree, err := fusefs.New(t.Context(), repo, fusefs.Options{Cluster: shopDB.Cluster})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,7 +124,7 @@ func TestDeadMountIsTakenAway(t *testing.T) {
 	if got := names(t, dir); !slices.Equal(got, []string{"shop"}) {
 		t.Errorf("the tree holds %q", got)
 	}
-	other, err := fusefs.New(t.Context(), repo, fusefs.Options{})
+	other, err := fusefs.New(t.Context(), repo, fusefs.Options{Cluster: shopDB.Cluster})
 	if err != nil {
 		t.Fatal(err)
 	}

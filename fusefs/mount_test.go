@@ -57,6 +57,9 @@ type mounted struct {
 func mount(t testing.TB, repo *repository.Repository, opt fusefs.Options) *mounted {
 	t.Helper()
 	needFUSE(t)
+	if opt.Cluster == "" {
+		opt.Cluster = shopDB.Cluster
+	}
 	if opt.Log == nil {
 		opt.Log = slog.New(slog.DiscardHandler)
 	}
@@ -122,7 +125,7 @@ func serveUntilKilled(dir, config string) error {
 		return err
 	}
 	overlays := os.Getenv(overlayVariable)
-	tree, err := fusefs.New(ctx, repo, fusefs.Options{Writable: overlays != "", OverlayDir: overlays})
+	tree, err := fusefs.New(ctx, repo, fusefs.Options{Cluster: shopDB.Cluster, Writable: overlays != "", OverlayDir: overlays})
 	if err != nil {
 		return err
 	}

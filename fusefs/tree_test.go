@@ -401,7 +401,7 @@ func TestPointsComeAndGo(t *testing.T) {
 		to, err := os.Readlink(filepath.Join(dir, "latest"))
 		return err == nil && len(names(t, dir)) == 3 && strings.HasSuffix(second.Name(), to)
 	})
-	if _, err := backup.Forget(t.Context(), other, []string{first.ID}, false, false); err != nil {
+	if _, err := backup.Forget(t.Context(), other, backup.ForgetOptions{Names: []string{first.ID}, Cluster: "test"}); err != nil {
 		t.Fatal(err)
 	}
 	wait(t, func() bool { return len(names(t, dir)) == 2 })
@@ -416,7 +416,7 @@ func TestPointsComeAndGo(t *testing.T) {
 		leases, err := backup.Leases(t.Context(), other)
 		return err == nil && len(leases[second.ID]) == 1
 	})
-	if _, err := backup.Forget(t.Context(), other, []string{second.ID}, false, false); !errors.Is(err, backup.ErrLeased) {
+	if _, err := backup.Forget(t.Context(), other, backup.ForgetOptions{Names: []string{second.ID}, Cluster: "test"}); !errors.Is(err, backup.ErrLeased) {
 		t.Errorf("a point that is being read could be forgotten: %v", err)
 	}
 }

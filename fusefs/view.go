@@ -12,8 +12,11 @@ import (
 // view is the catalogue as directories. It is immutable.
 type view struct {
 	namespaces map[string]map[string]*volumeView
-	ids        map[string]bool
-	volumes    map[backup.Volume]bool // that have points
+	// links stand for volumes of the only other cluster that has them: by
+	// namespace and name, the way to them from there.
+	links   map[string]map[string]string
+	ids     map[string]bool
+	volumes map[backup.Volume]bool // that have points
 }
 
 // volumeView is the points of one volume under the names they have in the tree.
@@ -24,20 +27,21 @@ type volumeView struct {
 
 // newView sorts points, which come by volume and generation, into directories.
 func newView(points []*backup.Point, opt Options) *view {
-	v := &view{namespaces: map[string]map[string]*volumeView{}, ids: map[string]bool{}, volumes: map[backup.Volume]bool{}}
-	clusters := map[string]bool{}
-	for _, p := range points {
-		if shown(p, opt) {
-			clusters[p.Volume.Cluster] = true
-		}
+	v := &view{
+		namespaces: map[string]map[string]*volumeView{}, links: map[string]map[string]string{},
+		ids: map[string]bool{}, volumes: map[backup.Volume]bool{},
 	}
+	clusters := map[string][]string{} // that have a volume, by its name
 	for _, p := range points {
 		if !shown(p, opt) {
 			continue
 		}
+		if !v.volumes[p.Volume] {
+			clusters[p.Volume.String()] = append(clusters[p.Volume.String()], p.Volume.Cluster)
+		}
 		v.ids[p.ID], v.volumes[p.Volume] = true, true
 		ns := p.Volume.Namespace
-		if len(clusters) > 1 && p.Volume.Cluster != opt.Cluster {
+		if p.Volume.Cluster != opt.Cluster {
 			ns = p.Volume.Cluster + ":" + ns
 		}
 		volumes := v.namespaces[element(ns)]
@@ -57,7 +61,22 @@ func newView(points []*backup.Point, opt Options) *view {
 		vol.points[name] = p
 		vol.latest = name
 	}
+	for vol := range v.volumes {
+		if vol.Cluster != opt.Cluster && len(clusters[vol.String()]) == 1 {
+			v.link(element(vol.Namespace), element(vol.Name), "../"+element(vol.Cluster+":"+vol.Namespace)+"/"+element(vol.Name))
+		}
+	}
 	return v
+}
+
+func (v *view) link(namespace, name, target string) {
+	if v.namespaces[namespace][name] != nil {
+		return // two names that are one as directories
+	}
+	if v.links[namespace] == nil {
+		v.links[namespace] = map[string]string{}
+	}
+	v.links[namespace][name] = target
 }
 
 func shown(p *backup.Point, opt Options) bool {

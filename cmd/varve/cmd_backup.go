@@ -120,11 +120,7 @@ func (a *app) backup(ctx context.Context, path string, f backupFlags) (err error
 	}
 	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
 
-	cluster := repo.Cluster()
-	if a.flags.cluster != "" {
-		cluster = a.flags.cluster
-	}
-	if opt.Volume, err = backup.ParseVolume(f.volume, cluster); err != nil {
+	if opt.Volume, err = backup.ParseVolume(f.volume, a.clusterOf(repo)); err != nil {
 		return err
 	}
 	task := a.progress.Start("backup "+opt.Volume.String(), 0, progress.Bytes)

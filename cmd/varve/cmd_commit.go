@@ -51,7 +51,7 @@ A kept overlay that no server uses is named by its directory: the one given as
 		},
 	}
 	fl := cmd.Flags()
-	fl.StringVar(&f.volume, "volume", "", "volume of the new point, namespace/name (default that of the point beneath)")
+	fl.StringVar(&f.volume, "volume", "", "volume of the new point, namespace/name (default that of the point beneath, if it is this cluster's)")
 	fl.BoolVar(&f.quiesced, "quiesced", false, "nothing is written to the export meanwhile: the point is consistent")
 	fl.StringVar(&f.verifyUnchanged, "verify-unchanged", "0.1%", "share of the blocks that the overlay did not change to read and compare")
 	return cmd
@@ -87,6 +87,10 @@ func (a *app) commit(ctx context.Context, repo *repository.Repository, target st
 		defer func() { err = errors.Join(err, saved.Close()) }()
 	}
 	opt.Disk, opt.Source, opt.Parent, opt.Volume = saved, saved, saved.Base.ID, saved.Base.Volume
+	if f.volume == "" && opt.Volume.Cluster != a.clusterOf(repo) {
+		return fmt.Errorf("%w: %s: say whose volume the new point is of: --volume %s, or --volume %s for a volume of this cluster",
+			errOtherCluster, saved.Base.FullName(), opt.Volume.FullName(), opt.Volume)
+	}
 	if f.volume != "" {
 		if opt.Volume, err = backup.ParseVolume(f.volume, a.clusterOf(repo)); err != nil {
 			return &usageError{err}
@@ -106,6 +110,10 @@ func (a *app) commit(ctx context.Context, repo *repository.Repository, target st
 	}
 	return a.printBackup(p, rec)
 }
+
+// errOtherCluster means that a new point would go to another cluster's volume
+// though nobody said so.
+var errOtherCluster = errors.New("the point beneath is another cluster's")
 
 // openKeptOverlay opens the overlay in a directory that is named by its point.
 func openKeptOverlay(ctx context.Context, repo *repository.Repository, cache *image.Cache, cat *backup.Catalog, dir string) (*serve.Written, error) {

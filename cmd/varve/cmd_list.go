@@ -21,7 +21,9 @@ func newListCommand(a *app) *cobra.Command {
 		Long: `List the recovery points of a volume, or of all, oldest first.
 
 The name in the first column, or the beginning of the ID, is what other commands
-take. @latest, @latest~1 and the beginning of a time (@2026-11-20) work too.`,
+take. @latest, @latest~1 and the beginning of a time (@2026-11-20) work too.
+A name without a cluster means this cluster's; points of other clusters are listed
+with theirs (alpha:shop/db@TIME).`,
 		Example: `  varve list
   varve list shop/db -o json`,
 		Args: cobra.MaximumNArgs(1),
@@ -59,11 +61,18 @@ func (a *app) list(ctx context.Context, repo *repository.Repository, volume stri
 		return err
 	}
 	views := make([]pointView, 0, len(cat.Points()))
-	clusters := map[string]bool{}
 	for _, p := range cat.Points() {
 		views = append(views, n.view(p))
-		clusters[p.Volume.Cluster] = true
 	}
+	var elsewhere []string // where the name that has no points does exist
+	if len(views) == 0 && opt.Volume != nil {
+		all, err := backup.List(ctx, repo, backup.ListOptions{})
+		if err != nil {
+			return err
+		}
+		elsewhere = a.names(repo, all).Elsewhere(*opt.Volume)
+	}
+	cluster := a.clusterOf(repo)
 	others := 0 // of Velero or stock Kopia, if nothing else is there
 	if len(views) == 0 && !foreign {
 		opt.Foreign = true
@@ -80,7 +89,10 @@ func (a *app) list(ctx context.Context, repo *repository.Repository, volume stri
 			t.line("No recovery points of Varve, but %s of Velero or Kopia. See: varve list --all", count(others, "disk image", "disk images"))
 			return
 		case opt.Volume != nil:
-			t.line("No recovery points of volume %s:%s. See what there is with: varve list", opt.Volume.Cluster, opt.Volume)
+			t.line("No recovery points of volume %s. See what there is with: varve list", opt.Volume.FullName())
+			for _, name := range elsewhere {
+				t.line("Another cluster has a volume of that name: varve list %s", name)
+			}
 			return
 		default:
 			t.line("No recovery points. Make one with: varve backup SOURCE --volume NAMESPACE/NAME")
@@ -89,8 +101,8 @@ func (a *app) list(ctx context.Context, repo *repository.Repository, volume stri
 		t.row("NAME", "ID", "KIND", "GEN", "SIZE", "PARENT", "PINS", "STATE")
 		for _, v := range views {
 			name := v.Name
-			if len(clusters) > 1 && v.Program == "" {
-				name = v.Cluster + ":" + name
+			if v.Cluster != cluster && v.Program == "" {
+				name = v.Cluster + ":" + name // as other commands need it
 			}
 			kind := v.Kind
 			if v.Program != "" {

@@ -113,13 +113,10 @@ The command serves until it is interrupted or 'varve umount DIR' is called; with
 	return cmd
 }
 
-func (f mountFlags) options(a *app, repo *repository.Repository) (opt fusefs.Options, err error) {
+func (f mountFlags) options(ctx context.Context, a *app, repo *repository.Repository) (opt fusefs.Options, err error) {
 	opt = fusefs.Options{
 		Foreign: f.foreign, Stale: f.stale, Writable: f.writable, OverlayDir: f.overlayDir,
-		Cluster: repo.Cluster(), Refresh: f.refresh, AllowOther: f.allowOther, Log: a.log,
-	}
-	if a.flags.cluster != "" {
-		opt.Cluster = a.flags.cluster
+		Cluster: a.clusterOf(repo), Refresh: f.refresh, AllowOther: f.allowOther, Log: a.log,
 	}
 	if f.refresh <= 0 {
 		opt.Refresh = -1
@@ -135,10 +132,17 @@ func (f mountFlags) options(a *app, repo *repository.Repository) (opt fusefs.Opt
 	if !f.writable && (f.overlayDir != "" || f.overlayLimit != "") {
 		return opt, usagef("--overlay-dir and --overlay-limit are for --writable")
 	}
+	if len(f.volumes) == 0 {
+		return opt, nil
+	}
+	cat, err := backup.List(ctx, repo, backup.ListOptions{Foreign: f.foreign})
+	if err != nil {
+		return opt, err
+	}
 	for _, s := range f.volumes {
-		v, err := backup.ParseVolume(s, opt.Cluster)
+		v, err := volumeNamed(a.names(repo, cat), s)
 		if err != nil {
-			return opt, usagef("--volume: %w", err)
+			return opt, fmt.Errorf("--volume: %w", err)
 		}
 		opt.Volumes = append(opt.Volumes, v)
 	}
@@ -151,7 +155,7 @@ func (a *app) mount(ctx context.Context, dir string, f mountFlags) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
-	opt, err := f.options(a, repo)
+	opt, err := f.options(ctx, a, repo)
 	if err != nil {
 		return err
 	}

@@ -16,7 +16,8 @@ func newPinCommand(a *app) *cobra.Command {
 		GroupID: groupKeep,
 		Short:   "Keep a recovery point from being pruned or forgotten",
 		Long: `Pin a recovery point under one or more labels that say why. A point with any pin
-is not pruned, by Varve or by stock Kopia, and not forgotten without --force.`,
+is not pruned, by Varve or by stock Kopia, and not forgotten without --force. A
+point of another cluster needs its cluster in the name: alpha:shop/db@latest.`,
 		Example: `  varve pin shop/db@2026-11-20 "before the upgrade"`,
 		Args:    cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -58,22 +59,26 @@ func labelsOr(labels []string) []string {
 func (a *app) pin(ctx context.Context, name string, add, remove []string) error {
 	return a.withRepository(ctx, func(repo *repository.Repository) error {
 		if add == nil && remove == nil {
-			points, err := a.pointsNamed(ctx, repo, []string{name}, "")
+			cat, err := backup.List(ctx, repo, backup.ListOptions{})
 			if err != nil {
 				return err
 			}
-			remove = points[0].Pins
+			p, err := a.names(repo, cat).Change(name)
+			if err != nil {
+				return err
+			}
+			remove = p.Pins
 		}
-		p, err := backup.Pin(ctx, repo, name, add, remove)
+		p, err := backup.Pin(ctx, repo, a.clusterOf(repo), name, add, remove)
 		if err != nil {
 			return err
 		}
 		return a.print(viewOf(p), func(t *table) {
 			if len(p.Pins) == 0 {
-				t.line("%s has no pins", p.Name())
+				t.line("%s has no pins", p.NameIn(a.clusterOf(repo)))
 				return
 			}
-			t.line("%s is pinned: %s", p.Name(), strings.Join(p.Pins, ", "))
+			t.line("%s is pinned: %s", p.NameIn(a.clusterOf(repo)), strings.Join(p.Pins, ", "))
 		})
 	})
 }

@@ -107,10 +107,10 @@ func (a *app) prune(ctx context.Context, repo *repository.Repository, f pruneFla
 	}
 	res := pruneResult{DryRun: f.dry, DeadRuns: plan.DeadRuns, Volumes: []pruneVolume{}}
 	for _, v := range plan.Others {
-		res.Others = append(res.Others, v.Cluster+":"+v.String())
+		res.Others = append(res.Others, v.FullName())
 	}
 	for _, v := range plan.Volumes {
-		pv := pruneVolume{Volume: v.Volume.Cluster + ":" + v.Volume.String()}
+		pv := pruneVolume{Volume: v.Volume.FullName()}
 		for _, d := range v.Decisions {
 			pv.Points = append(pv.Points, prunePoint{Name: d.Point.Name(), ID: d.Point.ID, Keep: d.Keep, Reasons: d.Reasons})
 		}

@@ -72,9 +72,10 @@ compared. Without --base all of the target is read and compared.
 
 // restoreResult is what "varve restore -o json" prints.
 type restoreResult struct {
-	Name   string `json:"name"`
-	ID     string `json:"id"`
-	Target string `json:"target"`
+	Name    string `json:"name"`
+	ID      string `json:"id"`
+	Cluster string `json:"cluster"`
+	Target  string `json:"target"`
 	backup.RestoreResult
 }
 
@@ -107,12 +108,13 @@ func (a *app) restore(ctx context.Context, name, path string, f restoreFlags) (e
 	if err != nil {
 		return err
 	}
-	p, err := points.Resolve(name)
+	names := a.names(repo, points)
+	p, err := names.Read(name)
 	if err != nil {
 		return err
 	}
 	if f.base != "" {
-		if opt.Base, err = points.Resolve(f.base); err != nil {
+		if opt.Base, err = names.Read(f.base); err != nil {
 			return err
 		}
 	}
@@ -138,7 +140,7 @@ func (a *app) restore(ctx context.Context, name, path string, f restoreFlags) (e
 	if err != nil {
 		return err
 	}
-	return a.printRestore(p, path, res)
+	return a.printRestore(p, a.clusterOf(repo), path, res)
 }
 
 func (a *app) restoreToDisk(ctx context.Context, repo *repository.Repository, p *backup.Point, path string, f restoreFlags, opt backup.RestoreOptions) (res backup.RestoreResult, err error) {
@@ -230,10 +232,10 @@ func (a *app) changedRanges(ctx context.Context, path string, base *backup.Point
 	return out, nil
 }
 
-func (a *app) printRestore(p *backup.Point, path string, res backup.RestoreResult) error {
-	out := restoreResult{Name: p.Name(), ID: p.ID, Target: path, RestoreResult: res}
+func (a *app) printRestore(p *backup.Point, cluster, path string, res backup.RestoreResult) error {
+	out := restoreResult{Name: p.Name(), ID: p.ID, Cluster: p.Volume.Cluster, Target: path, RestoreResult: res}
 	return a.print(out, func(t *table) {
-		t.line("restored %s (ID %s) to %s in %s", p.Name(), p.ShortID(), path, res.Duration.Round(time.Millisecond))
+		t.line("restored %s (ID %s) to %s in %s", p.NameIn(cluster), p.ShortID(), path, res.Duration.Round(time.Millisecond))
 		t.line("  %s: wrote %s, zeroed %s", res.Mode, t.bytes(res.Written), t.bytes(res.Zeroed))
 		if res.Mode != backup.RestoreFull {
 			t.line("  left %s as they were", t.bytes(res.Unchanged))

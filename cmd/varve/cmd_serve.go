@@ -277,7 +277,10 @@ func (f *serveFlags) openCopies(log *slog.Logger, scratch serveScratch) (*hydrat
 }
 
 func (a *app) openCatalog(ctx context.Context, repo *repository.Repository, cache *image.Cache, selected []string, f *serveFlags, copies *hydrate.Cache) (*serve.Catalog, error) {
-	opt := serve.Options{Select: selected, Foreign: f.foreign, Hydrate: copies, Linger: nbdserver.AliasGrace, Log: a.log}
+	opt := serve.Options{
+		Select: selected, Cluster: a.clusterOf(repo), Fallback: a.tellOther(repo),
+		Foreign: f.foreign, Hydrate: copies, Linger: nbdserver.AliasGrace, Log: a.log,
+	}
 	if f.pad {
 		opt.Pad = 512
 	}

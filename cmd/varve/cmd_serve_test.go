@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -235,6 +236,15 @@ func TestServeWritableAndCommit(t *testing.T) {
 	}
 	if r := commit(s.uri(first.Name), "--quiesced", "--volume", "test/copy"); !strings.HasPrefix(r.Name, "test/copy@") || r.Parent != first.ID || r.NotCrashConsistent {
 		t.Errorf("commit to another volume: %+v", r)
+	}
+	// Another cluster's chain gets no point unless it is named.
+	other := maps.Clone(env)
+	other["VARVE_CLUSTER"] = "beta"
+	if r := runVarve(t, other, "commit", s.uri(first.Name)); r.code != exitRefused || !strings.Contains(r.stderr, "--volume ") {
+		t.Errorf("commit to another cluster's volume: %+v", r)
+	}
+	if r := runVarve(t, other, "commit", s.uri(first.Name), "--volume", "shop/db"); r.code != exitOK {
+		t.Errorf("commit to a volume of this cluster: %+v", r)
 	}
 	if r := runVarve(t, env, "commit", filepath.Join(overlays, first.ID)); r.code == exitOK || !strings.Contains(r.stderr, "NBD URI") {
 		t.Errorf("commit of an overlay in use: %+v", r)

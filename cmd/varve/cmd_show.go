@@ -36,7 +36,7 @@ func (a *app) show(ctx context.Context, repo *repository.Repository, name string
 	if err != nil {
 		return err
 	}
-	p, err := cat.Resolve(name)
+	p, err := a.names(repo, cat).Read(name)
 	if err != nil {
 		return err
 	}

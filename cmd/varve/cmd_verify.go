@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 
 	"github.com/spf13/cobra"
 
@@ -157,22 +156,23 @@ func (a *app) pointsNamed(ctx context.Context, repo *repository.Repository, name
 	if err != nil {
 		return nil, err
 	}
+	rule := a.names(repo, cat)
 	var out []*backup.Point
 	for _, name := range names {
-		p, err := cat.Resolve(name)
+		p, err := rule.Read(name)
 		if err != nil {
 			return nil, err
 		}
 		out = append(out, p)
 	}
 	if volume != "" {
-		v, err := backup.ParseVolume(volume, a.clusterOf(repo))
+		v, err := volumeNamed(rule, volume)
 		if err != nil {
-			return nil, &usageError{err}
+			return nil, err
 		}
 		of := cat.Of(v)
 		if len(of) == 0 {
-			return nil, fmt.Errorf("%w: volume %s has none; \"varve list\" shows what there is", backup.ErrNoSuchPoint, v)
+			return nil, rule.NoPoints(v)
 		}
 		out = append(out, of...)
 	}

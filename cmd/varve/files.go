@@ -33,7 +33,7 @@ func (a *app) withFiles(ctx context.Context, purpose string, wait time.Duration,
 		}
 	}()
 	return fn(func(ctx context.Context, arg string, stale bool) (*pointFiles, diskfs.FileSystem, []string, error) {
-		files, name, err := openFiles(ctx, repo, leases, arg)
+		files, name, err := a.openFiles(ctx, repo, leases, arg)
 		if err != nil {
 			return nil, nil, nil, err
 		}

@@ -91,7 +91,7 @@ func TestHoldLate(t *testing.T) {
 			t.Errorf("quick %v: %d leases stay", quick, n)
 		}
 	}
-	if _, err := backup.Forget(t.Context(), repo, []string{p.ID}, false, false); err != nil {
+	if _, err := backup.Forget(t.Context(), repo, backup.ForgetOptions{Names: []string{p.ID}, Cluster: "test"}); err != nil {
 		t.Fatal(err)
 	}
 	h := newHolder(repo, "cp", holdAtOnce, slog.New(slog.DiscardHandler))

@@ -27,7 +27,7 @@ func (a *app) mountKernel(ctx context.Context, point, dir string, f mountFlags) 
 		return err
 	}
 	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
-	opt, err := f.options(a, repo)
+	opt, err := f.options(ctx, a, repo)
 	if err != nil {
 		return err
 	}
@@ -35,7 +35,7 @@ func (a *app) mountKernel(ctx context.Context, point, dir string, f mountFlags) 
 	if err != nil {
 		return err
 	}
-	if opt.Point, err = cat.Resolve(point); err != nil {
+	if opt.Point, err = a.names(repo, cat).Read(point); err != nil {
 		return err
 	}
 	opt.Aside = aside{}

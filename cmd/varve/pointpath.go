@@ -30,7 +30,7 @@ func (f *pointFiles) Close() { f.cache.Close() }
 
 // splitPointPath reads POINT:/PATH. Both a point's name and a path may hold
 // ":/" and '@', so the first cut whose left side names a point counts.
-func splitPointPath(cat *backup.Catalog, arg string) (*backup.Point, string, error) {
+func splitPointPath(names backup.Names, arg string) (*backup.Point, string, error) {
 	var first error
 	for i := 0; ; {
 		n := strings.Index(arg[i:], ":/")
@@ -38,7 +38,7 @@ func splitPointPath(cat *backup.Catalog, arg string) (*backup.Point, string, err
 			break
 		}
 		i += n
-		p, err := cat.Resolve(arg[:i])
+		p, err := names.Read(arg[:i])
 		if err == nil {
 			return p, arg[i+1:], nil
 		}
@@ -50,11 +50,11 @@ func splitPointPath(cat *backup.Catalog, arg string) (*backup.Point, string, err
 	if first != nil {
 		return nil, "", first
 	}
-	p, err := cat.Resolve(strings.TrimSuffix(arg, ":"))
+	p, err := names.Read(strings.TrimSuffix(arg, ":"))
 	if err != nil {
 		// A path without its "/": times have colons as well, so the last one counts.
 		if i := strings.LastIndexByte(arg, ':'); i > 0 {
-			if _, other := cat.Resolve(arg[:i]); other == nil {
+			if _, other := names.Read(arg[:i]); other == nil {
 				return nil, "", usagef("%s: a path begins with /: %s:/%s", arg, arg[:i], arg[i+1:])
 			}
 		}
@@ -64,12 +64,12 @@ func splitPointPath(cat *backup.Catalog, arg string) (*backup.Point, string, err
 }
 
 // openFiles opens the point that arg names and returns the path behind it.
-func openFiles(ctx context.Context, repo *repository.Repository, leases *holder, arg string) (*pointFiles, string, error) {
+func (a *app) openFiles(ctx context.Context, repo *repository.Repository, leases *holder, arg string) (*pointFiles, string, error) {
 	cat, err := backup.List(ctx, repo, backup.ListOptions{})
 	if err != nil {
 		return nil, "", err
 	}
-	p, name, err := splitPointPath(cat, arg)
+	p, name, err := splitPointPath(a.names(repo, cat), arg)
 	if err != nil {
 		return nil, "", err
 	}

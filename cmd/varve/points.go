@@ -30,6 +30,28 @@ func (a *app) clusterOf(repo *repository.Repository) string {
 	return repo.Cluster()
 }
 
+// names gives the names of points and volumes on the command line their meaning.
+func (a *app) names(repo *repository.Repository, cat *backup.Catalog) backup.Names {
+	return backup.Names{Catalog: cat, Cluster: a.clusterOf(repo), Fallback: a.tellOther(repo)}
+}
+
+// tellOther says that a name means a volume of another cluster.
+func (a *app) tellOther(repo *repository.Repository) func(string, backup.Volume) {
+	return func(name string, v backup.Volume) {
+		a.log.Warn("this cluster has nothing of that name; another cluster's is used",
+			"name", name, "cluster", a.clusterOf(repo), "used", v.FullName())
+	}
+}
+
+// volumeNamed is the volume that a command which reads means.
+func volumeNamed(names backup.Names, text string) (backup.Volume, error) {
+	v, err := names.Volume(text)
+	if err != nil && !errors.Is(err, backup.ErrAmbiguous) {
+		return v, &usageError{err} // the text is no name of a volume
+	}
+	return v, err
+}
+
 // pointView is a recovery point as lists print it.
 type pointView struct {
 	Name         string    `json:"name"`

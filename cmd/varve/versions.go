@@ -47,24 +47,21 @@ func (a *app) versions(ctx context.Context, arg string, stale bool) (err error) 
 		return err
 	}
 	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
-	cluster := repo.Cluster()
-	if a.flags.cluster != "" {
-		cluster = a.flags.cluster
+	cat, err := backup.List(ctx, repo, backup.ListOptions{})
+	if err != nil {
+		return err
 	}
-	v, err := backup.ParseVolume(arg[:i], cluster)
+	names := a.names(repo, cat)
+	v, err := volumeNamed(names, arg[:i])
 	if at := strings.IndexByte(arg[:i], '@'); err != nil && at > 0 {
 		return usagef("--versions looks through all recovery points of a volume: name it without one, %s%s", arg[:at], arg[i:])
 	}
 	if err != nil {
-		return usagef("--versions: %w", err)
-	}
-	cat, err := backup.List(ctx, repo, backup.ListOptions{Volume: &v})
-	if err != nil {
-		return err
+		return fmt.Errorf("--versions: %w", err)
 	}
 	points := cat.Of(v)
 	if len(points) == 0 {
-		return fmt.Errorf("%w: %s has none", backup.ErrNoSuchPoint, v)
+		return names.NoPoints(v)
 	}
 	list, err := fileVersions(ctx, repo, points, name, stale)
 	if err != nil {

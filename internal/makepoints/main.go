@@ -96,7 +96,7 @@ func firstByte(ctx context.Context, repo *repository.Repository, o options) erro
 	if err != nil {
 		return err
 	}
-	p, err := cat.Resolve(o.read)
+	p, err := backup.Names{Catalog: cat, Cluster: repo.Cluster()}.Read(o.read)
 	if err != nil {
 		return err
 	}

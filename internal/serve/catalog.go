@@ -22,6 +22,12 @@ type Options struct {
 	// cluster before it) and names of points; all points if empty. A name of
 	// a point is resolved once, when the catalogue is opened.
 	Select []string
+	// Cluster is this one: a name without a cluster means its points first, and
+	// the exports of other clusters have theirs in the name.
+	Cluster string
+	// Fallback, if set, is called when a name in Select means a volume of another
+	// cluster.
+	Fallback func(name string, v backup.Volume)
 	// Foreign includes disk images that other programs stored.
 	Foreign bool
 	// Pad rounds sizes up to a multiple of so many bytes; 0 leaves them.
@@ -74,26 +80,27 @@ func Open(ctx context.Context, repo *repository.Repository, cache *image.Cache, 
 	if err != nil {
 		return nil, err
 	}
-	if err := c.choose(cat); err != nil {
+	if err := c.choose(backup.Names{Catalog: cat, Cluster: opt.Cluster, Fallback: opt.Fallback}); err != nil {
 		return nil, err
 	}
-	c.current.Store(newListing(cat, c.want.has))
+	c.current.Store(newListing(cat, opt.Cluster, c.want.has))
 	c.dropCopies(cat)
 	return c, nil
 }
 
 // choose resolves what was selected.
-func (c *Catalog) choose(cat *backup.Catalog) error {
-	c.want.ids = map[string]bool{}
+func (c *Catalog) choose(names backup.Names) error {
+	c.want = selection{volumes: map[backup.Volume]bool{}, ids: map[string]bool{}}
 	for _, text := range c.opt.Select {
 		if !strings.Contains(text, "@") && strings.Contains(text, "/") {
-			if _, err := backup.ParseVolume(text, "any"); err != nil {
+			v, err := names.Volume(text)
+			if err != nil {
 				return err
 			}
-			c.want.volumes = append(c.want.volumes, text)
+			c.want.volumes[v] = true
 			continue
 		}
-		p, err := cat.Resolve(text)
+		p, err := names.Read(text)
 		if err != nil {
 			return err
 		}
@@ -114,7 +121,7 @@ func (c *Catalog) Refresh(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	l := newListing(cat, c.want.has)
+	l := newListing(cat, c.opt.Cluster, c.want.has)
 	c.current.Store(l)
 	for i, p := range l.points {
 		if _, ok := old.byID[p.ID]; !ok {

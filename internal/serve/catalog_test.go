@@ -48,6 +48,9 @@ func save(t *testing.T, r *repository.Repository, cluster, name string, data []b
 
 func openCatalog(t *testing.T, r *repository.Repository, opt Options) *Catalog {
 	t.Helper()
+	if opt.Cluster == "" {
+		opt.Cluster = "c"
+	}
 	cache := image.NewCache(32 << 20)
 	t.Cleanup(cache.Close)
 	c, err := Open(t.Context(), r, cache, opt)
@@ -85,10 +88,16 @@ func TestNames(t *testing.T) {
 	prod := save(t, r, "prod", "shop/db", text(70_000, 1))
 	other := save(t, r, "test", "shop/db", text(70_000, 2))
 	web := save(t, r, "prod", "shop/web", text(70_000, 3))
+	own := save(t, r, "c", "shop/queue", text(70_000, 4))
+	save(t, r, "prod", "shop/queue", text(70_000, 5))
 	c := openCatalog(t, r, Options{})
+	if names, _ := c.Points(); !slices.Contains(names, own.Name()) || !slices.Contains(names, "prod:"+web.Name()) {
+		t.Errorf("exports %q: this cluster's have no cluster in their names, others have", names)
+	}
 	for name, want := range map[string]*backup.Point{
 		"prod:" + prod.Name():  prod,
 		"test:shop/db@latest":  other,
+		"shop/queue@latest":    own, // not that of prod
 		web.Name():             web,
 		"shop/web@latest":      web,
 		prod.ID:                prod,
@@ -109,15 +118,20 @@ func TestNames(t *testing.T) {
 			t.Errorf("%q: %v", name, err)
 		default:
 			p := make([]byte, 1)
-			if _, err := o.ReadAt(t.Context(), p, 0); err != nil || p[0] != map[*backup.Point]byte{prod: 1, other: 2, web: 3}[want] {
+			if _, err := o.ReadAt(t.Context(), p, 0); err != nil || p[0] != map[*backup.Point]byte{prod: 1, other: 2, web: 3, own: 4}[want] {
 				t.Errorf("%q reads as %d: %v", name, p[0], err)
 			}
 			o.Close()
 		}
 	}
-	only := openCatalog(t, r, Options{Select: []string{"shop/web"}})
-	if o := only.mustOpen(t, ""); o.Name != web.Name() {
-		t.Errorf("the empty name means %s", o.Name)
+	told := ""
+	only := openCatalog(t, r, Options{Select: []string{"shop/web"}, Fallback: func(name string, v backup.Volume) { told = name + " " + v.FullName() }})
+	if o := only.mustOpen(t, ""); o.Name != "prod:"+web.Name() || told != "shop/web prod:shop/web" {
+		t.Errorf("the empty name means %s, the user is told %q", o.Name, told)
+	}
+	mine := openCatalog(t, r, Options{Select: []string{"shop/queue"}})
+	if o := mine.mustOpen(t, ""); o.Name != own.Name() {
+		t.Errorf("a volume that this cluster has is %s", o.Name)
 	}
 	if _, err := Open(t.Context(), r, image.NewCache(0), Options{Select: []string{"shop/no@latest"}}); !errors.Is(err, backup.ErrNoSuchPoint) {
 		t.Errorf("a point that is not there was selected: %v", err)

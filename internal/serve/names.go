@@ -10,6 +10,7 @@ import (
 // listing is the exports at one moment. It is immutable.
 type listing struct {
 	catalog *backup.Catalog
+	cluster string          // this one
 	points  []*backup.Point // exported ones, by volume and generation
 	names   []string        // of points; no two are equal
 	byName  map[string]int
@@ -17,30 +18,18 @@ type listing struct {
 }
 
 // newListing names what of a catalogue is exported. A name is the point's own,
-// with the cluster before it where two clusters have the volume, and the ID
-// instead of the time where two points of a volume have the same time.
-func newListing(cat *backup.Catalog, selected func(*backup.Point) bool) *listing {
-	l := &listing{catalog: cat, byName: map[string]int{}, byID: map[string]int{}}
-	clusters := map[string]string{} // of a volume's name; "" for several
-	for _, p := range cat.Points() {
-		v := p.Volume.String()
-		if c, ok := clusters[v]; ok && c != p.Volume.Cluster {
-			clusters[v] = ""
-		} else {
-			clusters[v] = p.Volume.Cluster
-		}
-	}
+// with the cluster before it where that is not this one, and the ID instead of
+// the time where two points of a volume have the same time. What other clusters
+// add to the repository later changes no name.
+func newListing(cat *backup.Catalog, cluster string, selected func(*backup.Point) bool) *listing {
+	l := &listing{catalog: cat, cluster: cluster, byName: map[string]int{}, byID: map[string]int{}}
 	for _, p := range cat.Points() {
 		if !selected(p) {
 			continue
 		}
-		prefix := ""
-		if p.Foreign == "" && clusters[p.Volume.String()] == "" {
-			prefix = p.Volume.Cluster + ":"
-		}
-		name := prefix + p.Name()
+		name := p.NameIn(cluster)
 		if _, taken := l.byName[name]; taken {
-			name = prefix + p.Volume.String() + "@" + p.ID
+			name = strings.TrimSuffix(name, p.Name()) + p.Volume.String() + "@" + p.ID
 		}
 		i := len(l.points)
 		l.points, l.names = append(l.points, p), append(l.names, name)
@@ -50,7 +39,7 @@ func newListing(cat *backup.Catalog, selected func(*backup.Point) bool) *listing
 }
 
 // resolve finds the exported point that a name means: its own name, any that
-// backup.Catalog.Resolve knows, or nothing where there is just one.
+// backup.Names knows, or nothing where there is just one.
 func (l *listing) resolve(name string) (int, bool) {
 	if i, ok := l.byName[name]; ok {
 		return i, true
@@ -58,7 +47,7 @@ func (l *listing) resolve(name string) (int, bool) {
 	if name == "" {
 		return 0, len(l.points) == 1
 	}
-	p, err := l.catalog.Resolve(name)
+	p, err := backup.Names{Catalog: l.catalog, Cluster: l.cluster}.Read(name)
 	if err != nil {
 		return 0, false
 	}
@@ -97,7 +86,7 @@ func (l *listing) siblings(id string) []string {
 // selection tells which points are served: those of the given volumes and the
 // given points; all without any.
 type selection struct {
-	volumes []string // namespace/name or cluster:namespace/name
+	volumes map[backup.Volume]bool
 	ids     map[string]bool
 }
 
@@ -105,18 +94,5 @@ func (s selection) has(p *backup.Point) bool {
 	if len(s.volumes) == 0 && len(s.ids) == 0 {
 		return true
 	}
-	if s.ids[p.ID] {
-		return true
-	}
-	v := p.Volume
-	for _, text := range s.volumes {
-		cluster, rest, ok := strings.Cut(text, ":")
-		if !ok {
-			cluster, rest = v.Cluster, text
-		}
-		if cluster == v.Cluster && rest == v.String() {
-			return true
-		}
-	}
-	return false
+	return s.ids[p.ID] || s.volumes[p.Volume]
 }

@@ -48,9 +48,9 @@ func WrittenOver(ctx context.Context, e *nbdclient.Export, cat *backup.Catalog) 
 	if e.Flags&proto.FlagReadOnly != 0 {
 		return nil, ErrNotWritable
 	}
-	base, err := cat.Resolve(e.Name) // the canonical name, whatever was asked for
+	base, err := pointBeneath(e, cat)
 	if err != nil {
-		return nil, fmt.Errorf("the point beneath export %s: %w", e.Name, err)
+		return nil, err
 	}
 	ctx = context.WithoutCancel(ctx)
 	return &Written{
@@ -71,6 +71,17 @@ func WrittenOver(ctx context.Context, e *nbdclient.Export, cat *backup.Catalog) 
 			})
 		},
 	}, nil
+}
+
+// pointBeneath finds the point of an export by the ID in its description: its
+// name follows the rule of the server's cluster, which may be another.
+func pointBeneath(e *nbdclient.Export, cat *backup.Catalog) (*backup.Point, error) {
+	for _, p := range cat.Points() {
+		if e.Description == description(p) {
+			return p, nil
+		}
+	}
+	return nil, fmt.Errorf("%w: export %s (%s) is of no point of this repository", backup.ErrNoSuchPoint, e.Name, e.Description)
 }
 
 // KeptOverlay opens an overlay that a server left, over its point.

@@ -1,0 +1,311 @@
+package backup
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// ErrNoSuchPoint and ErrAmbiguous are what a name can fail with.
+var (
+	ErrNoSuchPoint = errors.New("no such recovery point")
+	ErrAmbiguous   = errors.New("ambiguous name")
+)
+
+// Names is the one rule by which a name means a point or a volume: a name
+// without a cluster means this cluster's. Where this cluster has none, a reading
+// command takes that of the only other cluster that has it; a command that
+// changes or deletes points does not, the cluster has to be spelled out.
+type Names struct {
+	Catalog *Catalog
+	Cluster string // this one
+	// Fallback, if set, is called when a name without a cluster means a volume
+	// of another cluster.
+	Fallback func(name string, v Volume)
+}
+
+// minIDPrefix is the shortest prefix of an ID that names a point.
+const minIDPrefix = 4
+
+// Read finds the point that a name means to a command that only reads:
+// namespace/name@latest, @latest~N, @TIME (UTC; any prefix of a point's own time,
+// such as 2026-11-20 or 2026-11-20T10:00), @ID or an ID prefix alone. A cluster
+// may stand before all of them: prod:shop/db@latest, prod:1f0c. The error wraps
+// ErrNoSuchPoint or ErrAmbiguous and says what there is.
+func (n Names) Read(name string) (*Point, error) { return n.resolve(name, true) }
+
+// Change is Read for a command that changes or deletes the point: it does not
+// take one of another cluster unless the name says so.
+func (n Names) Change(name string) (*Point, error) { return n.resolve(name, false) }
+
+func (n Names) resolve(name string, reading bool) (*Point, error) {
+	q := question{Names: n, name: name, reading: reading, cluster: n.Cluster, rest: name}
+	if cluster, rest, ok := cutCluster(name); ok {
+		q.cluster, q.rest, q.spelled = cluster, rest, true
+	}
+	vol, sel, at := cutLastAt(q.rest)
+	if !at {
+		if strings.Contains(q.rest, "/") {
+			return nil, fmt.Errorf("%w: %q: say which one: %s@latest, %s@TIME or an ID", ErrNoSuchPoint, name, name, name)
+		}
+		return q.byID()
+	}
+	points, err := q.ofVolume(vol)
+	if err != nil {
+		return nil, err
+	}
+	return among(points, name, vol, sel)
+}
+
+// question is one name to be resolved.
+type question struct {
+	Names
+	name    string // as given
+	cluster string // that is meant
+	rest    string // the name without a cluster
+	spelled bool   // the name says the cluster
+	reading bool
+}
+
+// byID finds a point by the beginning of its ID.
+func (q question) byID() (*Point, error) {
+	if len(q.rest) < minIDPrefix {
+		return nil, fmt.Errorf("%w: %q: an ID needs at least %d digits", ErrNoSuchPoint, q.name, minIDPrefix)
+	}
+	var own, others []*Point
+	for _, p := range q.Catalog.points {
+		switch {
+		case !strings.HasPrefix(p.ID, strings.ToLower(q.rest)):
+		case p.Volume.Cluster == q.cluster:
+			own = append(own, p)
+		default:
+			others = append(others, p)
+		}
+	}
+	found := own
+	if len(own) == 0 && q.reading && !q.spelled {
+		found = others
+	}
+	switch {
+	case len(found) == 1:
+		q.tell(found[0].Volume)
+		return found[0], nil
+	case len(found) > 1:
+		return nil, ambiguous(q.name, found)
+	case len(others) > 0 && !q.spelled:
+		return nil, fmt.Errorf("%w: %q is no point of this cluster (%s), but of %s: spell its cluster out: %s:%s",
+			ErrNoSuchPoint, q.name, q.cluster, others[0].FullName(), others[0].Volume.Cluster, q.rest)
+	}
+	return nil, fmt.Errorf("%w: %q is neither a name (namespace/name@TIME, @latest) nor the beginning of an ID", ErrNoSuchPoint, q.name)
+}
+
+// ofVolume gives the points of the volume that a name before the '@' means.
+func (q question) ofVolume(vol string) ([]*Point, error) {
+	var own, others []Volume
+	for _, v := range q.Catalog.Volumes() {
+		switch {
+		case q.isForeign(v, vol) && !q.spelled: // says its cluster in its own way
+			return q.Catalog.Of(v), nil
+		case v.String() != vol:
+		case v.Cluster == q.cluster:
+			own = append(own, v)
+		default:
+			others = append(others, v)
+		}
+	}
+	if len(own) > 0 {
+		return q.Catalog.Of(own[0]), nil
+	}
+	if q.reading && !q.spelled {
+		switch len(others) {
+		case 1:
+			q.tell(others[0])
+			return q.Catalog.Of(others[0]), nil
+		case 0:
+		default:
+			return nil, inSeveral(vol, q.cluster, others)
+		}
+	}
+	return nil, noPoints(q.cluster, vol, others, strings.TrimPrefix(q.rest, vol))
+}
+
+// isForeign reports whether a text is a foreign volume as Kopia writes a source;
+// Velero's paths have no slash before them.
+func (q question) isForeign(v Volume, text string) bool {
+	path, ok := strings.CutPrefix(text, v.Namespace+"@"+v.Cluster+":")
+	if !ok || strings.TrimPrefix(path, "/") != v.Name {
+		return false
+	}
+	return slices.ContainsFunc(q.Catalog.points, func(p *Point) bool { return p.Foreign != "" && p.Volume == v })
+}
+
+func (q question) tell(v Volume) {
+	if v.Cluster != q.cluster && q.Fallback != nil {
+		q.Fallback(q.name, v)
+	}
+}
+
+// Volume says which volume "namespace/name" or "cluster:namespace/name" means to
+// a command that reads. One that nobody has is this cluster's; the error is
+// ErrAmbiguous, or that of ParseVolume.
+func (n Names) Volume(text string) (Volume, error) {
+	v, err := ParseVolume(text, n.Cluster)
+	if err != nil {
+		return v, err
+	}
+	if _, _, spelled := cutCluster(text); spelled {
+		return v, nil
+	}
+	others := n.elsewhere(v)
+	switch {
+	case len(n.Catalog.Of(v)) > 0 || len(others) == 0:
+		return v, nil
+	case len(others) > 1:
+		return v, inSeveral(v.String(), n.Cluster, others)
+	}
+	if n.Fallback != nil {
+		n.Fallback(text, others[0])
+	}
+	return others[0], nil
+}
+
+// NoPoints is the error about a volume that has no points: it says in which
+// clusters there are some of its name.
+func (n Names) NoPoints(v Volume) error { return noPoints(v.Cluster, v.String(), n.elsewhere(v), "") }
+
+// Elsewhere names the volumes of other clusters that have the same name, as a
+// user spells them out.
+func (n Names) Elsewhere(v Volume) []string { return fullNames(n.elsewhere(v), "") }
+
+func (n Names) elsewhere(v Volume) (out []Volume) {
+	for _, o := range n.Catalog.Volumes() {
+		if o.Cluster != v.Cluster && o.String() == v.String() {
+			out = append(out, o)
+		}
+	}
+	return out
+}
+
+func fullNames(volumes []Volume, suffix string) []string {
+	out := make([]string, len(volumes))
+	for i, v := range volumes {
+		out[i] = v.FullName() + suffix
+	}
+	return out
+}
+
+func noPoints(cluster, vol string, others []Volume, suffix string) error {
+	err := fmt.Errorf("%w: volume %s:%s has none", ErrNoSuchPoint, cluster, vol)
+	if len(others) == 0 {
+		return fmt.Errorf("%w; \"varve list\" shows what there is", err)
+	}
+	return fmt.Errorf("%w; other clusters have that name: spell it out: %s", err, strings.Join(fullNames(others, suffix), ", "))
+}
+
+func inSeveral(vol, cluster string, others []Volume) error {
+	return fmt.Errorf("%w: this cluster (%s) has no volume %q, several others have: say which: %s",
+		ErrAmbiguous, cluster, vol, strings.Join(fullNames(others, ""), ", "))
+}
+
+// cutCluster splits "cluster:" off a name. The colons of times, and those of the
+// names of foreign points, stand behind a '/' or an '@'.
+func cutCluster(name string) (cluster, rest string, ok bool) {
+	cluster, rest, ok = strings.Cut(name, ":")
+	if !ok || strings.ContainsAny(cluster, "/@") {
+		return "", name, false
+	}
+	return cluster, rest, true
+}
+
+// cutLastAt splits at the last '@': a foreign point's volume has one in it.
+func cutLastAt(s string) (before, after string, ok bool) {
+	i := strings.LastIndexByte(s, '@')
+	if i < 0 {
+		return s, "", false
+	}
+	return s[:i], s[i+1:], true
+}
+
+// among finds the point of one volume, oldest first, that is meant by what
+// stands behind the '@'.
+func among(points []*Point, name, vol, sel string) (*Point, error) {
+	if p, ok, err := byAge(name, sel, points); ok || err != nil {
+		return p, err
+	}
+	var found []*Point
+	for _, p := range points {
+		if matchesTime(p, sel) {
+			found = append(found, p)
+		}
+	}
+	if len(found) == 0 && len(sel) >= minIDPrefix {
+		for _, p := range points {
+			if strings.HasPrefix(p.ID, strings.ToLower(sel)) {
+				found = append(found, p)
+			}
+		}
+	}
+	switch len(found) {
+	case 1:
+		return found[0], nil
+	case 0:
+		oldest, newest := points[0], points[len(points)-1]
+		return nil, fmt.Errorf("%w: %q: %s has %d, from %s to %s", ErrNoSuchPoint, name, vol, len(points), timeText(oldest.Time), timeText(newest.Time))
+	default:
+		return nil, ambiguous(name, found)
+	}
+}
+
+// byAge resolves latest and latest~N. ok is false when sel is not of that form.
+func byAge(name, sel string, points []*Point) (p *Point, ok bool, err error) {
+	rest, ok := strings.CutPrefix(sel, "latest")
+	if !ok {
+		return nil, false, nil
+	}
+	back := 0
+	if rest != "" {
+		digits, tilde := strings.CutPrefix(rest, "~")
+		n, err := strconv.Atoi(digits)
+		if !tilde || err != nil || n < 0 {
+			return nil, false, fmt.Errorf("%w: %q: want @latest or @latest~N", ErrNoSuchPoint, name)
+		}
+		back = n
+	}
+	if back >= len(points) {
+		return nil, false, fmt.Errorf("%w: %q: there are %d, the oldest is @latest~%d", ErrNoSuchPoint, name, len(points), len(points)-1)
+	}
+	return points[len(points)-1-back], true, nil
+}
+
+func matchesTime(p *Point, sel string) bool {
+	if len(sel) < len("2026") || sel[0] < '0' || sel[0] > '9' {
+		return false
+	}
+	full := p.Time.UTC().Format("2006-01-02T15:04:05.000Z")
+	exact := timeText(p.Time)
+	sel = strings.Replace(sel, " ", "T", 1)
+	if sel == exact {
+		return true
+	}
+	// A prefix ends at a field, so that 2026-11-2 is not the 20th.
+	switch len(sel) {
+	case len(time.DateOnly), len("2006-01-02T15"), len("2006-01-02T15:04"), len("2006-01-02T15:04:05"):
+		return strings.HasPrefix(full, sel)
+	}
+	return false
+}
+
+func ambiguous(name string, found []*Point) error {
+	var lines []string
+	for i, p := range found {
+		if i == 10 {
+			lines = append(lines, fmt.Sprintf("and %d more", len(found)-i))
+			break
+		}
+		lines = append(lines, fmt.Sprintf("%s (ID %s)", p.FullName(), p.ShortID()))
+	}
+	return fmt.Errorf("%w: %q may be %s", ErrAmbiguous, name, strings.Join(lines, ", "))
+}

@@ -1,0 +1,114 @@
+package backup
+
+import (
+	"errors"
+	"strings"
+	"testing"
+	"time"
+)
+
+// catalogOf makes a catalogue of points without a repository: by "cluster:ns/name",
+// an ID each, one second apart.
+func catalogOf(t *testing.T, ids map[string][]string) *Catalog {
+	t.Helper()
+	c := &Catalog{}
+	for name, list := range ids {
+		v, err := ParseVolume(name, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, id := range list {
+			c.points = append(c.points, &Point{
+				ID: id + strings.Repeat("0", 32-len(id)), Volume: v, Generation: int64(i + 1),
+				Time: time.Date(2026, 11, 20, 10, 0, i, 0, time.UTC),
+			})
+		}
+	}
+	c.sort()
+	return c
+}
+
+func TestNamesOfClusters(t *testing.T) {
+	cat := catalogOf(t, map[string][]string{
+		"alpha:os/root":   {"a1", "a2"},
+		"alpha:os/only":   {"a3aaa"},
+		"beta:os/root":    {"b1"},
+		"beta:os/own":     {"b2bbb"},
+		"gamma:os/shared": {"c1ccc"},
+		"alpha:os/shared": {"a4aaa"},
+		"alpha:os/same":   {"d0d0d01"},
+		"gamma:os/same2":  {"d0d0d02"},
+	})
+	const refused, several = "no such", "ambiguous"
+	for _, tc := range []struct{ name, read, change string }{
+		{"os/root@latest", "b1", "b1"},
+		{"os/own@latest", "b2bbb", "b2bbb"},
+		{"alpha:os/root@latest", "a2", "a2"},
+		{"alpha:os/root@latest~1", "a1", "a1"},
+		{"alpha:os/root@2026-11-20T10:00:00Z", "a1", "a1"},
+		{"os/only@latest", "a3aaa", refused},
+		{"os/only@2026-11-20T10:00:00", "a3aaa", refused},
+		{"os/only@a3aaa", "a3aaa", refused},
+		{"alpha:os/only@a3aaa", "a3aaa", "a3aaa"},
+		{"os/shared@latest", several, refused},
+		{"gamma:os/shared@latest", "c1ccc", "c1ccc"},
+		{"beta:os/only@latest", refused, refused},
+		{"a3aaa", "a3aaa", refused},
+		{"alpha:a3aaa", "a3aaa", "a3aaa"},
+		{"beta:a3aaa", refused, refused},
+		{"b2bbb", "b2bbb", "b2bbb"},
+		{"d0d0d0", several, refused},
+		{"gamma:d0d0d0", "d0d0d02", "d0d0d02"},
+		{"os/none@latest", refused, refused},
+	} {
+		told := ""
+		names := Names{Catalog: cat, Cluster: "beta", Fallback: func(_ string, v Volume) { told = v.Cluster }}
+		for _, by := range []struct {
+			what string
+			find func(string) (*Point, error)
+			want string
+		}{{"read", names.Read, tc.read}, {"change", names.Change, tc.change}} {
+			told = ""
+			p, err := by.find(tc.name)
+			switch by.want {
+			case refused:
+				if !errors.Is(err, ErrNoSuchPoint) {
+					t.Errorf("%s %s: %v, %v", by.what, tc.name, p, err)
+				}
+				continue
+			case several:
+				if !errors.Is(err, ErrAmbiguous) {
+					t.Errorf("%s %s: %v, %v", by.what, tc.name, p, err)
+				}
+				continue
+			}
+			if err != nil || !strings.HasPrefix(p.ID, by.want) {
+				t.Errorf("%s %s: %v, %v, want %s", by.what, tc.name, p, err, by.want)
+				continue
+			}
+			wantTold := ""
+			if p.Volume.Cluster != "beta" && !strings.HasPrefix(tc.name, p.Volume.Cluster+":") {
+				wantTold = p.Volume.Cluster
+			}
+			if told != wantTold {
+				t.Errorf("%s %s: the user is told of cluster %q, want %q", by.what, tc.name, told, wantTold)
+			}
+		}
+	}
+	names := Names{Catalog: cat, Cluster: "beta"}
+	for name, spell := range map[string]string{"os/only@latest~0": "alpha:os/only@latest~0", "a3aaa": "alpha:a3aaa"} {
+		if _, err := names.Change(name); err == nil || !strings.Contains(err.Error(), spell) {
+			t.Errorf("change %s: %v: want the advice %s", name, err, spell)
+		}
+	}
+	for text, want := range map[string]string{
+		"os/root": "beta:os/root", "os/only": "alpha:os/only", "alpha:os/root": "alpha:os/root", "os/none": "beta:os/none",
+	} {
+		if v, err := names.Volume(text); err != nil || v.FullName() != want {
+			t.Errorf("volume %s is %s, %v", text, v.FullName(), err)
+		}
+	}
+	if _, err := names.Volume("os/shared"); !errors.Is(err, ErrAmbiguous) || !strings.Contains(err.Error(), "alpha:os/shared, gamma:os/shared") {
+		t.Errorf("a volume of two other clusters: %v", err)
+	}
+}
