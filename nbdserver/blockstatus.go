@@ -59,7 +59,11 @@ func (c *conn) blockStatus(r *request) {
 			return !slices.Contains(r.only, s.id)
 		})
 	}
-	limit := min(maxStatusExtents/len(contexts), proto.MaxExtents)
+	room := maxStatusExtents
+	if r.piece > 0 { // memory is short
+		room = r.piece / 16
+	}
+	limit := min(room/len(contexts), proto.MaxExtents)
 	if r.flags&proto.CmdFlagReqOne != 0 {
 		limit = 1
 	}

@@ -13,8 +13,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sync/semaphore"
-
 	"github.com/varve-io/varve/nbdserver/proto"
 )
 
@@ -65,7 +63,7 @@ type conn struct {
 	ahead   *readAhead
 	flags   proto.TransmissionFlags
 	out     *outbox
-	mem     budget
+	mem     *budget
 	slots   chan struct{} // requests that wait for the export
 	workers sync.WaitGroup
 	busy    atomic.Int64 // requests at workers
@@ -89,8 +87,6 @@ func newConn(s *Server, nc net.Conn, local bool) *conn {
 	c.log = s.log.With("client", addr)
 	c.ctx, c.cancel = context.WithCancelCause(s.ctx)
 	c.br = bufio.NewReaderSize(nc, readBuffer)
-	c.mem.own = semaphore.NewWeighted(s.cfg.ConnectionMemory)
-	c.mem.shared = s.memory
 	c.slots = make(chan struct{}, s.cfg.MaxRequests)
 	return c
 }

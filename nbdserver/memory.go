@@ -2,83 +2,270 @@ package nbdserver
 
 import (
 	"context"
-	"sync/atomic"
-
-	"golang.org/x/sync/semaphore"
+	"sync"
 )
 
 const (
 	// minRequestCost is charged for any request, so that floods of tiny ones
 	// are bounded as well.
 	minRequestCost = 512
-	// connReserve is what a connection may use when the server's budget is
-	// spent: other clients, even stalled ones, cannot stop it altogether.
-	connReserve = 256 << 10
+	// smallPiece is how much of a long request is handled at a time while
+	// memory is short, and largePiece while it is not.
+	smallPiece = 256 << 10
+	largePiece = 1 << 20
+	// connReserve is what a connection may use when the server's memory is
+	// taken: one small piece and some tiny requests. Other clients, even stalled
+	// ones, cannot stop it altogether.
+	connReserve = smallPiece + 64*minRequestCost
 )
 
-// budget is the memory of one connection's requests, from reading them until
-// their replies have been handed to the kernel.
-type budget struct {
-	own     *semaphore.Weighted // the connection's bytes
-	shared  *semaphore.Weighted // the server's bytes
-	reserve atomic.Int64        // bytes of connReserve in use
+// memory is what all requests may take, from reading them until their replies
+// have been handed to the kernel. It is shared by clients, and a client's part by
+// its connections, so that those who hold much, and give nothing back, leave room
+// for the next one: a client may hold half as much as it leaves free, and a
+// connection an eighth of what it leaves of its client's part (dynamic thresholds,
+// as Choudhury and Hahne describe them for switches, IEEE/ACM Transactions on
+// Networking 6:2, 1998). One that needs more than is left to it waits, or works by
+// pieces with its reserve.
+type memory struct {
+	total int64
+
+	mu      sync.Mutex
+	used    int64 // from total
+	clients map[string]*share
+	waiting []*waiter // in order of arrival, at most one for each connection
+	loan    *budget   // whose request is beyond total; nil for none
+	lastTo  *share    // who had the last loan
 }
 
-// grant is memory in use: n bytes, from the reserve or the shared budget.
+// share is the memory of one client, over all its connections.
+type share struct {
+	name  string
+	used  int64
+	conns int
+}
+
+// waiter is a request that waits for memory.
+type waiter struct {
+	b     *budget
+	n     int64
+	ready chan grant // has room for one
+}
+
+// budget is the memory of one connection's requests.
+type budget struct {
+	memory *memory
+	share  *share
+	limit  int64         // most bytes, whatever is free
+	turn   chan struct{} // held by the one who waits
+
+	// Guarded by memory.mu.
+	used     int64 // from the total
+	reserved int64 // from connReserve
+	lent     int64 // beyond the total
+	closed   bool
+}
+
+// source is where a grant came from.
+type source uint8
+
+const (
+	fromTotal source = iota
+	fromReserve
+	fromLoan
+)
+
+// grant is memory in use.
 type grant struct {
-	n        int64
-	reserved bool
+	n    int64
+	from source
+}
+
+func newMemory(total int64) *memory {
+	return &memory{total: total, clients: map[string]*share{}}
+}
+
+// join makes the budget of one connection of a client.
+func (m *memory) join(client string, limit int64) *budget {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	s := m.clients[client]
+	if s == nil {
+		s = &share{name: client}
+		m.clients[client] = s
+	}
+	s.conns++
+	return &budget{memory: m, share: s, limit: limit, turn: make(chan struct{}, 1)}
+}
+
+// leave gives back all that a connection still holds.
+func (b *budget) leave() {
+	m := b.memory
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if b.closed {
+		return
+	}
+	b.closed = true
+	m.used -= b.used
+	b.share.used -= b.used
+	if m.loan == b {
+		m.loan = nil
+	}
+	if b.share.conns--; b.share.conns == 0 {
+		delete(m.clients, b.share.name)
+	}
+	m.serve()
 }
 
 // try takes n bytes if they are free now.
 func (b *budget) try(n int64) (grant, bool) {
-	if !b.own.TryAcquire(n) {
-		return grant{}, false
-	}
-	if b.shared.TryAcquire(n) {
-		return grant{n: n}, true
-	}
-	if b.takeReserve(n) {
-		return grant{n: n, reserved: true}, true
-	}
-	b.own.Release(n)
-	return grant{}, false
+	b.memory.mu.Lock()
+	defer b.memory.mu.Unlock()
+	return b.take(n)
 }
 
 // acquire waits for n bytes.
 func (b *budget) acquire(ctx context.Context, n int64) (grant, error) {
-	if err := b.own.Acquire(ctx, n); err != nil {
-		return grant{}, err
+	if g, ok := b.try(n); ok {
+		return g, nil
 	}
-	if b.shared.TryAcquire(n) {
-		return grant{n: n}, nil
+	select {
+	case b.turn <- struct{}{}:
+	case <-ctx.Done():
+		return grant{}, ctx.Err()
 	}
-	if b.takeReserve(n) {
-		return grant{n: n, reserved: true}, nil
+	defer func() { <-b.turn }()
+	m := b.memory
+	m.mu.Lock()
+	g, ok := b.take(n)
+	if !ok {
+		g, ok = b.borrow(n)
 	}
-	if err := b.shared.Acquire(ctx, n); err != nil {
-		b.own.Release(n)
-		return grant{}, err
+	if ok {
+		m.mu.Unlock()
+		return g, nil
 	}
-	return grant{n: n}, nil
+	w := &waiter{b: b, n: n, ready: make(chan grant, 1)}
+	m.waiting = append(m.waiting, w)
+	m.mu.Unlock()
+	select {
+	case g := <-w.ready:
+		return g, nil
+	case <-ctx.Done():
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	select {
+	case g := <-w.ready:
+		b.giveBack(g)
+	default:
+		m.remove(w)
+	}
+	return grant{}, ctx.Err()
 }
 
-func (b *budget) takeReserve(n int64) bool {
-	if b.reserve.Add(n) <= connReserve {
-		return true
-	}
-	b.reserve.Add(-n)
-	return false
+// fits tells whether n more bytes leave enough to others. The lock is held.
+func (b *budget) fits(n int64) bool {
+	m := b.memory
+	others := m.used - b.share.used
+	room := (m.total-others)/3 - b.share.used // of the client
+	return b.used+n <= (room-n)/8
 }
 
+// take takes memory that is free. The lock is held.
+func (b *budget) take(n int64) (grant, bool) {
+	switch {
+	case b.used+b.reserved+b.lent+n > b.limit:
+		return grant{}, false
+	case b.fits(n):
+		b.used += n
+		b.share.used += n
+		b.memory.used += n
+		return grant{n, fromTotal}, true
+	case b.reserved+n <= connReserve:
+		b.reserved += n
+		return grant{n, fromReserve}, true
+	}
+	return grant{}, false
+}
+
+// borrow takes memory beyond the total: what a request that cannot be handled by
+// pieces gets, one after another, when it would not fit otherwise. The lock is held.
+func (b *budget) borrow(n int64) (grant, bool) {
+	if b.memory.loan != nil || b.used+b.reserved+b.lent > 0 {
+		return grant{}, false
+	}
+	b.lent = n
+	b.memory.loan, b.memory.lastTo = b, b.share
+	return grant{n, fromLoan}, true
+}
+
+// release gives memory back.
 func (b *budget) release(g grant) {
 	if g.n == 0 {
 		return
 	}
-	if g.reserved {
-		b.reserve.Add(-g.n)
-	} else {
-		b.shared.Release(g.n)
+	b.memory.mu.Lock()
+	defer b.memory.mu.Unlock()
+	b.giveBack(g)
+}
+
+// giveBack is release with the lock held.
+func (b *budget) giveBack(g grant) {
+	m := b.memory
+	if b.closed {
+		return
 	}
-	b.own.Release(g.n)
+	switch g.from {
+	case fromReserve:
+		b.reserved -= g.n
+	case fromLoan:
+		b.lent, m.loan = 0, nil
+	default:
+		b.used -= g.n
+		b.share.used -= g.n
+		m.used -= g.n
+	}
+	m.serve()
+}
+
+// serve gives memory to those who wait and whom it suffices for. The lock is held.
+func (m *memory) serve() {
+	left := m.waiting[:0]
+	for _, w := range m.waiting {
+		if g, ok := w.b.take(w.n); ok {
+			w.ready <- g
+		} else {
+			left = append(left, w)
+		}
+	}
+	clear(m.waiting[len(left):])
+	m.waiting = left
+	if m.loan != nil {
+		return
+	}
+	// Another client than last time goes first.
+	for _, again := range []bool{false, true} {
+		for _, w := range m.waiting {
+			if (w.b.share == m.lastTo) != again {
+				continue
+			}
+			if g, ok := w.b.borrow(w.n); ok {
+				m.remove(w)
+				w.ready <- g
+				return
+			}
+		}
+	}
+}
+
+// remove takes a waiter out of the queue. The lock is held.
+func (m *memory) remove(w *waiter) {
+	for i, x := range m.waiting {
+		if x == w {
+			m.waiting = append(m.waiting[:i], m.waiting[i+1:]...)
+			return
+		}
+	}
 }

@@ -32,7 +32,7 @@ type outbox struct {
 	conn  net.Conn
 	raw   syscall.RawConn // nil with TLS or a stream that has no descriptor
 	bw    *bufio.Writer   // used when raw is nil
-	stall time.Duration
+	pace  func() pace
 	freed *budget
 	fail  func(error) // called once, without locks, when writing fails
 
@@ -49,8 +49,8 @@ type outbox struct {
 	vec   vector
 }
 
-func newOutbox(nc net.Conn, stall time.Duration, freed *budget, fail func(error)) *outbox {
-	o := &outbox{conn: nc, stall: stall, freed: freed, fail: fail}
+func newOutbox(nc net.Conn, pace func() pace, freed *budget, fail func(error)) *outbox {
+	o := &outbox{conn: nc, pace: pace, freed: freed, fail: fail}
 	o.idle.L = &o.mu
 	o.raw = rawSocket(nc)
 	if o.raw == nil {
@@ -106,19 +106,17 @@ func (o *outbox) flush() {
 	o.stopped()
 }
 
-// drain writes until nothing is left, waiting for the client.
+// drain writes until nothing is left, waiting for the client, which must keep its
+// pace.
 func (o *outbox) drain() {
+	pace := o.pace()
 	for {
 		for o.pos < len(o.batch) {
-			if err := o.conn.SetWriteDeadline(time.Now().Add(o.stall)); err != nil {
-				o.broken(err)
-				return
-			}
 			var err error
 			if o.raw != nil {
-				_, err = o.writeOnce(true)
+				err = o.wait(&pace, func() (int, error) { return o.writeOnce(true) })
 			} else {
-				err = o.writeBuffered()
+				err = o.writeBuffered(&pace)
 			}
 			if err != nil {
 				o.broken(err)
@@ -135,6 +133,17 @@ func (o *outbox) drain() {
 		o.swap()
 		o.mu.Unlock()
 	}
+}
+
+// wait does one write that waits for the client.
+func (o *outbox) wait(pace *pace, write func() (int, error)) error {
+	began := time.Now()
+	if err := o.conn.SetWriteDeadline(pace.deadline(began)); err != nil {
+		return err
+	}
+	n, err := write()
+	pace.moved(n, time.Since(began))
+	return err
 }
 
 // swap makes the queue the batch. The lock is held; the old batch is done.
@@ -199,14 +208,25 @@ func (o *outbox) advance(n int) {
 	o.skip = n
 }
 
+// maxBuffered is the most bytes of one write without writev, so that a client's pace
+// is seen in between.
+const maxBuffered = 64 << 10
+
 // writeBuffered writes one entry, and the buffer at the end of the batch.
-func (o *outbox) writeBuffered() error {
+func (o *outbox) writeBuffered(pace *pace) error {
 	e := &o.batch[o.pos]
-	if _, err := o.bw.Write(e.header[:e.hlen]); err != nil {
+	write := func(b []byte) error {
+		return o.wait(pace, func() (int, error) { return o.bw.Write(b) })
+	}
+	if err := write(e.header[:e.hlen]); err != nil {
 		return err
 	}
-	if _, err := o.bw.Write(e.data); err != nil {
-		return err
+	for data := e.data; len(data) > 0; {
+		n := min(len(data), maxBuffered)
+		if err := write(data[:n]); err != nil {
+			return err
+		}
+		data = data[n:]
 	}
 	o.finish(e)
 	o.pos++
@@ -219,7 +239,7 @@ func (o *outbox) writeBuffered() error {
 	if more {
 		return nil
 	}
-	return o.bw.Flush()
+	return o.wait(pace, func() (int, error) { return 0, o.bw.Flush() })
 }
 
 // finish gives back what an entry held.

@@ -33,39 +33,78 @@ func (c *conn) readLent(r *request) bool {
 
 // read answers a read on a worker.
 func (c *conn) read(r *request) {
-	if r.length == 0 {
+	switch {
+	case r.length == 0:
 		c.sendDone(r)
 		return
+	case r.piece > 0:
+		c.readByPieces(r)
+		return
 	}
-	if c.lender != nil {
-		pieces, err := c.lender.Lend(c.ctx, nil, int64(r.offset), int(r.length), true)
-		oe := (*OffsetError)(nil)
-		switch {
-		case errors.Is(err, ErrNotCached): // nothing to lend: read
-		case err != nil && (!errors.As(err, &oe) || len(pieces) == 0):
-			c.exportError(r, err, int64(r.offset))
-			return
-		default:
-			c.sendPieces(r, pieces, err, nil)
-			return
-		}
-	}
-	buf := getBuffer(int(r.length))
-	pieces, err := c.fill(r, buf)
-	// The buffer is released with the last reply.
-	if n := len(pieces); n == 0 {
-		buf.Release()
+	pieces, err := c.gather(int64(r.offset), int(r.length))
+	if len(pieces) == 0 {
 		c.exportError(r, err, int64(r.offset))
 		return
 	}
-	pieces[len(pieces)-1].Owner = buf
 	c.sendPieces(r, pieces, err, nil)
 }
 
-// fill reads the request's range into buf and tells which parts of it are
-// zeroes. With an error the pieces are what was read before it.
-func (c *conn) fill(r *request, buf *buffer) ([]Piece, error) {
-	off := int64(r.offset)
+// readByPieces answers a read with a chunk or more for each of its pieces, as
+// memory for them is to be had.
+func (c *conn) readByPieces(r *request) {
+	if p, ok := c.opened.Export.(Prefetcher); ok {
+		_ = p.Prefetch(c.ctx, int64(r.offset), int64(r.length)) // a failure shows when it is read
+	}
+	off, end := int64(r.offset), int64(r.offset+r.length)
+	for n := int64(r.piece); ; {
+		pieces, err := c.gather(off, int(n))
+		if len(pieces) == 0 {
+			c.exportError(r, err, off)
+			return
+		}
+		off += n
+		last := off == end || err != nil
+		c.out.push(c.structuredRead(r, uint64(off-n), pieces, err, last, nil)...)
+		if last {
+			c.count(r, errnoOf(err))
+			return
+		}
+		c.out.flush()
+		size, g, err := c.takePiece(int(end - off))
+		if err != nil {
+			return // so does the connection
+		}
+		n, r.mem = int64(size), g
+	}
+}
+
+// gather gets the bytes of a range, lent by the export or read. With an error the
+// pieces are what there is before it.
+func (c *conn) gather(off int64, n int) ([]Piece, error) {
+	if c.lender != nil {
+		pieces, err := c.lender.Lend(c.ctx, nil, off, n, true)
+		oe := (*OffsetError)(nil)
+		switch {
+		case errors.Is(err, ErrNotCached): // nothing to lend: read
+		case err != nil && !errors.As(err, &oe):
+			return nil, err
+		default:
+			return pieces, err
+		}
+	}
+	buf := getBuffer(n)
+	pieces, err := c.fill(off, buf)
+	if len(pieces) == 0 {
+		buf.Release()
+		return nil, err
+	}
+	pieces[len(pieces)-1].Owner = buf // released with the last reply
+	return pieces, err
+}
+
+// fill reads a range into buf and tells which parts of it are zeroes. With an error
+// the pieces are what was read before it.
+func (c *conn) fill(off int64, buf *buffer) ([]Piece, error) {
 	if len(buf.b) > 64<<10 {
 		if pieces, ok := c.fillByExtents(off, buf.b); ok {
 			return pieces, nil
@@ -159,7 +198,7 @@ func (c *conn) sendPieces(r *request, pieces []Piece, err error, scratch []outgo
 		c.exportError(r, err, int64(r.offset))
 		return scratch
 	default:
-		scratch = c.structuredRead(r, pieces, err, scratch)
+		scratch = c.structuredRead(r, r.offset, pieces, err, true, scratch)
 	}
 	c.count(r, errnoOf(err))
 	c.out.push(scratch...)
@@ -210,9 +249,9 @@ func appendData(out []outgoing, b []byte) []outgoing {
 	return append(out, outgoing{data: b})
 }
 
-// structuredRead is a chunk for each run of data and each hole.
-func (c *conn) structuredRead(r *request, pieces []Piece, err error, out []outgoing) []outgoing {
-	pos := r.offset
+// structuredRead is a chunk for each run of data and each hole, from pos. last says
+// that the reply ends with them.
+func (c *conn) structuredRead(r *request, pos uint64, pieces []Piece, err error, last bool, out []outgoing) []outgoing {
 	head := 0 // where the current chunk begins in out
 	// Don't fragment: one chunk, zeroes written out.
 	whole := r.flags&proto.CmdFlagDF != 0 && len(pieces) > 1
@@ -241,9 +280,10 @@ func (c *conn) structuredRead(r *request, pieces []Piece, err error, out []outgo
 		c.putData(&out[head], r, pos, n)
 		pos += uint64(n)
 	}
-	if err != nil {
+	switch {
+	case err != nil:
 		out = append(out, c.errorChunk(r, errnoOf(err), err.Error(), offsetOf(err, int64(r.offset))))
-	} else {
+	case last:
 		setDone(&out[head])
 	}
 	out[len(out)-1].granted = r.mem

@@ -10,8 +10,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sync/semaphore"
-
 	"github.com/varve-io/varve/nbdserver/proto"
 )
 
@@ -23,6 +21,7 @@ const (
 	DefaultMaxRequests        = 64
 	DefaultNegotiationTimeout = 30 * time.Second
 	DefaultStallTimeout       = 60 * time.Second
+	DefaultMinRate            = 32 << 10
 )
 
 // Config says what a Server serves and within which limits. Zero limits mean
@@ -52,6 +51,10 @@ type Config struct {
 	// StallTimeout ends a connection whose client takes no replies, or stops
 	// in the middle of a message, for that long.
 	StallTimeout time.Duration
+	// MinRate is the bytes a second that a client takes of replies, or sends of a
+	// payload, at the least: the time by which it is slower may add up to
+	// StallTimeout.
+	MinRate int64
 	// IdleTimeout ends a connection without requests; zero means never.
 	IdleTimeout time.Duration
 	// ReadAhead is how many bytes a sequential stream is fetched ahead, for
@@ -67,7 +70,7 @@ type Server struct {
 	cfg      Config
 	verifies bool // client certificates, by namelessAuthorities
 	log      *slog.Logger
-	memory   *semaphore.Weighted
+	memory   *memory
 
 	ctx    context.Context // ends when Shutdown gives up waiting, or Close
 	cancel context.CancelFunc
@@ -98,6 +101,10 @@ func New(cfg Config) (*Server, error) {
 	}
 	def(&cfg.ConnectionMemory, DefaultConnectionMemory)
 	def(&cfg.TotalMemory, DefaultTotalMemory)
+	def(&cfg.MinRate, DefaultMinRate)
+	if cfg.MinRate < 0 {
+		return nil, errors.New("the least rate of clients must not be negative")
+	}
 	if cfg.ConnectionMemory < proto.MaxPayload || cfg.TotalMemory < proto.MaxPayload {
 		return nil, fmt.Errorf("the memory limits must allow one request of %d MiB", proto.MaxPayload>>20)
 	}
@@ -123,7 +130,7 @@ func New(cfg Config) (*Server, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &Server{
 		cfg: cfg, verifies: nameless != nil, log: cfg.Logger,
-		memory:    semaphore.NewWeighted(cfg.TotalMemory),
+		memory:    newMemory(cfg.TotalMemory),
 		ctx:       ctx,
 		cancel:    cancel,
 		listeners: map[net.Listener]struct{}{},

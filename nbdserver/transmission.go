@@ -21,12 +21,15 @@ type request struct {
 	only   []uint32
 	start  time.Time
 	mem    grant // moves to the last reply
+	piece  int   // bytes to handle at a time; 0 for all at once
 }
 
 // transmit reads requests until the client leaves. Replies under way are sent
 // before it returns.
 func (c *conn) transmit() error {
-	c.out = newOutbox(c.nc, c.srv.cfg.StallTimeout, &c.mem, func(err error) {
+	c.mem = c.srv.memory.join(c.owner(), c.srv.cfg.ConnectionMemory)
+	defer c.mem.leave()
+	c.out = newOutbox(c.nc, c.srv.newPace, c.mem, func(err error) {
 		c.cancel(fmt.Errorf("send replies: %w", err))
 		_ = c.socket.Close() // ends the reading side, too
 	})
@@ -175,15 +178,19 @@ func (c *conn) handle(r *request) error {
 		}
 		return c.refuse(r, errno, text)
 	}
+	if r.cmd == proto.CmdWrite && r.length > 0 {
+		return c.receiveWrite(r)
+	}
 	if err := c.takeMemory(r); err != nil {
 		return err
 	}
-	if payload {
-		if err := c.readPayload(r); err != nil {
-			c.mem.release(r.mem)
+	if payload && r.cmd == proto.CmdBlockStatus {
+		pace := c.srv.newPace()
+		r.data = getBuffer(int(r.length))
+		if err := c.readFull(r.data.b, &pace); err != nil {
 			return err
 		}
-		if r.cmd == proto.CmdBlockStatus && !c.filterStatus(r) {
+		if !c.filterStatus(r) {
 			r.data.Release()
 			return c.refuse(r, proto.EINVAL, "list of metadata contexts is malformed")
 		}
@@ -196,7 +203,8 @@ func (c *conn) handle(r *request) error {
 			return nil
 		}
 	}
-	return c.dispatch(r)
+	w := *r
+	return c.dispatch(func() { c.work(&w) })
 }
 
 // check validates a request against the protocol and the export.
@@ -280,178 +288,4 @@ func (c *conn) checkRange(r *request) (proto.Errno, string) {
 		return proto.EOVERFLOW, "read is larger than 32 MiB"
 	}
 	return 0, ""
-}
-
-// takeMemory waits until the request's memory is free. Replies that hold some
-// are sent before waiting.
-func (c *conn) takeMemory(r *request) error {
-	n := int64(minRequestCost)
-	switch r.cmd {
-	case proto.CmdRead, proto.CmdWrite:
-		if r.length > 0 {
-			n += bufferCost(int(r.length))
-		}
-	case proto.CmdBlockStatus:
-		n += statusMemory
-	}
-	n = min(n, c.srv.cfg.ConnectionMemory, c.srv.cfg.TotalMemory)
-	if g, ok := c.mem.try(n); ok {
-		r.mem = g
-		return nil
-	}
-	c.out.flush()
-	g, err := c.mem.acquire(c.ctx, n)
-	r.mem = g
-	return err
-}
-
-// readPayload reads a request's payload into a buffer.
-func (c *conn) readPayload(r *request) error {
-	r.data = getBuffer(int(r.length))
-	if err := c.readFull(r.data.b); err != nil {
-		r.data.Release()
-		return err
-	}
-	return nil
-}
-
-// readFull reads from the client, which must not stall in between.
-func (c *conn) readFull(p []byte) error {
-	n := c.br.Buffered()
-	if n >= len(p) {
-		_, err := io.ReadFull(c.br, p)
-		return err
-	}
-	c.out.flush()
-	for len(p) > 0 {
-		c.setReadDeadline(time.Now().Add(c.srv.cfg.StallTimeout))
-		n, err := c.br.Read(p)
-		p = p[n:]
-		if err != nil && len(p) > 0 {
-			if errors.Is(err, io.EOF) {
-				err = io.ErrUnexpectedEOF
-			}
-			if timedOut(err) {
-				return errStalled
-			}
-			return err
-		}
-	}
-	c.setReadDeadline(time.Time{})
-	return nil
-}
-
-var errStalled = errors.New("client stopped in the middle of a message")
-
-// discardPayload reads a payload that nobody wants.
-func (c *conn) discardPayload(n uint64) error {
-	b := getBuffer(64 << 10)
-	defer b.Release()
-	for n > 0 {
-		part := b.b[:min(n, uint64(len(b.b)))]
-		if err := c.readFull(part); err != nil {
-			return err
-		}
-		n -= uint64(len(part))
-	}
-	return nil
-}
-
-// refuse answers a request with an error at once.
-func (c *conn) refuse(r *request, errno proto.Errno, text string) error {
-	if r.mem.n == 0 {
-		if err := c.takeMemoryFor(r, minRequestCost); err != nil {
-			return err
-		}
-	}
-	c.sendError(r, errno, text, -1)
-	return nil
-}
-
-func (c *conn) takeMemoryFor(r *request, n int64) error {
-	g, ok := c.mem.try(n)
-	if !ok {
-		c.out.flush()
-		var err error
-		if g, err = c.mem.acquire(c.ctx, n); err != nil {
-			return err
-		}
-	}
-	r.mem = g
-	return nil
-}
-
-// dispatch hands a request to a worker, waiting while too many are busy.
-func (c *conn) dispatch(r *request) error {
-	select {
-	case c.slots <- struct{}{}:
-	default:
-		c.out.flush()
-		select {
-		case c.slots <- struct{}{}:
-		case <-c.ctx.Done():
-			if r.data != nil {
-				r.data.Release()
-			}
-			c.mem.release(r.mem)
-			return c.ctx.Err()
-		}
-	}
-	c.busy.Add(1)
-	c.workers.Add(1)
-	w := *r
-	go func() {
-		defer c.workers.Done()
-		c.work(&w)
-		c.out.flush()
-		<-c.slots
-		if c.busy.Add(-1) == 0 {
-			c.settle()
-		}
-	}()
-	return nil
-}
-
-// work carries out a request that may wait for the export.
-func (c *conn) work(r *request) {
-	off, length := int64(r.offset), int64(r.length)
-	var err error
-	switch r.cmd {
-	case proto.CmdRead:
-		c.read(r)
-		return
-	case proto.CmdBlockStatus:
-		c.blockStatus(r)
-		return
-	case proto.CmdWrite:
-		if length > 0 {
-			_, err = c.writer.WriteAt(c.ctx, r.data.b, off)
-		}
-		r.data.Release()
-	case proto.CmdTrim:
-		if length > 0 {
-			err = c.writer.Trim(c.ctx, off, length)
-		}
-	case proto.CmdWriteZeroes:
-		if length > 0 {
-			err = c.writer.Zero(c.ctx, off, length,
-				r.flags&proto.CmdFlagNoHole != 0, r.flags&proto.CmdFlagFastZero != 0)
-		}
-	case proto.CmdFlush:
-		if c.writer != nil {
-			err = c.writer.Flush(c.ctx)
-		}
-	case proto.CmdCache:
-		if p, ok := c.opened.Export.(Prefetcher); ok && length > 0 {
-			err = p.Prefetch(c.ctx, off, length)
-		}
-	}
-	if err == nil && r.flags&proto.CmdFlagFUA != 0 && c.writer != nil && r.cmd != proto.CmdFlush {
-		err = c.writer.Flush(c.ctx)
-	}
-	if err != nil {
-		c.exportError(r, err, off)
-		return
-	}
-	c.sendDone(r)
 }

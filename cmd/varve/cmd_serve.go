@@ -50,11 +50,12 @@ type serveFlags struct {
 	clients   int
 	memory    byteSize
 	perClient byteSize
+	minRate   byteSize
 	grace     time.Duration
 }
 
 func newServeCommand(a *app) *cobra.Command {
-	f := serveFlags{cacheSize: 256 << 20, memory: nbdserver.DefaultTotalMemory, perClient: nbdserver.DefaultConnectionMemory}
+	f := serveFlags{cacheSize: 256 << 20, memory: nbdserver.DefaultTotalMemory, perClient: nbdserver.DefaultConnectionMemory, minRate: nbdserver.DefaultMinRate}
 	cmd := &cobra.Command{
 		Use:     "serve [VOLUME|POINT]...",
 		GroupID: groupRead,
@@ -115,6 +116,7 @@ one as a new recovery point.`,
 	fl.IntVar(&f.clients, "max-connections", nbdserver.DefaultMaxConnections, "most clients at once")
 	fl.Var(&f.memory, "max-memory", "most memory for requests in flight, at least 32MiB")
 	fl.Var(&f.perClient, "max-connection-memory", "most memory for requests in flight of one client, at least 32MiB")
+	fl.Var(&f.minRate, "min-rate", "bytes a second that a client must take of replies, or send of a write, at the least; one that stays a minute behind is disconnected")
 	fl.DurationVar(&f.grace, "shutdown-timeout", 10*time.Second, "time for requests in flight to end at shutdown")
 	return cmd
 }
@@ -156,7 +158,7 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 	cfg := nbdserver.Config{
 		PlainLocal: f.plain, Insecure: f.insecure,
 		ConnectionMemory: int64(f.perClient), TotalMemory: int64(f.memory), MaxConnections: f.clients,
-		IdleTimeout: f.idle, Logger: a.log,
+		MinRate: int64(f.minRate), IdleTimeout: f.idle, Logger: a.log,
 	}
 	if f.tls.Certificate != "" {
 		if cfg.TLS, err = nbdserver.LoadTLS(f.tls); err != nil {

@@ -1,0 +1,39 @@
+package nbdserver
+
+import (
+	"net"
+	"net/netip"
+)
+
+// owner names whom a connection counts for where something is shared by client:
+// the name that a certificate proves, else the host, else the process of this
+// machine.
+func (c *conn) owner() string {
+	if len(c.client.Names) > 0 {
+		return "name:" + c.client.Names[0]
+	}
+	if u, ok := c.socket.(*net.UnixConn); ok {
+		return peerProcess(u)
+	}
+	return hostOf(c.socket.RemoteAddr())
+}
+
+// hostOf is an address without its port. Addresses of one IPv6 network of 64 bits
+// are one host's: whoever has one of them has all.
+func hostOf(a net.Addr) string {
+	t, ok := a.(*net.TCPAddr)
+	if !ok {
+		return a.Network()
+	}
+	ip, ok := netip.AddrFromSlice(t.IP)
+	if !ok {
+		return a.String()
+	}
+	ip = ip.Unmap()
+	if ip.Is6() && !ip.IsLoopback() {
+		if p, err := ip.Prefix(64); err == nil {
+			return p.String()
+		}
+	}
+	return ip.String()
+}
