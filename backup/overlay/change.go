@@ -54,10 +54,15 @@ func (o *Overlay) WriteAt(ctx context.Context, p []byte, off int64) (int, error)
 		done += len(part)
 		return nil
 	})
+	return done, o.flushIfFull(ctx, err)
+}
+
+// flushIfFull flushes after a change that went well, where that is due.
+func (o *Overlay) flushIfFull(ctx context.Context, err error) error {
 	if err == nil && o.log.full() {
 		err = o.Flush(ctx)
 	}
-	return done, err
+	return err
 }
 
 // writePart writes within one segment, whose lock is held.
@@ -68,12 +73,14 @@ func (o *Overlay) writePart(ctx context.Context, s *segment, first, from int64, 
 	if err != nil {
 		return err
 	}
-	if err := o.writeGranules(ctx, s, first, from, p); err != nil {
-		o.used.Add(-fresh)
-		return err
+	err = o.writeGranules(ctx, s, first, from, p)
+	if err == nil {
+		err = o.change(s, first/Granule, a, b, inData)
 	}
-	o.change(s, first/Granule, a, b, inData)
-	return nil
+	if err != nil {
+		o.used.Add(-fresh)
+	}
+	return err
 }
 
 // writeGranules puts bytes into the granules that writePart took space for.
@@ -139,7 +146,7 @@ func (o *Overlay) complete(ctx context.Context, s *segment, first, i int64) erro
 
 // Trim makes whole granules of a range read as zeroes and frees their space.
 // Parts of granules at its ends are left alone.
-func (o *Overlay) Trim(_ context.Context, off, length int64) error {
+func (o *Overlay) Trim(ctx context.Context, off, length int64) error {
 	if err := o.checkRange(off, length); err != nil {
 		return err
 	}
@@ -151,9 +158,10 @@ func (o *Overlay) Trim(_ context.Context, off, length int64) error {
 	if end <= off {
 		return nil
 	}
-	return o.each(off, end-off, func(s *segment, first, from, to int64) error {
+	err := o.each(off, end-off, func(s *segment, first, from, to int64) error {
 		return o.free(s, first, from/Granule, (to+Granule-1)/Granule)
 	})
+	return o.flushIfFull(ctx, err)
 }
 
 // Zero makes a range read as zeroes. With keepSpace it takes scratch space, so
@@ -180,10 +188,7 @@ func (o *Overlay) Zero(ctx context.Context, off, length int64, keepSpace, fast b
 		}
 		return o.zeroParts(ctx, s, first, b*Granule, to)
 	})
-	if err == nil && o.log.full() {
-		err = o.Flush(ctx)
-	}
-	return err
+	return o.flushIfFull(ctx, err)
 }
 
 // zeroParts writes zeroes to less than a granule at each place, unless it is
@@ -208,12 +213,14 @@ func (o *Overlay) zeroKept(ctx context.Context, s *segment, first, from, to int6
 	if err != nil {
 		return err
 	}
-	if err := o.zeroGranules(ctx, s, first, from, to, fast); err != nil {
-		o.used.Add(-fresh)
-		return err
+	err = o.zeroGranules(ctx, s, first, from, to, fast)
+	if err == nil {
+		err = o.change(s, first/Granule, a, b, inData)
 	}
-	o.change(s, first/Granule, a, b, inData)
-	return nil
+	if err != nil {
+		o.used.Add(-fresh)
+	}
+	return err
 }
 
 // zeroGranules zeroes what zeroKept took space for.
@@ -274,6 +281,5 @@ func (o *Overlay) free(s *segment, first, a, b int64) error {
 		}
 		i = j - 1
 	}
-	o.change(s, first/Granule, a, b, isZero)
-	return nil
+	return o.change(s, first/Granule, a, b, isZero)
 }

@@ -3,6 +3,7 @@ package overlay
 import (
 	"bufio"
 	"bytes"
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -19,43 +20,90 @@ import (
 // The map file is a header and frames, little-endian:
 //
 //	header  8 "VARVEOVL", 4 version, 4 granule, 8 image size,
-//	        4 length of base identity, the identity, 4 CRC-32C of all before
+//	        4 length of base identity, the identity, 16 ID of the overlay (not in
+//	        version 1), 4 CRC-32C of all before
 //	frame   4 "FRAM", 4 number of runs, 8 sequence number from 1,
 //	        per run: 8 first granule, 8 count in the low 56 bits and state
 //	        in the high 8; 4 CRC-32C of all before
 //
 // A frame holds what one flush made durable. Later runs win. Reading stops at
 // the first frame that is not whole: it was being written when the end came,
-// and no flush that needed it had returned.
+// and no flush that needed it had returned. Changes since the last flush are in
+// the file named recent.
 const (
 	mapMagic   = "VARVEOVL"
-	mapVersion = 1
+	mapVersion = 2
 	frameMagic = "FRAM"
 	maxBaseID  = 4096
 	// maxFrameRuns bounds a frame, and so what reading one allocates.
 	maxFrameRuns = 1 << 16
-	// fullRuns of changes not flushed make a write flush by itself.
-	fullRuns = 1 << 18
 	// rewriteFrom is the size below which a map is never rewritten.
 	rewriteFrom = 1 << 20
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
+// overlayID tells an overlay from any other, whatever image it is over.
+type overlayID [16]byte
+
+func newOverlayID() (id overlayID) {
+	_, _ = rand.Read(id[:]) // never fails
+	return id
+}
+
 // header binds a map to its image.
 type header struct {
-	size   int64
-	baseID string
+	version uint32
+	size    int64
+	baseID  string
+	id      overlayID // zero in version 1
 }
 
 func (h header) encode() []byte {
 	b := []byte(mapMagic)
-	b = binary.LittleEndian.AppendUint32(b, mapVersion)
+	b = binary.LittleEndian.AppendUint32(b, h.version)
 	b = binary.LittleEndian.AppendUint32(b, Granule)
 	b = binary.LittleEndian.AppendUint64(b, uint64(h.size))
 	b = binary.LittleEndian.AppendUint32(b, uint32(len(h.baseID)))
 	b = append(b, h.baseID...)
+	if h.version > 1 {
+		b = append(b, h.id[:]...)
+	}
 	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
+}
+
+// readHeader reads the header of a map.
+func readHeader(r io.Reader) (h header, err error) {
+	head := make([]byte, 28)
+	if _, err := io.ReadFull(r, head); err != nil {
+		return h, fmt.Errorf("read the overlay's map: %w", err)
+	}
+	if string(head[:8]) != mapMagic {
+		return h, errors.New("the file named map is no overlay's map")
+	}
+	h.version = binary.LittleEndian.Uint32(head[8:])
+	if h.version < 1 || h.version > mapVersion {
+		return h, fmt.Errorf("the overlay's map has format %d, not %d: it was made by another version of this program", h.version, mapVersion)
+	}
+	n := binary.LittleEndian.Uint32(head[24:])
+	if n > maxBaseID {
+		return h, fmt.Errorf("read the overlay's map: a base identity of %d bytes", n)
+	}
+	rest := make([]byte, int(n)+len(h.id)+4)
+	if h.version == 1 {
+		rest = rest[:n+4]
+	}
+	if _, err := io.ReadFull(r, rest); err != nil {
+		return h, fmt.Errorf("read the overlay's map: %w", err)
+	}
+	h.size, h.baseID = int64(binary.LittleEndian.Uint64(head[16:])), string(rest[:n])
+	if h.version > 1 {
+		copy(h.id[:], rest[n:])
+	}
+	if !bytes.Equal(h.encode(), slices.Concat(head, rest)) {
+		return h, errors.New("read the overlay's map: its header is damaged")
+	}
+	return h, nil
 }
 
 // BaseOf reads which image the overlay in a directory was made over.
@@ -65,24 +113,8 @@ func BaseOf(dir string) (baseID string, size int64, err error) {
 		return "", 0, fmt.Errorf("open the overlay's map: %w", err)
 	}
 	defer f.Close()
-	head := make([]byte, 28)
-	if _, err := io.ReadFull(f, head); err != nil {
-		return "", 0, fmt.Errorf("read the overlay's map: %w", err)
-	}
-	n := binary.LittleEndian.Uint32(head[24:])
-	if n > maxBaseID {
-		return "", 0, fmt.Errorf("read the overlay's map: a base identity of %d bytes", n)
-	}
-	id := make([]byte, n)
-	if _, err := io.ReadFull(f, id); err != nil {
-		return "", 0, fmt.Errorf("read the overlay's map: %w", err)
-	}
-	h := header{size: int64(binary.LittleEndian.Uint64(head[16:])), baseID: string(id)}
-	sum := make([]byte, 4)
-	if _, err := io.ReadFull(f, sum); err != nil || !bytes.Equal(h.encode(), slices.Concat(head, id, sum)) {
-		return "", 0, errors.New("read the overlay's map: its header is not whole, or of another version")
-	}
-	return h.baseID, h.size, nil
+	h, err := readHeader(f)
+	return h.baseID, h.size, err
 }
 
 // encodeFrame is the frame of at most maxFrameRuns runs.
@@ -101,35 +133,24 @@ func encodeFrame(seq uint64, runs []stateRun) []byte {
 // errTorn ends reading a map at a frame that is not whole.
 var errTorn = errors.New("frame is not whole")
 
-// readMap reads a map, calls apply for each run, and returns the length of its
-// whole frames, header included, and the last sequence number.
-func readMap(rd io.Reader, want header, apply func(stateRun)) (end int64, seq uint64, err error) {
+// readMap reads the map of an image, calls apply for each run, and returns its header,
+// the length of its whole frames, header included, and the last sequence number.
+func readMap(rd io.Reader, want header, apply func(stateRun)) (h header, end int64, seq uint64, err error) {
 	r := bufio.NewReaderSize(rd, 64<<10)
-	head := want.encode()
-	got := make([]byte, len(head))
-	if n, err := io.ReadFull(r, got); err != nil {
-		if n >= len(mapMagic) && string(got[:8]) == mapMagic {
-			return 0, 0, ErrOtherBase // a shorter identity
-		}
-		return 0, 0, fmt.Errorf("read the overlay's map: %w", err)
+	if h, err = readHeader(r); err != nil {
+		return h, 0, 0, err
 	}
-	if string(got[:8]) != mapMagic {
-		return 0, 0, errors.New("the file named map is no overlay's map")
+	if h.size != want.size || h.baseID != want.baseID {
+		return h, 0, 0, ErrOtherBase
 	}
-	if v := binary.LittleEndian.Uint32(got[8:]); v != mapVersion {
-		return 0, 0, fmt.Errorf("the overlay's map has format %d, not %d: it was made by another version of this program", v, mapVersion)
-	}
-	if !bytes.Equal(got, head) {
-		return 0, 0, ErrOtherBase
-	}
-	end = int64(len(head))
+	end = int64(len(h.encode()))
 	for {
-		n, err := readFrame(r, seq+1, want.size, apply)
+		n, err := readFrame(r, seq+1, h.size, apply)
 		if err != nil {
 			if errors.Is(err, errTorn) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-				return end, seq, nil
+				return h, end, seq, nil
 			}
-			return 0, 0, fmt.Errorf("read the overlay's map: %w", err)
+			return h, 0, 0, fmt.Errorf("read the overlay's map: %w", err)
 		}
 		end += n
 		seq++
@@ -154,22 +175,28 @@ func readFrame(r io.Reader, seq uint64, size int64, apply func(stateRun)) (int64
 	if binary.LittleEndian.Uint32(body[len(body)-4:]) != sum {
 		return 0, errTorn
 	}
-	granules := uint64(size+Granule-1) / Granule
 	runs := make([]stateRun, count)
 	for i := range runs {
-		start := binary.LittleEndian.Uint64(body[16*i:])
-		n := binary.LittleEndian.Uint64(body[16*i+8:])
-		s := state(n >> 56)
-		n &= 1<<56 - 1
-		if start > granules || n > granules-start || s > isZero {
+		var ok bool
+		if runs[i], ok = decodeRun(body[16*i:], granulesOf(size)); !ok {
 			return 0, errTorn
 		}
-		runs[i] = stateRun{start: int64(start), count: int64(n), state: s}
 	}
 	for _, x := range runs {
 		apply(x)
 	}
 	return int64(len(h) + len(body)), nil
+}
+
+// decodeRun reads a run; false if it reaches beyond the image.
+func decodeRun(b []byte, granules int64) (stateRun, bool) {
+	start, n := binary.LittleEndian.Uint64(b), binary.LittleEndian.Uint64(b[8:])
+	s := state(n >> 56)
+	n &= 1<<56 - 1
+	if start > uint64(granules) || n > uint64(granules)-start || s > isZero {
+		return stateRun{}, false
+	}
+	return stateRun{start: int64(start), count: int64(n), state: s}, true
 }
 
 // journal is the open map file and the changes not in it yet.
@@ -182,47 +209,81 @@ type journal struct {
 	base int64 // size after the last rewrite
 
 	mu      sync.Mutex
-	pending []stateRun
+	pending []stateRun // what recent holds and the map may not
+	recent  *recent
 }
 
-// openJournal reads the map at path, or makes an empty one.
-func openJournal(path string, h header, apply func(stateRun)) (*journal, error) {
-	j := &journal{path: path, head: h}
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if errors.Is(err, os.ErrNotExist) {
-		return j, j.rewrite(func(func(stateRun)) {})
-	}
-	if err != nil {
+// openJournal reads the map and the changes since its last flush from a directory, or
+// makes an empty map. A map of an earlier version stays for the caller to rewrite.
+func openJournal(dir string, h header, apply func(stateRun)) (*journal, error) {
+	j := &journal{path: filepath.Join(dir, "map"), head: h}
+	f, err := os.OpenFile(j.path, os.O_RDWR, 0)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		j.head.version, j.head.id = mapVersion, newOverlayID()
+		if err := j.rewrite(func(func(stateRun)) {}); err != nil {
+			return nil, err
+		}
+	case err != nil:
 		return nil, fmt.Errorf("open the overlay's map: %w", err)
+	default:
+		if j.head, j.end, j.seq, err = readMap(f, h, apply); err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+		j.file, j.base = f, j.end
 	}
-	if j.end, j.seq, err = readMap(f, h, apply); err != nil {
-		_ = f.Close()
-		return nil, err
+	if j.head.version == 1 { // it had no such changes
+		j.head.id = newOverlayID()
+		if err := removeRecent(j.recentPath()); err != nil {
+			return nil, errors.Join(err, j.file.Close())
+		}
 	}
-	j.file, j.base = f, j.end
+	j.recent, j.pending, err = openRecent(j.recentPath(), j.head.id, granulesOf(h.size))
+	if err != nil {
+		return nil, errors.Join(err, j.file.Close())
+	}
+	for _, r := range j.pending {
+		apply(r)
+	}
 	return j, nil
 }
 
-func (j *journal) close() error { return j.file.Close() }
+func (j *journal) recentPath() string { return filepath.Join(filepath.Dir(j.path), "recent") }
 
-// add notes a change whose bytes are in data.
-func (j *journal) add(r stateRun) {
+// close ends the use of the files. What was flushed needs no file of recent changes.
+func (j *journal) close(flushed bool) error {
+	var err error
+	if flushed {
+		err = removeRecent(j.recentPath())
+	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	return errors.Join(err, j.recent.close(), j.file.Close())
+}
+
+// add notes a change whose bytes are in data. It survives this process when add
+// returns.
+func (j *journal) add(r stateRun) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if err := j.recent.add(r); err != nil {
+		return err
+	}
 	if n := len(j.pending); n > 0 {
 		if last := &j.pending[n-1]; last.state == r.state && last.start+last.count == r.start {
 			last.count += r.count
-			return
+			return nil
 		}
 	}
 	j.pending = append(j.pending, r)
+	return nil
 }
 
-// full tells whether a flush is due for want of memory.
+// full reports whether a flush is due, as what is not in the map is bounded.
 func (j *journal) full() bool {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	return len(j.pending) >= fullRuns
+	return j.recent.full()
 }
 
 // take returns the changes noted so far and forgets them.
@@ -231,7 +292,22 @@ func (j *journal) take() []stateRun {
 	defer j.mu.Unlock()
 	p := j.pending
 	j.pending = nil
+	j.recent.turn()
 	return p
+}
+
+// flushed notes that what was taken is in the map and durable.
+func (j *journal) flushed() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.recent.flushed()
+}
+
+// forget gives up the changes that are not in the map, for a later process, too.
+func (j *journal) forget() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.recent.forget()
 }
 
 // append makes changes durable.
@@ -280,11 +356,11 @@ func (j *journal) rewrite(all func(func(stateRun))) error {
 	if err == nil {
 		err = os.Rename(tmp, j.path)
 	}
-	if err == nil {
-		err = syncDir(filepath.Dir(j.path))
+	if err != nil { // the map is as it was
+		return errors.Join(err, f.Close(), os.Remove(tmp))
 	}
-	if err != nil {
-		return errors.Join(err, f.Close())
+	if err := syncDir(filepath.Dir(j.path)); err != nil {
+		return errors.Join(fmt.Errorf("%w: %w", errSync, err), f.Close())
 	}
 	if j.file != nil {
 		_ = j.file.Close()

@@ -2,19 +2,22 @@
 // sparse scratch file, reads see them over the image, and the image stays as
 // it is. It knows nothing of how the result is presented.
 //
-// An overlay is a directory with two files:
+// An overlay is a directory with three files:
 //
-//	data   sparse, as long as the image; a written granule lies at its offset
-//	map    a log that says which granules are in data, and which are zero
+//	data    sparse, as long as the image; a written granule lies at its offset
+//	map     a log that says which granules are in data, and which are zero
+//	recent  what changed in the map since the last flush, in the page cache
 //
 // The unit is a granule of 4 KiB. Flush makes everything written before it
-// durable: first data, then the map; a crash at any moment, of the process or
-// of the machine, loses nothing flushed. An overlay kept after Close can be
-// opened again over the same image, known by its base identity.
+// durable: first data, then the map; a crash of the machine at any moment loses
+// nothing flushed. A crash of the process loses nothing that was acknowledged.
+// An overlay kept after Close can be opened again over the same image, known by
+// its base identity.
 package overlay
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"math"
@@ -44,7 +47,7 @@ type Base interface {
 
 // Options say where an overlay lives and what it may use.
 type Options struct {
-	// Dir holds the overlay's two files and nothing else. It is made if it
+	// Dir holds the overlay's files and nothing else. It is made if it
 	// does not exist, and removed by Close unless Keep is set.
 	Dir string
 	// BaseID identifies the image's content, such as a recovery point's ID. An
@@ -136,32 +139,41 @@ func (o *Overlay) load() error {
 	if err != nil {
 		return fmt.Errorf("lock the overlay: %w", err)
 	}
-	o.log, err = openJournal(filepath.Join(o.opt.Dir, "map"), header{size: o.size, baseID: o.opt.BaseID}, func(r stateRun) {
+	o.log, err = openJournal(o.opt.Dir, header{size: o.size, baseID: o.opt.BaseID}, func(r stateRun) {
 		o.used.Add(o.apply(r))
 	})
 	if err != nil {
 		return fmt.Errorf("overlay %s: %w", o.opt.Dir, err)
 	}
 	// Only now is it known that the data belongs to this image.
-	if err := o.data.Truncate(o.size); err != nil {
-		_ = o.log.close()
-		return fmt.Errorf("size the overlay's data: %w", err)
+	if err = o.data.Truncate(o.size); err != nil {
+		err = fmt.Errorf("size the overlay's data: %w", err)
+	} else if o.log.head.version < mapVersion {
+		o.log.head.version = mapVersion
+		if err = o.log.rewrite(o.allRuns); err != nil {
+			err = fmt.Errorf("rewrite the overlay's map: %w", err)
+		}
+	}
+	if err != nil {
+		return errors.Join(err, o.log.close(false))
 	}
 	return nil
 }
 
 // Close ends the use of the overlay: flushed if it is kept, else removed.
 func (o *Overlay) Close() error {
-	var err error
 	if o.opt.Keep {
-		err = o.Flush(context.Background())
+		err := o.Flush(context.Background())
+		return errors.Join(err, o.log.close(err == nil), o.data.Close())
 	}
-	if !o.opt.Keep { // before the lock is given back: afterwards they may be another's
-		err = errors.Join(err, os.Remove(filepath.Join(o.opt.Dir, "map")),
-			os.Remove(filepath.Join(o.opt.Dir, "data")), os.Remove(o.opt.Dir))
-	}
-	return errors.Join(err, o.log.close(), o.data.Close())
+	// Before the lock is given back: afterwards they may be another's.
+	return errors.Join(os.Remove(filepath.Join(o.opt.Dir, "map")), removeRecent(o.log.recentPath()),
+		os.Remove(filepath.Join(o.opt.Dir, "data")), os.Remove(o.opt.Dir), o.log.close(false), o.data.Close())
 }
+
+// ID identifies this overlay among all, as long as it is kept: one that was removed and
+// made again has another.
+func (o *Overlay) ID() string { return hex.EncodeToString(o.log.head.id[:]) }
 
 // Size is the image's length in bytes.
 func (o *Overlay) Size() int64 { return o.size }
@@ -220,24 +232,31 @@ func (o *Overlay) Flush(context.Context) error {
 	} else if err != nil {
 		return o.fail(fmt.Errorf("write the overlay's map: %w", err))
 	}
+	o.log.flushed()
 	if !o.log.wantsRewrite() {
 		return nil
 	}
 	o.gate.Lock()
 	defer o.gate.Unlock()
-	o.log.take() // is in the states
+	later := o.log.take() // is in the states
 	if err := unix.Fdatasync(int(o.data.Fd())); err != nil {
 		return o.fail(fmt.Errorf("sync the overlay's data: %w", err))
 	}
-	if err := o.log.rewrite(o.allRuns); err != nil {
+	if err := o.log.rewrite(o.allRuns); errors.Is(err, syscall.ENOSPC) && !errors.Is(err, errSync) {
+		o.log.restore(later) // the longer map says the same
+		return nil
+	} else if err != nil {
 		return o.fail(fmt.Errorf("rewrite the overlay's map: %w", err))
 	}
+	o.log.flushed()
 	return nil
 }
 
 // fail remembers that what the kernel holds is unknown from now on: after a
-// failed sync, a later one may succeed without the lost pages.
+// failed sync, a later one may succeed without the lost pages. The next process
+// goes on from the last flush that succeeded.
 func (o *Overlay) fail(err error) error {
+	o.log.forget()
 	o.failed.Store(&err)
 	return err
 }

@@ -426,19 +426,21 @@ func TestConcurrent(t *testing.T) {
 }
 
 func FuzzMap(f *testing.F) {
-	h := header{size: 10 * Granule, baseID: "a"}
+	h := header{version: mapVersion, size: 10 * Granule, baseID: "a", id: overlayID{1, 2}}
 	b := h.encode()
 	b = append(b, encodeFrame(1, []stateRun{{0, 3, inData}, {2, 2, isZero}})...)
 	f.Add(append(b, encodeFrame(2, []stateRun{{9, 1, inData}})...))
 	f.Add(b[:len(b)-3])
 	f.Add([]byte(mapMagic))
+	h.version, h.id = 1, overlayID{}
+	f.Add(h.encode())
 	f.Fuzz(func(t *testing.T, b []byte) {
-		end, _, err := readMap(bytes.NewReader(b), h, func(r stateRun) {
+		got, end, _, err := readMap(bytes.NewReader(b), h, func(r stateRun) {
 			if r.start < 0 || r.count < 0 || r.start+r.count > 10 || r.state > isZero {
 				t.Fatalf("run out of bounds: %+v", r)
 			}
 		})
-		if err == nil && (end < int64(len(h.encode())) || end > int64(len(b))) {
+		if err == nil && (end < int64(len(got.encode())) || end > int64(len(b))) {
 			t.Fatalf("map of %d bytes ends at %d", len(b), end)
 		}
 	})

@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"context"
+	"fmt"
 	"sync"
 )
 
@@ -18,6 +19,9 @@ const (
 	segmentSize     = 16 << 20
 	segmentGranules = segmentSize / Granule
 )
+
+// granulesOf is how many granules an image of a size has.
+func granulesOf(size int64) int64 { return (size + Granule - 1) / Granule }
 
 // segment holds the states of 16 MiB, two bits each. It exists once anything
 // in it has changed.
@@ -65,28 +69,29 @@ func (o *Overlay) apply(r stateRun) (grown int64) {
 	return grown
 }
 
-// change sets the states of the granules [from, to) of a segment whose lock is
-// held, and logs those that differ. Space for those that go to data was taken by
-// reserve.
-func (o *Overlay) change(s *segment, base, from, to int64, v state) {
-	for i := from; i < to; i++ {
-		old := s.get(i)
-		if old == v {
-			continue
-		}
-		j := i + 1
-		for j < to && s.get(j) == old {
-			j++
-		}
-		for k := i; k < j; k++ {
-			s.set(k, v)
-		}
-		if old == inData {
-			o.used.Add(i - j)
-		}
-		o.log.add(stateRun{start: base + i, count: j - i, state: v})
-		i = j - 1
+// change notes and sets the states of the granules [from, to) of a segment whose lock
+// is held; base is its first granule. Space for those that go to data was taken by
+// reserve. On error nothing has changed.
+func (o *Overlay) change(s *segment, base, from, to int64, v state) error {
+	for from < to && s.get(from) == v {
+		from++
 	}
+	for from < to && s.get(to-1) == v {
+		to--
+	}
+	if from == to {
+		return nil
+	}
+	if err := o.log.add(stateRun{start: base + from, count: to - from, state: v}); err != nil {
+		return fmt.Errorf("note a change of the overlay: %w", err)
+	}
+	for i := from; i < to; i++ {
+		if v != inData && s.get(i) == inData {
+			o.used.Add(-1)
+		}
+		s.set(i, v)
+	}
+	return nil
 }
 
 // runs calls fn for the runs of equal state in a range, in bytes, until it
