@@ -170,32 +170,39 @@ func readFull(f *os.File, p []byte, offset int64) (int, error) {
 	return n, err
 }
 
-// narrow finds the first unit that cannot be read in a range that failed with cause,
-// having read p up to there. It halves the range, so it reads it about twice.
-func (h *handle) narrow(p []byte, offset int64, cause error) (int, error) {
+// narrow reads p, a range of which reading failed once, up to the first unit that cannot
+// be read. It halves the range around the failure, so it reads about twice what lies
+// before that unit. An error that does not come again is forgotten: narrow returns either
+// len(p), or an error.
+func (h *handle) narrow(p []byte, offset int64) (int, error) {
 	unit := h.block
 	if !h.usesDirect() {
 		unit = max(unit, pageSize) // the page cache reads whole pages
 	}
 
-	good := 0 // p[:good] was read
+	good := 0    // p[:good] was read
+	suspect := p // what is known to fail, or did a moment ago, ends here
 
-	for {
-		rest := p[good:]
+	for good < len(p) {
+		rest := suspect[good:]
 		from := offset + int64(good)
 		next := (from/unit + 1) * unit // end of the unit in which rest starts
 
 		if int64(len(rest)) <= next-from {
 			n, err := h.readAt(rest, from)
-			if err == nil {
-				return len(p), nil // it can be read after all
+			if err != nil {
+				start := from / unit * unit
+
+				return good + n, &ReadError{
+					Path: h.path, Offset: start, Length: min(unit, h.size-start), Err: unwrapPath(err),
+				}
 			}
 
-			start := from / unit * unit
+			// It can be read after all; go on with what lies behind.
+			good += n
+			suspect = p
 
-			return good + n, &ReadError{
-				Path: h.path, Offset: start, Length: min(unit, h.size-start), Err: unwrapPath(err),
-			}
+			continue
 		}
 
 		// The first half, ending with a unit.
@@ -209,14 +216,15 @@ func (h *handle) narrow(p []byte, offset int64, cause error) (int, error) {
 		case !isMediaError(err):
 			return good + n, err
 		default:
-			p = p[:good+len(half)]
-			cause = err
+			suspect = suspect[:good+len(half)]
 		}
 
-		if good == len(p) {
-			return good, cause // not reached: a failing half never becomes empty
+		if good == len(suspect) {
+			suspect = p
 		}
 	}
+
+	return good, nil
 }
 
 // isMediaError says whether reading smaller pieces may get around the error.

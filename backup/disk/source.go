@@ -118,22 +118,20 @@ func (s *Source) ReadAt(p []byte, offset int64) (int, error) {
 	}
 
 	n, err := s.readAt(p, offset)
-	if err == nil {
-		return n, end
-	}
-
-	if isMediaError(err) {
+	if err != nil && isMediaError(err) {
 		// A failing device that was cut short says EIO too.
 		if changed := s.CheckSize(); changed != nil {
 			return n, changed
 		}
 
 		var m int
-		if m, err = s.narrow(p[n:], offset+int64(n), err); err == nil {
-			return n + m, end
-		}
 
+		m, err = s.narrow(p[n:], offset+int64(n))
 		n += m
+	}
+
+	if err == nil {
+		return n, end
 	}
 
 	return n, err

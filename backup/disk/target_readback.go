@@ -69,7 +69,7 @@ func (t *Target) readDisk(p []byte, offset int64) (int, error) {
 	n, err := t.readAt(p, offset)
 	if err != nil && isMediaError(err) {
 		var m int
-		m, err = t.narrow(p[n:], offset+int64(n), err)
+		m, err = t.narrow(p[n:], offset+int64(n))
 		n += m
 	}
 
