@@ -175,6 +175,7 @@ func (r *run) chooseSample(check *blocktree.SpotCheck, share float64) (sample []
 // would hold there if the listing is right.
 func (r *run) isUnchanged(ctx context.Context, b int64) (bool, error) {
 	p := disk.AlignedBuffer(int(r.lay.BlockLen(b)))
+	r.counters.read.Add(int64(len(p)))
 	if err := r.readDisk(p, b*r.lay.BlockSize); err != nil {
 		return false, fmt.Errorf("spot check: %w", err)
 	}

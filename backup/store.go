@@ -81,7 +81,11 @@ func (r *run) store(ctx context.Context) error {
 // between them. drain returns when no job is under way.
 func (r *run) plan(ctx context.Context, submit func(job) error, drain func()) error {
 	blocks := r.lay.Blocks()
-	for b := r.nextWork(0); b < blocks; {
+	b, err := r.nextWork(ctx, 0)
+	if err != nil {
+		return err
+	}
+	for b < blocks {
 		n := r.lay.SegmentOfBlock(b)
 		end := r.lay.FirstBlock(n) + int64(r.lay.SegmentBlocks(n))
 		entries, err := r.build.Base(ctx, n)
@@ -124,7 +128,10 @@ func (r *run) plan(ctx context.Context, submit func(job) error, drain func()) er
 		if err := r.jobDone(ctx, seg); err != nil {
 			return err
 		}
-		if b = r.nextWork(b); b < blocks && r.lay.SegmentOfBlock(b) != n {
+		if b, err = r.nextWork(ctx, b); err != nil {
+			return err
+		}
+		if b < blocks && r.lay.SegmentOfBlock(b) != n {
 			r.opt.step("segment")
 		}
 	}
@@ -183,6 +190,7 @@ func (r *run) doJob(ctx context.Context, j job, buf []byte) error {
 func (r *run) readBlocks(ctx context.Context, seg *segmentWork, b, end int64, buf []byte) error {
 	off := b * r.lay.BlockSize
 	p := buf[:max(0, min(end*r.lay.BlockSize, r.lay.Size)-off)]
+	r.counters.read.Add(int64(len(p)))
 	if err := r.readDisk(p, off); err != nil {
 		return err
 	}
@@ -197,29 +205,67 @@ func (r *run) readBlocks(ctx context.Context, seg *segmentWork, b, end int64, bu
 }
 
 // nextWork returns the first block at or behind b that has to be looked at, or
-// the number of blocks. A full of a sparse file skips its holes by the file
-// system's map, not block by block: they are what a tree starts from.
-func (r *run) nextWork(b int64) int64 {
+// the number of blocks. Holes of a sparse file are skipped by the file system's map,
+// not block by block, where the new tree starts from holes as well: all over in a full,
+// in an increment where the parent has a whole segment of them.
+func (r *run) nextWork(ctx context.Context, b int64) (int64, error) {
 	b = r.work.next(b)
 	h, ok := r.opt.Disk.(HoleFinder)
-	if !ok || r.base != nil {
-		return b
+	if !ok {
+		return b, nil
 	}
-	bs := r.lay.BlockSize
-	for b < r.lay.Blocks() {
-		start, _, err := h.DataRange(b * bs)
-		if errors.Is(err, io.EOF) {
-			start = r.lay.Size
-		} else if err != nil || start < (b+1)*bs {
-			return b
+	bs, blocks := r.lay.BlockSize, r.lay.Blocks()
+	data := int64(-1) // where the next data is, once known
+	for b < blocks {
+		if data < b*bs {
+			start, _, err := h.DataRange(b * bs)
+			switch {
+			case errors.Is(err, io.EOF):
+				data = r.lay.Size
+			case err != nil:
+				return b, nil // reading tells what is wrong
+			default:
+				data = start
+			}
 		}
-		r.counters.done.Add(start/bs*bs - b*bs)
-		if start == r.lay.Size {
-			return r.lay.Blocks()
+		end := data / bs // all blocks before it are holes
+		if data == r.lay.Size {
+			end = blocks
 		}
-		b = r.work.next(start / bs)
+		if r.base != nil {
+			var err error
+			if end, err = r.sharedHoles(ctx, b, end); err != nil {
+				return 0, err
+			}
+		}
+		if end <= b {
+			return b, nil
+		}
+		r.counters.done.Add(r.work.toRead(b, end) * bs)
+		b = r.work.next(end)
 	}
-	return b
+	return b, nil
+}
+
+// sharedHoles returns how far, up to block end, the parent has the same whole segments of
+// holes that the disk has from block b on. It returns b where it has none.
+func (r *run) sharedHoles(ctx context.Context, b, end int64) (int64, error) {
+	for b < end {
+		n := r.lay.SegmentOfBlock(b)
+		behind := r.lay.FirstBlock(n) + int64(r.lay.SegmentBlocks(n))
+		if behind > end || n >= segmentsOf(r.base) || segmentLen(r.base, n) != r.lay.SegmentLen(n) || r.build.Changed(n) {
+			break
+		}
+		zero, err := r.base.IsZeroSegment(ctx, n)
+		if err != nil {
+			return 0, fmt.Errorf("segment at %d: %w", n*blocktree.SegmentSize, err)
+		}
+		if !zero {
+			break
+		}
+		b = behind
+	}
+	return b, nil
 }
 
 // dataBlocks returns the first blocks in [b, limit) that have to be read, as
@@ -264,7 +310,6 @@ func (r *run) dataBlocks(b, limit int64) (first, end int64) {
 // readDisk fills p. Where the policy says so, what cannot be read is zeroes,
 // narrowed down to the unit that the disk names in its error.
 func (r *run) readDisk(p []byte, off int64) error {
-	r.counters.read.Add(int64(len(p)))
 	for len(p) > 0 {
 		n, err := r.opt.Disk.ReadAt(p, off)
 		if n == len(p) {
@@ -287,9 +332,10 @@ func (r *run) readDisk(p []byte, off int64) error {
 		if to <= from {
 			return fmt.Errorf("read source at %d: %w", off, err)
 		}
-		if good := from - off; good > 0 {
-			if m, err := r.opt.Disk.ReadAt(p[:good], off); int64(m) != good {
-				return fmt.Errorf("read source at %d, before a bad range: %w", off, err)
+		// What lies before it was read, unless the disk's error came early.
+		if good := from - off; good > int64(n) {
+			if err := r.readDisk(p[n:good], off+int64(n)); err != nil {
+				return err
 			}
 		}
 		clear(p[from-off : to-off])

@@ -99,6 +99,14 @@ func (l *worklist) next(i int64) int64 {
 	return l.read.n
 }
 
+// toRead counts the blocks of [from, to) that are to be read.
+func (l *worklist) toRead(from, to int64) (n int64) {
+	for i := l.read.next(from); i < to; i = l.read.next(i + 1) {
+		n++
+	}
+	return n
+}
+
 // count returns the blocks to be read and the blocks to be zeroed.
 func (l *worklist) count() (read, zero int64) {
 	for i := range l.read.words {

@@ -143,6 +143,15 @@ func (b *Builder) Written(n int64) bool {
 	return ok
 }
 
+// Changed reports whether segment n is not simply the parent's any more: set here, or
+// forgotten.
+func (b *Builder) Changed(n int64) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	_, set := b.segs[n]
+	return set || b.forgotten[n]
+}
+
 // Forget drops segment n, set or inherited, because its index was lost: Base
 // starts it from holes and every block of it must be set again.
 func (b *Builder) Forget(n int64) {

@@ -47,6 +47,7 @@ type Tree struct {
 	lay   Layout
 
 	zeroes atomic.Pointer[map[int64]repository.ObjectID] // holes by length, nil until known
+	holes  atomic.Pointer[Segment]                       // of root.ZeroSeg, nil until loaded
 
 	mu       sync.Mutex
 	chunkIDs []Entry            // pieces of the root index, nil until loaded
@@ -344,10 +345,21 @@ func (t *Tree) decodeChunk(n int64, p []byte) (*Segment, error) {
 // it is there.
 func (t *Tree) loadIndex(ctx context.Context, oid repository.ObjectID) (*Segment, error) {
 	load := func(ctx context.Context) (*Segment, error) { return ReadIndex(ctx, t.store, oid) }
-	if t.cache == nil {
+	if t.cache != nil {
+		return t.cache.Segment(ctx, oid, load)
+	}
+	if oid != t.root.ZeroSeg {
 		return load(ctx)
 	}
-	return t.cache.Segment(ctx, oid, load)
+	// Without a cache, too, the index that most of a sparse disk shares is read once.
+	if s := t.holes.Load(); s != nil {
+		return s, nil
+	}
+	s, err := load(ctx)
+	if err == nil {
+		t.holes.Store(s)
+	}
+	return s, err
 }
 
 // ReadIndex reads and decodes the index of an indirect object.
