@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"strings"
 )
 
 // header is the first line of a list.
@@ -22,9 +23,68 @@ type header struct {
 // trailer says whether the list has to end with a trailer.
 func (h header) trailer() bool { return h.Trailer == nil || *h.Trailer }
 
+// headerFields are the names that a header's fields have.
+var headerFields = []string{"format", "base", "target", "size", "volume", "trailer", "offset"}
+
+// checkHeaderFields refuses what encoding/json lets pass: a field given twice, and a known
+// one in other letter case, which another reader of the list would take for unknown.
+func checkHeaderFields(line []byte) error {
+	dec := json.NewDecoder(bytes.NewReader(line))
+	if start, err := dec.Token(); err != nil || start != json.Delim('{') {
+		return errors.New("not a JSON object")
+	}
+
+	seen := map[string]bool{}
+
+	for dec.More() {
+		token, err := dec.Token()
+		if err != nil {
+			return err
+		}
+
+		name, _ := token.(string)
+		for _, known := range headerFields {
+			if name != known && strings.EqualFold(name, known) {
+				return fmt.Errorf("field %s is written %q", quote(name), known)
+			}
+		}
+
+		if seen[name] {
+			return fmt.Errorf("field %s is given twice", quote(name))
+		}
+
+		seen[name] = true
+
+		var value json.RawMessage
+		if err := dec.Decode(&value); err != nil {
+			return err
+		}
+	}
+
+	return nil
+}
+
+// byteOrderMarks are what editors and shells put before a text, by encoding.
+var byteOrderMarks = map[string]string{"UTF-8": "\xef\xbb\xbf", "UTF-16": "\xff\xfe", "UTF-16, big-endian": "\xfe\xff"}
+
+// checkEncoding refuses a list that starts with a byte order mark, by name.
+func checkEncoding(line []byte) error {
+	for encoding, mark := range byteOrderMarks {
+		if bytes.HasPrefix(line, []byte(mark)) {
+			return fmt.Errorf("the list starts with the byte order mark of %s; write it as UTF-8 without one", encoding)
+		}
+	}
+
+	return nil
+}
+
 // parseHeader reads the first line. Fields it does not know are ignored, so that a
 // writer may add its own.
 func parseHeader(line []byte) (header, error) {
+	if err := checkEncoding(line); err != nil {
+		return header{}, err
+	}
+
 	var (
 		h        header
 		required struct {
@@ -35,11 +95,22 @@ func parseHeader(line []byte) (header, error) {
 		}
 	)
 
+	switch {
+	case bytes.HasPrefix(line, []byte("Offset ")):
+		return header{}, errors.New("this is the table of rbd diff, which nothing ends; use rbd diff --format json")
+	case line[0] >= '0' && line[0] <= '9':
+		return header{}, errors.New("this looks like the table of nbdinfo --map, which nothing ends; use nbdinfo --map --json")
+	}
+
 	if err := json.Unmarshal(line, &h); err != nil {
 		return header{}, fmt.Errorf(`the header is not as in {"format":"%s","base":"ID","target":"ID","size":BYTES}: %w`, ExtentsFormat, err)
 	}
 
 	if err := json.Unmarshal(line, &required); err != nil {
+		return header{}, fmt.Errorf("the header: %w", err)
+	}
+
+	if err := checkHeaderFields(line); err != nil {
 		return header{}, fmt.Errorf("the header: %w", err)
 	}
 
@@ -60,6 +131,8 @@ func parseHeader(line []byte) (header, error) {
 		return header{}, fmt.Errorf("the size is negative: %d", h.Size)
 	case string(bytes.TrimSpace(required.Base)) == `""`:
 		return header{}, errors.New(`"base" is empty: give the base's change ID, or null for a list of all allocated ranges`)
+	case h.Base == h.Target:
+		return header{}, fmt.Errorf("base and target are the same, %s: a change ID names one state of the volume", quote(h.Base))
 	}
 
 	return h, nil
@@ -235,6 +308,8 @@ func (p *lineParser) integer() (int64, error) {
 		return 0, errors.New("expected a whole number")
 	case i > start+1 && p.rest[start] == '0':
 		return 0, errors.New("a number must not start with 0")
+	case negative && value == 0:
+		return 0, errors.New("-0 is not a number of bytes")
 	case i < len(p.rest) && (p.rest[i] == '.' || p.rest[i] == 'e' || p.rest[i] == 'E'):
 		return 0, errors.New("expected a whole number, without fraction or exponent")
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"time"
 
@@ -18,6 +19,8 @@ import (
 
 type backupFlags struct {
 	volume, parent, extents, handle string
+	extentsFormat, extentsBase      string
+	extentsTarget                   string
 	full, live                      bool
 	blockSize                       byteSize
 	onReadError, onMismatch         string
@@ -54,6 +57,9 @@ the next one goes on from the last checkpoint.`,
 	fl.BoolVar(&f.full, "full", false, "take a full, also where an increment could be taken")
 	fl.StringVar(&f.parent, "parent", "", "recovery point to build on (default the latest of the volume)")
 	fl.StringVar(&f.extents, "extents", "", "file with the extents that changed since the parent, '-' for standard input")
+	fl.StringVar(&f.extentsFormat, "extents-format", "auto", "form of the list: varve, or the JSON of a tool: rbd (diff), nbdinfo (--map), qemu-img (map)")
+	fl.StringVar(&f.extentsBase, "extents-base", "", "with a tool's list: change ID that it is relative to (default none: it lists what is allocated)")
+	fl.StringVar(&f.extentsTarget, "extents-target", "", "with a tool's list: change ID of the state that it lists")
 	fl.Var(&f.blockSize, "block-size", "block size of a full, 64K to 4M (default by the size of the disk)")
 	fl.BoolVar(&f.live, "live", false, "read a disk that is mounted read-write; the point is marked not crash-consistent")
 	fl.StringVar(&f.onReadError, "on-read-error", "fail", "what to do with bytes that cannot be read: fail, or zero and record them")
@@ -112,7 +118,9 @@ func (a *app) backup(ctx context.Context, path string, f backupFlags) (err error
 			defer file.Close()
 			list = file
 		}
-		opt.Source = cbt.NewExtents(list)
+		if opt.Source, err = f.extentsSource(list); err != nil {
+			return err
+		}
 	}
 	repo, err := a.openRepository(ctx)
 	if err != nil {
@@ -139,6 +147,30 @@ func (a *app) backup(ctx context.Context, path string, f backupFlags) (err error
 	}
 	backup.MaybeMaintain(ctx, repo)
 	return nil
+}
+
+// extentsSource is the list of extents in the form that the flags name or the list has.
+func (f backupFlags) extentsSource(list io.Reader) (cbt.Source, error) {
+	tool := cbt.ExtentsTool(f.extentsFormat)
+	switch f.extentsFormat {
+	case "auto":
+		tool, list = cbt.DetectExtents(list)
+	case "varve":
+		tool = ""
+	case string(cbt.RBDDiff), string(cbt.NBDInfo), string(cbt.QEMUImg):
+	default:
+		return nil, usagef("--extents-format is auto, varve, rbd, nbdinfo or qemu-img, not %q", f.extentsFormat)
+	}
+	if tool == "" {
+		if f.extentsBase != "" || f.extentsTarget != "" {
+			return nil, usagef("--extents-base and --extents-target are for the list of a tool; this one names its states itself")
+		}
+		return cbt.NewExtents(list), nil
+	}
+	if f.extentsTarget == "" {
+		return nil, usagef("the list is output of %s, which does not name the states: give --extents-target ID, and --extents-base ID for a list of changes", tool)
+	}
+	return &cbt.ToolExtents{Tool: tool, Base: f.extentsBase, Target: f.extentsTarget, List: list}, nil
 }
 
 // isRegular tells an image file from a device. A file that was written a moment

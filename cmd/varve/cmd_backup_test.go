@@ -1,13 +1,17 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
 
 // newBackupEnv is a user with a repository and an image file of 1 MiB.
@@ -146,4 +150,54 @@ func TestBackupRefusals(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestBackupTakesListsOfTools backs up by what qemu-img and rbd print.
+func TestBackupTakesListsOfTools(t *testing.T) {
+	diskfstest.NeedTool(t, "qemu-img")
+	env, disk := newBackupEnv(t)
+	if err := os.Truncate(disk, 3<<20); err != nil {
+		t.Fatal(err)
+	}
+	list := filepath.Join(env["HOME"], "map.json")
+	allocated, err := exec.Command("qemu-img", "map", "--output=json", "-f", "raw", disk).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(b []byte) {
+		t.Helper()
+		if err := os.WriteFile(list, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(allocated)
+	r := runVarve(t, env, "backup", disk, "--volume", "shop/db", "--extents", list)
+	if r.code != exitUsage || !strings.Contains(r.stderr, "--extents-target") {
+		t.Errorf("a list that names no states: exit %d: %s", r.code, r.stderr)
+	}
+	first := backupJSON(t, env, disk, "--volume", "shop/db", "--extents", list, "--extents-target", "snap-1", "--block-size", "64K")
+	if first.Source != "extents" || first.Stats.Changed != 1<<20 {
+		t.Errorf("a full by what is allocated: %+v", first)
+	}
+	changeByte(t, disk, 2<<20+5)
+	write([]byte(`[{"offset":2097152,"length":4096,"exists":"true"}]`))
+	second := backupJSON(t, env, disk, "--volume", "shop/db", "--extents", list,
+		"--extents-format", "rbd", "--extents-base", "snap-1", "--extents-target", "snap-2")
+	if second.Kind != "incremental" || second.Stats.Reported != 4096 {
+		t.Errorf("an increment by what changed: %+v", second)
+	}
+	back := filepath.Join(env["HOME"], "back.img")
+	mustRun(t, env, "restore", "shop/db@latest", back)
+	if got, want := mustRead(t, back), mustRead(t, disk); !bytes.Equal(got, want) {
+		t.Error("the restored disk differs")
+	}
+}
+
+func mustRead(t *testing.T, path string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
 }
