@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -490,6 +491,61 @@ func TestPins(t *testing.T) {
 	}
 	if _, err := Forget(ctx, r, ForgetOptions{Names: []string{p.ID}, Cluster: testVolume.Cluster}); err != nil {
 		t.Error(err)
+	}
+}
+
+// An owner's pins follow what it wants, and leave those of others alone.
+func TestOwnedPins(t *testing.T) {
+	r, _ := newRepo(t)
+	points, _ := chain(t, r, testVolume, 3, 1<<20)
+	ctx := t.Context()
+	if _, err := Pin(ctx, r, "test", points[0].ID, []string{"audit"}, nil); err != nil {
+		t.Fatal(err)
+	}
+	var held []string
+	for _, step := range []struct {
+		name string
+		want map[string]string
+		pins [2][]string // of the first two points
+		lost int
+	}{
+		{"two", map[string]string{points[0].ID: "case 7", points[1].ID[:8]: ""}, [2][]string{{"audit", "prod/store: case 7"}, {"prod/store"}}, 0},
+		{"again", map[string]string{points[0].ID: "case 7", points[1].ID[:8]: ""}, [2][]string{{"audit", "prod/store: case 7"}, {"prod/store"}}, 0},
+		{"another reason", map[string]string{points[0].ID: "case 8", points[1].ID: ""}, [2][]string{{"audit", "prod/store: case 8"}, {"prod/store"}}, 0},
+		{"one taken back", map[string]string{points[1].ID: ""}, [2][]string{{"audit"}, {"prod/store"}}, 0},
+		{"one that is not there", map[string]string{points[1].ID: "", "ffffffff": ""}, [2][]string{{"audit"}, {"prod/store"}}, 1},
+		{"none", nil, [2][]string{{"audit"}, nil}, 0},
+	} {
+		var missing map[string]error
+		var err error
+		held, missing, err = OwnedPins{Owner: "prod/store", Want: step.want, Held: held}.Apply(ctx, r)
+		if err != nil || len(missing) != step.lost || len(held) != len(step.want)-step.lost {
+			t.Fatalf("%s: held %v, missing %v, %v", step.name, held, missing, err)
+		}
+		cat, err := List(ctx, r, ListOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, want := range step.pins {
+			got := slices.Clone(cat.ByID(points[i].ID).Pins)
+			slices.Sort(got)
+			if !slices.Equal(got, want) {
+				t.Errorf("%s: point %d has pins %q, want %q", step.name, i, got, want)
+			}
+		}
+		plan, err := Prune(ctx, r, PruneOptions{Policy: Policy{Latest: 1}, Cluster: "test", DryRun: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		pinned := 0
+		for _, want := range step.pins {
+			if len(want) > 0 {
+				pinned++
+			}
+		}
+		if got := len(plan.Removed()); got != 2-pinned {
+			t.Errorf("%s: prune would remove %d points with %d pinned", step.name, got, pinned)
+		}
 	}
 }
 

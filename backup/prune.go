@@ -52,6 +52,19 @@ func (p *PrunePlan) Removed() []*Point {
 	return out
 }
 
+// ByFloor counts the points that the policy alone would have removed.
+func (p *PrunePlan) ByFloor() int {
+	n := 0
+	for _, v := range p.Volumes {
+		for _, d := range v.Decisions {
+			if d.ByFloor {
+				n++
+			}
+		}
+	}
+	return n
+}
+
 // Prune deletes the points that a policy does not keep. Points that are pinned,
 // being read, or quarantined stay, and the plan says so. The bytes are reclaimed
 // by maintenance; no other point needs those that are.
@@ -62,6 +75,7 @@ func Prune(ctx context.Context, r *repository.Repository, opt PruneOptions) (*Pr
 	if opt.step == nil {
 		opt.step = func(string) {}
 	}
+	opt.Policy.Floor.now = time.Now()
 	if err := r.Refresh(ctx); err != nil {
 		return nil, err
 	}

@@ -21,6 +21,38 @@ type Policy struct {
 	Within time.Duration
 	// Location is where days begin; nil for UTC.
 	Location *time.Location
+	// Floor is kept whatever the numbers above say.
+	Floor Floor
+}
+
+// Floor is what no policy goes below: the repository's owner sets it, and those who may
+// only choose a policy cannot lower it. A point stays if either rule keeps it.
+type Floor struct {
+	// Points is how many of the newest stay.
+	Points int
+	// Age is how old a point is at least before it goes: older than the newest one by
+	// that much, or than now if the newest is dated in the future.
+	Age time.Duration
+
+	now time.Time // zero: the newest point's time is taken for right
+}
+
+func (f Floor) String() string {
+	switch {
+	case f.Age == 0:
+		return fmt.Sprintf("the newest %d", f.Points)
+	case f.Points == 0:
+		return fmt.Sprintf("all younger than %v", f.Age)
+	}
+	return fmt.Sprintf("the newest %d and all younger than %v", f.Points, f.Age)
+}
+
+// keeps reports whether a point of that time is too young to go.
+func (f Floor) keeps(t, newest time.Time) bool {
+	if !f.now.IsZero() && newest.After(f.now) {
+		newest = f.now
+	}
+	return f.Age > 0 && t.After(newest.Add(-f.Age))
 }
 
 // ErrEmptyPolicy means that a policy would keep nothing.
@@ -37,6 +69,9 @@ func (p Policy) Check() error {
 	}
 	if p.Within < 0 {
 		return fmt.Errorf("cannot keep points of the last %v", p.Within)
+	}
+	if p.Floor.Points < 0 || p.Floor.Age < 0 {
+		return fmt.Errorf("a floor below nothing: %d points, %v", p.Floor.Points, p.Floor.Age)
 	}
 	if sum == 0 && p.Within == 0 {
 		return ErrEmptyPolicy
@@ -60,6 +95,8 @@ type Decision struct {
 	Point   *Point
 	Keep    bool
 	Reasons []string // for keeping it; empty when it goes
+	// ByFloor is set when nothing but the policy's floor keeps it.
+	ByFloor bool
 }
 
 // rule keeps the first point it meets with a new name of its period.
@@ -112,6 +149,7 @@ func (p Policy) Apply(points []Candidate) []Decision {
 	for _, r := range rules {
 		r.seen = map[string]bool{}
 	}
+	floor := p.Floor.Points
 	out := make([]Decision, len(points))
 	var newest *Point
 	for i := len(points) - 1; i >= 0; i-- {
@@ -131,6 +169,11 @@ func (p Policy) Apply(points []Candidate) []Decision {
 			if p.Within > 0 && c.Point.Time.After(newest.Time.Add(-p.Within)) {
 				d.Reasons = append(d.Reasons, "within "+p.Within.String())
 			}
+			if floor > 0 || p.Floor.keeps(c.Point.Time, newest.Time) {
+				d.ByFloor = len(d.Reasons) == 0
+				d.Reasons = append(d.Reasons, "floor")
+			}
+			floor--
 		}
 		d.Keep = len(d.Reasons) > 0
 		out[i] = d

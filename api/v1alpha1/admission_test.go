@@ -212,7 +212,7 @@ var (
 		{"BackupPolicy", "fullEvery"}, {"BackupPolicy", "schedule.spread"}, {"VolumeBackup", "ttl"},
 	}
 	positive = []text{
-		{"BackupPolicy", "maxBaseAge"}, {"BackupPolicy", "schedule.startingDeadline"}, {"BackupPolicy", "retention.within"}, {"VolumeBackup", "retention.within"},
+		{"BackupPolicy", "maxBaseAge"}, {"BackupPolicy", "schedule.startingDeadline"}, {"BackupPolicy", "retention.within"}, {"VolumeBackup", "retention.within"}, {"BackupStore", "retentionFloor.age"},
 	}
 	times      = []text{{"VolumeBackup", "startBefore"}, {"RecoverySource", "at.time"}, {"VolumePopulation", "pointTime"}}
 	quantities = []text{
@@ -296,6 +296,39 @@ func TestWhatIsAdmittedOfAnyPiecesDecodes(t *testing.T) {
 			if admitted == 0 {
 				t.Errorf("nothing was admitted for %s.%s", f.kind, f.path)
 			}
+		}
+	}
+}
+
+// One of a list's objects, or a field that needs another, in the API's words.
+func TestObjectsOfUsers(t *testing.T) {
+	all := definitions(t)
+	for _, tc := range []struct {
+		kind, path, value string
+		wrong             string // what the refusal says; empty if it is admitted
+	}{
+		{"BackupStore", "retentionFloor", `{"points": 3, "age": "168h"}`, ""},
+		{"BackupStore", "retentionFloor", `{"points": 3}`, ""},
+		{"BackupStore", "retentionFloor", `{"age": "168h"}`, ""},
+		{"BackupStore", "retentionFloor", `{}`, "points, age, or both"},
+		{"BackupStore", "retentionFloor", `{"points": 0, "age": "168h"}`, "greater than or equal to 1"},
+		{"BackupStore", "pins", `[{"id": "3f1c9a7be2d04c51", "reason": "case 1234"}, {"id": "3f1c9a7b"}]`, ""},
+		{"BackupStore", "pins", `[{"id": "../../etc"}]`, "should match"},
+		{"BackupStore", "pins", `[{"id": "3f1c9a7b", "reason": "two\nlines"}]`, "should match"},
+	} {
+		d := all[tc.kind]
+		o := d.with(t, strings.Split(tc.path, "."), tc.value)
+		what := fmt.Sprintf("%s.%s: %s", tc.kind, tc.path, tc.value)
+		err := d.refuses(t, o)
+		switch {
+		case tc.wrong == "" && err != nil:
+			t.Errorf("%s: %v", what, err)
+		case tc.wrong == "":
+			d.decodes(t, what, o)
+		case err == nil:
+			t.Errorf("%s is admitted", what)
+		case !strings.Contains(err.Error(), tc.wrong):
+			t.Errorf("%s: %v, which does not say %q", what, err, tc.wrong)
 		}
 	}
 }

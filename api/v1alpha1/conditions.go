@@ -4,6 +4,7 @@ package v1alpha1
 const (
 	ConditionReady         = "Ready"         // BackupStore, Repository, BackupPolicy, RecoverySource
 	ConditionMaintained    = "Maintained"    // BackupStore, Repository: how the last maintenance ended
+	ConditionPinned        = "Pinned"        // BackupStore: whether its pins are on the points
 	ConditionProtected     = "Protected"     // ProtectedVolume
 	ConditionComplete      = "Complete"      // VolumeBackup, VolumePopulation
 	ConditionFailed        = "Failed"        // VolumeBackup
@@ -25,6 +26,8 @@ const (
 	ReasonStoreNotFound         = "StoreNotFound"
 	ReasonNamespaceNotAllowed   = "NamespaceNotAllowed"
 	ReasonReadOnly              = "ReadOnly"
+	ReasonPinned                = "Pinned"
+	ReasonPinFailed             = "PinFailed"
 
 	// Of backups.
 	ReasonScheduled         = "Scheduled"
@@ -49,6 +52,7 @@ const (
 	ReasonNoRun             = "NoRunYet"
 	ReasonCompared          = "Compared"
 	ReasonRetentionFailed   = "RetentionFailed"
+	ReasonRetentionFloor    = "RetentionFloor"
 	ReasonMaintained        = "Maintained"
 	ReasonSourceLied        = "ChangedBlocksMissing"
 	ReasonDelta             = "Delta"

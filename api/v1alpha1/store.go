@@ -84,6 +84,51 @@ type BackupStoreSpec struct {
 	// was made to harm it: KEP-3141. Example: true
 	// +optional
 	AllowVolumeModeChange bool `json:"allowVolumeModeChange,omitempty"`
+	// RetentionFloor is what the retention of a policy or a run does not go below. It
+	// counts for movers that start after it was set.
+	// Example: {points: 3, age: 168h}
+	// +optional
+	RetentionFloor *RetentionFloor `json:"retentionFloor,omitempty"`
+	// Pins keep recovery points from being removed until they are taken out of this list.
+	// They are pins of the repository: "varve list" shows them, and stock Kopia heeds them.
+	// Condition Pinned says whether all are in place.
+	// Example: [{id: 3f1c9a7be2d04c51, reason: case 1234}]
+	// +optional
+	// +listType=map
+	// +listMapKey=id
+	// +kubebuilder:validation:MaxItems=256
+	Pins []PointPin `json:"pins,omitempty"`
+}
+
+// RetentionFloor keeps points that a retention would remove. A point stays if either rule
+// keeps it.
+//
+// +kubebuilder:validation:XValidation:rule="has(self.points) || has(self.age)",message="points, age, or both"
+type RetentionFloor struct {
+	// Points is how many of the newest of each volume stay. Example: 3
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=100000
+	Points int32 `json:"points,omitempty"`
+	// Age that a point has to have before it is removed, counted from the newest of its
+	// volume. Example: 168h
+	// +optional
+	// +kubebuilder:validation:Type=string
+	// +kubebuilder:validation:MaxLength=32
+	// +kubebuilder:validation:XValidation:rule="self.matches('^([0-9]{1,6}([.][0-9]{1,3})?[hms]|[0-9]{1,6}ms)+$') && duration(self) > duration('0s') && duration(self) <= duration('876000h')",message="a duration such as 720h, 30m or 1h30m: its units are h, m, s and ms, not days, and more than none"
+	Age *metav1.Duration `json:"age,omitempty"`
+}
+
+// PointPin keeps a recovery point.
+type PointPin struct {
+	// ID of the point, or its first digits (8 at least). Example: 3f1c9a7be2d04c51
+	// +kubebuilder:validation:Pattern=`^[0-9a-f]{8,32}$`
+	ID string `json:"id"`
+	// Reason is shown with the pin. Example: case 1234
+	// +optional
+	// +kubebuilder:validation:MaxLength=128
+	// +kubebuilder:validation:Pattern=`^[^\x00-\x1f\x7f]*$`
+	Reason string `json:"reason,omitempty"`
 }
 
 // RestoreGrant lets namespaces restore another's recovery points.
@@ -127,7 +172,12 @@ type RepositoryStatus struct {
 	// RetryMaintenance is when maintenance that failed is tried again.
 	// +optional
 	RetryMaintenance *metav1.Time `json:"retryMaintenance,omitempty"`
-	// Conditions: Ready, Maintained.
+	// Pinned are the IDs of the points that the spec's pins are on.
+	// +optional
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=512
+	Pinned []string `json:"pinned,omitempty"`
+	// Conditions: Ready, Maintained, Pinned.
 	// +optional
 	// +listType=map
 	// +listMapKey=type

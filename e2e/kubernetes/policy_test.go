@@ -92,3 +92,46 @@ func TestPolicy(t *testing.T) {
 	s.waitEvent("back", v1alpha1.ReasonNoRecoveryPoint)
 	s.pending("back")
 }
+
+// A tenant's retention goes no lower than the store's floor, and does not remove what the
+// store's administrator pinned.
+func TestRetentionFloor(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	name := s.Namespace
+	s.store(name, s.bucket("floor-"+s.Namespace[len(s.Namespace)-6:]), func(bs *v1alpha1.BackupStore) {
+		bs.Spec.RetentionFloor = &v1alpha1.RetentionFloor{Points: 2}
+	})
+	s.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "16Mi"})
+	s.WaitBound("data")
+	run := func(run string) *v1alpha1.VolumeBackup {
+		return s.backup(run, "data", func(vb *v1alpha1.VolumeBackup) {
+			vb.Spec.StoreRef.Name, vb.Spec.Retention = name, &v1alpha1.Retention{Latest: 1}
+		})
+	}
+	first := run("first").Status.Point.ID
+	var bs v1alpha1.BackupStore
+	s.Eventually("the pin", func(ctx context.Context) error {
+		if err := s.Client.Get(ctx, client.ObjectKey{Name: name}, &bs); err != nil {
+			return err
+		}
+		if len(bs.Spec.Pins) == 0 {
+			bs.Spec.Pins = []v1alpha1.PointPin{{ID: first, Reason: "case 1234"}}
+			if err := s.Client.Update(ctx, &bs); err != nil {
+				return err
+			}
+		}
+
+		return ready(bs.Status.Conditions, v1alpha1.ConditionPinned)
+	})
+	second := run("second").Status.Point.ID
+	run("third")
+	last := run("fourth")
+	listed := map[string]bool{}
+	for _, p := range last.Status.Points {
+		listed[p.ID] = true
+	}
+	if last.Status.PointCount != 3 || !listed[first] || listed[second] {
+		t.Errorf("of four points %d are left, with the pinned one: %v, the second: %v; want two and the pinned one", last.Status.PointCount, listed[first], listed[second])
+	}
+}

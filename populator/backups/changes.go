@@ -85,11 +85,19 @@ func (r *run) task(ctx context.Context) (*mover.BackupTask, error) {
 
 // retention is the one to apply once the point is there; nil for none. Of a claim that names a
 // recovery point and got a volume that Varve did not fill, nothing is removed: the volume may
-// be empty, and its backups would push out the points that hold the data.
+// be empty, and its backups would push out the points that hold the data. The store's floor
+// goes with it.
 func (r *run) retention(ctx context.Context) (*backup.Policy, error) {
 	p, err := Policy(r.vb.Spec.Retention)
 	if err != nil {
 		return nil, step.Terminal(v1alpha1.ReasonInvalidSpec, err)
+	}
+	if p != nil {
+		st, err := r.store(ctx)
+		if err != nil {
+			return nil, r.refuse(err)
+		}
+		p.Floor = st.Floor()
 	}
 	pvc, err := r.claim(ctx)
 	if p == nil || err != nil || !claims.NamesUs(pvc) {

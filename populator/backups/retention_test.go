@@ -2,6 +2,7 @@ package backups
 
 import (
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -50,5 +51,24 @@ func TestRetentionOfClaimsBoundWithoutVarve(t *testing.T) {
 				t.Errorf("retention %v, %v", p, err)
 			}
 		})
+	}
+}
+
+// A run may ask for any retention: the store's floor goes with it.
+func TestRetentionHasTheStoresFloor(t *testing.T) {
+	c, b := newCluster(t)
+	var o v1alpha1.BackupStore
+	if err := c.Get(t.Context(), client.ObjectKey{Name: "main"}, &o); err != nil {
+		t.Fatal(err)
+	}
+	o.Spec.RetentionFloor = &v1alpha1.RetentionFloor{Points: 3, Age: &metav1.Duration{Duration: time.Hour}}
+	if err := c.Update(t.Context(), &o); err != nil {
+		t.Fatal(err)
+	}
+	vb := newRun("run", "Read")
+	vb.Spec.Retention = &v1alpha1.Retention{Latest: 1}
+	p, err := (&run{Reconciler: b, vb: vb}).retention(t.Context())
+	if err != nil || p == nil || p.Latest != 1 || p.Floor.Points != 3 || p.Floor.Age != time.Hour {
+		t.Errorf("retention %+v, %v", p, err)
 	}
 }

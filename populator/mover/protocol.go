@@ -123,7 +123,9 @@ type Result struct {
 	Restore *RestoreResult `json:"restore,omitempty"`
 	// Removed points by retention, and KeepError why it could not be applied; the
 	// point itself is not affected.
-	Removed   int64  `json:"removed,omitempty"`
+	Removed int64 `json:"removed,omitempty"`
+	// ByFloor counts the points that only the store's floor kept.
+	ByFloor   int64  `json:"byFloor,omitempty"`
 	KeepError string `json:"keepError,omitempty"`
 	// Reclaimed bytes by maintenance.
 	Reclaimed int64 `json:"reclaimed,omitempty"`

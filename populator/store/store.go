@@ -106,6 +106,20 @@ func (s *Store) Limits() (backups, restores int) {
 	return backups, restores
 }
 
+// Floor is what no retention in the store goes below.
+func (s *Store) Floor() backup.Floor {
+	var f backup.Floor
+	if s.Tenancy == nil || s.Tenancy.RetentionFloor == nil {
+		return f
+	}
+	f.Points = int(s.Tenancy.RetentionFloor.Points)
+	if age := s.Tenancy.RetentionFloor.Age; age != nil {
+		f.Age = age.Duration
+	}
+
+	return f
+}
+
 // Stores finds and opens stores. It has no state; safe for concurrent use.
 type Stores struct {
 	// Client reads stores and namespaces; a cached one will do.

@@ -182,6 +182,7 @@ func (k *Keeper) look(ctx context.Context, st *store.Store, status *v1alpha1.Rep
 	if status.Points, status.Volumes, err = backup.Count(ctx, repo.Repository); err != nil {
 		return err
 	}
+	k.pin(ctx, st, repo, status)
 	now := metav1.NewTime(k.now())
 	status.LastContact = &now
 

@@ -134,7 +134,7 @@ func result(ctx context.Context, repo *repository.Repository, t *mover.BackupTas
 			// The point is made; the next run applies the retention again.
 			r.KeepError = err.Error()
 		} else {
-			r.Removed = int64(len(plan.Removed()))
+			r.Removed, r.ByFloor = int64(len(plan.Removed())), int64(plan.ByFloor())
 		}
 	}
 	var err error

@@ -113,6 +113,23 @@ func TestBackup(t *testing.T) {
 	}
 }
 
+// The store's floor is kept whatever retention a run asks for.
+func TestRetentionFloor(t *testing.T) {
+	p := newPod(t)
+	var r mover.Result
+	for i, snapshot := range []string{"snap-1", "snap-2", "snap-3"} {
+		p.disk[1<<20] ^= 1
+		p.write()
+		task := p.task(snapshot)
+		task.Backup.Time = task.Backup.Time.Add(time.Duration(i) * time.Hour)
+		task.Backup.Retention = &backup.Policy{Latest: 1, Floor: backup.Floor{Points: 2, Age: 90 * time.Minute}}
+		r = p.run(task)
+	}
+	if r.PointCount != 2 || r.Removed != 1 || r.ByFloor != 1 {
+		t.Errorf("%d points are left, %d were removed, %d kept by the floor", r.PointCount, r.Removed, r.ByFloor)
+	}
+}
+
 // A claim that was deleted and made again has another volume: nothing to build on.
 func TestOtherVolume(t *testing.T) {
 	p := newPod(t)
