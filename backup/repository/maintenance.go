@@ -119,14 +119,23 @@ func (r *Repository) maintain(ctx context.Context, w *Writer, opt MaintainOption
 	if err := w.Refresh(ctx); err != nil {
 		return err
 	}
-	err := maintenance.RunExclusive(w.ctx, w.w, mode, opt.Force, func(kctx context.Context, p maintenance.RunParameters) error {
+	plan, err := r.schedule(w)
+	if err != nil {
+		return err
+	}
+	err = maintenance.RunExclusive(w.ctx, w.w, mode, opt.Force, func(kctx context.Context, p maintenance.RunParameters) error {
 		rep.Busy, rep.Mode = false, MaintenanceMode(p.Mode)
+		if err := plan.begin(p); err != nil {
+			return err
+		}
+		opt.Step("begun")
 		if p.Mode == maintenance.ModeQuick {
 			return maintenance.Run(kctx, p, safetyOf(opt)) //nolint:wrapcheck // wrapped below
 		}
 		run := &fullRun{w: w, opt: opt, p: p, safety: safetyOf(opt), rep: rep, gone: map[string]bool{}}
 		return run.do(ctx)
 	})
+	err = plan.end(ctx, err)
 	var other maintenance.NotOwnedError
 	if errors.As(err, &other) {
 		return fmt.Errorf("%w: %s, and this is %s; run it there, or take it over with --force",
@@ -191,7 +200,7 @@ func (r *Repository) MaintenanceState(ctx context.Context) (*MaintenanceState, e
 	st := &MaintenanceState{
 		Owner: p.Owner, Owned: p.Owner == r.rep.ClientOptions().UsernameAtHost(),
 		LastQuick: lastRun(s.Runs[maintenance.TaskEpochAdvance]),
-		LastFull:  lastRun(s.Runs[maintenance.TaskSnapshotGarbageCollection]),
+		LastFull:  lastFull(s),
 	}
 	if p.QuickCycle.Enabled {
 		st.NextQuick = dueAt(s.NextQuickMaintenanceTime)

@@ -1,0 +1,97 @@
+package backup
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/backup/repository/repotest"
+)
+
+// outOfTime is a context whose deadline passes when done is closed.
+type outOfTime struct {
+	context.Context
+	done chan struct{}
+}
+
+func (c *outOfTime) Done() <-chan struct{} { return c.done }
+
+func (c *outOfTime) Err() error {
+	select {
+	case <-c.done:
+		return context.DeadlineExceeded
+	default:
+		return c.Context.Err()
+	}
+}
+
+// A run of maintenance that was interrupted at any step is due again at once, one
+// whose process was killed soon, and only one that ended well after its interval.
+func TestInterruptedMaintenanceIsDueAgain(t *testing.T) {
+	t.Parallel()
+	r := repotest.New(t).Open(t)
+	chain(t, r, testVolume, 2, 1<<20)
+	state := func() *repository.MaintenanceState {
+		t.Helper()
+		st, err := r.MaintenanceState(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return st
+	}
+	due := func() bool {
+		t.Helper()
+		st := state()
+		return !st.NextFull.After(r.Now()) && !st.NextQuick.After(r.Now())
+	}
+	if !due() {
+		t.Fatal("maintenance is not due in a new repository")
+	}
+	for _, mode := range []repository.MaintenanceMode{repository.MaintenanceAuto, repository.MaintenanceFull} {
+		for _, at := range []string{"begun", "marked", "swept", "collected", "dropped"} {
+			ctx, cancel := context.WithCancel(t.Context())
+			seen := false
+			_, err := Maintain(ctx, r, MaintainOptions{Mode: mode, NoSafety: true, step: func(s string) {
+				if s != at {
+					return
+				}
+				seen = true
+				cancel()
+				if at != "begun" {
+					return
+				}
+				// What a process that is killed now leaves.
+				if st := state(); st.NextFull.Before(r.Now().Add(time.Hour)) || st.NextFull.After(r.Now().Add(12*time.Hour)) {
+					t.Errorf("a killed run would be due at %s", st.NextFull)
+				}
+			}})
+			cancel()
+			if !seen || err == nil {
+				t.Fatalf("interrupted at %s (%v): %v", at, seen, err)
+			}
+			st := state()
+			if !due() || st.LastFull.Err != "interrupted" {
+				t.Errorf("interrupted at %s: full due %s, quick due %s, the last one ended with %q", at, st.NextFull, st.NextQuick, st.LastFull.Err)
+			}
+		}
+	}
+	// One that ran out of time is tried again, but not by the next backup.
+	late := &outOfTime{Context: t.Context(), done: make(chan struct{})}
+	_, err := Maintain(late, r, MaintainOptions{Mode: repository.MaintenanceFull, step: func(s string) {
+		if s == "marked" {
+			close(late.done)
+		}
+	}})
+	if st := state(); err == nil || due() || st.NextFull.After(r.Now().Add(12*time.Hour)) || st.LastFull.Err == "" {
+		t.Errorf("out of time (%v): %+v", err, st)
+	}
+	res, err := Maintain(t.Context(), r, MaintainOptions{Mode: repository.MaintenanceFull, NoSafety: true})
+	if err != nil || res.Mode != repository.MaintenanceFull {
+		t.Fatalf("%+v, %v", res.MaintenanceReport, err)
+	}
+	st := state()
+	if st.NextFull.Before(r.Now().Add(23*time.Hour)) || st.NextQuick.Before(r.Now().Add(30*time.Minute)) || st.LastFull.Err != "" || st.LastFull.End.IsZero() {
+		t.Errorf("after a run that ended well: %+v", st)
+	}
+}

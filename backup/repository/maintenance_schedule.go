@@ -1,0 +1,113 @@
+package repository
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/kopia/kopia/repo/maintenance"
+)
+
+// taskWholeFull records whole runs of full maintenance beside those of Kopia's
+// tasks, which say nothing of a run that ended between two tasks.
+const taskWholeFull maintenance.TaskType = "varve-full"
+
+const (
+	// retryShare of a cycle's interval passes before a run that failed, or whose
+	// process was killed, is tried again: six hours for a daily one.
+	retryShare = 4
+	// settleTime bounds how long an interrupted run waits to put its schedule back.
+	settleTime = 10 * time.Second
+)
+
+// scheduled keeps the schedule true to what was done. Kopia moves the next run a
+// whole interval on before it begins one, so that any end of a run counts as done.
+type scheduled struct {
+	r      *Repository
+	w      *Writer
+	before *maintenance.Schedule // as it was before Kopia moved it
+	start  time.Time
+	mode   maintenance.Mode
+	params *maintenance.Params
+}
+
+func (r *Repository) schedule(w *Writer) (*scheduled, error) {
+	s, err := maintenance.GetSchedule(w.ctx, w.w)
+	if err != nil {
+		return nil, fmt.Errorf("read maintenance schedule: %w", err)
+	}
+	return &scheduled{r: r, w: w, before: s}, nil
+}
+
+// begin is called once the run is this process's. A process that is killed from
+// here on is tried again after a share of the interval.
+func (s *scheduled) begin(p maintenance.RunParameters) error {
+	s.start, s.mode, s.params = s.r.Now(), p.Mode, p.Params
+	return s.write(s.w.ctx, nil, s.soon)
+}
+
+// end writes the schedule after the run: the next one is due an interval after
+// this began if it succeeded, at once if it was interrupted, and after a share of
+// the interval if it failed.
+func (s *scheduled) end(ctx context.Context, failed error) error {
+	if s.params == nil {
+		return failed // it never began
+	}
+	next := s.later
+	switch {
+	case failed != nil && errors.Is(ctx.Err(), context.Canceled):
+		next = s.asBefore
+	case failed != nil:
+		next = s.soon
+	}
+	// The session may be at the end of its grace.
+	wctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTime)
+	defer cancel()
+	run := &maintenance.RunInfo{Start: s.start, End: s.r.Now(), Success: failed == nil}
+	if failed != nil {
+		run.Error = failed.Error()
+		if errors.Is(ctx.Err(), context.Canceled) {
+			run.Error = "interrupted"
+		}
+	}
+	return errors.Join(failed, s.write(wctx, run, next))
+}
+
+func (s *scheduled) soon(interval time.Duration, _ time.Time) time.Time {
+	return s.start.Add(interval / retryShare)
+}
+
+func (s *scheduled) later(interval time.Duration, _ time.Time) time.Time {
+	return s.start.Add(interval)
+}
+
+func (s *scheduled) asBefore(_ time.Duration, before time.Time) time.Time { return before }
+
+// write sets the next runs. A full run is a quick one as well.
+func (s *scheduled) write(ctx context.Context, run *maintenance.RunInfo, next func(interval time.Duration, before time.Time) time.Time) error {
+	now, err := maintenance.GetSchedule(ctx, s.w.w)
+	if err != nil {
+		return fmt.Errorf("read maintenance schedule: %w", err)
+	}
+	now.NextQuickMaintenanceTime = next(s.params.QuickCycle.Interval, s.before.NextQuickMaintenanceTime)
+	if s.mode == maintenance.ModeFull {
+		now.NextFullMaintenanceTime = next(s.params.FullCycle.Interval, s.before.NextFullMaintenanceTime)
+		if run != nil {
+			now.ReportRun(taskWholeFull, *run)
+		}
+	}
+	if err := maintenance.SetSchedule(ctx, s.w.w, now); err != nil {
+		return fmt.Errorf("write maintenance schedule: %w", err)
+	}
+	return nil
+}
+
+// lastFull is the last full run, of Varve or of stock Kopia.
+func lastFull(s *maintenance.Schedule) MaintenanceRun {
+	whole, kopia := lastRun(s.Runs[taskWholeFull]), lastRun(s.Runs[maintenance.TaskSnapshotGarbageCollection])
+	if kopia.Start.After(whole.End) {
+		return kopia
+	}
+	return whole
+}
