@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"runtime"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -100,6 +101,7 @@ type Options struct {
 	ToolVersion string
 	Progress    func(Progress)
 
+	notes []string // for the record
 	// step is called at each step of a run; tests let others interfere there.
 	step func(string)
 }
@@ -180,20 +182,38 @@ func Run(ctx context.Context, repo *repository.Repository, opt Options) (*Point,
 	if opt.Progress == nil {
 		opt.Progress = func(Progress) {}
 	}
+	p, rec, broken, err := runOnce(ctx, repo, opt)
+	if broken == nil {
+		return p, rec, err
+	}
+	again, ferr := fullInstead(ctx, repo, opt, broken, err)
+	if ferr != nil {
+		return nil, nil, errors.Join(err, ferr)
+	}
+	p, rec, _, err = runOnce(ctx, repo, again)
+	return p, rec, err
+}
+
+// runOnce is one attempt. broken is the run that failed because its parent cannot
+// be read.
+func runOnce(ctx context.Context, repo *repository.Repository, opt Options) (p *Point, rec *blocktree.Record, broken *run, err error) {
 	w, err := repo.NewWriter(ctx, "varve backup "+opt.Volume.String())
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
-	r := &run{opt: opt, repo: repo, w: w, lastCheckpoint: time.Now()}
-	p, rec, err := r.do(ctx)
+	r := &run{opt: opt, repo: repo, w: w, lastCheckpoint: time.Now(), notes: slices.Clone(opt.notes)}
+	p, rec, err = r.do(ctx)
 	if err != nil {
 		err = adviseRoom(r.explainLoss(ctx, err))
+		if r.parentBroken(err) {
+			broken = r
+		}
 	}
 	if cerr := w.Close(); err == nil && cerr != nil {
 		// The point is flushed and complete; only the session's end failed.
 		slog.WarnContext(ctx, "close write session", "error", cerr)
 	}
-	return p, rec, err
+	return p, rec, broken, err
 }
 
 // adviseRoom says how full storage gets room for backups again. Whatever deletes must

@@ -297,9 +297,9 @@ func TestBackupNoticesLostWrites(t *testing.T) {
 	}
 }
 
-// TestLostManifestPack loses a pack with manifests. Kopia reads all manifests or
-// none, so nothing can be listed; the error names the pack, the points that are
-// known can be read, and all is well once the pack is back.
+// TestLostManifestPack loses a pack with a point's manifest under a backup: the
+// pack is named, the backup builds on what can be read, and both points are there
+// once the pack is back.
 func TestLostManifestPack(t *testing.T) {
 	t.Parallel()
 	s := newFaultSite(t)
@@ -310,9 +310,10 @@ func TestLostManifestPack(t *testing.T) {
 	}
 	s.f.Add(repotest.Fault{Op: repotest.Get, Prefix: state.Pack, Err: repotest.ErrNotFound})
 	s.change()
-	err = s.try()
-	if !errors.Is(err, repository.ErrContentMissing) || !strings.Contains(err.Error(), state.Pack) {
-		t.Errorf("backup: %v", err)
+	s.backup(s.faulty)
+	unreadable, err := s.faulty.UnreadableManifests(t.Context())
+	if err != nil || len(unreadable) != 1 || unreadable[0].Pack != state.Pack || !errors.Is(unreadable[0].Err, repository.ErrContentMissing) {
+		t.Errorf("unreadable: %+v, %v", unreadable, err)
 	}
 	if got := readPoint(t, s.faulty, points[1]); !bytes.Equal(got, s.want[points[1].ID]) {
 		t.Error("the other point reads back different")
@@ -321,6 +322,25 @@ func TestLostManifestPack(t *testing.T) {
 	s.check()
 	s.backup(s.faulty)
 	s.check()
+}
+
+// TestManifestsOutOfReach: storage that fails for a moment must not make a point
+// look as if it were not there.
+func TestManifestsOutOfReach(t *testing.T) {
+	t.Parallel()
+	s := newFaultSite(t)
+	s.backup(s.clean)
+	if err := s.faulty.Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.f.Add(repotest.Fault{Op: repotest.Get, Prefix: "q"})
+	if cat, err := List(t.Context(), s.faulty, ListOptions{}); !errors.Is(err, repotest.ErrInjected) {
+		t.Errorf("a list with storage that fails: %+v, %v", cat, err)
+	}
+	s.f.Clear()
+	if cat, err := List(t.Context(), s.faulty, ListOptions{}); err != nil || len(cat.Points()) != 3 {
+		t.Errorf("afterwards: %+v, %v", cat, err)
+	}
 }
 
 // TestBackupWithLaggingLists has listings leave out index blobs that were just

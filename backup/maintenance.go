@@ -132,6 +132,9 @@ func MaybeMaintain(ctx context.Context, r *repository.Repository) {
 		slog.WarnContext(ctx, "maintenance did not end well; it will be tried again", "error", err)
 		return
 	}
+	if n := len(res.Unreadable); n > 0 {
+		slog.ErrorContext(ctx, "maintenance reclaims nothing, since a part of the list of recovery points cannot be read", "contents", n, "next", "varve repo repair")
+	}
 	if n := res.Lost.Count + res.NotMoved.Count; n > 0 {
 		slog.ErrorContext(ctx, "maintenance found that data of recovery points is lost", "contents", n, "next", "varve verify --read 100% --quarantine")
 	}

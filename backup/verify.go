@@ -53,8 +53,11 @@ type VerifyReport struct {
 	Segments int64 // distinct indexes read
 	// Forgotten is how many damaged contents were marked for storing again.
 	Forgotten int
-	Start     time.Time
-	End       time.Time
+	// Unreadable is what of the list of recovery points cannot be read: points may
+	// be missing.
+	Unreadable []repository.UnreadableManifests
+	Start      time.Time
+	End        time.Time
 }
 
 // PointResult is what verify found in one point.
@@ -144,6 +147,9 @@ func Verify(ctx context.Context, r *repository.Repository, opt VerifyOptions) (*
 	v := &verifier{repo: r, opt: opt, packs: packs, done: map[uint64]struct{}{}, bad: map[repository.ObjectID]error{}, byReading: map[repository.ObjectID]bool{}}
 	v.walk = &blocktree.Walker{Store: v, Visit: v.visit, Damaged: damaged, Workers: opt.Workers}
 	rep := &VerifyReport{Start: r.Now()}
+	if rep.Unreadable, err = r.UnreadableManifests(ctx); err != nil {
+		return nil, err
+	}
 	if err := v.run(ctx, rep); err != nil {
 		return nil, err
 	}
@@ -171,12 +177,22 @@ func (rep *VerifyReport) err() error {
 	}
 	switch n {
 	case 0:
-		return nil
+		return rep.repositoryErr()
 	case 1:
 		return fmt.Errorf("%w: %s: %v", ErrDamaged, first.Point.Name(), first.Problems[0])
 	default:
 		return fmt.Errorf("%w: %d of %d recovery points; the first is %s: %v", ErrDamaged, n, len(rep.Points), first.Point.Name(), first.Problems[0])
 	}
+}
+
+// repositoryErr is what is wrong with the repository itself.
+func (rep *VerifyReport) repositoryErr() error {
+	if len(rep.Unreadable) == 0 {
+		return nil
+	}
+	u := rep.Unreadable[0]
+	return fmt.Errorf("%w: pack %s, which holds a part of the list of recovery points, cannot be read (%s), so points may be missing; "+
+		"the points that are listed are whole; put the pack back from a copy of the storage, or run 'varve repo repair'", ErrDamaged, u.Pack, u.Reason)
 }
 
 // damaged tells damage from storage that could not be asked.

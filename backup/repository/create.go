@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
 	"slices"
 	"strings"
 	"time"
@@ -17,8 +16,6 @@ import (
 	"github.com/kopia/kopia/repo/encryption"
 	"github.com/kopia/kopia/repo/format"
 	"github.com/kopia/kopia/repo/hashing"
-	"github.com/kopia/kopia/repo/maintenance"
-	"github.com/kopia/kopia/snapshot/policy"
 )
 
 // Format is what a new repository is made of. Empty fields take the default.
@@ -304,22 +301,8 @@ func (r *Repository) finishCreate(ctx context.Context, opt CreateOptions, resume
 	}
 
 	err = repo.WriteSession(ctx, r.rep, repo.WriteSessionOptions{Purpose: "varve repo create"}, func(ctx context.Context, w repo.RepositoryWriter) error {
-		params := maintenance.DefaultParams()
-		params.Owner = r.rep.ClientOptions().UsernameAtHost()
-		params.FullCycle.Interval = fullMaintenanceInterval
-		params.ExtendObjectLocks = blobcfg.IsRetentionEnabled()
-		if err := maintenance.CheckExtendRetention(ctx, blobcfg, &params); err != nil {
-			return err //nolint:wrapcheck // wrapped below
-		}
-		if err := maintenance.SetParams(ctx, w, &params); err != nil {
-			return err //nolint:wrapcheck // wrapped below
-		}
-		if err := policy.SetPolicy(ctx, w, policy.GlobalPolicySourceInfo, keepAll()); err != nil {
-			return err //nolint:wrapcheck // wrapped below
-		}
-		_, err := w.PutManifest(ctx, map[string]string{"type": recordType, "varve": configKind},
-			Config{Format: configFormat, Compression: opt.Format.compressor()})
-		return err //nolint:wrapcheck // wrapped below
+		_, err := r.writeSettings(ctx, w, opt.Format.compressor())
+		return err
 	})
 	if err != nil {
 		return fmt.Errorf("finish the repository: %w", err)
@@ -354,27 +337,6 @@ func (r *Repository) sameFormat(ctx context.Context, opt CreateOptions) error {
 		return differ("a retention of", fmt.Sprint(ret), fmt.Sprint(asked))
 	}
 	return nil
-}
-
-// keepAll is a policy under which stock Kopia expires nothing: without one,
-// `kopia snapshot expire --all` would delete by Kopia's defaults. Nothing else
-// keeps a snapshot, so that the one rule is plain to see (kopia
-// snapshot/policy/retention_policy.go).
-func keepAll() *policy.Policy {
-	n := func(v int) *policy.OptionalInt { o := policy.OptionalInt(v); return &o }
-	no := policy.OptionalBool(false)
-	return &policy.Policy{
-		RetentionPolicy: policy.RetentionPolicy{
-			KeepLatest:               n(math.MaxInt32),
-			KeepHourly:               n(0),
-			KeepDaily:                n(0),
-			KeepWeekly:               n(0),
-			KeepMonthly:              n(0),
-			KeepAnnual:               n(0),
-			IgnoreIdenticalSnapshots: &no,
-		},
-		SchedulingPolicy: policy.SchedulingPolicy{Manual: true}, // kopia's server takes no snapshots of its own here
-	}
 }
 
 // CreateFilesystem makes a repository with all defaults in a directory and

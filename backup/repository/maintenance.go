@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/kopia/kopia/repo/maintenance"
@@ -63,6 +65,10 @@ type MaintenanceReport struct {
 	Reclaimed  Amount // packs deleted
 	Temporary  Amount // files deleted that killed writes had left
 	Damaged    []DamagedSnapshot
+	// Unreadable is what of the list of snapshots cannot be read. What it reaches
+	// is not known, so nothing was deleted; Held is what would have been.
+	Unreadable []UnreadableManifests
+	Held       Amount
 }
 
 // MaintenanceState is what is known of maintenance without running it.
@@ -103,6 +109,9 @@ func (r *Repository) Maintain(ctx context.Context, opt MaintainOptions) (*Mainte
 }
 
 func (r *Repository) maintain(ctx context.Context, w *Writer, opt MaintainOptions, rep *MaintenanceReport) error {
+	if err := r.restoreSettings(ctx, w); err != nil {
+		return err
+	}
 	mode := maintenance.Mode(opt.Mode)
 	if opt.Mode == MaintenanceAuto {
 		// Asked here, so that "not due" can be told from "busy".
@@ -145,6 +154,21 @@ func (r *Repository) maintain(ctx context.Context, w *Writer, opt MaintainOption
 		return fmt.Errorf("maintenance: %w", err)
 	}
 	return nil
+}
+
+// restoreSettings writes the repository's settings again where they are among
+// the manifests that cannot be read: without an owner maintenance would never run.
+func (r *Repository) restoreSettings(ctx context.Context, w *Writer) error {
+	unreadable, err := r.UnreadableManifests(ctx)
+	if err != nil || len(unreadable) == 0 {
+		return err
+	}
+	written, err := r.writeSettings(w.ctx, w.w, r.config.Compression)
+	if err != nil || len(written) == 0 {
+		return err
+	}
+	slog.WarnContext(ctx, "settings of the repository cannot be read and were written again", "settings", strings.Join(written, ", "))
+	return w.Flush(ctx)
 }
 
 func ownerText(owner string) string {

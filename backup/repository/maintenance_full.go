@@ -35,6 +35,31 @@ func (f *fullRun) do(ctx context.Context) error {
 		return fmt.Errorf("collect garbage: %w", err)
 	}
 	f.opt.Step("collected")
+	if err := f.reclaim(ctx); err != nil {
+		return err
+	}
+	if f.p.Params.ExtendObjectLocks {
+		if err := f.task(maintenance.TaskExtendBlobRetentionTimeFull, f.extendLocks); err != nil {
+			return fmt.Errorf("extend object locks: %w", err)
+		}
+	}
+	if err := f.compactIndexes(); err != nil {
+		return err
+	}
+	if err := f.dropTemporary(ctx); err != nil {
+		return err
+	}
+	return f.task(maintenance.TaskCleanupLogs, func() (maintenancestats.Kind, error) {
+		return maintenance.CleanupLogs(f.w.ctx, f.w.w, f.p.Params.LogRetention.OrDefault())
+	})
+}
+
+// reclaim rewrites packs that are mostly empty and deletes what is not used. It
+// does nothing while manifests are unreadable: what they reach is not known.
+func (f *fullRun) reclaim(ctx context.Context) error {
+	if len(f.rep.Unreadable) > 0 {
+		return nil
+	}
 	s, err := maintenance.GetSchedule(f.w.ctx, f.w.w)
 	if err != nil {
 		return fmt.Errorf("read schedule: %w", err)
@@ -75,20 +100,7 @@ func (f *fullRun) do(ctx context.Context) error {
 		}
 		f.opt.Step("deleted")
 	}
-	if f.p.Params.ExtendObjectLocks {
-		if err := f.task(maintenance.TaskExtendBlobRetentionTimeFull, f.extendLocks); err != nil {
-			return fmt.Errorf("extend object locks: %w", err)
-		}
-	}
-	if err := f.compactIndexes(); err != nil {
-		return err
-	}
-	if err := f.dropTemporary(ctx); err != nil {
-		return err
-	}
-	return f.task(maintenance.TaskCleanupLogs, func() (maintenancestats.Kind, error) {
-		return maintenance.CleanupLogs(f.w.ctx, f.w.w, f.p.Params.LogRetention.OrDefault())
-	})
+	return nil
 }
 
 // task runs one of Kopia's tasks and records it in Kopia's schedule.
@@ -109,7 +121,7 @@ func (f *fullRun) collect(ctx context.Context) (maintenancestats.Kind, error) {
 		return nil, err
 	}
 	defer m.close()
-	if err := f.mark(ctx, m); err != nil {
+	if _, err := f.mark(ctx, m); err != nil {
 		return nil, err
 	}
 	f.opt.Step("marked")
@@ -119,7 +131,7 @@ func (f *fullRun) collect(ctx context.Context) (maintenancestats.Kind, error) {
 	}
 	f.packs = packs
 	// The listing of a large store takes time: look again just before deleting.
-	if err := f.mark(ctx, m); err != nil {
+	if _, err := f.mark(ctx, m); err != nil {
 		return nil, err
 	}
 	if err := f.sweep(ctx, m, packs); err != nil {
@@ -127,14 +139,13 @@ func (f *fullRun) collect(ctx context.Context) (maintenancestats.Kind, error) {
 	}
 	f.opt.Step("swept")
 	for {
-		n, err := m.snapshots(ctx)
+		n, err := f.mark(ctx, m)
 		if err != nil {
 			return nil, err
 		}
 		if n == 0 {
 			break
 		}
-		f.rep.Snapshots += n
 		if err := f.takeBack(ctx, m, packs); err != nil {
 			return nil, err
 		}
@@ -143,10 +154,15 @@ func (f *fullRun) collect(ctx context.Context) (maintenancestats.Kind, error) {
 	return f.stats(), nil
 }
 
-func (f *fullRun) mark(ctx context.Context, m *marker) error {
+// mark returns how many snapshots were new.
+func (f *fullRun) mark(ctx context.Context, m *marker) (int, error) {
 	n, err := m.snapshots(ctx)
 	f.rep.Snapshots += n
-	return err
+	if err != nil {
+		return n, err
+	}
+	f.rep.Unreadable, err = f.w.unreadableManifests(ctx)
+	return n, err
 }
 
 // sweepFlush is how many deletions are kept in memory before they are flushed.
@@ -169,6 +185,9 @@ func (f *fullRun) sweep(ctx context.Context, m *marker, packs *PackSet) error {
 			f.rep.TooRecent.add(size)
 			return nil
 		case ci.Deleted:
+			return nil
+		case len(f.rep.Unreadable) > 0:
+			f.rep.Held.add(size)
 			return nil
 		}
 		if err := cm.DeleteContent(f.w.ctx, ci.ContentID); err != nil {

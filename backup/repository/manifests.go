@@ -36,24 +36,27 @@ func (w *Writer) refreshing(read func() error) error {
 	return read()
 }
 
-// brokenManifests tells what to do when Kopia, which reads all manifests or none
-// (kopia repo/manifest/committed_manifest_manager.go), cannot read them.
-const brokenManifests = "a pack that holds the list of recovery points cannot be read: put it back from a copy of the storage"
-
 func (r *Repository) findManifests(ctx context.Context, labels map[string]string) (found []*manifest.EntryMetadata, err error) {
 	err = r.refreshing(ctx, func() (err error) {
 		found, err = r.rep.FindManifests(ctx, labels)
 		return err
 	})
-	switch {
-	case err == nil:
-		return found, nil
-	case isMissing(err):
-		return nil, fmt.Errorf("%w: %s: %w", ErrContentMissing, brokenManifests, err)
-	case isCorrupt(err):
-		return nil, fmt.Errorf("%w: %s: %w", ErrContentCorrupt, brokenManifests, err)
+	return found, err
+}
+
+// UnreadableManifests names what of the list of recovery points, and of the
+// records about them, cannot be read. Nothing through a Kopia API server, which
+// does not tell.
+func (r *Repository) UnreadableManifests(ctx context.Context) ([]UnreadableManifests, error) {
+	m, ok := r.rep.(*manifestRepository)
+	if !ok {
+		return nil, nil
 	}
-	return nil, err
+	v, err := m.reader.view(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("read manifests: %w", err)
+	}
+	return v.unreadable, nil
 }
 
 func (r *Repository) loadManifest(ctx context.Context, id string) (m *snapshot.Manifest, err error) {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/kopia/kopia/repo"
 	"github.com/kopia/kopia/repo/logging"
+	"github.com/kopia/kopia/repo/manifest"
 )
 
 // Config is what Varve keeps about a repository in the repository itself, so
@@ -62,9 +63,7 @@ func open(ctx context.Context, opt OpenOptions, side sideFile) (*Repository, err
 	return openWithin(ctx, opt, side, func(ctx context.Context, r *Repository) error {
 		found, err := r.loadConfig(ctx)
 		if err == nil && !found {
-			if r.foreign, err = r.hasOtherManifests(ctx); err == nil && !r.foreign {
-				err = incompleteError(r.place)
-			}
+			err = r.withoutConfig(ctx, side)
 		}
 		return err
 	})
@@ -175,7 +174,13 @@ func openKopia(ctx context.Context, lc *repo.LocalConfig, opt OpenOptions, side 
 		return nil, err
 	}
 	r.rep = rep
-	r.direct, _ = rep.(repo.DirectRepository)
+	if direct, ok := rep.(repo.DirectRepository); ok {
+		m, err := newManifestRepository(direct)
+		if err != nil {
+			return nil, errors.Join(err, rep.Close(context.WithoutCancel(ctx)))
+		}
+		r.rep, r.direct = m, m
+	}
 	if r.direct != nil && side.UniqueID != "" && hexID(r.direct.UniqueID()) != side.UniqueID {
 		err := &stateError{kind: ErrReplaced, text: fmt.Sprintf(
 			"another repository stands in %s than the one connected: if that is meant, run 'varve repo connect' again", r.place)}
@@ -221,17 +226,42 @@ func (r *Repository) loadConfig(ctx context.Context) (found bool, err error) {
 	return found, nil
 }
 
-// hasOtherManifests tells a repository in use by others from one whose
-// creation stopped half-way: stock clients write manifests at once too.
-func (r *Repository) hasOtherManifests(ctx context.Context) (bool, error) {
+// withoutConfig decides what a repository without Varve's record is: one of Kopia
+// or Velero, one whose creation stopped half-way (stock clients write manifests
+// at once too), or one of Varve whose record cannot be read.
+func (r *Repository) withoutConfig(ctx context.Context, side sideFile) error {
 	if r.direct == nil {
-		return true, nil // a server shows its users what is theirs only
+		r.foreign = true // a server shows its users what is theirs only
+		return nil
 	}
-	all, err := r.rep.FindManifests(ctx, nil)
+	all, err := r.findManifests(ctx, nil)
 	if err != nil {
-		return false, fmt.Errorf("list manifests: %w", err)
+		return fmt.Errorf("list manifests: %w", err)
 	}
-	return len(all) > 0, nil
+	unreadable, err := r.UnreadableManifests(ctx)
+	if err != nil {
+		return err
+	}
+	switch {
+	case len(unreadable) == 0 && len(all) == 0:
+		return incompleteError(r.place)
+	case len(unreadable) == 0:
+		r.foreign = true
+		return nil
+	}
+	// A connection that may write was made by Create, or to a repository of Varve.
+	ours := side.UniqueID != "" && !r.rep.ClientOptions().ReadOnly ||
+		slices.ContainsFunc(all, func(e *manifest.EntryMetadata) bool {
+			return e.Labels[manifest.TypeLabelKey] == recordType || e.Labels[tagPrefix+recordType] != ""
+		})
+	if !ours {
+		r.foreign = true
+		return nil
+	}
+	r.config = Config{Format: configFormat, Compression: DefaultCompression}
+	slog.WarnContext(ctx, "the repository's own settings cannot be read; new blocks are compressed by default",
+		"compression", DefaultCompression, "next", "varve repo repair")
+	return nil
 }
 
 // Cluster is the name of this cluster or machine in the repository.

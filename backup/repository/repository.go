@@ -219,19 +219,30 @@ func isMissing(err error) bool {
 		errors.Is(err, object.ErrObjectNotFound)
 }
 
+// ObjectError is a read error that names the object. It wraps ErrContentMissing,
+// ErrContentCorrupt or ErrStorageFailed.
+type ObjectError struct {
+	Object ObjectID
+	Err    error
+}
+
+func (e *ObjectError) Error() string { return fmt.Sprintf("object %v: %v", e.Object, e.Err) }
+
+func (e *ObjectError) Unwrap() error { return e.Err }
+
 func wrapRead(oid ObjectID, err error) error {
+	kind := ErrStorageFailed
 	switch {
 	case err == nil:
 		return nil
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err
 	case isMissing(err):
-		return fmt.Errorf("object %v: %w: %w", oid, ErrContentMissing, err)
+		kind = ErrContentMissing
 	case isCorrupt(err):
-		return fmt.Errorf("object %v: %w: %w", oid, ErrContentCorrupt, err)
-	default:
-		return fmt.Errorf("object %v: %w: %w", oid, ErrStorageFailed, err)
+		kind = ErrContentCorrupt
 	}
+	return &ObjectError{oid, fmt.Errorf("%w: %w", kind, err)}
 }
 
 // ContentState tells how the index sees a content.

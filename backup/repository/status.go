@@ -38,6 +38,9 @@ type Status struct {
 	Cache       CacheStatus     `json:"cache"`
 	Limits      Limits          `json:"limits"`
 	Maintenance OwnerStatus     `json:"maintenance"`
+
+	// Unreadable is what of the list of recovery points cannot be read.
+	Unreadable []UnreadableManifests `json:"unreadableManifests,omitempty"`
 }
 
 // RetentionStatus tells how blobs are locked.
@@ -140,6 +143,10 @@ func (r *Repository) directStatus(ctx context.Context, s *Status, params *mainte
 		return fmt.Errorf("read maintenance schedule: %w", err)
 	}
 	s.Maintenance.NextQuick, s.Maintenance.NextFull = schedule.NextQuickMaintenanceTime, schedule.NextFullMaintenanceTime
+
+	if s.Unreadable, err = r.UnreadableManifests(ctx); err != nil {
+		return err
+	}
 
 	capacity, err := r.direct.BlobVolume().GetCapacity(ctx)
 	switch {

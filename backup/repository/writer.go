@@ -203,4 +203,17 @@ func (w *Writer) deleteManifest(id string) error {
 	return nil
 }
 
+// unreadableManifests is Repository.UnreadableManifests as this session sees it.
+func (w *Writer) unreadableManifests(ctx context.Context) ([]UnreadableManifests, error) {
+	m, ok := w.w.(*manifestSession)
+	if !ok {
+		return nil, nil
+	}
+	v, err := m.reader.view(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("read manifests: %w", err)
+	}
+	return v.unreadable, nil
+}
+
 func directID(cid ContentID) ObjectID { return object.DirectObjectID(cid) }

@@ -83,6 +83,9 @@ type maintenanceResult struct {
 	Leases      int                 `json:"expiredLeases"`
 	DeadRuns    int                 `json:"killedBackupsCleared"`
 	Quarantined []backup.Quarantine `json:"quarantined,omitempty"`
+	Held        repository.Amount   `json:"held"`
+
+	Unreadable []repository.UnreadableManifests `json:"unreadableManifests,omitempty"`
 }
 
 func (a *app) maintain(ctx context.Context, repo *repository.Repository, opt backup.MaintainOptions) error {
@@ -95,6 +98,7 @@ func (a *app) maintain(ctx context.Context, repo *repository.Repository, opt bac
 		InUse: rep.InUse, Unused: rep.Unused, TooRecent: rep.TooRecent, Recovered: rep.Recovered, Lost: rep.Lost,
 		Rewritten: rep.Rewritten, NotMoved: rep.NotMoved, Reclaimed: rep.Reclaimed, Temporary: rep.Temporary,
 		Leases: rep.ExpiredLeases, DeadRuns: rep.DeadRuns, Quarantined: rep.Quarantined,
+		Held: rep.Held, Unreadable: rep.Unreadable,
 	}
 	if res.Mode == "" && !res.Busy {
 		if st, err := repo.MaintenanceState(ctx); err == nil && !st.Owned {
@@ -105,6 +109,10 @@ func (a *app) maintain(ctx context.Context, repo *repository.Repository, opt bac
 	}
 	if err := a.print(res, func(t *table) { writeMaintenance(t, res) }); err != nil {
 		return err
+	}
+	if len(res.Unreadable) > 0 {
+		return fmt.Errorf("%w: maintenance reclaimed nothing, since pack %s, which holds a part of the list of recovery points, cannot be read: "+
+			"put it back from a copy of the storage, or accept its loss with \"varve repo repair --apply\"", backup.ErrDamaged, res.Unreadable[0].Pack)
 	}
 	if n := res.Lost.Count + res.NotMoved.Count; n > 0 {
 		return fmt.Errorf("%w: maintenance did its work, but %s of what recovery points hold cannot be read: "+
@@ -131,6 +139,7 @@ func writeMaintenance(t *table, res maintenanceResult) {
 		a    repository.Amount
 	}{
 		{"in use", res.InUse}, {"marked deleted", res.Unused}, {"unused, but too recent", res.TooRecent},
+		{"perhaps unused, but kept", res.Held},
 		{"taken back", res.Recovered}, {"moved to new packs", res.Rewritten}, {"packs deleted", res.Reclaimed},
 		{"left by killed writes", res.Temporary}, {"in use, but lost", res.Lost}, {"unreadable", res.NotMoved},
 	} {

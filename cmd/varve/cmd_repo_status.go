@@ -82,6 +82,9 @@ func writeStatus(t *table, s *repository.Status) {
 		t.row("Object lock:", text)
 	}
 	t.row("Index blobs:", s.IndexBlobs)
+	for _, u := range s.Unreadable {
+		t.row("Unreadable:", "pack "+u.Pack+", a part of the list of recovery points: "+u.Reason)
+	}
 	if s.Capacity != nil {
 		t.row("Space left:", t.bytes(s.Capacity.Free)+" of "+t.bytes(s.Capacity.Size))
 	}

@@ -62,6 +62,8 @@ type verifyResult struct {
 	Bytes     int64         `json:"bytesRead"`
 	Indexes   int64         `json:"indexes"`
 	Forgotten int           `json:"markedForStoringAgain"`
+
+	Unreadable []repository.UnreadableManifests `json:"unreadableManifests,omitempty"`
 }
 
 type verifyPoint struct {
@@ -99,7 +101,7 @@ func (a *app) verify(ctx context.Context, repo *repository.Repository, names []s
 		a.log.Warn("nothing is damaged, but \"varve list\" will not show this run, and points that were quarantined stay so", "error", err)
 		err = nil
 	}
-	res := verifyResult{Blocks: rep.Blocks, Read: rep.Read, Bytes: rep.Bytes, Indexes: rep.Segments, Forgotten: rep.Forgotten, Points: []verifyPoint{}}
+	res := verifyResult{Blocks: rep.Blocks, Read: rep.Read, Bytes: rep.Bytes, Indexes: rep.Segments, Forgotten: rep.Forgotten, Points: []verifyPoint{}, Unreadable: rep.Unreadable}
 	for _, p := range rep.Points {
 		vp := verifyPoint{Name: p.Point.Name(), ID: p.Point.ID, OK: len(p.Problems) == 0, Released: p.Lifted}
 		for _, pr := range p.Problems {
@@ -136,6 +138,9 @@ func writeVerify(t *table, res verifyResult) {
 			}
 			t.line("  bytes %d to %d: %s", pr.Offset, pr.Offset+pr.Length, pr.Error)
 		}
+	}
+	for _, u := range res.Unreadable {
+		t.line("pack %s cannot be read: recovery points that it lists are missing here: %s", u.Pack, u.Reason)
 	}
 	t.line("%s, %d damaged: %d blocks looked up, %d of them read (%s)",
 		count(len(res.Points), "recovery point", "recovery points"), bad, res.Blocks, res.Read, t.bytes(res.Bytes))
