@@ -79,8 +79,16 @@ func (p *pool) work() {
 		if t == nil {
 			return
 		}
-		t(p.ctx)
+		run(p.ctx, t)
 	}
+}
+
+// run does a task. One that panics is a hint that came to nothing: the reader who wants
+// the block meets the panic where it can be told, and the process and its other readers
+// live on.
+func run(ctx context.Context, t task) {
+	defer func() { _ = recover() }()
+	t(ctx)
 }
 
 func (p *pool) next() task {

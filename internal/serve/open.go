@@ -53,8 +53,11 @@ func (c *Catalog) acquire(ctx context.Context, p *backup.Point, name string) (*e
 	c.mu.Unlock()
 	if !ok {
 		// The one who came first may go: others wait for the same.
-		e.err = c.fill(context.WithoutCancel(ctx), e, p, name)
-		close(e.ready)
+		func() {
+			e.err = errPanicked // unless it ends well
+			defer close(e.ready)
+			e.err = c.fill(context.WithoutCancel(ctx), e, p, name)
+		}()
 	}
 	select {
 	case <-e.ready:
@@ -68,6 +71,8 @@ func (c *Catalog) acquire(ctx context.Context, p *backup.Point, name string) (*e
 	}
 	return e, nil
 }
+
+var errPanicked = errors.New("opening the recovery point panicked")
 
 var errClosed = errors.New("the server is shutting down")
 
@@ -89,7 +94,7 @@ func (c *Catalog) fill(ctx context.Context, e *entry, p *backup.Point, name stri
 		e.export = nbdserver.Pad(e.export, c.opt.Pad)
 	}
 	if size := e.export.Size(); size%512 != 0 {
-		c.log.WarnContext(ctx, "size is no multiple of 512: a Linux kernel client loses the rest; --pad fills it up",
+		c.calls.WarnContext(ctx, "size is no multiple of 512: a Linux kernel client loses the rest; --pad fills it up",
 			"export", name, "size", size)
 	}
 	if c.opt.Writable != nil {
@@ -112,7 +117,7 @@ func (c *Catalog) enter(ctx context.Context, e *entry, p *backup.Point, name str
 			return nbdserver.ErrUnknownExport // deleted since the last refresh
 		}
 		if err != nil && !errors.Is(err, repository.ErrReadOnly) {
-			c.log.WarnContext(ctx, "no lease: prune elsewhere may delete this point while it is read", "export", name, "err", err)
+			c.calls.WarnContext(ctx, "no lease: prune elsewhere may delete this point while it is read", "export", name, "err", err)
 		}
 		e.lease = lease
 	}
@@ -126,7 +131,7 @@ func (c *Catalog) enter(ctx context.Context, e *entry, p *backup.Point, name str
 	if e.hydrated != nil {
 		local, err := c.opt.Hydrate.Open(e.hydrated.Disk, p.ID, hydrationUnit(e.hydrated.img.BlockSize()))
 		if err != nil {
-			c.log.WarnContext(ctx, "no local copy of a disk; it is read from the repository", "export", name, "err", err)
+			c.calls.WarnContext(ctx, "no local copy of a disk; it is read from the repository", "export", name, "err", err)
 		} else {
 			e.hydrated.local.Store(local)
 			local.Start()
@@ -185,7 +190,7 @@ func (c *Catalog) drop(e *entry) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if err := e.close(ctx); err != nil {
-		c.log.Warn("cannot release a recovery point; its lease runs out by itself", "id", e.id, "err", err)
+		c.calls.Warn("cannot release a recovery point; its lease runs out by itself", "id", e.id, "err", err)
 	}
 }
 
