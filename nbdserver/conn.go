@@ -72,10 +72,25 @@ type conn struct {
 	lent    []Piece    // scratch of the reading goroutine
 	replies []outgoing // scratch of the reading goroutine
 
+	changes changes  // to a writable export
+	writes  writesTo // guarded by Server.mu
+
+	admittedAs string // whose it counts as among the connections
+
 	deadlines sync.Mutex // orders read deadlines with shutdown
 	closing   atomic.Bool
-	talking   bool // in transmission; guarded by deadlines
+	phase     phase     // guarded by deadlines
+	since     time.Time // of the phase; guarded by deadlines
 }
+
+// phase is what the connection's goroutine does.
+type phase uint8
+
+const (
+	phaseNegotiating phase = iota
+	phaseWaiting           // for the next request
+	phaseRequest           // reads a request, or hands it to a worker
+)
 
 func newConn(s *Server, nc net.Conn, local bool) *conn {
 	c := &conn{srv: s, socket: nc, nc: nc, local: local}
@@ -88,28 +103,28 @@ func newConn(s *Server, nc net.Conn, local bool) *conn {
 	c.ctx, c.cancel = context.WithCancelCause(s.ctx)
 	c.br = bufio.NewReaderSize(nc, readBuffer)
 	c.slots = make(chan struct{}, s.cfg.MaxRequests)
+	c.since = time.Now()
+	c.admittedAs = c.owner()
 	return c
 }
 
 // errDone ends a connection the way the protocol means it to end.
 var errDone = errors.New("connection done")
 
+// errClosing ends a connection at shutdown, after its last request was answered.
+var errClosing = errors.New("server is shutting down")
+
 // serve runs the connection to its end.
 func (c *conn) serve() {
 	defer c.srv.forget(c)
 	defer c.cancel(nil)
-	c.setReadDeadline(time.Now().Add(c.srv.cfg.NegotiationTimeout))
-	_ = c.socket.SetWriteDeadline(time.Now().Add(c.srv.cfg.NegotiationTimeout))
-	err := c.negotiate()
-	if err == nil {
-		_ = c.socket.SetWriteDeadline(time.Time{})
-		err = c.transmit()
-	}
-	c.closeExport()
+	err := c.guard(c.talk)
+	_ = c.guard(func() error { c.closeExport(); return nil })
 	_ = c.nc.Close()
 	if c.nc != c.socket {
 		_ = c.socket.Close() // tls.Conn.Close may have failed before it
 	}
+	c.logPanic()
 	switch {
 	case err == nil, errors.Is(err, errDone), errors.Is(err, io.EOF), errors.Is(err, net.ErrClosed):
 		c.log.Debug("client left")
@@ -120,36 +135,74 @@ func (c *conn) serve() {
 	}
 }
 
+// talk is the conversation with the client.
+func (c *conn) talk() error {
+	c.setReadDeadline(time.Now().Add(c.srv.cfg.NegotiationTimeout))
+	_ = c.socket.SetWriteDeadline(time.Now().Add(c.srv.cfg.NegotiationTimeout))
+	if err := c.negotiate(); err != nil {
+		return err
+	}
+	_ = c.socket.SetWriteDeadline(time.Time{})
+	err := c.transmit()
+	if errors.Is(err, errClosing) {
+		c.linger()
+	}
+	return err
+}
+
 // setReadDeadline sets when a read gives up, unless shutdown has done so.
 func (c *conn) setReadDeadline(t time.Time) {
 	c.deadlines.Lock()
 	defer c.deadlines.Unlock()
-	if !c.closing.Load() {
+	if !c.closing.Load() || c.phase == phaseRequest {
 		_ = c.socket.SetReadDeadline(t)
 	}
 }
 
-// shutdown makes the connection end as soon as it has nothing in flight. It
-// does not wait.
+// enterPhase notes what the connection's goroutine does now; false if it is to end
+// rather than go on with that.
+func (c *conn) enterPhase(p phase) bool {
+	c.deadlines.Lock()
+	defer c.deadlines.Unlock()
+	if p != c.phase {
+		c.phase, c.since = p, time.Now()
+	}
+	return !c.closing.Load()
+}
+
+// shutdown makes the connection end: no further request is read, what is in flight is
+// answered, then it is closed. A client takes that for a lost connection, and may go on
+// with a server that is started again. It does not wait.
 func (c *conn) shutdown() {
 	c.deadlines.Lock()
 	defer c.deadlines.Unlock()
 	c.closing.Store(true)
-	switch {
-	case !c.talking: // let an option under way be answered
+	switch c.phase {
+	case phaseNegotiating: // let an option under way be answered
 		_ = c.socket.SetReadDeadline(time.Now().Add(time.Second))
-	case c.busy.Load() == 0:
+	case phaseWaiting:
 		_ = c.socket.SetReadDeadline(time.Unix(1, 0))
 	}
 }
 
-// settle is called when the last request in flight has been answered.
-func (c *conn) settle() {
-	if c.closing.Load() {
-		c.deadlines.Lock()
-		_ = c.socket.SetReadDeadline(time.Unix(1, 0))
-		c.deadlines.Unlock()
+// lingerTime is how long a client may take to close its end.
+const lingerTime = 2 * time.Second
+
+// linger closes the sending side and waits for the client to close its own. A socket
+// that is closed with unread requests resets the connection, and what the client has
+// not received of its replies is lost.
+func (c *conn) linger() {
+	for _, end := range []net.Conn{c.nc, c.socket} {
+		w, ok := end.(interface{ CloseWrite() error })
+		if !ok || w.CloseWrite() != nil {
+			return
+		}
+		if c.nc == c.socket {
+			break
+		}
 	}
+	_ = c.socket.SetReadDeadline(time.Now().Add(lingerTime))
+	_, _ = io.Copy(io.Discard, c.socket)
 }
 
 // use opens the export of a name for this connection, or returns the one that

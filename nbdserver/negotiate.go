@@ -234,7 +234,7 @@ func (n *negotiator) exportName(length uint32) (bool, error) {
 	}
 	o, err := n.use(string(name))
 	if err == nil {
-		err = o.begin(n.ctx)
+		err = n.stay(o)
 	}
 	if err != nil {
 		return false, fmt.Errorf("open export %q: %w", name, err)
@@ -278,7 +278,7 @@ func (n *negotiator) info(name string, rest []byte) (bool, error) {
 	}
 	o, err := n.use(name)
 	if err == nil && n.opt == proto.OptGo {
-		err = o.begin(n.ctx)
+		err = n.stay(o)
 	}
 	if err != nil {
 		return false, n.refuseOpen(name, err)
@@ -339,7 +339,13 @@ func blockSizes(o *Opened) (lo, pref uint32) {
 
 // transmissionFlags tells what the export can do for this client.
 func (n *negotiator) transmissionFlags(o *Opened, name string) proto.TransmissionFlags {
-	f := proto.FlagHasFlags | proto.FlagCanMultiConn | proto.FlagSendCache
+	f := proto.FlagHasFlags | proto.FlagSendCache
+	// The Linux kernel, which knows simple replies only, resends what a lost
+	// connection left unanswered on any other: on a writable export it gets just one,
+	// so that the server knows which one the next takes the place of.
+	if o.writer() == nil || n.style != styleSimple {
+		f |= proto.FlagCanMultiConn
+	}
 	if o.writer() == nil {
 		f |= proto.FlagReadOnly
 	} else {
@@ -353,6 +359,14 @@ func (n *negotiator) transmissionFlags(o *Opened, name string) proto.Transmissio
 		f |= proto.FlagBlockStatusPayload
 	}
 	return f
+}
+
+// stay opens what a client needs that stays with an export.
+func (n *negotiator) stay(o *Opened) error {
+	if err := o.begin(n.ctx); err != nil {
+		return err
+	}
+	return n.succeed(o)
 }
 
 // enter prepares transmission.

@@ -82,6 +82,7 @@ func (o *outbox) flush() {
 		return
 	}
 	o.writing = true
+	defer o.rescue()
 	if o.raw == nil {
 		o.mu.Unlock()
 		go o.drain()
@@ -109,6 +110,7 @@ func (o *outbox) flush() {
 // drain writes until nothing is left, waiting for the client, which must keep its
 // pace.
 func (o *outbox) drain() {
+	defer o.rescue()
 	pace := o.pace()
 	for {
 		for o.pos < len(o.batch) {
@@ -265,6 +267,28 @@ func (o *outbox) broken(err error) {
 		o.finish(&dropped[i])
 	}
 	o.fail(err)
+}
+
+// rescue ends writing after a panic, which is one of the export that was to take back
+// what it had lent.
+func (o *outbox) rescue() {
+	p := recover()
+	if p == nil {
+		return
+	}
+	err := panicked(p)
+	o.mu.Lock()
+	o.err = err
+	o.queue, o.batch = nil, nil // their memory comes back with the connection's
+	o.stopped()
+	o.fail(err)
+}
+
+// sending tells whether replies are still to be written.
+func (o *outbox) sending() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.writing || len(o.queue) > 0
 }
 
 // close writes what is left and waits for it.

@@ -21,3 +21,19 @@ func peerProcess(c *net.UnixConn) string {
 	})
 	return name
 }
+
+// peerLeft tells whether the peer of a socket will send nothing more, even if bytes
+// that it sent before are still unread.
+func peerLeft(c net.Conn) bool {
+	raw := rawSocket(c)
+	if raw == nil {
+		return false
+	}
+	left := false
+	_ = raw.Control(func(fd uintptr) {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		n, err := unix.Poll(p, 0)
+		left = err == nil && n > 0 && p[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) != 0
+	})
+	return left
+}

@@ -93,7 +93,7 @@ func (a *readAhead) run() {
 		a.mu.Unlock()
 		if s.length > 0 && a.c.ctx.Err() == nil {
 			// A failure shows when the data is read.
-			_ = a.p.Prefetch(a.c.ctx, s.off, s.length)
+			_ = a.c.guard(func() error { return a.p.Prefetch(a.c.ctx, s.off, s.length) })
 		}
 	}
 }

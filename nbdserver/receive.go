@@ -107,7 +107,7 @@ func (c *conn) receiveWrite(r *request) error {
 		at := off
 		off += int64(size)
 		w.left.Add(1)
-		if err := c.dispatch(func() { c.writePiece(w, buf, g, at) }); err != nil {
+		if err := c.dispatchChange(func() { c.writePiece(w, buf, g, at) }); err != nil {
 			return err
 		}
 	}

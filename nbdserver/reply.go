@@ -1,7 +1,6 @@
 package nbdserver
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"syscall"
@@ -72,14 +71,19 @@ func (c *conn) sendDone(r *request) {
 	c.out.push(e)
 }
 
-// exportError answers with an error of the export, and logs it.
+// exportError answers with an error of the export, and logs it. A connection that ends
+// answers no more: what it failed to do, the client may do on the next one.
 func (c *conn) exportError(r *request, err error, off int64) {
+	if c.ctx.Err() != nil {
+		c.mem.release(r.mem)
+		return
+	}
 	errno := errnoOf(err)
 	off = offsetOf(err, off)
 	if errno == proto.ENOTSUP && r.flags&proto.CmdFlagFastZero == 0 {
 		errno = proto.EIO // the protocol has it for FAST_ZERO only
 	}
-	if c.ctx.Err() == nil && errno != proto.ENOTSUP {
+	if errno != proto.ENOTSUP {
 		c.logFailure(r, err, off)
 	}
 	c.sendError(r, errno, err.Error(), off)
@@ -156,9 +160,6 @@ func errnoOf(err error) proto.Errno {
 	}
 	if errors.Is(err, ErrNotFast) {
 		return proto.ENOTSUP
-	}
-	if errors.Is(err, context.Canceled) {
-		return proto.ESHUTDOWN
 	}
 	var s syscall.Errno
 	if errors.As(err, &s) {

@@ -21,6 +21,7 @@ const (
 	DefaultMaxRequests        = 64
 	DefaultNegotiationTimeout = 30 * time.Second
 	DefaultStallTimeout       = 60 * time.Second
+	DefaultIdleWhenFull       = 5 * time.Minute
 	DefaultMinRate            = 32 << 10
 )
 
@@ -40,8 +41,11 @@ type Config struct {
 	// per connection (at least one request of 32 MiB) and in all.
 	ConnectionMemory int64
 	TotalMemory      int64
-	// MaxConnections is the number of clients served at once; more are closed.
+	// MaxConnections is the number of clients served at once. A further one takes the
+	// place of an idle one of the client that has the most, or of any that has had no
+	// request for IdleWhenFull; where there is none, it is closed.
 	MaxConnections int
+	IdleWhenFull   time.Duration
 	// MaxRequests is the number of requests of one connection that wait for
 	// the export at once.
 	MaxRequests int
@@ -78,6 +82,7 @@ type Server struct {
 	mu        sync.Mutex
 	listeners map[net.Listener]struct{}
 	conns     map[*conn]struct{}
+	owners    map[string]int // connections of each client
 	closing   bool
 	done      sync.WaitGroup // connections
 }
@@ -111,6 +116,9 @@ func New(cfg Config) (*Server, error) {
 	if cfg.MaxConnections == 0 {
 		cfg.MaxConnections = DefaultMaxConnections
 	}
+	if cfg.IdleWhenFull == 0 {
+		cfg.IdleWhenFull = DefaultIdleWhenFull
+	}
 	if cfg.MaxRequests == 0 {
 		cfg.MaxRequests = DefaultMaxRequests
 	}
@@ -129,12 +137,13 @@ func New(cfg Config) (*Server, error) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	return &Server{
-		cfg: cfg, verifies: nameless != nil, log: cfg.Logger,
+		cfg: cfg, verifies: nameless != nil, log: slog.New(LimitLog(cfg.Logger.Handler())),
 		memory:    newMemory(cfg.TotalMemory),
 		ctx:       ctx,
 		cancel:    cancel,
 		listeners: map[net.Listener]struct{}{},
 		conns:     map[*conn]struct{}{},
+		owners:    map[string]int{},
 	}, nil
 }
 
@@ -209,29 +218,6 @@ func (s *Server) ServeConn(nc net.Conn, local bool) error {
 	return nil
 }
 
-// admit registers a connection unless there are too many.
-func (s *Server) admit(nc net.Conn, local bool) (*conn, bool) {
-	c := newConn(s, nc, local)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closing {
-		return nil, false
-	}
-	if len(s.conns) >= s.cfg.MaxConnections {
-		s.log.Warn("too many NBD clients; closing a new one", "limit", s.cfg.MaxConnections, "client", c.client.Addr)
-		return nil, false
-	}
-	s.conns[c] = struct{}{}
-	s.done.Add(1)
-	return c, true
-}
-
-func (s *Server) forget(c *conn) {
-	s.mu.Lock()
-	delete(s.conns, c)
-	s.mu.Unlock()
-}
-
 // Connections returns the number of clients connected now.
 func (s *Server) Connections() int {
 	s.mu.Lock()
@@ -239,9 +225,9 @@ func (s *Server) Connections() int {
 	return len(s.conns)
 }
 
-// Shutdown stops accepting clients, answers new requests with ESHUTDOWN, lets
-// requests in flight finish and closes each connection after its last one. If
-// ctx ends first, what is left is cut off and ctx's error returned.
+// Shutdown stops accepting clients and reading requests, answers those in flight
+// and closes each connection after its last one. If ctx ends first, what is left is
+// cut off and ctx's error returned.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.stop()
 	idle := make(chan struct{})

@@ -110,49 +110,6 @@ func TestOutOfOrder(t *testing.T) {
 	}
 }
 
-// At shutdown, requests in flight finish, new ones get ESHUTDOWN, and then the
-// connection is closed.
-func TestShutdown(t *testing.T) {
-	g := newGated(0)
-	srv, path := serve(t, nbdserver.Config{Catalog: single(g)})
-	e := enter(t, dialUnix(t, path), nbdclient.Structured, "disk")
-	idle := enter(t, dialUnix(t, path), nbdclient.Structured, "disk")
-	haggling := negotiate(t, dialUnix(t, path), nbdclient.Structured)
-	slow := make(chan error, 1)
-	got := make([]byte, 512)
-	go func() {
-		_, err := e.ReadAt(ctx(t), got, 0)
-		slow <- err
-	}()
-	<-g.entered
-	stopped := make(chan error, 1)
-	go func() { stopped <- srv.Shutdown(ctx(t)) }()
-	for { // until the server has heard
-		_, err := e.ReadAt(ctx(t), make([]byte, 512), 4096)
-		if errors.Is(err, proto.ESHUTDOWN) {
-			break
-		} else if err != nil {
-			t.Fatal(err)
-		}
-	}
-	if _, err := haggling.Info("disk"); err == nil || !strings.Contains(err.Error(), "SHUTDOWN") {
-		t.Errorf("option at shutdown: %v", err)
-	}
-	if _, err := idle.ReadAt(ctx(t), make([]byte, 512), 4096); err == nil {
-		t.Error("idle connection outlives shutdown")
-	}
-	close(g.open)
-	if err := <-slow; err != nil || !bytes.Equal(got, nbdtest.Image()[:512]) {
-		t.Errorf("request in flight at shutdown: %v", err)
-	}
-	if err := <-stopped; err != nil {
-		t.Errorf("Shutdown: %v", err)
-	}
-	if _, err := net.Dial("unix", path); err == nil {
-		t.Error("server still accepts")
-	}
-}
-
 // A shutdown that is given no time cuts off what hangs.
 func TestShutdownBounded(t *testing.T) {
 	g := newGated(0)

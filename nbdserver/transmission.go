@@ -42,15 +42,8 @@ func (c *conn) transmit() error {
 	}
 	c.log.Debug("client connected", "flags", fmt.Sprintf("%#x", uint16(c.flags)))
 	_ = c.socket.SetReadDeadline(time.Time{})
-	c.deadlines.Lock()
-	c.talking = true
-	if c.closing.Load() {
-		_ = c.socket.SetReadDeadline(time.Unix(1, 0))
-	}
-	c.deadlines.Unlock()
-
-	err := c.readRequests()
-	if !errors.Is(err, errDone) && !errors.Is(err, io.EOF) && !timedOut(err) {
+	err := c.guard(c.readRequests)
+	if !errors.Is(err, errDone) && !errors.Is(err, errClosing) && !errors.Is(err, io.EOF) && !timedOut(err) {
 		c.cancel(err) // what is in flight has nobody to answer to
 	}
 	if c.ahead != nil {
@@ -107,26 +100,34 @@ func (c *conn) readRequests() error {
 // it waits for the client, it sends the replies that are ready.
 func (c *conn) nextHeader(size int) ([]byte, error) {
 	for {
+		if c.closing.Load() {
+			return nil, errClosing
+		}
 		want, stalled := size, false
-		switch have := c.br.Buffered(); {
-		case have >= size:
-		case have > 0: // the rest must not take long
-			c.out.flush()
+		have := c.br.Buffered()
+		if have >= size {
+			return c.br.Peek(size)
+		}
+		c.out.flush()
+		if !c.enterPhase(phaseWaiting) {
+			return nil, errClosing
+		}
+		if have > 0 { // the rest must not take long
 			stalled = true
 			c.setReadDeadline(time.Now().Add(c.srv.cfg.StallTimeout))
-		default:
-			c.out.flush()
+		} else {
 			want = 1
 			if c.srv.cfg.IdleTimeout > 0 {
 				c.setReadDeadline(time.Now().Add(c.srv.cfg.IdleTimeout))
 			}
 		}
 		h, err := c.br.Peek(want)
+		if !c.enterPhase(phaseRequest) {
+			return nil, errClosing
+		}
 		switch {
 		case err == nil && stalled:
 			c.setReadDeadline(time.Time{})
-			return h, nil
-		case err == nil && want == size:
 			return h, nil
 		case err == nil:
 			continue
@@ -134,8 +135,6 @@ func (c *conn) nextHeader(size int) ([]byte, error) {
 			if errors.Is(err, io.EOF) && len(h) > 0 {
 				return nil, io.ErrUnexpectedEOF
 			}
-			return nil, err
-		case c.closing.Load():
 			return nil, err
 		case stalled:
 			return nil, errStalled
@@ -204,14 +203,15 @@ func (c *conn) handle(r *request) error {
 		}
 	}
 	w := *r
+	switch r.cmd {
+	case proto.CmdWrite, proto.CmdTrim, proto.CmdWriteZeroes:
+		return c.dispatchChange(func() { c.work(&w) })
+	}
 	return c.dispatch(func() { c.work(&w) })
 }
 
 // check validates a request against the protocol and the export.
 func (c *conn) check(r *request, payload bool) (proto.Errno, string) {
-	if c.closing.Load() {
-		return proto.ESHUTDOWN, "server is shutting down"
-	}
 	allowed := uint16(0)
 	switch r.cmd {
 	case proto.CmdRead:

@@ -31,14 +31,25 @@ func (c *conn) dispatch(work func()) error {
 	c.workers.Add(1)
 	go func() {
 		defer c.workers.Done()
-		work()
+		_ = c.guard(func() error { work(); return nil })
 		c.out.flush()
 		<-c.slots
-		if c.busy.Add(-1) == 0 {
-			c.settle()
-		}
+		c.busy.Add(-1)
 	}()
 	return nil
+}
+
+// dispatchChange is dispatch for work that changes the export.
+func (c *conn) dispatchChange(work func()) error {
+	return c.dispatch(func() {
+		// Asked here, as the wait for a worker may have been long.
+		ch, ok := c.changes.begin()
+		if !ok {
+			return // nobody waits for the answer
+		}
+		defer c.changes.end(ch)
+		work()
+	})
 }
 
 // work carries out a request that may wait for the export.

@@ -65,8 +65,9 @@ mount -t xfs -o ro,norecovery $dev /mnt
 check
 umount /mnt
 varve detach $dev
-echo "STEP writable ext4, four connections, FLUSH"
-varve attach $rw/k/ext4@latest /dev/nbd4 --connections 4
+echo "STEP writable ext4, one connection, FLUSH"
+! varve attach $rw/k/ext4@latest /dev/nbd4 --connections 4
+varve attach $rw/k/ext4@latest /dev/nbd4
 test "$(blockdev --getro /dev/nbd4)" = 0
 test "$(cat /sys/block/nbd4/queue/write_cache)" = "write back"
 test "$(cat /sys/block/nbd4/queue/fua)" = 1
@@ -77,7 +78,7 @@ new=$(sha256sum /mnt/new | cut -d' ' -f1)
 umount /mnt
 varve detach /dev/nbd4
 echo "STEP writable xfs by ioctl, and what ext4 kept"
-varve attach $rw/k/xfs@latest /dev/nbd5 --ioctl --connections 4 >/tmp/ioctl &
+varve attach $rw/k/xfs@latest /dev/nbd5 --ioctl >/tmp/ioctl &
 while ! grep -q nbd5 /tmp/ioctl; do sleep 0.1; done
 mount -t xfs /dev/nbd5 /mnt
 check

@@ -51,6 +51,7 @@ type Catalog struct {
 	cache *image.Cache
 	opt   Options
 	log   *slog.Logger
+	calls *slog.Logger // for what clients cause
 	want  selection
 
 	refreshing sync.Mutex
@@ -71,6 +72,7 @@ func Open(ctx context.Context, repo *repository.Repository, cache *image.Cache, 
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
+	c.calls = slog.New(nbdserver.LimitLog(c.log.Handler()))
 	if opt.Writable != nil {
 		if err := opt.Writable.check(); err != nil {
 			return nil, err
@@ -219,7 +221,7 @@ func (c *Catalog) Open(ctx context.Context, name string, _ nbdserver.Client) (*n
 	p := l.points[i]
 	e, err := c.acquire(ctx, p, l.names[i])
 	if err != nil {
-		c.log.WarnContext(ctx, "cannot open a recovery point", "export", l.names[i], "err", err)
+		c.calls.WarnContext(ctx, "cannot open a recovery point", "export", l.names[i], "err", err)
 		return nil, err
 	}
 	return &nbdserver.Opened{
