@@ -88,6 +88,10 @@ type Options struct {
 	// VerifyUnchanged is the share of the blocks reported unchanged that is read
 	// and compared with the parent, from 0 to 1.
 	VerifyUnchanged float64
+	// SpotCheckBytes and SpotCheckTime bound that check; 0 for the defaults, below 0 for
+	// no bound.
+	SpotCheckBytes int64
+	SpotCheckTime  time.Duration
 	// Workers read, hash, compress and encrypt; 0 for one and a half per CPU.
 	Workers int
 	// CheckpointEvery bounds the time between checkpoints; 0 for a minute.

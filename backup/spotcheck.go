@@ -1,6 +1,7 @@
 package backup
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -8,6 +9,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/cespare/xxhash/v2"
 	"golang.org/x/sync/errgroup"
@@ -17,9 +19,19 @@ import (
 	"github.com/varve-io/varve/backup/disk"
 )
 
-// minSample is how many blocks the random part of a spot check reads at least:
-// on a small disk a thousandth is nothing.
-const minSample = 32
+// minSampleBytes is how much the random part of a spot check reads at least: on a small
+// disk a thousandth is nothing.
+const minSampleBytes = 64 << 20
+
+// What a spot check reads, and how long it takes, at most, unless Options say otherwise.
+const (
+	DefaultSpotCheckBytes = 1 << 30
+	DefaultSpotCheckTime  = time.Minute
+)
+
+// A spot check has three parts of like size: blocks at random, neighbours of what was
+// reported, and a stripe of the disk.
+const sampleParts = 3
 
 // lieShare is the share of the unchanged blocks that a lie is taken to be about
 // when the probability of detecting it is given.
@@ -36,7 +48,8 @@ func (r *run) spotCheck(ctx context.Context, rep cbt.Report) error {
 	if !rep.Exact || share <= 0 || r.lay.Blocks() == 0 || (r.base == nil && !rep.Allocated) {
 		return nil
 	}
-	share = min(share, 1)
+	most := r.spotCheckBlocks()
+	share = min(share, 1, float64(most)/sampleParts/float64(r.lay.Blocks()))
 	candidates := r.unreported()
 	check := &blocktree.SpotCheck{Candidates: candidates, Stripes: int64(math.Ceil(1 / share))}
 	r.rec.SpotCheck = check
@@ -44,31 +57,62 @@ func (r *run) spotCheck(ctx context.Context, rep cbt.Report) error {
 		check.Probability = 1
 		return nil
 	}
+	if share < min(r.opt.VerifyUnchanged, 1) {
+		check.Limit = "bytes"
+	}
 	check.Stripe = r.rec.Generation % check.Stripes
-	sample, random := r.chooseSample(check, share)
-	r.opt.Progress(Progress{Phase: "spot check", Total: int64(len(sample)) * r.lay.BlockSize})
-	lie, err := r.firstChanged(ctx, sample)
+	sample := r.chooseSample(check, share, max(1, most/sampleParts))
+	r.opt.Progress(Progress{Phase: "spot check", Total: int64(len(sample.blocks)) * r.lay.BlockSize})
+	lie, err := r.firstChanged(ctx, sample, check)
 	if err != nil {
 		return err
 	}
 	if lie >= 0 {
 		return r.mismatch(ctx, rep, lie)
 	}
-	check.Blocks = int64(len(sample))
-	check.Probability = detection(candidates, int64(random))
-	slog.DebugContext(ctx, "spot check passed", "volume", r.opt.Volume.String(),
-		"blocks", check.Blocks, "candidates", candidates, "probability", check.Probability)
+	slog.DebugContext(ctx, "spot check passed", "volume", r.opt.Volume.String(), "blocks", check.Blocks,
+		"candidates", candidates, "probability", check.Probability, "limit", check.Limit)
 	return nil
 }
 
-// firstChanged compares the blocks of a sample and returns the first one that did
-// change, or -1.
-func (r *run) firstChanged(ctx context.Context, sample []int64) (int64, error) {
+// spotCheckBlocks is how many blocks a spot check may read.
+func (r *run) spotCheckBlocks() int64 {
+	most := r.opt.SpotCheckBytes
+	switch {
+	case most == 0:
+		most = DefaultSpotCheckBytes
+	case most < 0:
+		return sampleParts * r.lay.Blocks()
+	}
+	return max(sampleParts, most/r.lay.BlockSize)
+}
+
+// sample is the blocks of a spot check in the order in which they are read: the first ones
+// were drawn at random, in random order, so that what was read of them by some moment is a
+// random sample, too.
+type sample struct {
+	blocks []int64
+	random int
+}
+
+// firstChanged compares the blocks of a sample and returns the first one that did change,
+// or -1. It notes how far it came: time may end it.
+func (r *run) firstChanged(ctx context.Context, s sample, check *blocktree.SpotCheck) (int64, error) {
+	within := ctx
+	if limit := cmp.Or(r.opt.SpotCheckTime, DefaultSpotCheckTime); limit > 0 {
+		var cancel context.CancelFunc
+		within, cancel = context.WithTimeout(ctx, limit)
+		defer cancel()
+	}
 	var mu sync.Mutex
-	lie, done := int64(-1), int64(0)
+	lie, random := int64(-1), int64(0)
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(r.opt.Workers)
-	for _, b := range sample {
+	for i, b := range s.blocks {
+		if within.Err() != nil && ctx.Err() == nil {
+			check.Limit = "time"
+			break
+		}
 		g.Go(func() error {
 			if err := gctx.Err(); err != nil {
 				return err
@@ -82,14 +126,19 @@ func (r *run) firstChanged(ctx context.Context, sample []int64) (int64, error) {
 			if !same && (lie < 0 || b < lie) {
 				lie = b
 			}
-			done++
-			r.opt.Progress(Progress{Phase: "spot check", Done: done * r.lay.BlockSize, Total: int64(len(sample)) * r.lay.BlockSize})
+			if i < s.random {
+				random++
+			}
+			check.Blocks++
+			check.Bytes += r.lay.BlockLen(b)
+			r.opt.Progress(Progress{Phase: "spot check", Done: check.Bytes, Total: int64(len(s.blocks)) * r.lay.BlockSize})
 			return nil
 		})
 	}
 	if err := g.Wait(); err != nil {
 		return -1, err
 	}
+	check.Probability = detection(check.Candidates, random)
 	return lie, nil
 }
 
@@ -117,9 +166,8 @@ func (r *run) unreported() int64 {
 	return n - read
 }
 
-// chooseSample returns the blocks to read, in order, and how many of them were
-// drawn at random.
-func (r *run) chooseSample(check *blocktree.SpotCheck, share float64) (sample []int64, random int) {
+// chooseSample returns the blocks to read. Each part of them has at most most.
+func (r *run) chooseSample(check *blocktree.SpotCheck, share float64, most int64) (s sample) {
 	blocks := r.lay.Blocks()
 	chosen := map[int64]bool{}
 	take := func(b int64) bool {
@@ -127,32 +175,27 @@ func (r *run) chooseSample(check *blocktree.SpotCheck, share float64) (sample []
 			return false
 		}
 		chosen[b] = true
+		s.blocks = append(s.blocks, b)
 		return true
 	}
-	budget := max(minSample, int64(math.Ceil(share*float64(check.Candidates))))
+	budget := min(most, max(minSampleBytes/r.lay.BlockSize, int64(math.Ceil(share*float64(check.Candidates)))))
 
-	// At random first: the other strata must not take from it.
+	// At random first: the other parts must not take from it.
 	rng := rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))
 	want := min(budget, check.Candidates)
-	for tries := int64(0); int64(random) < want && tries < 64*want; tries++ {
-		if take(rng.Int64N(blocks)) {
-			random++
+	for tries := int64(0); int64(len(s.blocks)) < want && tries < 64*want; tries++ {
+		take(rng.Int64N(blocks))
+	}
+	if int64(len(s.blocks)) < want { // few candidates between many reported blocks
+		for b := int64(0); b < blocks && int64(len(s.blocks)) < want; b++ {
+			take(b)
 		}
 	}
-	if int64(random) < want { // few candidates between many reported blocks
-		for b := int64(0); b < blocks && int64(random) < want; b++ {
-			if take(b) {
-				random++
-			}
-		}
-	}
+	s.random = len(s.blocks)
+	rng.Shuffle(s.random, func(i, j int) { s.blocks[i], s.blocks[j] = s.blocks[j], s.blocks[i] })
 
 	take(blocks - 1) // the tail
 	take(blocks - 2)
-	first, end := check.Stripe*blocks/check.Stripes, (check.Stripe+1)*blocks/check.Stripes
-	for b := first; b < end; b++ {
-		take(b)
-	}
 	for b, n := r.work.read.next(0), int64(0); b < blocks && n < budget; b = r.work.read.next(b) {
 		if take(b - 1) {
 			n++
@@ -164,11 +207,12 @@ func (r *run) chooseSample(check *blocktree.SpotCheck, share float64) (sample []
 			n++
 		}
 	}
-	for b := range chosen {
-		sample = append(sample, b)
+	first, end := check.Stripe*blocks/check.Stripes, (check.Stripe+1)*blocks/check.Stripes
+	for b := first; b < end; b++ {
+		take(b)
 	}
-	slices.Sort(sample)
-	return sample, random
+	slices.Sort(s.blocks[s.random:])
+	return s
 }
 
 // isUnchanged reads block b of the disk and compares it with what the new point

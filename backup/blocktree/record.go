@@ -130,11 +130,13 @@ type Fallback struct {
 
 // SpotCheck tells how far the source of changed blocks was tested.
 type SpotCheck struct {
-	Blocks      int64   `json:"blocks"`      // reported unchanged, read and compared
-	Candidates  int64   `json:"candidates"`  // blocks reported unchanged
-	Probability float64 `json:"probability"` // of detecting a lie about one block in a thousand of them
-	Stripe      int64   `json:"stripe"`      // which stripe of the rotation was read
-	Stripes     int64   `json:"stripes"`     // how many runs cover the whole disk
+	Blocks      int64   `json:"blocks"`          // reported unchanged, read and compared
+	Bytes       int64   `json:"bytes,omitempty"` // of those
+	Candidates  int64   `json:"candidates"`      // blocks reported unchanged
+	Probability float64 `json:"probability"`     // of detecting a lie about one block in a thousand of them
+	Stripe      int64   `json:"stripe"`          // which stripe of the rotation was read
+	Stripes     int64   `json:"stripes"`         // how many runs cover the whole disk
+	Limit       string  `json:"limit,omitempty"` // what kept the sample below the share that was asked for: bytes or time
 }
 
 // OpenRoot tells how to open the point's tree.

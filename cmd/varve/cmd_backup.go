@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"time"
 
@@ -25,6 +27,8 @@ type backupFlags struct {
 	blockSize                       byteSize
 	onReadError, onMismatch         string
 	verifyUnchanged                 string
+	spotCheckLimit                  byteSize
+	spotCheckTime                   time.Duration
 	workers                         int
 	checkpoint                      time.Duration
 }
@@ -65,6 +69,9 @@ the next one goes on from the last checkpoint.`,
 	fl.StringVar(&f.onReadError, "on-read-error", "fail", "what to do with bytes that cannot be read: fail, or zero and record them")
 	fl.StringVar(&f.onMismatch, "on-mismatch", "fail", "what to do when the extents left out a change: fail, or full (compare the whole disk)")
 	fl.StringVar(&f.verifyUnchanged, "verify-unchanged", "0.1%", "share of the blocks reported unchanged to read and compare")
+	f.spotCheckLimit = backup.DefaultSpotCheckBytes
+	fl.Var(&f.spotCheckLimit, "spot-check-limit", "read at most this much for --verify-unchanged; 0 for no limit")
+	fl.DurationVar(&f.spotCheckTime, "spot-check-time", backup.DefaultSpotCheckTime, "read at most this long for --verify-unchanged; 0 for no limit")
 	fl.StringVar(&f.handle, "volume-handle", "", "what the storage calls the volume; a parent of another one is refused")
 	fl.IntVar(&f.workers, "workers", 0, "blocks processed at once (default by the number of CPUs)")
 	fl.DurationVar(&f.checkpoint, "checkpoint-every", time.Minute, "at most this much time between checkpoints")
@@ -149,6 +156,23 @@ func (a *app) backup(ctx context.Context, path string, f backupFlags) (err error
 	return nil
 }
 
+// describeSpotCheck says what a spot check read, and what its result is worth.
+func describeSpotCheck(t *table, c *blocktree.SpotCheck) string {
+	limit := ""
+	switch c.Limit {
+	case "bytes":
+		limit = ", as much as --spot-check-limit allows"
+	case "time":
+		limit = ", as much as --spot-check-time allows"
+	}
+	if c.Blocks == c.Candidates {
+		return fmt.Sprintf("spot check: all %d blocks (%s) that were not listed as changed are unchanged", c.Blocks, t.bytes(c.Bytes))
+	}
+	return fmt.Sprintf("spot check: %d of %d blocks that were not listed as changed were read (%s%s) and are unchanged; "+
+		"if 1 in 1000 had changed, that would have been noticed with a probability of %.0f %%",
+		c.Blocks, c.Candidates, t.bytes(c.Bytes), limit, math.Floor(100*c.Probability))
+}
+
 // extentsSource is the list of extents in the form that the flags name or the list has.
 func (f backupFlags) extentsSource(list io.Reader) (cbt.Source, error) {
 	tool := cbt.ExtentsTool(f.extentsFormat)
@@ -184,6 +208,7 @@ func isRegular(path string) bool {
 func (a *app) backupOptions(f backupFlags) (backup.Options, error) {
 	opt := backup.Options{
 		Full: f.full, Parent: f.parent, VolumeHandle: f.handle, Workers: f.workers, BlockSize: int64(f.blockSize),
+		SpotCheckBytes: cmp.Or(int64(f.spotCheckLimit), -1), SpotCheckTime: cmp.Or(f.spotCheckTime, -1),
 		CheckpointEvery: f.checkpoint, ToolVersion: readVersion().Version,
 	}
 	var err error
@@ -225,8 +250,7 @@ func (a *app) printBackup(p *backup.Point, rec *blocktree.Record) error {
 		t.line("  read %s, changed %s, uploaded %s in %s",
 			t.bytes(st.Read), t.bytes(st.Changed), t.bytes(st.Uploaded), st.Duration.Round(time.Millisecond))
 		if c := rec.SpotCheck; c != nil && c.Blocks > 0 {
-			t.line("  spot check: %d of %d blocks reported unchanged were read and are; a lie about one in a thousand is found with probability %.1f %%; stripe %d of %d",
-				c.Blocks, c.Candidates, 100*c.Probability, c.Stripe+1, c.Stripes)
+			t.line("  %s", describeSpotCheck(t, c))
 		}
 		for _, f := range rec.Fallbacks {
 			t.line("  changed blocks from %s instead of %s: %s", f.To, f.From, f.Reason)
