@@ -248,3 +248,31 @@ func FuzzParseSettings(f *testing.F) {
 		}
 	})
 }
+
+// TestPasswordIsTheSameWhicheverWay gives one secret with a line end, and with a byte order
+// mark, in each way: all of them open what one of them created.
+func TestPasswordIsTheSameWhicheverWay(t *testing.T) {
+	for name, text := range map[string]string{"line end": "abc\n", "CRLF": "abc\r\n", "byte order mark": "\xef\xbb\xbfabc"} {
+		t.Run(name, func(t *testing.T) {
+			env := newTestEnv(t)
+			file := filepath.Join(env["HOME"], "secret")
+			if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			env["VARVE_PASSWORD"] = text
+			mustRun(t, env, "repo", "create", "filesystem", "--path", filepath.Join(env["HOME"], "repo"))
+			mustRun(t, env, "list")
+			env["VARVE_PASSWORD"] = "abc"
+			mustRun(t, env, "list")
+			delete(env, "VARVE_PASSWORD")
+			mustRun(t, env, "list", "--password-file", file)
+			mustRun(t, env, "list", "--password-command", "cat "+file)
+		})
+	}
+	env := newTestEnv(t)
+	env["VARVE_PASSWORD"] = "two\nlines"
+	r := runVarve(t, env, "repo", "create", "filesystem", "--path", filepath.Join(env["HOME"], "repo"))
+	if r.code == exitOK || !strings.Contains(r.stderr, "$VARVE_PASSWORD holds more than one line") || strings.Contains(r.stderr, "two") {
+		t.Errorf("a password of two lines: exit %d: %s", r.code, r.stderr)
+	}
+}

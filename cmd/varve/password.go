@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -13,6 +12,8 @@ import (
 
 	"github.com/spf13/pflag"
 	"golang.org/x/term"
+
+	"github.com/varve-io/varve/internal/secret"
 )
 
 // passwordPurpose tells which password is asked for, and how.
@@ -45,9 +46,6 @@ func (p passwordPurpose) ways() string {
 	return fmt.Sprintf("give --%[1]spassword-file, --%[1]spassword-command or $%[2]s, or type it on a terminal", p.prefix, environmentOf("", p.prefix+"password"))
 }
 
-// maxPassword bounds what is read as a password.
-const maxPassword = 64 << 10
-
 // addPasswordFlags adds the two ways to name a password on the command line;
 // the password itself is never there.
 func addPasswordFlags(f *pflag.FlagSet, prefix string, file, command *string) {
@@ -75,9 +73,10 @@ func (a *app) password(ctx context.Context, purpose passwordPurpose) (string, er
 	fileName, commandName := purpose.prefix+"password-file", purpose.prefix+"password-command"
 	if file == "" && command == "" {
 		if p, ok := a.lookupEnv(environmentOf("", purpose.prefix+"password")); ok {
-			if p == "" {
+			p, err := secret.Line([]byte(p))
+			if err != nil {
 				name := environmentOf("", purpose.prefix+"password")
-				return "", purpose.noPassword(fmt.Errorf("$%s is empty", name), "set it to the password, or unset it and give another way to it")
+				return "", purpose.noPassword(fmt.Errorf("$%s %w", name, err), "set it to the password, or unset it and give another way to it")
 			}
 			return p, nil
 		}
@@ -119,29 +118,15 @@ func readSecretFile(file string) (string, error) {
 		return "", err
 	}
 	defer f.Close()
-	p, err := io.ReadAll(io.LimitReader(f, maxPassword+1))
+	p, err := io.ReadAll(io.LimitReader(f, secret.Max+1))
 	if err != nil {
 		return "", err
 	}
-	s, err := oneLine(p)
+	s, err := secret.Line(p)
 	if err != nil {
 		return "", fmt.Errorf("%s %w", file, err)
 	}
 	return s, nil
-}
-
-func oneLine(p []byte) (string, error) {
-	if len(p) > maxPassword {
-		return "", fmt.Errorf("is longer than %d bytes", maxPassword)
-	}
-	p = bytes.TrimSuffix(bytes.TrimSuffix(p, []byte("\n")), []byte("\r"))
-	if len(p) == 0 {
-		return "", errors.New("is empty")
-	}
-	if bytes.ContainsAny(p, "\n\x00") {
-		return "", errors.New("holds more than one line")
-	}
-	return string(p), nil
 }
 
 func (a *app) passwordFromCommand(ctx context.Context, command string, purpose passwordPurpose) (string, error) {
@@ -159,7 +144,7 @@ func (a *app) passwordFromCommand(ctx context.Context, command string, purpose p
 		}
 		return "", purpose.noPassword(fmt.Errorf("the password command failed: %w", err), "run it by itself (sh -c) to see why; it has to print the password and end with 0")
 	}
-	s, err := oneLine(p)
+	s, err := secret.Line(p)
 	if err != nil {
 		return "", purpose.noPassword(fmt.Errorf("what the password command printed %w", err), "it has to print the password, as one line, to standard output")
 	}
@@ -180,19 +165,20 @@ func (a *app) passwordFromTerminal(purpose passwordPurpose) (string, error) {
 		}
 		return string(p), nil
 	}
-	p, err := ask(purpose.prompt)
+	typed, err := ask(purpose.prompt)
 	if err != nil {
 		return "", err
 	}
-	if p == "" {
-		return "", purpose.noPassword(errors.New("nothing was typed"), purpose.ways())
+	p, err := secret.Line([]byte(typed))
+	if err != nil {
+		return "", purpose.noPassword(fmt.Errorf("what was typed %w", err), purpose.ways())
 	}
 	if purpose.confirm {
 		again, err := ask("The same again: ")
 		if err != nil {
 			return "", err
 		}
-		if again != p {
+		if again != typed {
 			return "", usagef("the two passwords differ")
 		}
 	}

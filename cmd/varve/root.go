@@ -60,7 +60,7 @@ type app struct {
 	}
 
 	settings *settings         // the settings file, once read
-	secrets  []*secret         // what storages keep secret (secrets.go)
+	secrets  []*secretSetting  // what storages keep secret (secrets.go)
 	log      *slog.Logger      // to stderr
 	progress *progress.Display // to stderr
 	started  bool              // a command's own code ran: errors are no longer about usage

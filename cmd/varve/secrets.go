@@ -2,12 +2,14 @@ package main
 
 import (
 	"github.com/spf13/cobra"
+
+	"github.com/varve-io/varve/internal/secret"
 )
 
-// secret is a setting that must not stand on a command line, where every user
+// secretSetting is a setting that must not stand on a command line, where every user
 // of the machine could read it: it is taken from --<name>-file, from the
 // environment, or from the settings file.
-type secret struct {
+type secretSetting struct {
 	section, name string
 	also          []string // further variables, as the storage's own tools name them
 	file          string   // --<name>-file
@@ -16,8 +18,8 @@ type secret struct {
 
 // addSecret adds a secret of a section of settings to a command, which must
 // call a.readSecrets before it uses into.
-func (a *app) addSecret(cmd *cobra.Command, into *string, section, name, usage string, also ...string) *secret {
-	s := &secret{section: section, name: name, also: also, into: into}
+func (a *app) addSecret(cmd *cobra.Command, into *string, section, name, usage string, also ...string) *secretSetting {
+	s := &secretSetting{section: section, name: name, also: also, into: into}
 	also = append([]string{environmentOf(section, name)}, also...)
 	usage = "file that holds " + usage + " (or the value itself in"
 	for i, v := range also {
@@ -33,7 +35,7 @@ func (a *app) addSecret(cmd *cobra.Command, into *string, section, name, usage s
 }
 
 // readSecrets fills in the secrets given.
-func (a *app) readSecrets(secrets []*secret) error {
+func (a *app) readSecrets(secrets []*secretSetting) error {
 	for _, s := range secrets {
 		if s.file != "" {
 			v, err := readSecretFile(s.file)
@@ -43,20 +45,27 @@ func (a *app) readSecrets(secrets []*secret) error {
 			*s.into = v
 			continue
 		}
+		value, from := "", ""
 		if v, ok := a.lookupEnv(environmentOf(s.section, s.name)); ok {
-			*s.into = v
-			continue
-		}
-		if v := a.settings.sections[s.section][s.name]; len(v) == 1 {
-			*s.into = v[0]
-			continue
-		}
-		for _, name := range s.also {
-			if v, ok := a.lookupEnv(name); ok && v != "" {
-				*s.into = v
-				break
+			value, from = v, "$"+environmentOf(s.section, s.name)
+		} else if v := a.settings.sections[s.section][s.name]; len(v) == 1 {
+			value, from = v[0], "the setting "+s.name
+		} else {
+			for _, name := range s.also {
+				if v, ok := a.lookupEnv(name); ok && v != "" {
+					value, from = v, "$"+name
+					break
+				}
 			}
 		}
+		if value == "" {
+			continue
+		}
+		line, err := secret.Line([]byte(value))
+		if err != nil {
+			return usagef("%s %w", from, err)
+		}
+		*s.into = line
 	}
 	return nil
 }

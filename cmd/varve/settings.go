@@ -156,7 +156,7 @@ func (s *settings) lookup(section, name string) ([]string, bool) {
 
 // check refuses names that no command knows: a typing error must not silently
 // leave a default in force.
-func (s *settings) check(root *cobra.Command, secrets []*secret) error {
+func (s *settings) check(root *cobra.Command, secrets []*secretSetting) error {
 	known := map[string][]string{}
 	var walk func(c *cobra.Command)
 	walk = func(c *cobra.Command) {

@@ -65,7 +65,7 @@ func s3Flags(a *app, cmd *cobra.Command) func() (repository.Storage, error) {
 	f.BoolVar(&s.DisableTLSVerification, "disable-tls-verification", false, "accept any certificate")
 	f.StringVar(&rootCA, "root-ca-file", "", "PEM file of the authorities to trust instead of the machine's")
 	f.StringVar(&pointInTime, "point-in-time", "", "see a versioned bucket as it was then, read-only (RFC 3339)")
-	secrets := []*secret{
+	secrets := []*secretSetting{
 		a.addSecret(cmd, &s.SecretAccessKey, "s3", "secret-access-key", "the secret access key"),
 		a.addSecret(cmd, &s.SessionToken, "s3", "session-token", "the session token"),
 	}
@@ -113,7 +113,7 @@ func gcsFlags(a *app, cmd *cobra.Command) func() (repository.Storage, error) {
 	f.StringVar(&s.Prefix, "prefix", "", "put before the name of every object")
 	f.StringVar(&s.CredentialsFile, "credentials-file", "", "JSON file of a service account (default the machine's own credentials)")
 	f.BoolVar(&embed, "embed-credentials", false, "keep the credentials in the configuration file")
-	secrets := []*secret{a.addSecret(cmd, &credentials, "gcs", "credentials-json", "the service account's JSON on one line")}
+	secrets := []*secretSetting{a.addSecret(cmd, &credentials, "gcs", "credentials-json", "the service account's JSON on one line")}
 	require(cmd, "bucket")
 	return func() (repository.Storage, error) {
 		if err := a.readSecrets(secrets); err != nil {
@@ -148,7 +148,7 @@ func azureFlags(a *app, cmd *cobra.Command) func() (repository.Storage, error) {
 	f.StringVar(&certificate, "client-certificate-file", "", "PEM file of the service principal's certificate and key")
 	f.StringVar(&s.FederatedTokenFile, "federated-token-file", "", "file of a federated token")
 	f.BoolVar(&s.DisableTLS, "disable-tls", false, "use plain HTTP")
-	secrets := []*secret{
+	secrets := []*secretSetting{
 		a.addSecret(cmd, &s.AccountKey, "azure", "account-key", "the account key", "AZURE_STORAGE_KEY"),
 		a.addSecret(cmd, &s.SASToken, "azure", "sas-token", "a SAS token", "AZURE_STORAGE_SAS_TOKEN"),
 		a.addSecret(cmd, &s.ClientSecret, "azure", "client-secret", "the service principal's secret", "AZURE_CLIENT_SECRET"),
@@ -172,7 +172,7 @@ func b2Flags(a *app, cmd *cobra.Command) func() (repository.Storage, error) {
 	f.StringVar(&s.Bucket, "bucket", "", "bucket, which must exist")
 	f.StringVar(&s.Prefix, "prefix", "", "put before the name of every file")
 	f.StringVar(&s.KeyID, "key-id", "", "application key ID")
-	secrets := []*secret{a.addSecret(cmd, &s.Key, "b2", "key", "the application key", "B2_KEY")}
+	secrets := []*secretSetting{a.addSecret(cmd, &s.Key, "b2", "key", "the application key", "B2_KEY")}
 	require(cmd, "bucket")
 	return func() (repository.Storage, error) { return s, a.readSecrets(secrets) }
 }
@@ -191,7 +191,7 @@ func sftpFlags(a *app, cmd *cobra.Command) func() (repository.Storage, error) {
 	f.BoolVar(&s.ExternalSSH, "external-ssh", false, "run ssh, with your own SSH configuration and agent")
 	f.StringVar(&s.SSHCommand, "ssh-command", "ssh", "program to run with --external-ssh")
 	f.StringVar(&s.SSHArguments, "ssh-args", "", "further arguments for it")
-	secrets := []*secret{a.addSecret(cmd, &s.Password, "sftp", "sftp-password", "the password on the SSH server")}
+	secrets := []*secretSetting{a.addSecret(cmd, &s.Password, "sftp", "sftp-password", "the password on the SSH server")}
 	require(cmd, "host", "user", "path")
 	return func() (repository.Storage, error) {
 		if err := a.readSecrets(secrets); err != nil {
@@ -236,7 +236,7 @@ func webdavFlags(a *app, cmd *cobra.Command) func() (repository.Storage, error) 
 	f.StringVar(&s.User, "user", "", "user on the WebDAV server")
 	f.StringVar(&s.Fingerprint, "fingerprint", "", "SHA-256 of the server's certificate, to trust it alone")
 	f.BoolVar(&s.AtomicWrites, "atomic-writes", false, "a failed upload leaves nothing on this server")
-	secrets := []*secret{a.addSecret(cmd, &s.Password, "webdav", "webdav-password", "the password on the WebDAV server")}
+	secrets := []*secretSetting{a.addSecret(cmd, &s.Password, "webdav", "webdav-password", "the password on the WebDAV server")}
 	require(cmd, "url")
 	return func() (repository.Storage, error) { return s, a.readSecrets(secrets) }
 }

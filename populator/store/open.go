@@ -40,6 +40,9 @@ func (s *Stores) Credentials(ctx context.Context, st *Store) (Credentials, error
 		return nil, fmt.Errorf("read Secret %s: %w", key, err)
 	}
 	c := Credentials(secret.Data)
+	if err := c.Check(); err != nil {
+		return nil, err
+	}
 	if c.Password() == "" {
 		return nil, fmt.Errorf("%w: Secret %s has no key %s, the repository's password", ErrCredentials, key, KeyPassword)
 	}

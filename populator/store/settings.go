@@ -1,6 +1,7 @@
 package store
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -8,6 +9,7 @@ import (
 
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/secret"
 )
 
 // Keys of a store's Secret. Each storage says in its documentation which it reads.
@@ -47,8 +49,33 @@ func (c Credentials) String() string { return fmt.Sprintf("%d credentials", len(
 // GoString keeps the values out of logs.
 func (c Credentials) GoString() string { return c.String() }
 
-// text of a key; editors like to add a line end, which no credential has.
-func (c Credentials) text(key string) string { return strings.TrimRight(string(c[key]), "\r\n") }
+// text of a key. Check has refused what is no secret of one line; a key that is not there
+// is empty.
+func (c Credentials) text(key string) string {
+	line, err := secret.Line(c[key])
+	if err != nil {
+		return ""
+	}
+
+	return line
+}
+
+// lines are the keys whose values are one line; the others are files.
+var lines = []string{
+	KeyPassword, keyAccessKeyID, keySecretAccessKey, keySessionToken, keyAccountKey, keySASToken, keyClientSecret,
+	keyB2KeyID, keyB2Key, keyUser, keyStoragePassword,
+}
+
+// Check refuses values that are not one line, by key.
+func (c Credentials) Check() error {
+	for _, key := range lines {
+		if _, err := secret.Line(c[key]); err != nil && !errors.Is(err, secret.ErrEmpty) {
+			return fmt.Errorf("%w: key %s of the Secret %w", ErrCredentials, key, err)
+		}
+	}
+
+	return nil
+}
 
 // Password of the repository.
 func (c Credentials) Password() string { return c.text(KeyPassword) }
@@ -72,7 +99,7 @@ func ReadCredentials(dir string) (Credentials, error) {
 		c[e.Name()] = p
 	}
 
-	return c, nil
+	return c, c.Check()
 }
 
 // Settings is what it takes to open a store, beside the credentials. It goes to movers as
