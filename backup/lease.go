@@ -164,16 +164,31 @@ func (l *Lease) giveWay(ctx context.Context, record string) error {
 	return nil
 }
 
-// write puts the lease's record in place of the one before.
+// write puts the lease's record in place of the one before. How far the storage's clock is
+// ahead may turn out with the first write only: then the lease is written once more.
 func (l *Lease) write(ctx context.Context) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	ahead := max(l.repo.StorageAhead(), 0)
+	if err := l.writeDated(ctx, ahead); err != nil {
+		return err
+	}
+	if now := max(l.repo.StorageAhead(), 0); now != ahead {
+		return l.writeDated(ctx, now)
+	}
+	return nil
+}
+
+// writeDated writes the lease as it runs by a clock that is so far ahead of this machine's:
+// one that is days behind would date a lease that others take for expired. The caller
+// holds l.mu.
+func (l *Lease) writeDated(ctx context.Context, ahead time.Duration) error {
 	w, err := l.repo.NewWriter(ctx, "varve lease")
 	if err != nil {
 		return err
 	}
 	defer w.Close()
-	l.info.Expires = l.repo.Now().UTC().Add(leaseTime)
+	l.info.Expires = l.repo.Now().UTC().Add(ahead + leaseTime)
 	id, err := w.PutRecord(ctx, leaseKind, map[string]string{pointLabel: l.info.Point}, l.info)
 	if err != nil {
 		return err

@@ -403,6 +403,38 @@ func TestLeaseHoldsPoint(t *testing.T) {
 }
 
 // Storage that does not answer any more keeps nobody from ending: the lease runs out by itself.
+// TestLeaseOfAClockThatIsBehind: a reader whose clock is two days behind holds the point by
+// everybody else's clock, too.
+func TestLeaseOfAClockThatIsBehind(t *testing.T) {
+	r, conf := newRepo(t)
+	p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: make([]byte, 100_000)}})
+	behind := openWith(t, repository.OpenOptions{
+		ConfigFile: conf, Password: "secret", Now: func() time.Time { return time.Now().Add(-48 * time.Hour) },
+	})
+	lease, err := AcquireLease(t.Context(), behind, p, "a test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lease.Close(t.Context())
+	if ahead := behind.StorageAhead(); ahead < 47*time.Hour || ahead > 49*time.Hour {
+		t.Errorf("the storage's clock is ahead by %v", ahead)
+	}
+	if r.StorageAhead() != 0 {
+		t.Errorf("a right clock is %v behind", r.StorageAhead())
+	}
+	if err := r.Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	held, err := leasesOn(t.Context(), r, p.ID)
+	if err != nil || len(held) != 1 {
+		t.Fatalf("%d leases, %v", len(held), err)
+	}
+	held[0].Host = "another" // of which only time tells
+	if left := time.Until(held[0].Expires); left < leaseTime/2 || held[0].over(time.Now()) {
+		t.Errorf("the lease expires in %v", left)
+	}
+}
+
 func TestLeaseIsGivenUp(t *testing.T) {
 	conf, f := repotest.New(t).ConnectFaulty(t)
 	open := func() *repository.Repository {

@@ -155,7 +155,11 @@ func (c *connection) tryUnfinished(ctx context.Context, opt ConnectOptions) (*Re
 // openKopia opens the Kopia repository, whoever made it. The storage keeps ctx.
 func openKopia(ctx context.Context, lc *repo.LocalConfig, opt OpenOptions, side sideFile) (*Repository, error) {
 	r := &Repository{place: placeOf(lc), cluster: side.Cluster, release: func() {}, grace: cmp.Or(opt.Grace, DefaultGrace)}
-	rep, err := repo.Open(logging.WithLogger(ctx, kopiaLog(opt.Log)), opt.ConfigFile, opt.Password, &repo.Options{
+	r.clocks.now = time.Now
+	if opt.Now != nil {
+		r.clocks.now = opt.Now
+	}
+	rep, err := repo.Open(logging.WithLogger(withClocks(ctx, &r.clocks), kopiaLog(opt.Log)), opt.ConfigFile, opt.Password, &repo.Options{
 		DoNotWaitForUpgrade:  true,
 		DisableRepositoryLog: true,
 		TimeNowFunc:          opt.Now,

@@ -66,7 +66,8 @@ type Repository struct {
 	fatalMu sync.Mutex
 	fatal   error
 
-	zero zeroIDs
+	zero   zeroIDs
+	clocks clocks
 }
 
 // ParseObjectID parses the textual form of an object ID.

@@ -50,11 +50,14 @@ func watch(ctx context.Context, open func() (blob.Storage, error)) (blob.Storage
 	if err != nil {
 		return nil, err
 	}
-	return &watched{st}, nil
+	return &watched{st, clocksOf(ctx)}, nil
 }
 
 // watched is a storage that tells of its calls.
-type watched struct{ blob.Storage }
+type watched struct {
+	blob.Storage
+	clocks *clocks // nil while a repository is created
+}
 
 // isAnswer distinguishes an answer from a failure.
 func isAnswer(err error) bool { return err == nil || errors.Is(err, blob.ErrBlobNotFound) }
@@ -112,7 +115,9 @@ func (w *watched) GetCapacity(ctx context.Context) (c blob.Capacity, err error) 
 // PutBlob is heard when it is done: what is written while a repository is opened
 // or created is small.
 func (w *watched) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opt blob.PutOptions) error {
-	return w.call(ctx, func() error { return w.Storage.PutBlob(ctx, id, data, opt) })
+	return w.call(ctx, func() error {
+		return w.clocks.put(ctx, opt, func(opt blob.PutOptions) error { return w.Storage.PutBlob(ctx, id, data, opt) })
+	})
 }
 
 func (w *watched) DeleteBlob(ctx context.Context, id blob.ID) error {
