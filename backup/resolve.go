@@ -22,6 +22,8 @@ var (
 type Names struct {
 	Catalog *Catalog
 	Cluster string // this one
+	// Now is what @yesterday and @2h are reckoned from; zero is the time of the call.
+	Now time.Time
 	// Fallback, if set, is called when a name without a cluster means a volume
 	// of another cluster.
 	Fallback func(name string, v Volume)
@@ -31,7 +33,8 @@ type Names struct {
 const minIDPrefix = 4
 
 // Read finds the point that a name means to a command that only reads:
-// namespace/name@latest, @latest~N, @TIME (UTC; any prefix of a point's own time,
+// namespace/name@latest, @latest~N, @today, @yesterday and @2h (the newest one that is not
+// younger; m, h, d, w), @TIME (UTC; any prefix of a point's own time,
 // such as 2026-11-20 or 2026-11-20T10:00), @ID or an ID prefix alone. A cluster
 // may stand before all of them: prod:shop/db@latest, prod:1f0c. The error wraps
 // ErrNoSuchPoint or ErrAmbiguous and says what there is.
@@ -57,7 +60,11 @@ func (n Names) resolve(name string, reading bool) (*Point, error) {
 	if err != nil {
 		return nil, err
 	}
-	return among(points, name, vol, sel)
+	now := n.Now
+	if now.IsZero() {
+		now = time.Now()
+	}
+	return among(points, name, vol, sel, now)
 }
 
 // question is one name to be resolved.
@@ -231,9 +238,12 @@ func cutLastAt(s string) (before, after string, ok bool) {
 
 // among finds the point of one volume, oldest first, that is meant by what
 // stands behind the '@'.
-func among(points []*Point, name, vol, sel string) (*Point, error) {
+func among(points []*Point, name, vol, sel string, now time.Time) (*Point, error) {
 	if p, ok, err := byAge(name, sel, points); ok || err != nil {
 		return p, err
+	}
+	if before, ok := asOf(sel, now); ok {
+		return newestBefore(points, name, vol, before)
 	}
 	var found []*Point
 	for _, p := range points {
@@ -253,7 +263,8 @@ func among(points []*Point, name, vol, sel string) (*Point, error) {
 		return found[0], nil
 	case 0:
 		oldest, newest := points[0], points[len(points)-1]
-		return nil, fmt.Errorf("%w: %q: %s has %d, from %s to %s", ErrNoSuchPoint, name, vol, len(points), timeText(oldest.Time), timeText(newest.Time))
+		return nil, fmt.Errorf("%w: %q: %s has %d, from %s to %s; say @latest, @latest~1, @yesterday, @2h, a time in UTC such as @2026-11-20T10:00 or its beginning, or an ID",
+			ErrNoSuchPoint, name, vol, len(points), timeText(oldest.Time), timeText(newest.Time))
 	default:
 		return nil, ambiguous(name, found)
 	}
@@ -280,6 +291,41 @@ func byAge(name, sel string, points []*Point) (p *Point, ok bool, err error) {
 	return points[len(points)-1-back], true, nil
 }
 
+// asOf reads a time that is told by its distance from now: today, yesterday, or an age such
+// as 90m, 2h, 3d or 1w. It means the newest point that was made before it.
+func asOf(sel string, now time.Time) (before time.Time, ok bool) {
+	midnight := now.UTC().Truncate(24 * time.Hour)
+	switch sel {
+	case "today":
+		return midnight.Add(24 * time.Hour), true
+	case "yesterday":
+		return midnight, true
+	}
+	if len(sel) < 2 {
+		return time.Time{}, false
+	}
+	units := map[byte]time.Duration{'m': time.Minute, 'h': time.Hour, 'd': 24 * time.Hour, 'w': 7 * 24 * time.Hour}
+	unit, ok := units[sel[len(sel)-1]]
+	if !ok {
+		return time.Time{}, false
+	}
+	n, err := strconv.ParseUint(sel[:len(sel)-1], 10, 16)
+	if err != nil {
+		return time.Time{}, false
+	}
+	return now.Add(-time.Duration(n) * unit), true
+}
+
+func newestBefore(points []*Point, name, vol string, before time.Time) (*Point, error) {
+	for _, p := range slices.Backward(points) {
+		if p.Time.Before(before) {
+			return p, nil
+		}
+	}
+	return nil, fmt.Errorf("%w: %q: %s has none from before %s, the oldest is of %s",
+		ErrNoSuchPoint, name, vol, timeText(before.Truncate(time.Second)), timeText(points[0].Time))
+}
+
 func matchesTime(p *Point, sel string) bool {
 	if len(sel) < len("2026") || sel[0] < '0' || sel[0] > '9' {
 		return false
@@ -298,14 +344,15 @@ func matchesTime(p *Point, sel string) bool {
 	return false
 }
 
+// ambiguous lists what a name may mean, one a line.
 func ambiguous(name string, found []*Point) error {
-	var lines []string
+	text := fmt.Sprintf("%q may be:", name)
 	for i, p := range found {
 		if i == 10 {
-			lines = append(lines, fmt.Sprintf("and %d more", len(found)-i))
+			text += fmt.Sprintf("\n  and %d more", len(found)-i)
 			break
 		}
-		lines = append(lines, fmt.Sprintf("%s (ID %s)", p.FullName(), p.ShortID()))
+		text += fmt.Sprintf("\n  %s  (ID %s)", p.FullName(), p.ShortID())
 	}
-	return fmt.Errorf("%w: %q may be %s", ErrAmbiguous, name, strings.Join(lines, ", "))
+	return fmt.Errorf("%w: %s\ngive one of these names, or more digits of its ID", ErrAmbiguous, text)
 }

@@ -2,6 +2,7 @@ package backup
 
 import (
 	"errors"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -110,5 +111,38 @@ func TestNamesOfClusters(t *testing.T) {
 	}
 	if _, err := names.Volume("os/shared"); !errors.Is(err, ErrAmbiguous) || !strings.Contains(err.Error(), "alpha:os/shared, gamma:os/shared") {
 		t.Errorf("a volume of two other clusters: %v", err)
+	}
+}
+
+// TestResolveByAge: names that tell a time by its distance from now mean the newest point that is
+// not younger.
+func TestResolveByAge(t *testing.T) {
+	now := time.Date(2026, 11, 20, 10, 0, 0, 0, time.UTC)
+	v := Volume{Namespace: "shop", Name: "db", Cluster: "c"}
+	cat := &Catalog{}
+	for i, at := range []time.Time{now.AddDate(0, 0, -9), now.Add(-30 * time.Hour), now.Add(-11 * time.Hour), now.Add(-3 * time.Hour), now.Add(-time.Minute)} {
+		cat.points = append(cat.points, &Point{ID: strings.Repeat(strconv.Itoa(i), 32), Volume: v, Generation: int64(i + 1), Time: at})
+	}
+	names := Names{Catalog: cat, Cluster: "c", Now: now}
+	for sel, want := range map[string]int64{
+		"today": 5, "yesterday": 3, "2h": 4, "3h": 3, "90m": 4, "0m": 5, "1d": 2, "1w": 1, "latest": 5,
+	} {
+		p, err := names.Read("shop/db@" + sel)
+		if err != nil || p.Generation != want {
+			t.Errorf("@%s: %v, %v; want generation %d", sel, p, err, want)
+		}
+	}
+	for _, sel := range []string{"2w", "99999d", "h", "-2h", "2y", "tomorrow", "20261120", "11/20"} {
+		if p, err := names.Read("shop/db@" + sel); !errors.Is(err, ErrNoSuchPoint) {
+			t.Errorf("@%s: %v, %v; want %v", sel, p, err, ErrNoSuchPoint)
+		}
+	}
+	if _, err := names.Read("shop/db@20261120"); err == nil || !strings.Contains(err.Error(), "@yesterday") || !strings.Contains(err.Error(), "@2026-11-20T10:00") {
+		t.Errorf("the error about a wrong time does not show the forms: %v", err)
+	}
+	cat.points[3].ID, cat.points[4].ID = "abcd"+cat.points[3].ID[4:], "abcd"+cat.points[4].ID[4:]
+	_, err := names.Read("abcd")
+	if !errors.Is(err, ErrAmbiguous) || strings.Count(err.Error(), "\n") != 3 {
+		t.Errorf("ambiguous: %v", err)
 	}
 }

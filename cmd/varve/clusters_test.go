@@ -72,11 +72,11 @@ func TestReadingAnotherClustersPoint(t *testing.T) {
 	if out := mustRun(t, env, "show", "os/both@latest", "-o", "json").stdout; fromJSON[showResult](t, out).Cluster != "beta" {
 		t.Errorf("a name that both clusters have is not this one's: %s", out)
 	}
-	out := mustRun(t, env, "list", "os/root").stdout
-	if !strings.Contains(out, "varve list alpha:os/root") || strings.Contains(out, alphas[0][:8]) {
-		t.Errorf("an empty list does not say where the name exists:\n%s", out)
+	empty := runVarve(t, env, "list", "os/root")
+	if empty.code != exitNotFound || !strings.Contains(empty.stderr, "alpha:os/root") || strings.Contains(empty.stderr, alphas[0][:8]) {
+		t.Errorf("an empty list does not say where the name exists: exit %d:\n%s", empty.code, empty.stderr)
 	}
-	out = mustRun(t, env, "list").stdout
+	out := mustRun(t, env, "list").stdout
 	if strings.Count(out, "alpha:os/root@") != 2 || !strings.Contains(out, "\nos/both@") {
 		t.Errorf("listed:\n%s", out)
 	}

@@ -53,7 +53,19 @@ the next one goes on from the last checkpoint.`,
 		Example: `  varve backup /dev/vdb --volume shop/db
   varve backup disk.img --volume shop/db --full
   my-tracker changes | varve backup /dev/vdb --volume shop/db --extents -`,
-		Args: cobra.ExactArgs(1),
+		Args: func(_ *cobra.Command, args []string) error {
+			switch {
+			case len(args) == 0:
+				return usagef("name the disk to back up: a block device or an image file")
+			case len(args) > 1:
+				return usagef("one disk at a time: got %q and %q", args[0], args[1])
+			case args[0] == "-":
+				return usagef("standard input is not a disk: name a block device or an image file")
+			case f.volume == "":
+				return usagef("name the volume that the disk is a state of: --volume NAMESPACE/NAME")
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error { return a.backup(cmd.Context(), args[0], f) },
 	}
 	fl := cmd.Flags()
@@ -75,7 +87,6 @@ the next one goes on from the last checkpoint.`,
 	fl.StringVar(&f.handle, "volume-handle", "", "what the storage calls the volume; a parent of another one is refused")
 	fl.IntVar(&f.workers, "workers", 0, "blocks processed at once (default by the number of CPUs)")
 	fl.DurationVar(&f.checkpoint, "checkpoint-every", time.Minute, "at most this much time between checkpoints")
-	_ = cmd.MarkFlagRequired("volume")
 	return cmd
 }
 

@@ -64,14 +64,6 @@ func (a *app) list(ctx context.Context, repo *repository.Repository, volume stri
 	for _, p := range cat.Points() {
 		views = append(views, n.view(p))
 	}
-	var elsewhere []string // where the name that has no points does exist
-	if len(views) == 0 && opt.Volume != nil {
-		all, err := backup.List(ctx, repo, backup.ListOptions{})
-		if err != nil {
-			return err
-		}
-		elsewhere = a.names(repo, all).Elsewhere(*opt.Volume)
-	}
 	cluster := a.clusterOf(repo)
 	others := 0 // of Velero or stock Kopia, if nothing else is there
 	if len(views) == 0 && !foreign {
@@ -82,17 +74,18 @@ func (a *app) list(ctx context.Context, repo *repository.Repository, volume stri
 		}
 		others = len(all.Points())
 	}
+	if len(views) == 0 && opt.Volume != nil && others == 0 {
+		all, err := backup.List(ctx, repo, backup.ListOptions{})
+		if err != nil {
+			return err
+		}
+		return a.names(repo, all).NoPoints(*opt.Volume)
+	}
 	return a.print(views, func(t *table) {
 		switch {
 		case len(views) > 0:
 		case others > 0:
 			t.line("No recovery points of Varve, but %s of Velero or Kopia. See: varve list --all", count(others, "disk image", "disk images"))
-			return
-		case opt.Volume != nil:
-			t.line("No recovery points of volume %s. See what there is with: varve list", opt.Volume.FullName())
-			for _, name := range elsewhere {
-				t.line("Another cluster has a volume of that name: varve list %s", name)
-			}
 			return
 		default:
 			t.line("No recovery points. Make one with: varve backup SOURCE --volume NAMESPACE/NAME")

@@ -55,10 +55,7 @@ func TestListAndShow(t *testing.T) {
 	if views := fromJSON[[]pointView](t, mustRun(t, env, "list", "shop/db", "-o", "json").stdout); len(views) != 2 {
 		t.Errorf("listed by argument %+v", views)
 	}
-	if out := mustRun(t, env, "list", "--volume", "shop/none").stdout; !strings.Contains(out, "shop/none") {
-		t.Errorf("a volume without points: %s", out)
-	}
-	for _, args := range [][]string{{"show", "shop/none@latest"}, {"show", "shop/db@latest~7"}, {"show", "shop/db"}} {
+	for _, args := range [][]string{{"list", "--volume", "shop/none"}, {"show", "shop/none@latest"}, {"show", "shop/db@latest~7"}, {"show", "shop/db"}} {
 		if r := runVarve(t, env, args...); r.code != exitNotFound || !strings.Contains(r.stderr, "no such recovery point") {
 			t.Errorf("%v: exit code %d, %s", args, r.code, r.stderr)
 		}

@@ -124,8 +124,16 @@ func exitCode(err error) int {
 	return exitFailure
 }
 
-// message is what a user reads of an error: one line, and nothing that would do harm to a
-// terminal, since names of files in it can be a stranger's.
+// message is what a user reads of an error: one line, or one for each point that a name
+// may mean, and nothing that would do harm to a terminal, since names of files in it can
+// be a stranger's.
 func message(err error) string {
-	return printable(strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; "))
+	lines := strings.Split(strings.TrimSpace(err.Error()), "\n")
+	for i, line := range lines {
+		lines[i] = printable(line)
+	}
+	if errors.Is(err, backup.ErrAmbiguous) {
+		return strings.Join(lines, "\n")
+	}
+	return strings.Join(lines, "; ")
 }

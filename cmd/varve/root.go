@@ -87,6 +87,10 @@ func (a *app) run(ctx context.Context, args []string) int {
 		err = cause
 	}
 	if !a.started {
+		var word string
+		if n, _ := fmt.Sscanf(err.Error(), "unknown command %q for", &word); n == 1 && cmd == root { // cobra's own
+			err = unknownCommand(root, word)
+		}
 		err = &usageError{err}
 	}
 	code := exitCode(err)
@@ -117,11 +121,16 @@ settings file (--from-file, YAML or JSON). Flags win over the environment, the
 environment over the file. Secrets are never flags.`,
 		SilenceUsage:      true,
 		SilenceErrors:     true,
+		Version:           readVersion().Version,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return a.prepare(cmd) },
 	}
 	root.SetIn(a.stdin)
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
+	root.SetVersionTemplate("varve {{.Version}}\n")
+	root.SetFlagErrorFunc(flagError)
+	root.DisableSuggestions = true // cobra's are on lines of their own
+	root.SuggestionsMinimumDistance = 2
 
 	f := root.PersistentFlags()
 	f.StringVar(&a.flags.config, "config", "", "configuration file of the connected repository (default $XDG_CONFIG_HOME/varve/repository.config)")
@@ -193,12 +202,16 @@ func (a *app) instrument(c *cobra.Command) {
 	describeEnvironment(c)
 	if c.HasParent() && !c.Runnable() {
 		// Cobra would print help and succeed, whatever the word after it.
+		c.SuggestionsMinimumDistance = 2
 		c.RunE = func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {
-				return usagef("unknown command %q for %q", args[0], cmd.CommandPath())
+				return unknownCommand(cmd, args[0])
 			}
-			return cmd.Help()
+			return needsCommand(cmd)
 		}
+	}
+	if check := c.Args; check != nil && c.HasParent() {
+		c.Args = func(cmd *cobra.Command, args []string) error { return checkArgs(cmd, check, args) }
 	}
 	if run := c.RunE; run != nil {
 		c.RunE = func(cmd *cobra.Command, args []string) error {

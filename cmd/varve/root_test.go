@@ -32,7 +32,7 @@ func TestUsageErrorsHaveTheirExitCode(t *testing.T) {
 
 // TestGroupsOfCommandsShowTheirHelp has a command that only has others below it.
 func TestGroupsOfCommandsShowTheirHelp(t *testing.T) {
-	if r := mustRun(t, newTestEnv(t), "repo"); !strings.Contains(r.stdout, "change-password") {
+	if r := mustRun(t, newTestEnv(t), "repo", "--help"); !strings.Contains(r.stdout, "change-password") {
 		t.Errorf("help of repo: %q", r.stdout)
 	}
 	if r := mustRun(t, newTestEnv(t), "completion", "bash"); !strings.Contains(r.stdout, "__start_varve") {
