@@ -108,6 +108,11 @@ func (a *app) commit(ctx context.Context, repo *repository.Repository, target st
 	if err != nil {
 		return err
 	}
+	if a.flags.output == "table" {
+		if _, err := fmt.Fprintf(a.stdout, "saved what was written over %s as a new recovery point:\n", saved.Base.Name()); err != nil {
+			return err
+		}
+	}
 	return a.printBackup(p, rec)
 }
 

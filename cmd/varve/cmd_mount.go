@@ -235,7 +235,7 @@ func (a *app) startDaemon(ctx context.Context) error {
 	}
 	defer r.Close()
 	cmd := exec.Command(program, os.Args[1:]...) //nolint:gosec // this program, as it was called
-	cmd.Env = append(os.Environ(), daemonVariable+"=3")
+	cmd.Env = append(append(os.Environ(), a.hidden...), daemonVariable+"=3")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.ExtraFiles = []*os.File{w}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}

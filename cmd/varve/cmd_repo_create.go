@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"strings"
 	"time"
 
@@ -55,7 +56,12 @@ func newRepoCreateStorageCommand(a *app, kind storageKind) *cobra.Command {
 			if err := repository.Create(cmd.Context(), opt); err != nil {
 				return err
 			}
-			return a.printStatus(cmd.Context(), opt.Password)
+			if err := a.printStatus(cmd.Context(), opt.Password); err != nil || a.flags.output != "table" {
+				return err
+			}
+			_, err = fmt.Fprint(a.stdout, "\nThe repository is created, and this machine is connected to it. Keep the password: without it nothing\n"+
+				"in the repository can be read. Next: varve backup SOURCE --volume NAMESPACE/NAME\n")
+			return err
 		},
 	}
 	readStore = kind.flags(a, cmd)

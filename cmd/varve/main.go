@@ -11,7 +11,9 @@ import (
 
 func main() {
 	ctx, stop := interruptible(context.Background())
-	code := newApp().run(ctx, os.Args[1:])
+	a := newApp()
+	a.hideSecrets()
+	code := a.run(ctx, os.Args[1:])
 	stop()
 	os.Exit(code)
 }

@@ -44,6 +44,7 @@ type app struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
 	lookupEnv      func(string) (string, bool)
+	hidden         []string // variables with secrets, which no child gets by itself
 
 	flags struct {
 		config                              string
