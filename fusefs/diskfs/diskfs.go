@@ -54,7 +54,9 @@ type FileSystem interface {
 	fs.ReadFileFS
 	fs.ReadLinkFS // ReadLink, Lstat
 
-	// Xattrs lists the extended attributes of name, in order of their names.
+	// Xattrs lists the extended attributes of name, in order of their names. Those that
+	// can be read come with the error that says what cannot; ReadDir does likewise with
+	// the entries of a directory.
 	Xattrs(name string) ([]Xattr, error)
 
 	// Inodes is what the FileSystem stands on.
@@ -106,20 +108,25 @@ type Inodes interface {
 type Inode interface {
 	// Stat is the inode's metadata. The caller must not change it.
 	Stat() *Stat
-	// Lookup finds a name in a directory and gives its inode number:
-	// fs.ErrNotExist if there is none, syscall.ENOTDIR if the inode is no directory.
+	// Lookup finds a name in a directory and gives its inode number: syscall.ENOTDIR if
+	// the inode is no directory, fs.ErrNotExist if the whole directory was searched and
+	// the name is not there. A name that may stand where the directory is damaged is
+	// the error of that place.
 	// It does not treat "." and ".." specially; they are not found.
 	Lookup(name string) (uint64, error)
 	// Entries lists a directory in the order of the disk, without "." and "..".
-	// An error ends the listing: entries before it stand.
+	// An error stands for entries that cannot be read: a caller that goes on gets the
+	// entries behind it. One that is not [Local] ends the listing.
 	Entries() iter.Seq2[Dirent, error]
 	// Readlink gives the target of a symbolic link as stored; syscall.EINVAL if the
 	// inode is none.
 	Readlink() (string, error)
-	// Xattrs lists the extended attributes, in order of their names.
+	// Xattrs lists the extended attributes, in order of their names. Those that can be
+	// read come with the error that says what cannot.
 	Xattrs() ([]Xattr, error)
 	// ReadAt and NextData read the content of a regular file. Directories answer
-	// syscall.EISDIR, others are empty.
+	// syscall.EISDIR, others are empty. Where NextData fails with a [*MapError], there
+	// may be data behind the range that it names.
 	io.ReaderAt
 	ExtentFinder
 }
@@ -206,7 +213,8 @@ func (s LogState) String() string {
 //
 //	func Open(r io.ReaderAt, size int64, opt diskfs.Options) (*FS, error)
 //
-// whose result implements Inodes. r must allow concurrent calls and is not closed.
+// whose result implements Inodes. r must allow concurrent calls and is not closed. An
+// error of r that concerns only the bytes asked for should match [ErrLost].
 type Options struct {
 	// Stale opens the state on disk without replaying the journal. It can be wrong,
 	// not just old: a directory may be empty that held thousands of files.

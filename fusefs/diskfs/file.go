@@ -60,6 +60,14 @@ type fileInfo struct {
 	mode fs.FileMode
 }
 
+// FileInfo gives metadata under a name.
+func (st *Stat) FileInfo(name string) fs.FileInfo { return newFileInfo(name, st) }
+
+// OpenInode makes a File of an inode that is not a directory. name stands in errors.
+func OpenInode(node Inode, name string) File {
+	return &openFile{Inode: node, name: name, info: newFileInfo(path.Base(name), node.Stat())}
+}
+
 func newFileInfo(name string, st *Stat) *fileInfo {
 	return &fileInfo{name: name, st: st, mode: st.FileMode()}
 }

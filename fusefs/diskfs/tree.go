@@ -117,16 +117,22 @@ func (t *tree) ReadDir(name string) ([]fs.DirEntry, error) {
 	return entries, pathError("readdir", name, err)
 }
 
-// list reads a whole directory, in the order of the disk, and remembers its names.
+// list reads a whole directory, in the order of the disk, and remembers its names. What
+// cannot be read of it is the error, beside all entries that can.
 func (t *tree) list(dir Inode) ([]fs.DirEntry, error) {
 	if !dir.Stat().FileMode().IsDir() {
 		return nil, syscall.ENOTDIR
 	}
 	var entries []fs.DirEntry
+	var faults Faults
 	names := map[string]uint64{}
 	for e, err := range dir.Entries() {
 		if err != nil {
-			return entries, err
+			names = nil // a name that is not there may stand where the damage is
+			if !faults.Add(err) {
+				break
+			}
+			continue
 		}
 		if len(entries) == maxListing {
 			return entries, fmt.Errorf("more than %d entries: %w", maxListing, syscall.EFBIG)
@@ -141,7 +147,7 @@ func (t *tree) list(dir Inode) ([]fs.DirEntry, error) {
 	if names != nil {
 		t.names.put(dir.Stat().Ino, names)
 	}
-	return entries, nil
+	return entries, faults.Err()
 }
 
 // lookup finds a name in a directory, by the remembered names if it can.
@@ -204,7 +210,7 @@ func (t *tree) resolve(name string, follow bool) (Inode, error) {
 		}
 		node, err := t.in.Inode(ino)
 		if err != nil {
-			return nil, err
+			return nil, Dangling(t.in, dir.Stat().Ino, ino, err)
 		}
 		if node.Stat().FileMode().Type() != fs.ModeSymlink || (rest == "" && !follow) {
 			// A directory inside itself would let a walk over the tree never end.

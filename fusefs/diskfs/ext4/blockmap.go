@@ -56,10 +56,10 @@ func (n *inode) descendBlockMap(lblk, perBlock uint64) (pointers []byte, base ui
 		}
 		where := fmt.Sprintf("inode %d block map block %d", n.ino, block)
 		if block <= n.fs.sb.firstDataBlock {
-			return nil, 0, run{}, corrupt(where, "no room for a block map there")
+			return nil, 0, run{}, n.unmapped(base+span, corrupt(where, "no room for a block map there"))
 		}
 		if pointers, err = n.fs.dev.block(block, where); err != nil {
-			return nil, 0, run{}, err
+			return nil, 0, run{}, n.unmapped(base+span, err)
 		}
 		if level == 0 {
 			return pointers, base, run{}, nil

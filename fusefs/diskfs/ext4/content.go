@@ -30,7 +30,7 @@ func (n *inode) lookupRun(lblk uint64) (run, error) {
 		return run{}, err
 	}
 	if r.block != 0 && (r.block <= n.fs.sb.firstDataBlock || r.block >= n.fs.sb.blocks || r.count > n.fs.sb.blocks-r.block) {
-		return run{}, corrupt(n.where(), "file block %d maps to block %d, %d blocks long, of a volume of %d", r.start, r.block, r.count, n.fs.sb.blocks)
+		return run{}, n.unmapped(r.start+r.count, corrupt(n.where(), "file block %d maps to block %d, %d blocks long, of a volume of %d", r.start, r.block, r.count, n.fs.sb.blocks))
 	}
 	return r, nil
 }
@@ -40,7 +40,7 @@ func (n *inode) lookupRun(lblk uint64) (run, error) {
 func (n *inode) readContent(p []byte, off int64) error {
 	if n.has(flagInlineData) {
 		data, err := n.inlineData()
-		if err != nil {
+		if err != nil && off+int64(len(p)) > int64(len(data)) {
 			return err
 		}
 		clear(p)

@@ -1,6 +1,7 @@
 package ext4
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"iter"
@@ -51,34 +52,36 @@ func (n *inode) dirBlocks() (uint64, error) {
 	return blocks, nil
 }
 
-// dirBlock reads a block of a directory; a hole in one is corruption.
+// dirBlock reads a block of a directory.
 func (n *inode) dirBlock(lblk uint64) ([]byte, error) {
-	r, err := n.lookupRun(lblk)
+	r, err := n.dirRun(lblk)
 	if err != nil {
 		return nil, err
 	}
-	if r.block == 0 {
-		return nil, corrupt(n.where(), "directory block %d is a hole", lblk)
-	}
 	return n.fs.dev.block(r.block+lblk-r.start, n.where())
+}
+
+// dirRun finds the run that holds a block of a directory; a hole in one is corruption.
+func (n *inode) dirRun(lblk uint64) (run, error) {
+	r, err := n.lookupRun(lblk)
+	if err == nil && r.block == 0 {
+		err = n.unmapped(r.start+r.count, corrupt(n.where(), "directory block %d is a hole", lblk))
+	}
+	return r, err
 }
 
 // Entries lists a directory in the order of its blocks.
 func (n *inode) Entries() iter.Seq2[diskfs.Dirent, error] {
 	return func(yield func(diskfs.Dirent, error) bool) {
-		err := n.eachDirent(func(e rawDirent) (bool, error) {
+		n.eachDirent(func(e rawDirent, err error) bool {
+			if err != nil {
+				return yield(diskfs.Dirent{}, err)
+			}
 			if isDot(e.name) {
-				return true, nil
+				return true
 			}
-			name := string(e.name)
-			if !diskfs.ValidName(name) {
-				return false, corrupt(n.where(), "directory entry %q", name)
-			}
-			return yield(diskfs.Dirent{Name: name, Ino: uint64(e.ino), Type: n.fs.direntType(e.typ)}, nil), nil
+			return yield(diskfs.Dirent{Name: string(e.name), Ino: uint64(e.ino), Type: n.fs.direntType(e.typ)}, nil)
 		})
-		if err != nil {
-			yield(diskfs.Dirent{}, err)
-		}
 	}
 }
 
@@ -93,8 +96,9 @@ func isDot(name []byte) bool {
 	return len(name) <= 2 && (string(name) == "." || string(name) == "..")
 }
 
-// Lookup finds a name: by the index if the directory has one that can be used, else by
-// reading all of it. Names compare byte by byte, also in casefolded directories.
+// Lookup finds a name: by the index if the directory has one, and where the index does
+// not know it by reading all of the directory, since an index can be damaged without
+// showing it. Names compare byte by byte, also in casefolded directories.
 func (n *inode) Lookup(name string) (uint64, error) {
 	if err := n.listable(); err != nil {
 		return 0, err
@@ -103,22 +107,28 @@ func (n *inode) Lookup(name string) (uint64, error) {
 		return 0, fs.ErrNotExist
 	}
 	if n.indexed() && !n.has(flagCasefold) {
-		ino, usable, err := n.lookupHashed(name)
-		if usable || err != nil {
-			return ino, err
+		if ino, err := n.lookupHashed(name); err == nil && ino != 0 {
+			return ino, nil
 		}
 	}
 	var ino uint64
-	err := n.eachDirent(func(e rawDirent) (bool, error) {
+	var faults diskfs.Faults
+	n.eachDirent(func(e rawDirent, err error) bool {
+		if err != nil {
+			return faults.Add(err)
+		}
 		if string(e.name) == name {
 			ino = uint64(e.ino)
 		}
-		return ino == 0, nil
+		return ino == 0
 	})
-	if err == nil && ino == 0 {
-		err = fs.ErrNotExist
+	if ino != 0 {
+		return ino, nil
 	}
-	return ino, err
+	if err := faults.Err(); err != nil {
+		return 0, err
+	}
+	return 0, fs.ErrNotExist
 }
 
 // indexed reports whether the directory's first block is the root of an index.
@@ -126,47 +136,60 @@ func (n *inode) indexed() bool {
 	return n.has(flagIndex) && n.fs.sb.has(compatDirIndex) && !n.has(flagInlineData)
 }
 
-// eachDirent calls visit for all used entries until it says false or fails.
-func (n *inode) eachDirent(visit func(rawDirent) (bool, error)) error {
+// direntVisitor takes a used entry, or the error that stands for entries that cannot be
+// read; it answers whether to go on.
+type direntVisitor func(rawDirent, error) bool
+
+// eachDirent visits all used entries. As in the kernel, a block that cannot be read, or
+// whose checksum is wrong, hides its own entries only.
+func (n *inode) eachDirent(visit direntVisitor) {
 	if err := n.listable(); err != nil {
-		return err
+		visit(rawDirent{}, err)
+		return
 	}
 	if n.has(flagInlineData) {
-		return n.eachInlineDirent(visit)
+		n.eachInlineDirent(visit)
+		return
 	}
 	blocks, err := n.dirBlocks()
 	if err != nil {
-		return err
+		visit(rawDirent{}, err)
+		return
 	}
-	for lblk := range blocks {
+	for lblk := uint64(0); lblk < blocks; lblk++ {
+		if _, err := n.dirRun(lblk); err != nil {
+			var gap *diskfs.MapError
+			if !visit(rawDirent{}, err) || !errors.As(err, &gap) {
+				return // nothing behind it
+			}
+			lblk = uint64(gap.End)>>n.fs.sb.blockBits - 1
+			continue
+		}
 		b, err := n.dirBlock(lblk)
+		if err == nil {
+			b, err = n.verifyDirBlock(b, lblk)
+		}
 		if err != nil {
-			return err
-		}
-		if b, err = n.verifyDirBlock(b, lblk); err != nil {
-			return err
-		}
-		more, err := n.walkDirents(b, lblk, visit)
-		if err != nil || !more {
-			return err
+			if !visit(rawDirent{}, err) {
+				return
+			}
+		} else if !n.walkDirents(b, lblk, visit) {
+			return
 		}
 	}
-	return nil
 }
 
 // eachInlineDirent visits the entries of a directory that stands in its inode: the
 // parent's number, entries up to byte 60, and entries in the attribute's value.
-func (n *inode) eachInlineDirent(visit func(rawDirent) (bool, error)) error {
+func (n *inode) eachInlineDirent(visit direntVisitor) {
 	data, err := n.inlineData()
-	if err != nil {
-		return err
+	if len(data) >= iBlockLen && n.walkDirents(data[4:iBlockLen], 0, visit) {
+		if n.walkDirents(data[iBlockLen:], 0, visit) && err != nil {
+			visit(rawDirent{}, err)
+		}
+	} else if err != nil && len(data) < iBlockLen {
+		visit(rawDirent{}, err)
 	}
-	more, err := n.walkDirents(data[4:iBlockLen], 0, visit)
-	if err != nil || !more {
-		return err
-	}
-	_, err = n.walkDirents(data[iBlockLen:], 0, visit)
-	return err
 }
 
 // verifyDirBlock checks a block's checksum and gives the part that holds entries.
@@ -190,33 +213,37 @@ func (n *inode) verifyDirBlock(b []byte, lblk uint64) ([]byte, error) {
 	return b[:at], nil
 }
 
-// walkDirents visits the used entries in b; it reports whether to go on.
-func (n *inode) walkDirents(b []byte, lblk uint64, visit func(rawDirent) (bool, error)) (bool, error) {
+// walkDirents visits the used entries in b; it reports whether to go on. An entry that
+// is damaged hides itself, and one whose length is wrong what follows it in the block.
+func (n *inode) walkDirents(b []byte, lblk uint64, visit direntVisitor) bool {
 	for off := 0; off < len(b); {
 		length := 0
 		if off+direntHeader <= len(b) {
 			length = decodeRecLen(le.Uint16(b[off+4:]), n.fs.sb.blockSize)
 		}
 		if length < direntHeader || length%4 != 0 || length > len(b)-off {
-			return false, n.corruptDirent(lblk, off, "length %d", length)
+			return visit(rawDirent{}, n.corruptDirent(lblk, off, "length %d", length))
 		}
 		e := b[off : off+length]
-		ino, nameLen := le.Uint32(e), int(e[6])
-		if ino != 0 {
-			if nameLen == 0 || direntHeader+nameLen > length {
-				return false, n.corruptDirent(lblk, off, "name of %d bytes in %d", nameLen, length)
+		if ino, nameLen := le.Uint32(e), int(e[6]); ino != 0 {
+			raw, err := rawDirent{}, error(nil)
+			switch {
+			case nameLen == 0 || direntHeader+nameLen > length:
+				err = n.corruptDirent(lblk, off, "name of %d bytes in %d", nameLen, length)
+			case ino > n.fs.sb.inodes:
+				err = n.corruptDirent(lblk, off, "inode %d of %d", ino, n.fs.sb.inodes)
+			case !isDot(e[direntHeader:direntHeader+nameLen]) && !diskfs.ValidName(string(e[direntHeader:direntHeader+nameLen])):
+				err = n.corruptDirent(lblk, off, "name %q", e[direntHeader:direntHeader+nameLen])
+			default:
+				raw = rawDirent{ino: ino, name: e[direntHeader : direntHeader+nameLen], typ: e[7]}
 			}
-			if ino > n.fs.sb.inodes {
-				return false, n.corruptDirent(lblk, off, "inode %d of %d", ino, n.fs.sb.inodes)
-			}
-			more, err := visit(rawDirent{ino: ino, name: e[direntHeader : direntHeader+nameLen], typ: e[7]})
-			if err != nil || !more {
-				return false, err
+			if !visit(raw, err) {
+				return false
 			}
 		}
 		off += length
 	}
-	return true, nil
+	return true
 }
 
 func (n *inode) corruptDirent(lblk uint64, off int, format string, args ...any) error {

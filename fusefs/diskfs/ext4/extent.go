@@ -1,6 +1,10 @@
 package ext4
 
-import "fmt"
+import (
+	"fmt"
+
+	"github.com/varve-io/varve/fusefs/diskfs"
+)
 
 // Extent trees (kernel documentation, "Extent Tree"): nodes of 12-byte entries after
 // a 12-byte header. The root stands in the inode; others fill a block and end in
@@ -31,7 +35,7 @@ func (n *inode) lookupExtent(lblk uint64) (run, error) {
 	for ; depth > 0; depth-- {
 		i, next, err := searchExtents(node, where, lblk, lo, hi, true)
 		if err != nil {
-			return run{}, err
+			return run{}, n.unmapped(hi, err)
 		}
 		if i < 0 { // before the first entry
 			return run{start: lblk, count: next - lblk}, nil
@@ -40,19 +44,13 @@ func (n *inode) lookupExtent(lblk uint64) (run, error) {
 		lo, hi = uint64(le.Uint32(e)), next
 		child := uint64(le.Uint32(e[4:])) | uint64(le.Uint16(e[8:]))<<32
 		where = fmt.Sprintf("inode %d extent tree block %d", n.ino, child)
-		if node, err = n.fs.dev.block(child, where); err != nil {
-			return run{}, err
-		}
-		if _, err := checkExtentHeader(node, where, depth-1); err != nil {
-			return run{}, err
-		}
-		if err := n.verifyExtentBlock(node, where); err != nil {
-			return run{}, err
+		if node, err = n.extentBlock(child, where, depth-1); err != nil {
+			return run{}, n.unmapped(hi, err)
 		}
 	}
 	i, next, err := searchExtents(node, where, lblk, lo, hi, false)
 	if err != nil {
-		return run{}, err
+		return run{}, n.unmapped(hi, err)
 	}
 	if next == fileMaxBlocks {
 		next = noLimit
@@ -73,6 +71,26 @@ func (n *inode) lookupExtent(lblk uint64) (run, error) {
 		}
 	}
 	return r, nil
+}
+
+// extentBlock reads and checks a node below the root.
+func (n *inode) extentBlock(block uint64, where string, depth int) ([]byte, error) {
+	node, err := n.fs.dev.block(block, where)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := checkExtentHeader(node, where, depth); err != nil {
+		return nil, err
+	}
+	return node, n.verifyExtentBlock(node, where)
+}
+
+// unmapped is the error of a block of the map, beyond which the file goes on at block end.
+func (n *inode) unmapped(end uint64, err error) error {
+	if end >= (uint64(n.size)+uint64(n.fs.sb.blockSize)-1)>>n.fs.sb.blockBits {
+		return err // nothing behind it
+	}
+	return &diskfs.MapError{End: int64(end << n.fs.sb.blockBits), Err: err}
 }
 
 // parseExtent reads a leaf entry. A preallocated extent is not written.

@@ -1,10 +1,10 @@
 package ext4
 
 import (
-	"bytes"
 	"fmt"
-	"io/fs"
 	"sort"
+
+	"github.com/varve-io/varve/fusefs/diskfs"
 )
 
 // Hashed directories (kernel documentation, "Hash Tree Directories"). Block 0 is the
@@ -67,16 +67,16 @@ func (x *indexNode) block(i int) uint64 {
 	return uint64(le.Uint32(x.pairs[i*indexPair+4:]) & 0x0fffffff)
 }
 
-// lookupHashed finds a name by the index. usable is false where the index cannot be
-// trusted to find it, as with a hash that is not known: then all entries must be
-// read.
-func (n *inode) lookupHashed(name string) (ino uint64, usable bool, err error) {
+// lookupHashed finds a name by the index. 0 or an error says no more than that the
+// index does not lead to it: its hash may be one that is not known, or a block of it
+// damaged.
+func (n *inode) lookupHashed(name string) (uint64, error) {
 	root, err := n.dirBlock(0)
 	if err != nil {
-		return 0, false, err
+		return 0, err
 	}
 	if indexCountOffset(root, 0) == 0 {
-		return 0, false, nil
+		return 0, nil
 	}
 	info := root[indexRootInfo:]
 	levels, maxLevels := int(info[6]), indexMaxIndirect-1
@@ -85,18 +85,18 @@ func (n *inode) lookupHashed(name string) (ino uint64, usable bool, err error) {
 	}
 	hash, ok := n.fs.sb.hashName(info[4], name)
 	if !ok || levels > maxLevels {
-		return 0, false, nil
+		return 0, nil
 	}
 	dirBlocks, err := n.dirBlocks()
 	if err != nil {
-		return 0, false, err
+		return 0, err
 	}
 	path := make([]indexNode, 0, indexMaxIndirect+1)
 	lblk := uint64(0)
 	for {
 		x, err := n.indexNode(lblk)
 		if err != nil {
-			return 0, false, err
+			return 0, err
 		}
 		// The last pair whose hash is not above; the first stands for all below.
 		x.at = sort.Search(x.count-1, func(i int) bool { return x.hash(i+1) > hash })
@@ -109,17 +109,14 @@ func (n *inode) lookupHashed(name string) (ino uint64, usable bool, err error) {
 	for range dirBlocks { // no more leaves than blocks
 		ino, err := n.searchLeaf(lblk, name)
 		if err != nil || ino != 0 {
-			return ino, true, err
+			return ino, err
 		}
 		var more bool
-		if lblk, more, err = n.nextLeaf(path, hash); err != nil {
-			return 0, true, err
-		}
-		if !more {
-			return 0, true, fs.ErrNotExist
+		if lblk, more, err = n.nextLeaf(path, hash); err != nil || !more {
+			return 0, err
 		}
 	}
-	return 0, true, corrupt(n.where(), "the directory's index has no end")
+	return 0, corrupt(n.where(), "the directory's index has no end")
 }
 
 // indexNode reads and checks an index block.
@@ -182,12 +179,18 @@ func (n *inode) searchLeaf(lblk uint64, name string) (ino uint64, err error) {
 	if b, err = n.verifyDirBlock(b, lblk); err != nil {
 		return 0, fmt.Errorf("look up %q: %w", name, err)
 	}
-	want := []byte(name)
-	_, err = n.walkDirents(b, lblk, func(e rawDirent) (bool, error) {
-		if bytes.Equal(e.name, want) {
+	var faults diskfs.Faults
+	n.walkDirents(b, lblk, func(e rawDirent, err error) bool {
+		if err != nil {
+			return faults.Add(err)
+		}
+		if string(e.name) == name {
 			ino = uint64(e.ino)
 		}
-		return ino == 0, nil
+		return ino == 0
 	})
-	return ino, err
+	if ino != 0 {
+		return ino, nil
+	}
+	return 0, faults.Err()
 }

@@ -1,6 +1,7 @@
 package ext4
 
 import (
+	"bytes"
 	"fmt"
 	"io/fs"
 	"syscall"
@@ -81,7 +82,8 @@ func (f *FS) inode(ino uint64) (*inode, error) {
 		return nil, err
 	}
 	at := int(byteOff & uint64(sb.blockSize-1))
-	n := &inode{fs: f, ino: uint32(ino), raw: b[at : at+sb.inodeSize : at+sb.inodeSize]}
+	// A copy, so that an inode that is kept does not keep the whole block.
+	n := &inode{fs: f, ino: uint32(ino), raw: bytes.Clone(b[at : at+sb.inodeSize])}
 	return n, n.parse()
 }
 

@@ -44,37 +44,44 @@ type attr struct {
 	size  uint32 // of the value
 }
 
-// Xattrs lists the attributes as the kernel presents them, in order of names.
+// Xattrs lists the attributes as the kernel presents them, in order of names: those that
+// can be read, and the error that says what cannot.
 func (n *inode) Xattrs() ([]diskfs.Xattr, error) {
+	var faults diskfs.Faults
 	stored, err := n.inodeAttrs()
-	if err != nil {
-		return nil, err
-	}
+	faults.Add(err)
 	inBlock, err := n.blockAttrs()
-	if err != nil {
-		return nil, err
-	}
+	faults.Add(err)
 	var list []diskfs.Xattr
 	for _, a := range append(stored, inBlock...) {
-		prefix, ok := attrPrefixes[a.index]
-		if !ok {
-			continue
+		x, ok, err := n.present(a)
+		faults.Add(err)
+		if ok && err == nil {
+			list = append(list, x)
 		}
-		value, err := n.attrValue(a)
-		if err != nil {
-			return nil, err
-		}
-		name := prefix + a.name
-		if a.index == attrIndexACLAccess || a.index == attrIndexACLDefault {
-			name = prefix
-			if value, err = presentACL(value); err != nil {
-				return nil, corrupt(n.where(), "attribute %s: %v", name, err)
-			}
-		}
-		list = append(list, diskfs.Xattr{Name: name, Value: value})
 	}
 	slices.SortStableFunc(list, func(a, b diskfs.Xattr) int { return strings.Compare(a.Name, b.Name) })
-	return list, nil
+	return list, faults.Err()
+}
+
+// present gives an attribute as the kernel does; false if it keeps it to itself.
+func (n *inode) present(a attr) (diskfs.Xattr, bool, error) {
+	prefix, ok := attrPrefixes[a.index]
+	if !ok {
+		return diskfs.Xattr{}, false, nil
+	}
+	value, err := n.attrValue(a)
+	if err != nil {
+		return diskfs.Xattr{}, false, err
+	}
+	name := prefix + a.name
+	if a.index == attrIndexACLAccess || a.index == attrIndexACLDefault {
+		name = prefix
+		if value, err = presentACL(value); err != nil {
+			return diskfs.Xattr{}, false, corrupt(n.where(), "attribute %s: %v", name, err)
+		}
+	}
+	return diskfs.Xattr{Name: name, Value: value}, true, nil
 }
 
 // inodeAttrs lists what stands in the inode after its fields.
@@ -113,43 +120,53 @@ func (n *inode) blockAttrs() ([]attr, error) {
 }
 
 // parseAttrs reads a list of entries; offsets of values count from the start of
-// base. The list ends with four zero bytes or with the room.
+// base. The list ends with four zero bytes or with the room. An entry that is damaged
+// hides itself, and one whose length is wrong those that follow it.
 func parseAttrs(entries, base []byte, where string) ([]attr, error) {
 	var list []attr
+	var faults diskfs.Faults
 	for len(entries) >= 4 && le.Uint32(entries) != 0 {
 		if len(entries) < attrEntrySize {
-			return nil, corrupt(where, "attribute entry cut short")
+			faults.Add(corrupt(where, "attribute entry cut short"))
+			break
 		}
 		nameLen := int(entries[0])
 		length := (attrEntrySize + nameLen + 3) &^ 3
 		if length > len(entries) {
-			return nil, corrupt(where, "attribute name of %d bytes in %d", nameLen, len(entries))
+			faults.Add(corrupt(where, "attribute name of %d bytes in %d", nameLen, len(entries)))
+			break
 		}
-		a := attr{
-			index: entries[1],
-			name:  string(entries[attrEntrySize : attrEntrySize+nameLen]),
-			inode: le.Uint32(entries[4:]),
-			size:  le.Uint32(entries[8:]),
+		a, err := parseAttr(entries[:length], base, where)
+		faults.Add(err)
+		if err == nil {
+			list = append(list, a)
 		}
-		if strings.IndexByte(a.name, 0) >= 0 {
-			return nil, corrupt(where, "NUL in attribute name %q", a.name)
-		}
-		if a.size > maxAttrValue {
-			return nil, corrupt(where, "attribute %q of %d bytes", a.name, a.size)
-		}
-		if a.inode == 0 {
-			off, size := int(le.Uint16(entries[2:])), int(a.size)
-			if size > 0 && (off > len(base) || size > len(base)-off) {
-				return nil, corrupt(where, "attribute %q: %d bytes at %d of %d", a.name, size, off, len(base))
-			}
-			if size > 0 {
-				a.value = base[off : off+size : off+size]
-			}
-		}
-		list = append(list, a)
 		entries = entries[length:]
 	}
-	return list, nil
+	return list, faults.Err()
+}
+
+// parseAttr reads one entry.
+func parseAttr(entry, base []byte, where string) (attr, error) {
+	a := attr{
+		index: entry[1],
+		name:  string(entry[attrEntrySize : attrEntrySize+int(entry[0])]),
+		inode: le.Uint32(entry[4:]),
+		size:  le.Uint32(entry[8:]),
+	}
+	if strings.IndexByte(a.name, 0) >= 0 {
+		return a, corrupt(where, "NUL in attribute name %q", a.name)
+	}
+	if a.size > maxAttrValue {
+		return a, corrupt(where, "attribute %q of %d bytes", a.name, a.size)
+	}
+	if off, size := int(le.Uint16(entry[2:])), int(a.size); a.inode == 0 && size > 0 {
+		if off > len(base) || size > len(base)-off {
+			return a, corrupt(where, "attribute %q: %d bytes at %d of %d", a.name, size, off, len(base))
+		}
+		a.value = base[off : off+size : off+size]
+	}
+	return a, nil
 }
 
 // attrValue gives a copy of a value, from an inode of its own if it has one. Such

@@ -280,13 +280,13 @@ type extent struct {
 
 // chain follows the table for size bytes at most; a longer chain is not read
 // further, a shorter one is what it is. Chains that come back to themselves end at
-// the limit.
+// the limit. With an error comes what lies before the link that is damaged.
 func (f *FS) chain(cluster uint32, size int64) ([]extent, error) {
 	var list []extent
 	limit := min((size+f.clusterSize-1)/f.clusterSize, int64(f.clusters))
 	for n := int64(0); n < limit; n++ {
 		if !f.valid(cluster) {
-			return nil, corrupt(fmt.Sprintf("cluster %d", cluster), "a chain begins at cluster %d of %d", cluster, f.clusters)
+			return list, corrupt(fmt.Sprintf("cluster %d", cluster), "a chain begins at cluster %d of %d", cluster, f.clusters)
 		}
 		pos := f.clusterStart(cluster)
 		if k := len(list) - 1; k >= 0 && list[k].pos+list[k].length == pos {
@@ -299,7 +299,7 @@ func (f *FS) chain(cluster uint32, size int64) ([]extent, error) {
 			if n+1 == limit { // what follows the end of the file does not matter
 				return list, nil
 			}
-			return nil, err
+			return list, err
 		}
 		if last {
 			break

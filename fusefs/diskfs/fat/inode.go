@@ -73,7 +73,7 @@ func (n *inode) measure() error {
 		return nil
 	}
 	list, err := n.chain()
-	if err != nil {
+	if err != nil && len(list) == 0 {
 		return err
 	}
 	for _, e := range list {
@@ -83,7 +83,8 @@ func (n *inode) measure() error {
 	return nil
 }
 
-// chain gives the places of the content, read once.
+// chain gives the places of the content, read once: with an error, those before the
+// damage.
 func (n *inode) chain() ([]extent, error) {
 	n.once.Do(func() {
 		f := n.fs
@@ -142,10 +143,7 @@ func (n *inode) ReadAt(p []byte, off int64) (int, error) {
 
 // read fills p from the chain.
 func (n *inode) read(p []byte, off int64) error {
-	list, err := n.chain()
-	if err != nil {
-		return err
-	}
+	list, damage := n.chain()
 	for _, e := range list {
 		if len(p) == 0 {
 			break
@@ -160,7 +158,7 @@ func (n *inode) read(p []byte, off int64) error {
 		p, off = p[len(part):], off+int64(len(part))
 	}
 	if len(p) > 0 {
-		return io.ErrUnexpectedEOF
+		return damage // a chain that is not damaged holds the whole size
 	}
 	return nil
 }
@@ -175,28 +173,35 @@ func (n *inode) NextData(off int64) (diskfs.Extent, error) {
 	case off >= n.stat.Size:
 		return diskfs.Extent{}, io.EOF
 	}
-	list, err := n.chain()
-	if err != nil {
-		return diskfs.Extent{}, err
-	}
+	list, damage := n.chain()
 	for _, e := range list {
 		if off < e.start+e.length {
 			end := min(e.start+e.length, n.stat.Size)
 			return diskfs.Extent{Offset: off, Length: end - off, Device: e.pos + off - e.start}, nil
 		}
 	}
+	if damage != nil {
+		return diskfs.Extent{}, damage
+	}
 	return diskfs.Extent{}, io.EOF
 }
 
 // Lookup finds a name by reading the directory.
 func (n *inode) Lookup(name string) (uint64, error) {
+	var faults diskfs.Faults
 	for e, err := range n.Entries() {
 		if err != nil {
-			return 0, err
+			if !faults.Add(err) {
+				break
+			}
+			continue
 		}
 		if e.Name == name {
 			return e.Ino, nil
 		}
+	}
+	if err := faults.Err(); err != nil {
+		return 0, err
 	}
 	return 0, fs.ErrNotExist
 }
@@ -208,41 +213,51 @@ func (n *inode) Entries() iter.Seq2[diskfs.Dirent, error] {
 			yield(diskfs.Dirent{}, syscall.ENOTDIR)
 			return
 		}
-		list, err := n.chain()
-		if err != nil {
-			yield(diskfs.Dirent{}, err)
-			return
-		}
+		list, damage := n.chain()
 		var long longName
 		for _, ext := range list {
 			for at := int64(0); at < ext.length; at += n.fs.sectorSize {
 				b := make([]byte, min(n.fs.sectorSize, ext.length-at))
 				if err := n.fs.read(b, ext.pos+at); err != nil {
-					yield(diskfs.Dirent{}, err)
-					return
+					long = longName{}
+					if !yield(diskfs.Dirent{}, err) {
+						return
+					}
+					continue
 				}
-				for i := 0; i+entrySize <= len(b); i += entrySize {
-					e := b[i : i+entrySize]
-					if e[0] == 0 { // the end
-						return
-					}
-					name := long.add(e)
-					if name == "" {
-						continue
-					}
-					d := diskfs.Dirent{Name: name, Ino: uint64(ext.pos+at+int64(i)) / entrySize}
-					if e[entryAttr]&attrDirectory != 0 {
-						d.Type = fs.ModeDir
-					}
-					if !diskfs.ValidName(name) {
-						yield(diskfs.Dirent{}, corrupt(fmt.Sprintf("directory %d", n.stat.Ino), "entry %q", name))
-						return
-					}
-					if !yield(d, nil) {
-						return
-					}
+				if !n.sectorEntries(b, ext.pos+at, &long, yield) {
+					return
 				}
 			}
 		}
+		if damage != nil {
+			yield(diskfs.Dirent{}, damage)
+		}
 	}
+}
+
+// sectorEntries lists the entries of one sector, which lies at pos; it answers whether to
+// go on.
+func (n *inode) sectorEntries(b []byte, pos int64, long *longName, yield func(diskfs.Dirent, error) bool) bool {
+	for i := 0; i+entrySize <= len(b); i += entrySize {
+		e := b[i : i+entrySize]
+		if e[0] == 0 { // the end
+			return false
+		}
+		name := long.add(e)
+		if name == "" {
+			continue
+		}
+		d, err := diskfs.Dirent{Name: name, Ino: uint64(pos+int64(i)) / entrySize}, error(nil)
+		if e[entryAttr]&attrDirectory != 0 {
+			d.Type = fs.ModeDir
+		}
+		if !diskfs.ValidName(name) {
+			d, err = diskfs.Dirent{}, corrupt(fmt.Sprintf("directory %d", n.stat.Ino), "entry %q", name)
+		}
+		if !yield(d, err) {
+			return false
+		}
+	}
+	return true
 }

@@ -45,18 +45,26 @@ const (
 // errEnough ends a walk over an index.
 var errEnough = errors.New("enough")
 
-// walker goes through the index of a directory in order.
+// walker goes through the index of a directory in order. A block or an entry that is
+// damaged hides itself only.
 type walker struct {
 	where   string
 	blocks  *stream // nil for a small directory
 	size    int64   // of a block
 	unit    int64   // bytes that block numbers count
 	visited map[uint64]bool
-	yield   func(diskfs.Dirent) bool
+	yield   func(diskfs.Dirent, error) bool
 }
 
-// walk calls yield for every name of a directory until it answers false.
-func (n *inode) walk(yield func(diskfs.Dirent) bool) error {
+// walk calls yield for every name of a directory, and for the errors that stand for names
+// that cannot be read, until it answers false.
+func (n *inode) walk(yield func(diskfs.Dirent, error) bool) {
+	if err := n.walkIndex(yield); err != nil && !errors.Is(err, errEnough) {
+		yield(diskfs.Dirent{}, err)
+	}
+}
+
+func (n *inode) walkIndex(yield func(diskfs.Dirent, error) bool) error {
 	where := fmt.Sprintf("directory %d", n.stat.Ino)
 	root := n.rec.find(attrIndexRoot, indexName)
 	if root == nil || !root.resident || len(root.value) < 16 {
@@ -64,23 +72,37 @@ func (n *inode) walk(yield func(diskfs.Dirent) bool) error {
 	}
 	w := &walker{where: where, size: int64(le.Uint32(root.value[8:])), visited: map[uint64]bool{}, yield: yield}
 	if n.rec.find(attrIndexAlloc, indexName) != nil {
-		if w.size < fixupStride || w.size > maxIndexBlock || w.size&(w.size-1) != 0 {
-			return corrupt(where, "index blocks of %d bytes", w.size)
-		}
-		var err error
-		if w.blocks, err = n.rec.stream(n.fs, attrIndexAlloc, indexName); err != nil {
-			return err
-		}
-		w.unit = fixupStride
-		if w.size >= n.fs.clusterSize {
-			w.unit = n.fs.clusterSize
+		if err := w.open(n); err != nil {
+			if err = w.pass(err); err != nil { // names in the root are there still
+				return err
+			}
+			w.blocks = nil
 		}
 	}
-	err := w.node(root.value[16:], 0)
-	if errors.Is(err, errEnough) {
+	return w.node(root.value[16:], 0)
+}
+
+// open opens the blocks below the root.
+func (w *walker) open(n *inode) (err error) {
+	if w.size < fixupStride || w.size > maxIndexBlock || w.size&(w.size-1) != 0 {
+		return corrupt(w.where, "index blocks of %d bytes", w.size)
+	}
+	if w.blocks, err = n.rec.stream(n.fs, attrIndexAlloc, indexName); err != nil {
+		return err
+	}
+	w.unit = fixupStride
+	if w.size >= n.fs.clusterSize {
+		w.unit = n.fs.clusterSize
+	}
+	return nil
+}
+
+// pass hands an error on; errEnough is the answer to stop.
+func (w *walker) pass(err error) error {
+	if err == nil || w.yield(diskfs.Dirent{}, err) {
 		return nil
 	}
-	return err
+	return errEnough
 }
 
 // node goes through the entries of a node that begins at b.
@@ -104,15 +126,15 @@ func (w *walker) node(b []byte, depth int) error {
 			if length < 24 || key > length-24 {
 				return corrupt(w.where, "index entry of %d bytes", length)
 			}
-			if err := w.block(le.Uint64(b[length-8:]), depth+1); err != nil {
-				return err
+			if err := w.block(le.Uint64(b[length-8:]), depth+1); errors.Is(err, errEnough) || w.pass(err) != nil {
+				return errEnough
 			}
 		}
 		if flags&entryLast != 0 {
 			return nil
 		}
-		if err := w.entry(le.Uint64(b)&recordMask, b[16:16+key]); err != nil {
-			return err
+		if err := w.entry(le.Uint64(b)&recordMask, b[16:16+key]); errors.Is(err, errEnough) || w.pass(err) != nil {
+			return errEnough
 		}
 		b = b[length:]
 	}
@@ -159,7 +181,7 @@ func (w *walker) entry(ino uint64, key []byte) error {
 	case flags&fileDirectory != 0:
 		d.Type = fs.ModeDir
 	}
-	if !w.yield(d) {
+	if !w.yield(d, nil) {
 		return errEnough
 	}
 	return nil

@@ -169,21 +169,21 @@ func (n *inode) Xattrs() ([]diskfs.Xattr, error) {
 		return nil, nil
 	}
 	var list []diskfs.Xattr
+	var faults diskfs.Faults
 	for _, name := range n.rec.streams() {
 		if a := n.rec.find(attrData, name); a.size > maxXattr || len(name) > 255-len("user.") || a.flags&flagEncrypted != 0 {
 			continue
 		}
 		s, err := n.rec.stream(n.fs, attrData, name)
-		if err != nil {
-			return nil, err
+		if err == nil {
+			value := make([]byte, s.size)
+			if err = s.read(value, 0); err == nil {
+				list = append(list, diskfs.Xattr{Name: "user." + name, Value: value})
+			}
 		}
-		value := make([]byte, s.size)
-		if err := s.read(value, 0); err != nil {
-			return nil, err
-		}
-		list = append(list, diskfs.Xattr{Name: "user." + name, Value: value})
+		faults.Add(err)
 	}
-	return list, nil
+	return list, faults.Err()
 }
 
 // ReadAt reads the content of a file, as io.ReaderAt.
@@ -235,7 +235,11 @@ func (n *inode) Lookup(name string) (uint64, error) {
 	}
 	file, alternate, ok := strings.Cut(name, ":")
 	var ino, of uint64
-	err := n.walk(func(d diskfs.Dirent) bool {
+	var faults diskfs.Faults
+	n.walk(func(d diskfs.Dirent, err error) bool {
+		if err != nil {
+			return faults.Add(err)
+		}
 		if d.Name == name {
 			ino = d.Ino
 			return false
@@ -245,9 +249,6 @@ func (n *inode) Lookup(name string) (uint64, error) {
 		}
 		return true
 	})
-	if err != nil {
-		return 0, err
-	}
 	if ino != 0 {
 		return ino, nil
 	}
@@ -260,6 +261,9 @@ func (n *inode) Lookup(name string) (uint64, error) {
 			return uint64(i+1)<<recordBits | of, nil
 		}
 	}
+	if err := faults.Err(); err != nil {
+		return 0, err
+	}
 	return 0, fs.ErrNotExist
 }
 
@@ -270,8 +274,6 @@ func (n *inode) Entries() iter.Seq2[diskfs.Dirent, error] {
 			yield(diskfs.Dirent{}, syscall.ENOTDIR)
 			return
 		}
-		if err := n.walk(func(d diskfs.Dirent) bool { return yield(d, nil) }); err != nil {
-			yield(diskfs.Dirent{}, err)
-		}
+		n.walk(yield)
 	}
 }

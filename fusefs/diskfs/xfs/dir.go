@@ -1,6 +1,7 @@
 package xfs
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"iter"
@@ -48,6 +49,10 @@ func fileType(b byte) fs.FileMode {
 	return diskfs.TypeUnknown
 }
 
+// direntVisitor takes an entry, or the error that stands for entries that cannot be
+// read; it answers whether to go on.
+type direntVisitor func(diskfs.Dirent, error) bool
+
 // Entries lists a directory in the order of the disk.
 func (i *inode) Entries() iter.Seq2[diskfs.Dirent, error] {
 	return func(yield func(diskfs.Dirent, error) bool) {
@@ -55,30 +60,28 @@ func (i *inode) Entries() iter.Seq2[diskfs.Dirent, error] {
 			yield(diskfs.Dirent{}, syscall.ENOTDIR)
 			return
 		}
-		stopped := false
-		each := func(e diskfs.Dirent) bool {
-			if e.Name == "." || e.Name == ".." {
+		i.eachEntry(func(e diskfs.Dirent, err error) bool {
+			if err == nil && (e.Name == "." || e.Name == "..") {
 				return true
 			}
-			if !diskfs.ValidName(e.Name) {
-				yield(diskfs.Dirent{}, corrupt(inodeName(i.stat.Ino), "directory entry %q", e.Name))
-				stopped = true
-				return false
-			}
-			if !yield(e, nil) {
-				stopped = true
-			}
-			return !stopped
+			return yield(e, err)
+		})
+	}
+}
+
+// eachEntry visits the entries of a directory of any shape, "." and ".." too where they
+// are stored.
+func (i *inode) eachEntry(each direntVisitor) {
+	valid := func(e diskfs.Dirent, err error) bool {
+		if err == nil && e.Name != "." && e.Name != ".." && !diskfs.ValidName(e.Name) {
+			e, err = diskfs.Dirent{}, corrupt(inodeName(i.stat.Ino), "directory entry %q", e.Name)
 		}
-		var err error
-		if i.data.format == formatLocal {
-			err = i.shortEntries(each)
-		} else {
-			err = i.blockEntries(each)
-		}
-		if err != nil && !stopped {
-			yield(diskfs.Dirent{}, err)
-		}
+		return each(e, err)
+	}
+	if i.data.format == formatLocal {
+		i.shortEntries(valid)
+	} else {
+		i.blockEntries(valid)
 	}
 }
 
@@ -86,13 +89,14 @@ func (i *inode) Entries() iter.Seq2[diskfs.Dirent, error] {
 // entries whose inode number needs 8 bytes, parent), then for each entry the length of
 // its name, two bytes, the name, the type and the inode number. All inode numbers have
 // 8 bytes if any does.
-func (i *inode) shortEntries(each func(diskfs.Dirent) bool) error {
+func (i *inode) shortEntries(each direntVisitor) {
 	b := i.data.local[:i.stat.Size]
-	bad := func() error {
-		return corrupt(inodeName(i.stat.Ino), "short form directory of %d bytes is cut off", i.stat.Size)
+	bad := func() {
+		each(diskfs.Dirent{}, corrupt(inodeName(i.stat.Ino), "short form directory of %d bytes is cut off", i.stat.Size))
 	}
 	if len(b) < 6 {
-		return bad()
+		bad()
+		return
 	}
 	count, inoSize := int(b[0]), 4
 	if b[1] != 0 {
@@ -104,14 +108,15 @@ func (i *inode) shortEntries(each func(diskfs.Dirent) bool) error {
 	}
 	pos := 2 + inoSize
 	for range count {
-		if pos >= len(b) {
-			return bad()
+		size := 0
+		if pos < len(b) {
+			size = 3 + int(b[pos]) + ftype + inoSize
+		}
+		if size == 0 || size > len(b)-pos {
+			bad()
+			return
 		}
 		n := int(b[pos])
-		size := 3 + n + ftype + inoSize
-		if size > len(b)-pos {
-			return bad()
-		}
 		e := diskfs.Dirent{Name: string(b[pos+3 : pos+3+n]), Type: diskfs.TypeUnknown}
 		if ftype == 1 {
 			e.Type = fileType(b[pos+3+n])
@@ -122,39 +127,47 @@ func (i *inode) shortEntries(each func(diskfs.Dirent) bool) error {
 			e.Ino = uint64(be32(b, at))
 		}
 		pos += size
-		if !each(e) {
-			return nil
+		if !each(e, nil) {
+			return
 		}
 	}
-	return nil
 }
 
-// blockEntries lists the data blocks of a directory.
-func (i *inode) blockEntries(each func(diskfs.Dirent) bool) error {
+// blockEntries lists the data blocks of a directory. As in the kernel, one that is
+// damaged hides its own entries only.
+func (i *inode) blockEntries(each direntVisitor) {
 	end := uint64(dirIndexByte) >> i.fs.sb.blockLog
 	step := uint64(1) << i.fs.sb.dirLog
 	for blk := uint64(0); ; blk += step {
 		e, ok, err := i.data.find(blk)
 		if err != nil {
-			return err
+			var gap *diskfs.MapError
+			if !each(diskfs.Dirent{}, err) || !errors.As(err, &gap) {
+				return // nothing behind it
+			}
+			blk = max(blk+step, uint64(gap.End)>>i.fs.sb.blockLog&^(step-1)) - step
+			continue
 		}
 		if !ok || max(blk, e.off) >= end {
-			return nil
+			return
 		}
 		blk = max(blk, e.off) &^ (step - 1)
 		b, err := i.dirData(blk)
 		if err != nil {
-			return err
+			if !each(diskfs.Dirent{}, err) {
+				return
+			}
+			continue
 		}
 		for pos := i.fs.dirDataHeader(); pos < dataEnd(b); {
 			ent, size, err := i.dirEntry(b, pos, blk)
+			if (err != nil || ent.Ino != 0) && !each(ent, err) {
+				return
+			}
 			if err != nil {
-				return err
+				break
 			}
 			pos += size
-			if ent.Ino != 0 && !each(ent) {
-				return nil
-			}
 		}
 	}
 }

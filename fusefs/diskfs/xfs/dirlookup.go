@@ -28,7 +28,8 @@ const (
 	maxNodeLevels = 5 // XFS_DA_NODE_MAXDEPTH
 )
 
-// Lookup finds a name in a directory by its hash.
+// Lookup finds a name in a directory: by its hash, and where the index does not know it
+// by reading all of the directory, since an index can be damaged without showing it.
 func (i *inode) Lookup(name string) (uint64, error) {
 	if !i.is(syscall.S_IFDIR) {
 		return 0, syscall.ENOTDIR
@@ -37,24 +38,29 @@ func (i *inode) Lookup(name string) (uint64, error) {
 	if !diskfs.ValidName(name) || len(name) > 255 {
 		return 0, missing
 	}
-	if i.data.format == formatLocal {
-		var ino uint64
-		err := i.shortEntries(func(e diskfs.Dirent) bool {
-			if e.Name == name {
-				ino = e.Ino
-			}
-			return ino == 0
-		})
-		if err == nil && ino == 0 {
-			err = missing
+	if i.data.format != formatLocal {
+		if ino, err := i.lookupHashed(name); err == nil && ino != 0 {
+			return ino, nil
 		}
-		return ino, err
 	}
-	ino, err := i.lookupHashed(name)
-	if err == nil && ino == 0 {
-		err = missing
+	var ino uint64
+	var faults diskfs.Faults
+	i.eachEntry(func(e diskfs.Dirent, err error) bool {
+		if err != nil {
+			return faults.Add(err)
+		}
+		if e.Name == name {
+			ino = e.Ino
+		}
+		return ino == 0
+	})
+	if ino != 0 {
+		return ino, nil
 	}
-	return ino, err
+	if err := faults.Err(); err != nil {
+		return 0, err
+	}
+	return 0, missing
 }
 
 // hashName is the hash of directory entries and attributes.
@@ -70,6 +76,8 @@ func hashName(name string, asciiCI bool) uint32 {
 	return h
 }
 
+// lookupHashed finds a name by the index. 0 or an error says no more than that the index
+// does not lead to it.
 func (i *inode) lookupHashed(name string) (uint64, error) {
 	hash := hashName(name, i.fs.sb.asciiCI)
 	e, ok, err := i.data.find(0)

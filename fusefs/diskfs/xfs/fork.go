@@ -2,7 +2,10 @@ package xfs
 
 import (
 	"fmt"
+	"math"
 	"sort"
+
+	"github.com/varve-io/varve/fusefs/diskfs"
 )
 
 // Fork formats, di_format and di_aformat.
@@ -196,6 +199,9 @@ func (k *fork) findInTree(off uint64) (extent, bool, error) {
 	for range 2 {
 		leaf, next, hasNext, err := k.descend(root, int(be16(k.root, 0)), off)
 		if err != nil {
+			if hasNext && next > off && next < maxFileBlock {
+				err = &diskfs.MapError{End: int64(min(next, math.MaxInt64>>k.fs.sb.blockLog) << k.fs.sb.blockLog), Err: err}
+			}
 			return extent{}, false, err
 		}
 		recs := leaf[k.fs.bmapHeaderSize():]
@@ -218,7 +224,7 @@ func (k *fork) findInTree(off uint64) (extent, bool, error) {
 }
 
 // descend goes down from the root, at the given level, to the leaf that holds off.
-// next is the first key to the right of that leaf.
+// next is the first key to the right of that leaf, or of the block that cannot be read.
 func (k *fork) descend(nd node, level int, off uint64) (leaf []byte, next uint64, hasNext bool, err error) {
 	hdr := k.fs.bmapHeaderSize()
 	for {
@@ -229,7 +235,7 @@ func (k *fork) descend(nd node, level int, off uint64) (leaf []byte, next uint64
 		level--
 		b, err := k.treeBlock(nd.ptr(j), level)
 		if err != nil {
-			return nil, 0, false, err
+			return nil, next, hasNext, err
 		}
 		if level == 0 {
 			return b, next, hasNext, nil

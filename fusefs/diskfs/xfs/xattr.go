@@ -38,47 +38,51 @@ type rawAttr struct {
 	value []byte
 }
 
-// Xattrs lists the extended attributes in the order of their names.
+// attrVisitor takes an attribute, or the error that stands for attributes that cannot be
+// read; it answers whether to go on.
+type attrVisitor func(rawAttr, error) bool
+
+// Xattrs lists the extended attributes in the order of their names: those that can be
+// read, and the error that says what cannot.
 func (i *inode) Xattrs() ([]diskfs.Xattr, error) {
 	if i.attrsErr != nil {
 		return nil, i.attrsErr
 	}
 	var raw []rawAttr
+	var faults diskfs.Faults
 	total := 0
-	add := func(a rawAttr) error {
+	add := func(a rawAttr, err error) bool {
+		if err != nil {
+			return faults.Add(err)
+		}
 		if a.flags&(attrIncomplete|attrParent) != 0 {
-			return nil
+			return true
 		}
 		if total += len(a.name) + len(a.value); total > maxAttrBytes {
-			return corrupt(inodeName(i.stat.Ino), "more than %d MiB of attributes", maxAttrBytes>>20)
+			faults.Add(corrupt(inodeName(i.stat.Ino), "more than %d MiB of attributes", maxAttrBytes>>20))
+			return false
 		}
 		raw = append(raw, a)
-		return nil
+		return true
 	}
-	var err error
 	switch i.attr.format {
 	case formatLocal:
-		err = i.shortAttrs(add)
+		i.shortAttrs(add)
 	default:
-		err = i.leafAttrs(add)
-	}
-	if err != nil {
-		return nil, err
+		i.leafAttrs(add)
 	}
 	raw = i.fs.pending.applyAttrs(i.stat.Ino, raw)
 
 	var out []diskfs.Xattr
 	for _, a := range raw {
 		x, ok, err := i.present(a)
-		if err != nil {
-			return nil, err
-		}
+		faults.Add(err)
 		if ok {
 			out = append(out, x)
 		}
 	}
 	sort.Slice(out, func(a, b int) bool { return out[a].Name < out[b].Name })
-	return out, nil
+	return out, faults.Err()
 }
 
 // present gives an attribute as Linux does: with its prefix, and access control lists
@@ -112,113 +116,123 @@ func (i *inode) present(a rawAttr) (diskfs.Xattr, bool, error) {
 
 // shortAttrs lists attributes that stand in the inode: total size, number, then for
 // each the lengths of name and value, flags, name and value.
-func (i *inode) shortAttrs(add func(rawAttr) error) error {
+func (i *inode) shortAttrs(add attrVisitor) {
 	b := i.attr.local
-	bad := func() error { return corrupt(i.attr.name(), "short form attributes are cut off") }
-	if len(b) < 4 || int(be16(b, 0)) > len(b) || be16(b, 0) < 4 {
-		return bad()
+	bad := func() { add(rawAttr{}, corrupt(i.attr.name(), "short form attributes are cut off")) }
+	if len(b) < 4 || be16(b, 0) < 4 {
+		bad()
+		return
 	}
-	b = b[:be16(b, 0)]
+	cut := int(be16(b, 0)) > len(b)
+	if !cut {
+		b = b[:be16(b, 0)]
+	}
 	pos := 4
 	for range b[2] {
 		if len(b)-pos < 3 {
-			return bad()
+			bad()
+			return
 		}
 		nlen, vlen, flags := int(b[pos]), int(b[pos+1]), b[pos+2]
 		pos += 3
 		if nlen == 0 || nlen+vlen > len(b)-pos {
-			return bad()
+			bad()
+			return
 		}
 		a := rawAttr{flags: flags, name: string(b[pos : pos+nlen]), value: append([]byte{}, b[pos+nlen:pos+nlen+vlen]...)}
-		if err := add(a); err != nil {
-			return err
+		if !add(a, nil) {
+			return
 		}
 		pos += nlen + vlen
 	}
-	return nil
+	if cut {
+		bad()
+	}
 }
 
 // leafAttrs lists attributes in leaves: down the left edge of the tree, then along the
-// leaves.
-func (i *inode) leafAttrs(add func(rawAttr) error) error {
+// leaves. Where a leaf is damaged, those behind it are found through the nodes.
+func (i *inode) leafAttrs(add attrVisitor) {
 	if _, ok, err := i.attr.find(0); err != nil || !ok {
-		return err
+		if err != nil {
+			add(rawAttr{}, err)
+		}
+		return
 	}
-	b, err := i.attrBlock(0)
+	i.attrSubtree(0, 0, map[uint32]bool{}, add)
+}
+
+// attrSubtree lists the leaves below a block of the tree, each once. It answers whether to
+// go on.
+func (i *inode) attrSubtree(blk uint32, level int, seen map[uint32]bool, add attrVisitor) bool {
+	if seen[blk] {
+		return add(rawAttr{}, corrupt(i.attr.name(), "block %d stands in the tree twice", blk))
+	}
+	seen[blk] = true
+	b, err := i.attrBlock(blk)
 	if err != nil {
-		return err
+		return add(rawAttr{}, err)
 	}
-	for level := 0; isNode(b); level++ {
-		ents := i.fs.dablkEntries(b)
-		if level == maxNodeLevels || len(ents) == 0 {
-			return corrupt(i.attr.name(), "tree of attributes at level %d with %d entries", level, len(ents)/leafEntrySize)
-		}
-		if b, err = i.attrBlock(be32(ents, 4)); err != nil {
-			return err
-		}
+	if !isNode(b) {
+		return i.attrLeaf(b, add)
 	}
-	seen := map[uint32]bool{}
-	for {
-		if err := i.attrLeaf(b, add); err != nil {
-			return err
-		}
-		forw := be32(b, 0)
-		if forw == 0 {
-			return nil
-		}
-		if seen[forw] {
-			return corrupt(i.attr.name(), "leaves form a circle at block %d", forw)
-		}
-		seen[forw] = true
-		if b, err = i.attrBlock(forw); err != nil {
-			return err
-		}
-		if isNode(b) {
-			return corrupt(i.attr.name(), "block %d is no leaf", forw)
+	ents := i.fs.dablkEntries(b)
+	if level == maxNodeLevels || len(ents) == 0 {
+		return add(rawAttr{}, corrupt(i.attr.name(), "tree of attributes at level %d with %d entries", level, len(ents)/leafEntrySize))
+	}
+	for ; len(ents) > 0; ents = ents[leafEntrySize:] {
+		if !i.attrSubtree(be32(ents, 4), level+1, seen, add) {
+			return false
 		}
 	}
+	return true
 }
 
 // attrLeaf lists the attributes of one leaf: entries of hash, place and flags from the
 // front, names and values from the back.
-func (i *inode) attrLeaf(b []byte, add func(rawAttr) error) error {
+func (i *inode) attrLeaf(b []byte, add attrVisitor) bool {
 	hdr, count := attrLeafHdrV4, int(be16(b, 12))
 	if i.fs.sb.v5 {
 		hdr, count = attrLeafHdrV5, int(be16(b, 56))
 	}
-	bad := func(j int) error { return corrupt(i.attr.name(), "attribute %d of a leaf is cut off", j) }
 	for j := range count {
 		pos, flags := int(be16(b, hdr+j*attrEntrySize+4)), b[hdr+j*attrEntrySize+6]
 		if flags&(attrIncomplete|attrParent) != 0 {
 			continue
 		}
-		if pos < hdr+count*attrEntrySize || len(b)-pos < 4 || flags&attrLocal == 0 && len(b)-pos < 9 {
-			return bad(j)
+		if pos < hdr+count*attrEntrySize {
+			pos = len(b)
 		}
-		a := rawAttr{flags: flags}
-		if flags&attrLocal != 0 {
-			vlen, nlen := int(be16(b, pos)), int(b[pos+2])
-			if nlen == 0 || 3+nlen+vlen > len(b)-pos {
-				return bad(j)
-			}
-			a.name = string(b[pos+3 : pos+3+nlen])
-			a.value = append([]byte{}, b[pos+3+nlen:pos+3+nlen+vlen]...)
-		} else {
-			blk, vlen, nlen := be32(b, pos), be32(b, pos+4), int(b[pos+8])
-			if nlen == 0 || 9+nlen > len(b)-pos {
-				return bad(j)
-			}
-			a.name = string(b[pos+9 : pos+9+nlen])
-			var err error
-			if a.value, err = i.remoteValue(blk, vlen); err != nil {
-				return err
-			}
-		}
-		if err := add(a); err != nil {
-			return err
+		if !add(i.leafAttr(b, pos, flags)) {
+			return false
 		}
 	}
-	return nil
+	return true
+}
+
+// leafAttr reads the attribute whose name stands at pos of a leaf.
+func (i *inode) leafAttr(b []byte, pos int, flags byte) (a rawAttr, err error) {
+	a.flags = flags
+	cutOff := corrupt(i.attr.name(), "attribute at byte %d of a leaf of %d is cut off", pos, len(b))
+	if len(b)-pos < 4 || flags&attrLocal == 0 && len(b)-pos < 9 {
+		return a, cutOff
+	}
+	if flags&attrLocal != 0 {
+		vlen, nlen := int(be16(b, pos)), int(b[pos+2])
+		if nlen == 0 || 3+nlen+vlen > len(b)-pos {
+			return a, cutOff
+		}
+		a.name = string(b[pos+3 : pos+3+nlen])
+		a.value = append([]byte{}, b[pos+3+nlen:pos+3+nlen+vlen]...)
+		return a, nil
+	}
+	blk, vlen, nlen := be32(b, pos), be32(b, pos+4), int(b[pos+8])
+	if nlen == 0 || 9+nlen > len(b)-pos {
+		return a, cutOff
+	}
+	a.name = string(b[pos+9 : pos+9+nlen])
+	a.value, err = i.remoteValue(blk, vlen)
+	return a, err
 }
 
 // remoteValue reads a value of vlen bytes that begins at block blk of the attribute
