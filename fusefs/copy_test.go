@@ -168,12 +168,12 @@ func TestGlob(t *testing.T) {
 		"many":                "many",
 		".":                   ".",
 	} {
-		got, err := browse.Glob(t.Context(), fsys, pattern)
+		got, err := browse.Glob(t.Context(), fsys, pattern, func(_ string, err error) error { return err })
 		if err != nil || strings.Join(got, " ") != want {
 			t.Errorf("Glob(%q) = %q, %v; want %q", pattern, got, err, want)
 		}
 	}
-	if _, err := browse.Glob(t.Context(), fsys, "no*such"); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := browse.Glob(t.Context(), fsys, "no*such", nil); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a pattern without matches: %v", err)
 	}
 }

@@ -51,7 +51,7 @@ func (p *point) volumeRoot(ctx context.Context, parent *fs.Inode, out *fuse.Entr
 	if err != nil {
 		return p.failed(ctx, parent, out, "files/"+v.Name, err)
 	}
-	return vol.adopt(ctx, parent, vol.inodes.Root(), out)
+	return vol.adopt(ctx, parent, vol.inodes.Root(), vol.inodes.Root(), out)
 }
 
 // failed is what stands in place of a file system that cannot be read. An error

@@ -30,7 +30,6 @@ type inodeNode struct {
 
 var (
 	_ = (fs.NodeLookuper)((*inodeNode)(nil))
-	_ = (fs.NodeReaddirer)((*inodeNode)(nil))
 	_ = (fs.NodeGetattrer)((*inodeNode)(nil))
 	_ = (fs.NodeStatxer)((*inodeNode)(nil))
 	_ = (fs.NodeAccesser)((*inodeNode)(nil))
@@ -48,19 +47,16 @@ var (
 type nameBudget struct{ left atomic.Int64 }
 
 const (
-	maxNames   = 4 << 20  // kept names in all
-	maxListing = 16 << 20 // entries of one directory
-	oftenAsked = 16       // lookups after which a directory's names are kept
+	maxNames   = 4 << 20 // kept names in all
+	oftenAsked = 16      // lookups after which a directory's names are kept
 )
 
-// adopt makes the node of an inode, or finds the one that there is.
-func (v *volume) adopt(ctx context.Context, parent *fs.Inode, ino uint64, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
+// adopt makes the node of an inode that directory dir names, or finds the one that there is.
+func (v *volume) adopt(ctx context.Context, parent *fs.Inode, dir, ino uint64, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
 	v.point.use()
 	node, err := v.inodes.Inode(ino)
 	if err != nil {
-		if errors.Is(err, iofs.ErrNotExist) { // a name that leads nowhere is damage, not absence
-			err = &diskfs.CorruptError{Type: v.inodes.Info().Type, Where: "directory", What: "an entry names an inode that is not in use"}
-		}
+		err = diskfs.Dangling(v.inodes, dir, ino, err)
 		return nil, v.point.errno(ctx, "read inode", err)
 	}
 	st := node.Stat()
@@ -118,7 +114,7 @@ func (n *inodeNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut)
 	if err != nil {
 		return nil, n.vol.point.errno(ctx, "look up a name", err)
 	}
-	return n.vol.adopt(ctx, &n.Inode, ino, out)
+	return n.vol.adopt(ctx, &n.Inode, n.node.Stat().Ino, ino, out)
 }
 
 // find searches a name. Many formats search a directory from its start, so that
@@ -127,11 +123,8 @@ func (n *inodeNode) find(name string) (uint64, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.names == nil {
-		if n.asked++; n.asked != oftenAsked {
-			return n.node.Lookup(name) //nolint:wrapcheck // an errno is made of it
-		}
-		if list, err := n.list(); err == nil {
-			n.keep(list)
+		if n.asked++; n.asked == oftenAsked {
+			n.remember()
 		}
 		if n.names == nil {
 			return n.node.Lookup(name) //nolint:wrapcheck // an errno is made of it
@@ -144,34 +137,25 @@ func (n *inodeNode) find(name string) (uint64, error) {
 	return ino, nil
 }
 
-func (n *inodeNode) list() ([]diskfs.Dirent, error) {
-	var list []diskfs.Dirent
-	for e, err := range n.node.Entries() {
-		if err != nil {
-			return list, err
-		}
-		if len(list) == maxListing {
-			return list, syscall.EFBIG
-		}
-		list = append(list, e)
-	}
-	return list, nil
-}
-
-// keep remembers a directory's names, within the budget of the mount.
-func (n *inodeNode) keep(list []diskfs.Dirent) {
+// remember keeps a directory's names, if all can be read and the budget of the mount has
+// room for them.
+func (n *inodeNode) remember() {
 	budget := &n.vol.point.fs.names.left
-	if n.names != nil || budget.Add(int64(len(list))) > maxNames {
-		if n.names == nil {
-			budget.Add(-int64(len(list)))
+	names := map[string]uint64{}
+	taken := int64(0)
+	for e, err := range n.node.Entries() {
+		if err != nil || budget.Add(1) > maxNames {
+			if err == nil {
+				budget.Add(-1)
+			}
+			budget.Add(-taken)
+			return
 		}
-		return
+		taken++
+		names[e.Name] = e.Ino
 	}
-	n.names = make(map[string]uint64, len(list))
-	for _, e := range list {
-		n.names[e.Name] = e.Ino
-	}
-	budget.Add(int64(len(n.names) - len(list)))
+	budget.Add(int64(len(names)) - taken)
+	n.names = names
 }
 
 // OnForget gives back what the directory had of the budget.
@@ -180,24 +164,6 @@ func (n *inodeNode) OnForget() {
 	defer n.mu.Unlock()
 	n.vol.point.fs.names.left.Add(-int64(len(n.names)))
 	n.names = nil
-}
-
-func (n *inodeNode) Readdir(ctx context.Context) (fs.DirStream, syscall.Errno) {
-	n.vol.point.use()
-	list, err := n.list()
-	if err != nil {
-		return nil, n.vol.point.errno(ctx, "list a directory", err)
-	}
-	n.mu.Lock()
-	if n.names == nil {
-		n.keep(list)
-	}
-	n.mu.Unlock()
-	out := make([]fuse.DirEntry, len(list))
-	for i, e := range list {
-		out[i] = fuse.DirEntry{Name: e.Name, Ino: n.vol.numbers.of(e.Ino), Mode: modeOf(e.Type)}
-	}
-	return fs.NewListDirStream(out), 0
 }
 
 // modeOf gives the type bits of st_mode, 0 where the type is not known.
@@ -231,13 +197,13 @@ func (n *inodeNode) Readlink(ctx context.Context) ([]byte, syscall.Errno) {
 
 func (n *inodeNode) Getxattr(ctx context.Context, name string, dest []byte) (uint32, syscall.Errno) {
 	attrs, err := n.node.Xattrs()
-	if err != nil {
-		return 0, n.vol.point.errno(ctx, "read attributes", err)
-	}
 	for _, a := range attrs {
 		if a.Name == name {
 			return fill(dest, a.Value)
 		}
+	}
+	if err != nil { // it may be among those that cannot be read
+		return 0, n.vol.point.errno(ctx, "read attributes", err)
 	}
 	return 0, syscall.ENODATA
 }
@@ -245,7 +211,10 @@ func (n *inodeNode) Getxattr(ctx context.Context, name string, dest []byte) (uin
 func (n *inodeNode) Listxattr(ctx context.Context, dest []byte) (uint32, syscall.Errno) {
 	attrs, err := n.node.Xattrs()
 	if err != nil {
-		return 0, n.vol.point.errno(ctx, "list attributes", err)
+		// A list that is not whole has no errno: it is logged.
+		if no := n.vol.point.errno(ctx, "list attributes", err); len(attrs) == 0 {
+			return 0, no
+		}
 	}
 	var names []byte
 	for _, a := range attrs {

@@ -15,6 +15,7 @@ import (
 	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/backup/overlay"
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/fusefs/browse"
 	"github.com/varve-io/varve/fusefs/diskfs"
 	"github.com/varve-io/varve/fusefs/diskfs/disk"
 )
@@ -231,7 +232,7 @@ func (p *point) partitions(ctx context.Context) (*disk.Disk, error) {
 	if err != nil {
 		return nil, err
 	}
-	d, err := disk.Open(img, img.Size())
+	d, err := disk.Open(browse.Damageable(img), img.Size())
 	if err != nil {
 		return nil, err //nolint:wrapcheck // says what is wrong
 	}

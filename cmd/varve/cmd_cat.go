@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -37,8 +38,12 @@ func addStaleFlag(cmd *cobra.Command, stale *bool) {
 }
 
 func (a *app) cat(ctx context.Context, args []string, stale bool) error {
-	return a.eachFile(ctx, "cat", holdAtOnce, args, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool) error {
-		return a.catOne(ctx, files, fsys, name)
+	return a.eachFile(ctx, "cat", holdAtOnce, args, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, several bool, report *damageReport) error {
+		err := a.catOne(ctx, files, fsys, name)
+		if several && diskfs.Local(err) && !errors.Is(err, fs.ErrNotExist) {
+			return report.fail(files.point.Name(), name, err)
+		}
+		return err
 	})
 }
 

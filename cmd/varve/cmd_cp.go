@@ -35,14 +35,15 @@ func newCpCommand(a *app) *cobra.Command {
 root. Modes, owners, times, extended attributes, hard links, special files and
 holes are kept as far as the user may set them; files are copied in parallel.
 
-Files that cannot be read (damage, encryption) are left out; all else is copied,
-then each is named and the exit code tells.
+What cannot be read (damage, encryption) is left out, of a file as little as can be:
+content that is lost becomes a hole. All else is copied, then each such file is named
+and the exit code is 1.
 
 A TARGET that is a directory gets the files in it, else it is the copy's name.
 Paths may have the wildcards *, ? and [] (quote them for the shell).
 
 --tar writes a tar archive to standard output instead; there is no TARGET then.
-Holes become zeroes, unless --sparse keeps them in a form that GNU tar and bsdtar
+Content that cannot be read is zeroes in it. Holes become zeroes, unless --sparse keeps them in a form that GNU tar and bsdtar
 know, and others (busybox) do not.`,
 		Example: `  varve cp -r shop/db@latest:/var/lib/app ./app
   varve cp 'shop/db@latest:/etc/*.conf' /tmp/
@@ -80,24 +81,78 @@ type cpResult struct {
 	Failed []cpFailure `json:"failed,omitempty"` // what could not be read
 }
 
-// cpFailure is a file that was left out.
+// cpFailure is a file that was left out, or of which a part was.
 type cpFailure struct {
-	Path  string `json:"path"` // in its file system
-	Error string `json:"error"`
-	err   error
+	Path    string `json:"path"`              // in its file system
+	Partial bool   `json:"partial,omitempty"` // the copy has it, without a part
+	Error   string `json:"error"`
+	err     error
 }
 
-// incompleteError tells that files were left out of a copy, each of which was named.
+// cpFailures collects what could not be read. Where the storage does not answer, every other
+// file would fail as well: the error comes back.
+type cpFailures []cpFailure
+
+func (l *cpFailures) add(name string, err error) error {
+	if errors.Is(err, repository.ErrUnreachable) {
+		return fmt.Errorf("copy %s: %w", name, err)
+	}
+	var partial *browse.PartialError
+	*l = append(*l, cpFailure{name, errors.As(err, &partial), message(err), err})
+	return nil
+}
+
+// report names each; the error is nil where there are none.
+func (l cpFailures) report(a *app, target string) error {
+	if len(l) == 0 {
+		return nil
+	}
+	slices.SortStableFunc(l, func(a, b cpFailure) int { return strings.Compare(a.Path, b.Path) })
+	for _, f := range l {
+		what := "not copied"
+		if f.Partial {
+			what = "copied without a part"
+		}
+		a.log.Error(what, "file", rooted(f.Path), "error", f.Error)
+	}
+	return &incompleteError{l, target}
+}
+
+// incompleteError tells that a copy lacks files, or parts of them, each of which was named.
 type incompleteError struct {
-	failed []cpFailure
+	failed cpFailures
 	target string
 }
 
 func (e *incompleteError) Error() string {
-	if len(e.failed) == 1 {
-		return fmt.Sprintf("%s could not be read and is not in %s; all else is", e.failed[0].Path, e.target)
+	without, partly := 0, map[string]bool{}
+	for _, f := range e.failed {
+		if f.Partial {
+			partly[f.Path] = true
+		} else {
+			without++
+		}
 	}
-	return fmt.Sprintf("%d files or directories could not be read and are not in %s; all else is: they are named above", len(e.failed), e.target)
+	var parts []string
+	switch {
+	case without == 1 && len(partly) == 0:
+		parts = append(parts, e.failed[0].Path+" could not be read and is not in "+e.target)
+	case without == 1:
+		parts = append(parts, "1 file or directory could not be read and is not in "+e.target)
+	case without > 1:
+		parts = append(parts, fmt.Sprintf("%d files or directories could not be read and are not in %s", without, e.target))
+	}
+	switch {
+	case len(partly) == 1 && without == 0:
+		parts = append(parts, fmt.Sprintf("%s is in %s, but a part of it could not be read", e.failed[0].Path, e.target))
+	case len(partly) > 0:
+		parts = append(parts, fmt.Sprintf("%d are in %s, but a part of each could not be read", len(partly), e.target))
+	}
+	end := "all else is"
+	if len(e.failed) > 1 {
+		end += ": they are named above"
+	}
+	return strings.Join(append(parts, end), "; ")
 }
 
 // Unwrap gives all causes, for the exit code.
@@ -126,9 +181,9 @@ func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags
 	task := a.progress.Start("copy", 0, progress.Bytes)
 	defer task.Done()
 	var sum browse.CopyResult
-	var failed []cpFailure
+	var failed cpFailures
 	copied := map[string]bool{}
-	err := a.eachFile(ctx, "cp", holdAtOnce, sources, f.stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, several bool) error {
+	err := a.eachFile(ctx, "cp", holdAtOnce, sources, f.stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, several bool, _ *damageReport) error {
 		if several && !into {
 			return usagef("several files need a directory as target, and %s is none", target)
 		}
@@ -146,14 +201,8 @@ func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags
 		copied[to] = true
 		res, err := browse.Copy(ctx, fsys, name, to, browse.CopyOptions{
 			Recursive: f.recursive, Force: f.force, Workers: f.workers, Copied: task.Add,
-			Warn: func(name string, err error) { a.log.Warn("not kept", "file", name, "error", err) },
-			Failed: func(name string, err error) error {
-				if errors.Is(err, repository.ErrUnreachable) { // every other would fail as well
-					return fmt.Errorf("copy %s: %w", name, err)
-				}
-				failed = append(failed, cpFailure{name, message(err), err})
-				return nil
-			},
+			Warn:   func(name string, err error) { a.log.Warn("not kept", "file", name, "error", err) },
+			Failed: failed.add,
 		})
 		sum.Files, sum.Dirs, sum.Bytes = sum.Files+res.Files, sum.Dirs+res.Dirs, sum.Bytes+res.Bytes
 		sum.OwnersLost += res.OwnersLost
@@ -163,23 +212,17 @@ func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags
 	if errors.Is(err, fs.ErrExist) && sum.Files+sum.Dirs == 0 {
 		return &inTheWayError{err}
 	}
-	if err != nil {
+	damaged := (*unreadableError)(nil) // directories that a pattern could not be matched in
+	if err != nil && !errors.As(err, &damaged) {
 		return err
 	}
 	if sum.OwnersLost > 0 {
 		a.log.Warn("owners are not kept, since only root can set them: all belongs to you", "files", sum.OwnersLost)
 	}
-	slices.SortFunc(failed, func(a, b cpFailure) int { return strings.Compare(a.Path, b.Path) })
-	for _, f := range failed {
-		a.log.Error("not copied", "file", f.Path, "error", f.Error)
-	}
-	err = a.print(cpResult{target, sum, failed}, func(t *table) {
+	incomplete := failed.report(a, target)
+	return errors.Join(a.print(cpResult{target, sum, failed}, func(t *table) {
 		t.line("copied %s and %s, %s of data, to %s", counted(sum.Files, "file", "files"), counted(sum.Dirs, "directory", "directories"), t.bytes(sum.Bytes), target)
-	})
-	if len(failed) > 0 {
-		err = errors.Join(err, &incompleteError{failed, target})
-	}
-	return err
+	}), err, incomplete)
 }
 
 func counted(n int64, one, many string) string {
@@ -196,7 +239,7 @@ func (a *app) cpTar(ctx context.Context, sources []string, f cpFlags) error {
 	if len(sources) > 1 {
 		return usagef("--tar takes one POINT:/PATH, which may have wildcards")
 	}
-	return a.withFiles(ctx, "cp", holdAtOnce, func(open opener) error {
+	return a.withFiles(ctx, "cp", holdAtOnce, func(open opener, _ *damageReport) error {
 		files, fsys, names, err := open(ctx, sources[0], f.stale)
 		if err != nil {
 			return err
@@ -204,9 +247,11 @@ func (a *app) cpTar(ctx context.Context, sources []string, f cpFlags) error {
 		if fsys == nil {
 			return fmt.Errorf("%s is a list of volumes: name one of %s", sources[0], strings.Join(files.volumeNames(), ", "))
 		}
-		err = browse.Tar(ctx, fsys, out, names, browse.TarOptions{Sparse: f.sparse, Copied: task.Add, Skipped: func(name string) {
+		var failed cpFailures
+		err = browse.Tar(ctx, fsys, out, names, browse.TarOptions{Sparse: f.sparse, Copied: task.Add, Failed: failed.add, Skipped: func(name string) {
 			a.log.Warn("a socket cannot be archived, it is left out", "file", name)
 		}})
-		return errors.Join(err, out.Flush())
+		task.Done()
+		return errors.Join(err, out.Flush(), failed.report(a, "the archive"))
 	})
 }

@@ -124,18 +124,25 @@ func (a *app) find(ctx context.Context, args []string, f findFlags) error {
 	if err != nil {
 		return err
 	}
-	failed := 0
-	list := []fileInfo{}
-	err = a.eachFile(ctx, "find", holdLate, args, f.stale, func(_ *pointFiles, fsys diskfs.FileSystem, name string, _ bool) error {
+	var list *jsonList
+	if a.flags.output == "json" {
+		list = a.newJSONList()
+	}
+	err = a.eachFile(ctx, "find", holdLate, args, f.stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool, report *damageReport) error {
 		return browse.Walk(ctx, fsys, name, func(e *browse.Entry) error {
 			if !match(e) {
 				return nil
 			}
-			if a.flags.output == "json" {
-				d, err := describe(fsys, e.Path, e.Info)
+			if list != nil {
+				d, err := describe(e)
+				if err != nil {
+					d.Error = message(err)
+					if err := report.fail(files.point.Name(), e.Path, err); err != nil {
+						return err
+					}
+				}
 				d.Name = rooted(e.Path)
-				list = append(list, d)
-				return err
+				return list.add(d)
 			}
 			line := rooted(e.Path)
 			if f.null {
@@ -148,23 +155,13 @@ func (a *app) find(ctx context.Context, args []string, f findFlags) error {
 			}
 			return nil
 		}, func(name string, err error) error {
-			failed++
-			a.log.Error("cannot read", "file", rooted(name), "error", err)
-			return nil
+			return report.fail(files.point.Name(), name, err)
 		})
 	})
-	if err != nil {
-		return err
+	if list != nil {
+		err = list.end(err)
 	}
-	if a.flags.output == "json" {
-		if err := a.print(list, nil); err != nil {
-			return err
-		}
-	}
-	if failed > 0 {
-		return fmt.Errorf("%d files or directories could not be read", failed)
-	}
-	return nil
+	return err
 }
 
 // rooted is a path as users write it.

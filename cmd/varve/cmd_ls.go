@@ -10,7 +10,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/fusefs/browse"
 	"github.com/varve-io/varve/fusefs/diskfs"
 )
@@ -67,7 +66,7 @@ type fileInfo struct {
 	Size    int64     `json:"size"`
 	ModTime time.Time `json:"modTime"`
 	Target  string    `json:"target,omitempty"` // of a symbolic link
-	Error   string    `json:"error,omitempty"`  // why it cannot be read; the rest is then not known
+	Error   string    `json:"error,omitempty"`  // why it cannot be read; with mode "??????????" nothing else is known
 }
 
 type volumeInfo struct {
@@ -77,159 +76,189 @@ type volumeInfo struct {
 }
 
 func (a *app) ls(ctx context.Context, args []string, recursive, stale bool) error {
-	return a.withFiles(ctx, "ls", holdLate, func(open opener) error {
-		l := &lister{app: a, ctx: ctx, recursive: recursive, all: []fileInfo{}}
-		for _, arg := range args {
-			files, fsys, names, err := open(ctx, arg, stale)
-			if err != nil {
-				return err
-			}
-			if fsys == nil {
-				if len(args) > 1 || recursive {
-					return fmt.Errorf("%s is a list of volumes: name one of %s", arg, strings.Join(files.volumeNames(), ", "))
-				}
-				return a.lsVolumes(files)
-			}
-			l.titled = recursive || len(args) > 1 || len(names) > 1
-			if err := l.list(files, fsys, names); err != nil {
-				return files.at(err)
-			}
-		}
+	return a.withFiles(ctx, "ls", holdLate, func(open opener, report *damageReport) error {
+		l := &lister{damageReport: report, recursive: recursive}
 		if a.flags.output == "json" {
-			if err := a.print(l.all, nil); err != nil {
-				return err
-			}
+			l.json = a.newJSONList()
 		}
-		return unreadable(l.failed)
+		err := l.arguments(open, args, stale)
+		if l.json != nil && !l.volumes {
+			err = l.json.end(err)
+		}
+		return err
 	})
 }
 
-// unreadable is the error behind a listing that names what could not be read.
-func unreadable(failed []error) error {
-	if len(failed) == 0 {
-		return nil
-	}
-	return &unreadableError{failed}
-}
-
-type unreadableError struct{ causes []error }
-
-func (e *unreadableError) Error() string {
-	if len(e.causes) == 1 {
-		return "one file or directory could not be read: it is named above; all else is listed"
-	}
-	return fmt.Sprintf("%d files or directories could not be read: they are named above; all else is listed", len(e.causes))
-}
-
-// Unwrap gives all causes, for the exit code.
-func (e *unreadableError) Unwrap() []error { return e.causes }
-
-// lister lists files and directories: tables as they come, JSON at the end.
+// lister lists files and directories as they come.
 type lister struct {
-	app       *app
-	ctx       context.Context //nolint:containedctx // lives for one listing
+	*damageReport
+	json      *jsonList // nil for tables
 	recursive bool
 	titled    bool // a directory's name stands above its table
 	printed   bool
-	all       []fileInfo
-	failed    []error // what could not be read
+	volumes   bool // a list of volumes was printed instead
 }
 
-// fail names what cannot be read, and has the listing go on. Where the storage does not
-// answer, nothing else could be read either.
-func (l *lister) fail(point, name string, err error) error {
-	if errors.Is(err, repository.ErrUnreachable) || l.ctx.Err() != nil {
-		return err
+func (l *lister) arguments(open opener, args []string, stale bool) error {
+	for _, arg := range args {
+		files, fsys, names, err := open(l.ctx, arg, stale)
+		if err != nil {
+			return err
+		}
+		if fsys == nil {
+			if len(args) > 1 || l.recursive {
+				return fmt.Errorf("%s is a list of volumes: name one of %s", arg, strings.Join(files.volumeNames(), ", "))
+			}
+			l.volumes = true
+			return l.app.lsVolumes(files)
+		}
+		l.titled = l.recursive || len(args) > 1 || len(names) > 1
+		if err := l.list(files, fsys, names); err != nil {
+			return files.at(err)
+		}
 	}
-	var path *fs.PathError
-	if errors.As(err, &path) {
-		err = path.Err
-	}
-	l.app.log.Error("cannot read", "file", point+":"+rooted(name), "error", err)
-	l.failed = append(l.failed, err)
 	return nil
 }
 
 // list lists what one argument names: first what is no directory, then directories.
 func (l *lister) list(files *pointFiles, fsys diskfs.FileSystem, names []string) error {
-	var plain []fileInfo
-	var dirs []string
+	var plain, dirs []string
 	for _, name := range names {
-		st, err := fsys.Lstat(name)
-		if err != nil {
-			return err //nolint:wrapcheck // names the path itself
-		}
-		if st.Mode()&fs.ModeSymlink != 0 && len(names) == 1 {
-			if to, err := fsys.Stat(name); err == nil && to.IsDir() {
-				st = to
-			}
-		}
-		if st.IsDir() {
-			dirs = append(dirs, name)
-			continue
-		}
-		f, err := describe(fsys, name, st)
+		e, err := l.entry(fsys, name, len(names) > 1)
 		if err != nil {
 			return err
 		}
-		f.Path = rooted(name)
-		if len(names) > 1 {
-			f.Name = f.Path
+		if e.IsDir() {
+			dirs = append(dirs, name)
+		} else {
+			plain = append(plain, name)
 		}
-		plain = append(plain, f)
 	}
+	point := files.point.Name()
 	if len(plain) > 0 {
-		if err := l.show("", plain); err != nil {
+		err := l.show("", func(add func(fileInfo) error) error {
+			for _, name := range plain {
+				e, err := l.entry(fsys, name, true)
+				if err != nil {
+					return err
+				}
+				f, err := l.describe(point, e)
+				if err != nil {
+					return err
+				}
+				if f.Path = rooted(name); len(names) > 1 {
+					f.Name = f.Path
+				}
+				if err := add(f); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
 			return err
 		}
 	}
 	visited := browse.Visited{}
 	for _, dir := range dirs {
-		if err := l.directory(files.point.Name(), fsys, dir, visited); err != nil {
+		e, err := l.entry(fsys, dir, len(names) > 1)
+		if err != nil {
+			return err
+		}
+		if err := l.directory(point, fsys, e, visited); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+// entry gives what a name stands for: one link that is named alone for the directory that it
+// leads to.
+func (l *lister) entry(fsys diskfs.FileSystem, name string, several bool) (*browse.Entry, error) {
+	e, err := browse.Lstat(fsys, name)
+	if err == nil && e.Info.Mode()&fs.ModeSymlink != 0 && !several {
+		if to, err := browse.Stat(fsys, name); err == nil && to.IsDir() {
+			return to, nil
+		}
+	}
+	return e, err //nolint:wrapcheck // names the path itself
+}
+
+// describe is the line of an entry. A link whose target cannot be read is one all the same.
+func (l *lister) describe(point string, e *browse.Entry) (fileInfo, error) {
+	f, err := describe(e)
+	if err == nil {
+		return f, nil
+	}
+	f.Error = message(err)
+	return f, l.fail(point, e.Path, err)
+}
+
 // directory lists a directory and, if that was asked for, those below.
-func (l *lister) directory(point string, fsys diskfs.FileSystem, dir string, visited browse.Visited) error {
-	list, err := listDir(l.ctx, fsys, dir, func(name string, err error) error { return l.fail(point, name, err) })
+func (l *lister) directory(point string, fsys diskfs.FileSystem, e *browse.Entry, visited browse.Visited) (err error) {
+	dir, err := browse.ReadDir(l.ctx, e)
 	if err != nil {
+		return err //nolint:wrapcheck // names the path itself
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	if err := dir.Damage(); err != nil {
+		if err := l.fail(point, e.Path, err); err != nil {
+			return err
+		}
+	}
+	err = l.show(point+":"+rooted(e.Path), func(add func(fileInfo) error) error {
+		for c, err := range dir.All() {
+			if err != nil {
+				return err //nolint:wrapcheck // names the path itself
+			}
+			f := fileInfo{Name: c.Name(), Mode: unknownMode}
+			if c.Err == nil {
+				if f, err = l.describe(point, c.Entry); err != nil {
+					return err
+				}
+			} else {
+				if err := l.fail(point, c.Path, c.Err); err != nil {
+					return err
+				}
+				f.Error = message(c.Err)
+			}
+			f.Path = rooted(c.Path)
+			if err := add(f); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil || !l.recursive {
 		return err
 	}
-	if err := l.show(point+":"+rooted(dir), list); err != nil || !l.recursive {
-		return err
+	if err := dir.KeepDirectories(); err != nil {
+		return err //nolint:wrapcheck // names the path itself
 	}
-	for _, f := range list {
-		if !strings.HasPrefix(f.Mode, "d") {
-			continue
-		}
-		name := browse.Join(dir, f.Name)
-		e, err := browse.Lstat(fsys, name)
-		if err == nil {
-			err = visited.Add(fsys, e)
-		}
+	for c, err := range dir.All() {
 		if err != nil {
-			if err := l.fail(point, name, err); err != nil {
+			return err //nolint:wrapcheck // names the path itself
+		}
+		if err := visited.Add(fsys, c.Entry); err != nil {
+			if err := l.fail(point, c.Path, err); err != nil {
 				return err
 			}
 			continue
 		}
-		if err := l.directory(point, fsys, name, visited); err != nil {
+		if err := l.directory(point, fsys, c.Entry, visited); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// show prints a table, or keeps what is for JSON.
-func (l *lister) show(title string, list []fileInfo) error {
-	if l.app.flags.output == "json" {
-		l.all = append(l.all, list...)
-		return nil
+// show prints what list adds, as a table or as elements of JSON.
+func (l *lister) show(title string, list func(add func(fileInfo) error) error) error {
+	if l.json != nil {
+		return list(func(f fileInfo) error { return l.json.add(f) })
 	}
-	return l.app.print(nil, func(t *table) {
+	var failed error
+	err := l.app.print(nil, func(t *table) {
 		if l.titled && title != "" {
 			if l.printed {
 				t.line("")
@@ -238,18 +267,28 @@ func (l *lister) show(title string, list []fileInfo) error {
 		}
 		l.printed = true
 		t.row("MODE", "LINKS", "UID", "GID", "SIZE", "MODIFIED", "NAME")
-		for _, f := range list {
-			shown := quoted(f.Name)
-			if f.Error != "" {
-				t.row(f.Mode, "?", "?", "?", "?", "?", shown)
-				continue
-			}
-			if f.Target != "" {
-				shown += " -> " + quoted(f.Target)
-			}
-			t.row(f.Mode, f.Links, f.UID, f.GID, f.Size, t.time(f.ModTime), shown)
-		}
+		failed = list(func(f fileInfo) error {
+			f.row(t)
+			return t.err
+		})
 	})
+	return errors.Join(failed, err)
+}
+
+// row is a file's line of a table.
+func (f *fileInfo) row(t *table) {
+	shown := quoted(f.Name)
+	if f.Mode == unknownMode {
+		t.row(f.Mode, "?", "?", "?", "?", "?", shown)
+		return
+	}
+	switch {
+	case f.Target != "":
+		shown += " -> " + quoted(f.Target)
+	case f.Error != "":
+		shown += " -> ?"
+	}
+	t.row(f.Mode, f.Links, f.UID, f.GID, f.Size, t.time(f.ModTime), shown)
 }
 
 func (a *app) lsVolumes(files *pointFiles) error {
@@ -265,51 +304,21 @@ func (a *app) lsVolumes(files *pointFiles) error {
 	})
 }
 
-// listDir lists a directory. fail is told of what cannot be read, and may have it go on by
-// answering nil.
-func listDir(ctx context.Context, fsys diskfs.FileSystem, name string, fail func(name string, err error) error) ([]fileInfo, error) {
-	entries, err := fsys.ReadDir(name)
-	if err != nil {
-		if err := fail(name, err); err != nil {
-			return nil, err
-		}
-	}
-	list := make([]fileInfo, 0, len(entries))
-	for _, e := range entries {
-		if err := ctx.Err(); err != nil {
-			return nil, err
-		}
-		child, f := browse.Join(name, e.Name()), fileInfo{}
-		st, err := e.Info()
-		if err == nil {
-			f, err = describe(fsys, child, st)
-		}
-		if err != nil {
-			if err := fail(child, err); err != nil {
-				return nil, err
-			}
-			f = fileInfo{Name: e.Name(), Mode: "??????????", Error: message(err)}
-		}
-		f.Path = rooted(child)
-		list = append(list, f)
-	}
-	return list, nil
-}
+// unknownMode stands for the mode of what cannot be read.
+const unknownMode = "??????????"
 
-func describe(fsys diskfs.FileSystem, name string, st fs.FileInfo) (fileInfo, error) {
-	f := fileInfo{Name: st.Name(), Mode: st.Mode().String(), Size: st.Size(), ModTime: st.ModTime().UTC()}
-	if s, ok := st.Sys().(*diskfs.Stat); ok {
-		f.Links, f.UID, f.GID = uint64(s.Nlink), s.UID, s.GID
-		f.Mode = modeString(s.Mode)
+// describe gives what is listed of a file: all but the target of a link with the error that
+// the target cannot be read.
+func describe(e *browse.Entry) (fileInfo, error) {
+	f := fileInfo{
+		Name: e.Info.Name(), Mode: modeString(e.Stat.Mode), Links: uint64(e.Stat.Nlink), UID: e.Stat.UID, GID: e.Stat.GID,
+		Size: e.Stat.Size, ModTime: e.Stat.Mtime.UTC(),
 	}
-	if st.Mode()&fs.ModeSymlink != 0 {
-		to, err := fsys.ReadLink(name)
-		if err != nil {
-			return f, err //nolint:wrapcheck // names the path itself
-		}
-		f.Target = to
+	var err error
+	if e.Info.Mode()&fs.ModeSymlink != 0 {
+		f.Target, err = e.ReadLink()
 	}
-	return f, nil
+	return f, err //nolint:wrapcheck // names the path itself
 }
 
 // modeString is st_mode in the way of ls(1).

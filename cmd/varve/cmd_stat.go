@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -39,24 +40,29 @@ type statInfo struct {
 	Created  *time.Time        `json:"birthTime,omitempty"`
 	Device   string            `json:"device,omitempty"`
 	Xattrs   map[string]string `json:"xattrs,omitempty"` // base64
+	// Damage is what of the file cannot be read: link target, attributes, the map of its
+	// content, entries of a directory. Content is not read for it.
+	Damage []string `json:"damage,omitempty"`
 }
 
 func (a *app) stat(ctx context.Context, args []string, stale bool) error {
 	list := []statInfo{}
-	err := a.eachFile(ctx, "stat", holdLate, args, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool) error {
+	err := a.eachFile(ctx, "stat", holdLate, args, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool, report *damageReport) error {
 		e, err := browse.Lstat(fsys, name)
 		if err != nil {
 			return files.at(err)
 		}
-		s, err := statOf(fsys, e)
+		s, err := statOf(e, func(what string, err error) error {
+			return report.fail(files.point.Name(), name, &browse.PartialError{Missing: what, Err: withoutPath(err)})
+		})
 		s.Point = files.point.Name()
 		list = append(list, s)
 		return err
 	})
-	if err != nil {
+	if damaged := (*unreadableError)(nil); err != nil && !errors.As(err, &damaged) {
 		return err
 	}
-	return a.print(list, func(t *table) {
+	return errors.Join(err, a.print(list, func(t *table) {
 		for _, s := range list {
 			shown := s.Path
 			if s.Target != "" {
@@ -75,19 +81,30 @@ func (a *app) stat(ctx context.Context, args []string, stale bool) error {
 			for _, name := range slices.Sorted(maps.Keys(s.Xattrs)) {
 				t.line("  Attribute: %s=%s (base64)", name, s.Xattrs[name])
 			}
+			for _, what := range s.Damage {
+				t.line("  Damage: %s", what)
+			}
 		}
-	})
+	}))
 }
 
-func statOf(fsys diskfs.FileSystem, e *browse.Entry) (statInfo, error) {
+// statOf gathers all that is known of a file; fail is told what of it cannot be read.
+func statOf(e *browse.Entry, fail func(what string, err error) error) (statInfo, error) {
 	st := e.Stat
-	f, err := describe(fsys, e.Path, e.Info)
-	if err != nil {
-		return statInfo{}, err
-	}
+	f, err := describe(e)
 	s := statInfo{
 		fileInfo: f, Path: rooted(e.Path), Inode: st.Ino, Blocks: st.Blocks,
 		Accessed: st.Atime.UTC(), Changed: st.Ctime.UTC(),
+	}
+	damaged := func(what string, err error) error {
+		if err == nil {
+			return nil
+		}
+		s.Damage = append(s.Damage, what+": "+message(withoutPath(err)))
+		return fail(what, err)
+	}
+	if err := damaged("the target", err); err != nil {
+		return s, err
 	}
 	if !st.Btime.IsZero() {
 		b := st.Btime.UTC()
@@ -96,15 +113,15 @@ func statOf(fsys diskfs.FileSystem, e *browse.Entry) (statInfo, error) {
 	if letter := typeLetter(st.Mode); letter == 'b' || letter == 'c' {
 		s.Device = fmt.Sprintf("%d:%d", st.Major, st.Minor)
 	}
-	attrs, err := fsys.Xattrs(e.Path)
-	if err != nil {
-		return s, err //nolint:wrapcheck // names the path itself
-	}
+	attrs, err := e.Xattrs()
 	for _, x := range attrs {
 		if s.Xattrs == nil {
 			s.Xattrs = map[string]string{}
 		}
 		s.Xattrs[x.Name] = base64.StdEncoding.EncodeToString(x.Value)
 	}
-	return s, nil
+	if err := damaged("attributes", err); err != nil {
+		return s, err
+	}
+	return s, damaged(e.Damage())
 }

@@ -2,7 +2,9 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -31,39 +33,29 @@ func newTreeCommand(a *app) *cobra.Command {
 	return cmd
 }
 
-// treeNode is what "varve tree -o json" prints.
-type treeNode struct {
-	fileInfo
-	Children []treeNode `json:"children,omitempty"`
-}
-
 func (a *app) tree(ctx context.Context, arg string, depth int, stale bool) error {
-	return a.eachFile(ctx, "tree", holdLate, []string{arg}, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool) error {
+	return a.eachFile(ctx, "tree", holdLate, []string{arg}, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool, report *damageReport) error {
 		if depth <= 0 || depth > maxTreeDepth {
 			depth = maxTreeDepth
 		}
-		out := bufio.NewWriter(a.stdout)
-		d := &treeDrawer{lister: &lister{app: a, ctx: ctx}, point: files.point.Name(), fsys: fsys, out: out, visited: browse.Visited{}}
+		d := &treeDrawer{damageReport: report, point: files.point.Name(), fsys: fsys, out: bufio.NewWriter(a.stdout), visited: browse.Visited{}}
 		e, err := browse.Lstat(fsys, name)
 		if err != nil {
 			return files.at(err)
 		}
 		if a.flags.output == "json" {
-			n, err := d.node(e, depth)
-			if err != nil {
-				return err
+			err = d.node(e, "", depth)
+			fmt.Fprintln(d.out)
+		} else {
+			fmt.Fprintln(d.out, quoted(d.point+":"+rooted(name)))
+			if err = d.draw(e, "", depth); err == nil {
+				fmt.Fprintf(d.out, "\n%d directories, %d files\n", d.dirs, d.others)
 			}
-			return errors.Join(a.print(n, nil), unreadable(d.failed))
 		}
-		fmt.Fprintln(out, quoted(d.point+":"+rooted(name)))
-		if err := d.draw(e, "", depth); err != nil {
-			return err
+		if failed := d.out.Flush(); failed != nil {
+			err = errors.Join(err, fmt.Errorf("print result: %w", failed))
 		}
-		fmt.Fprintf(out, "\n%d directories, %d files\n", d.dirs, d.others)
-		if err := out.Flush(); err != nil {
-			return fmt.Errorf("print result: %w", err)
-		}
-		return unreadable(d.failed)
+		return err
 	})
 }
 
@@ -72,7 +64,7 @@ const maxTreeDepth = 1000
 
 // treeDrawer goes through a tree, past what cannot be read.
 type treeDrawer struct {
-	*lister
+	*damageReport
 	point   string
 	fsys    diskfs.FileSystem
 	out     *bufio.Writer
@@ -81,81 +73,117 @@ type treeDrawer struct {
 	dirs, others int
 }
 
-// below visits what is in a directory, each as an entry or the error of it, if depth levels more
-// than none are to be shown.
-func (d *treeDrawer) below(e *browse.Entry, depth int, visit func(child *browse.Entry, name string, last bool, err error) error) error {
+// below visits what is in a directory, if depth levels more than none are to be shown.
+func (d *treeDrawer) below(e *browse.Entry, depth int, visit func(c browse.Child, first, last bool) error) (err error) {
 	if !e.IsDir() || depth == 0 {
 		return nil
 	}
-	err := d.visited.Add(d.fsys, e)
-	var entries []fs.DirEntry
-	if err == nil {
-		entries, err = d.fsys.ReadDir(e.Path)
+	if err := d.visited.Add(d.fsys, e); err != nil {
+		return d.fail(d.point, e.Path, err)
 	}
+	dir, err := browse.ReadDir(d.ctx, e)
 	if err != nil {
+		return err //nolint:wrapcheck // names the path itself
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	if err := dir.Damage(); err != nil {
 		if err := d.fail(d.point, e.Path, err); err != nil {
 			return err
 		}
 	}
-	for i, entry := range entries {
-		if err := d.ctx.Err(); err != nil {
-			return err //nolint:wrapcheck // cancelled
-		}
-		name := browse.Join(e.Path, entry.Name())
-		child, err := browse.Lstat(d.fsys, name)
+	n := 0
+	for c, err := range dir.All() {
 		if err != nil {
-			if err := d.fail(d.point, name, err); err != nil {
+			return err //nolint:wrapcheck // names the path itself
+		}
+		if n++; c.Err != nil {
+			if err := d.fail(d.point, c.Path, c.Err); err != nil {
 				return err
 			}
 		}
-		if err := visit(child, entry.Name(), i == len(entries)-1, err); err != nil {
+		if err := visit(c, n == 1, n == dir.Len()); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// node is the tree of JSON.
-func (d *treeDrawer) node(e *browse.Entry, depth int) (n treeNode, err error) {
-	if n.fileInfo, err = describe(d.fsys, e.Path, e.Info); err != nil {
+// node prints the tree of JSON: an object as "varve ls -o json" has it, and in a directory
+// that holds something "children", an array of such objects.
+func (d *treeDrawer) node(e *browse.Entry, indent string, depth int) error {
+	f, err := describe(e)
+	if err != nil {
 		if err := d.fail(d.point, e.Path, err); err != nil {
-			return n, err
-		}
-		n.Error = message(err)
-	}
-	err = d.below(e, depth, func(child *browse.Entry, name string, _ bool, err error) error {
-		c := treeNode{fileInfo: fileInfo{Name: name}}
-		if err != nil {
-			c.Error = message(err)
-		} else if c, err = d.node(child, depth-1); err != nil {
 			return err
 		}
-		n.Children = append(n.Children, c)
+		f.Error = message(err)
+	}
+	if err := d.object(f, indent); err != nil {
+		return err
+	}
+	some := false
+	err = d.below(e, depth, func(c browse.Child, first, _ bool) error {
+		if first {
+			some = true
+			fmt.Fprintf(d.out, ",\n%s  \"children\": [", indent)
+		} else {
+			fmt.Fprint(d.out, ",")
+		}
+		fmt.Fprintf(d.out, "\n%s    ", indent)
+		if c.Err == nil {
+			return d.node(c.Entry, indent+"    ", depth-1)
+		}
+		if err := d.object(fileInfo{Name: c.Name(), Error: message(c.Err)}, indent+"    "); err != nil {
+			return err
+		}
+		fmt.Fprintf(d.out, "\n%s    }", indent)
 		return nil
 	})
-	return n, err
+	if some {
+		fmt.Fprintf(d.out, "\n%s  ]", indent)
+	}
+	fmt.Fprintf(d.out, "\n%s}", indent)
+	return err
+}
+
+// object prints an object without its end.
+func (d *treeDrawer) object(f fileInfo, indent string) error {
+	var b bytes.Buffer
+	enc := json.NewEncoder(&b)
+	enc.SetIndent(indent, "  ")
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(f); err != nil {
+		return fmt.Errorf("print result: %w", err)
+	}
+	_, err := d.out.WriteString(strings.TrimSuffix(b.String(), "\n"+indent+"}\n"))
+	return err //nolint:wrapcheck // told when the output is flushed
 }
 
 // draw draws what is below a directory.
 func (d *treeDrawer) draw(e *browse.Entry, indent string, depth int) error {
-	return d.below(e, depth, func(child *browse.Entry, name string, last bool, err error) error {
+	return d.below(e, depth, func(c browse.Child, _, last bool) error {
 		branch, below := "├── ", "│   "
 		if last {
 			branch, below = "└── ", "    "
 		}
-		shown := quoted(name)
+		shown := quoted(c.Name())
 		switch {
-		case err != nil:
+		case c.Err != nil:
 			shown += " (cannot be read)"
-		case child.Info.Mode()&fs.ModeSymlink != 0:
-			if to, err := d.fsys.ReadLink(child.Path); err == nil {
-				shown += " -> " + quoted(strings.TrimSpace(to))
+		case c.Info.Mode()&fs.ModeSymlink != 0:
+			to, err := c.ReadLink()
+			if err != nil {
+				if err := d.fail(d.point, c.Path, err); err != nil {
+					return err
+				}
+				to = "?"
 			}
+			shown += " -> " + quoted(strings.TrimSpace(to))
 		}
 		fmt.Fprintln(d.out, indent+branch+shown)
-		if err == nil && child.IsDir() {
+		if c.Err == nil && c.IsDir() {
 			d.dirs++
-			return d.draw(child, indent+below, depth-1)
+			return d.draw(c.Entry, indent+below, depth-1)
 		}
 		d.others++
 		return nil

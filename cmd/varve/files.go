@@ -16,9 +16,10 @@ import (
 // path lies in (nil for the list of volumes) and the paths in it that match.
 type opener func(ctx context.Context, arg string, stale bool) (*pointFiles, diskfs.FileSystem, []string, error)
 
-// withFiles calls fn with an opener; what it opened is closed afterwards. The points have a
-// lease, for a purpose, at once or after the wait.
-func (a *app) withFiles(ctx context.Context, purpose string, wait time.Duration, fn func(opener) error) (err error) {
+// withFiles calls fn with an opener, whose files are closed afterwards, and a report of what
+// cannot be read, which is the error where fn has none. The points have a lease, for a
+// purpose, at once or after the wait.
+func (a *app) withFiles(ctx context.Context, purpose string, wait time.Duration, fn func(opener, *damageReport) error) (err error) {
 	repo, err := a.openRepository(ctx)
 	if err != nil {
 		return err
@@ -32,7 +33,8 @@ func (a *app) withFiles(ctx context.Context, purpose string, wait time.Duration,
 			f.Close()
 		}
 	}()
-	return fn(func(ctx context.Context, arg string, stale bool) (*pointFiles, diskfs.FileSystem, []string, error) {
+	report := &damageReport{app: a, ctx: ctx}
+	err = fn(func(ctx context.Context, arg string, stale bool) (*pointFiles, diskfs.FileSystem, []string, error) {
 		files, name, err := a.openFiles(ctx, repo, leases, arg)
 		if err != nil {
 			return nil, nil, nil, err
@@ -42,12 +44,18 @@ func (a *app) withFiles(ctx context.Context, purpose string, wait time.Duration,
 		if err != nil || fsys == nil {
 			return files, nil, nil, err
 		}
-		names, err := browse.Glob(ctx, fsys, inside)
+		names, err := browse.Glob(ctx, fsys, inside, func(name string, err error) error {
+			return report.fail(files.point.Name(), name, err)
+		})
 		if err != nil {
 			return nil, nil, nil, files.at(err)
 		}
 		return files, fsys, names, nil
-	})
+	}, report)
+	if err == nil {
+		err = report.err()
+	}
+	return err
 }
 
 // at names the file that an error is about as users do.
@@ -59,10 +67,10 @@ func (f *pointFiles) at(err error) error {
 	return fmt.Errorf("%s: %w", name, err)
 }
 
-// eachFile calls fn for each file that the arguments name; several tells that
-// there is more than one.
-func (a *app) eachFile(ctx context.Context, purpose string, wait time.Duration, args []string, stale bool, fn func(files *pointFiles, fsys diskfs.FileSystem, name string, several bool) error) error {
-	return a.withFiles(ctx, purpose, wait, func(open opener) error {
+// eachFile calls fn for each file that the arguments name; several tells that there is
+// more than one, and the report is that of withFiles.
+func (a *app) eachFile(ctx context.Context, purpose string, wait time.Duration, args []string, stale bool, fn func(files *pointFiles, fsys diskfs.FileSystem, name string, several bool, report *damageReport) error) error {
+	return a.withFiles(ctx, purpose, wait, func(open opener, report *damageReport) error {
 		for _, arg := range args {
 			files, fsys, names, err := open(ctx, arg, stale)
 			if err != nil {
@@ -72,7 +80,7 @@ func (a *app) eachFile(ctx context.Context, purpose string, wait time.Duration, 
 				return fmt.Errorf("%s is a list of volumes: name one of %s", arg, strings.Join(files.volumeNames(), ", "))
 			}
 			for _, name := range names {
-				if err := fn(files, fsys, name, len(args) > 1 || len(names) > 1); err != nil {
+				if err := fn(files, fsys, name, len(args) > 1 || len(names) > 1, report); err != nil {
 					return err
 				}
 			}

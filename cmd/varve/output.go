@@ -1,7 +1,10 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -39,10 +42,55 @@ func (a *app) print(result any, write func(t *table)) error {
 	return nil
 }
 
+// jsonList prints the elements of a JSON array as they come, in the form that print
+// gives the whole.
+type jsonList struct {
+	out  *bufio.Writer
+	some bool
+}
+
+func (a *app) newJSONList() *jsonList { return &jsonList{out: bufio.NewWriter(a.stdout)} }
+
+func (l *jsonList) add(v any) error {
+	var b bytes.Buffer
+	enc := json.NewEncoder(&b)
+	enc.SetIndent("  ", "  ")
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(v); err != nil {
+		return fmt.Errorf("print result: %w", err)
+	}
+	before := ",\n  "
+	if !l.some {
+		before, l.some = "[\n  ", true
+	}
+	if _, err := l.out.WriteString(before + strings.TrimSuffix(b.String(), "\n")); err != nil {
+		return fmt.Errorf("print result: %w", err)
+	}
+	return nil
+}
+
+// end closes the array. After an error an array without elements is not printed.
+func (l *jsonList) end(err error) error {
+	switch {
+	case l.some:
+		_, _ = l.out.WriteString("\n]\n") // Flush tells
+	case err == nil:
+		_, _ = l.out.WriteString("[]\n")
+	}
+	if failed := l.out.Flush(); failed != nil {
+		return errors.Join(err, fmt.Errorf("print result: %w", failed))
+	}
+	return err
+}
+
+// tableRows is how many rows are aligned with each other at most.
+const tableRows = 10_000
+
 // table aligns rows of cells in columns.
 type table struct {
-	w   *tabwriter.Writer
-	err error
+	w    *tabwriter.Writer
+	err  error
+	rows int
 }
 
 // row writes one row. Control characters in a cell, which might come from a
@@ -53,6 +101,9 @@ func (t *table) row(cells ...any) {
 		line[i] = printable(fmt.Sprint(c))
 	}
 	t.write(strings.Join(line, "\t"))
+	if t.rows++; t.rows%tableRows == 0 && t.err == nil {
+		t.err = t.w.Flush() // so that a table of any length takes no more memory
+	}
 }
 
 // line writes text outside of the columns.

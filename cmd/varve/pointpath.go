@@ -10,6 +10,7 @@ import (
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/fusefs/browse"
 	"github.com/varve-io/varve/fusefs/diskfs"
 	"github.com/varve-io/varve/fusefs/diskfs/disk"
 )
@@ -98,7 +99,7 @@ func openPointFiles(ctx context.Context, repo *repository.Repository, cache *ima
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", p.Name(), err)
 	}
-	d, err := disk.Open(img, img.Size())
+	d, err := disk.Open(browse.Damageable(img), img.Size())
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", p.Name(), err)
 	}

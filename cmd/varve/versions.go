@@ -14,6 +14,7 @@ import (
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/fusefs/browse"
 	"github.com/varve-io/varve/fusefs/diskfs"
 	"github.com/varve-io/varve/fusefs/diskfs/disk"
 )
@@ -24,7 +25,9 @@ type fileVersion struct {
 	First  string    `json:"first"`
 	Last   string    `json:"last"`
 	Points int       `json:"points"`
-	File   *fileInfo `json:"file,omitempty"` // nil where there is no such file
+	File   *fileInfo `json:"file,omitempty"`  // nil where there is no such file, or with an error
+	Error  string    `json:"error,omitempty"` // why the file cannot be read, or not compared with the point before
+	err    error
 }
 
 // fileState is a file in one recovery point.
@@ -34,6 +37,7 @@ type fileState struct {
 	info  fileInfo
 	stat  *diskfs.Stat
 	file  diskfs.File // of a regular file, else nil
+	err   error       // why the file cannot be read; nothing else is known then
 }
 
 func (a *app) versions(ctx context.Context, arg string, stale bool) (err error) {
@@ -67,19 +71,31 @@ func (a *app) versions(ctx context.Context, arg string, stale bool) (err error) 
 	if err != nil {
 		return err
 	}
-	if len(list) == 1 && list[0].File == nil {
+	if len(list) == 1 && list[0].File == nil && list[0].Error == "" {
 		return fmt.Errorf("%s: %w", arg, fs.ErrNotExist) // in no point
 	}
-	return a.print(list, func(t *table) {
+	report := &damageReport{app: a, ctx: ctx}
+	for _, v := range list {
+		if v.err != nil {
+			if err := report.fail(v.First, relative(name), v.err); err != nil {
+				return err
+			}
+		}
+	}
+	return errors.Join(report.err(), a.print(list, func(t *table) {
 		t.row("FIRST", "LAST", "POINTS", "MODE", "UID", "GID", "SIZE", "MODIFIED")
 		for _, v := range list {
+			if v.File == nil && v.Error != "" {
+				t.row(v.First, v.Last, v.Points, "(cannot be read)", "", "", "", "")
+				continue
+			}
 			if v.File == nil {
 				t.row(v.First, v.Last, v.Points, "(no such file)", "", "", "", "")
 				continue
 			}
 			t.row(v.First, v.Last, v.Points, v.File.Mode, v.File.UID, v.File.GID, v.File.Size, t.time(v.File.ModTime))
 		}
-	})
+	}))
 }
 
 // fileVersions groups points, oldest first, by the states of a file.
@@ -92,11 +108,15 @@ func fileVersions(ctx context.Context, repo *repository.Repository, points []*ba
 		if err != nil {
 			return nil, err
 		}
-		same := i > 0
+		same, damage := i > 0, now.err
 		if same {
 			if same, err = sameState(ctx, before, now); err != nil {
-				now.close()
-				return nil, fmt.Errorf("compare %s with %s: %w", p.Name(), points[i-1].Name(), err)
+				err = fmt.Errorf("compare %s with %s: %w", p.Name(), points[i-1].Name(), err)
+				if !diskfs.Local(err) {
+					now.close()
+					return nil, err
+				}
+				damage = err
 			}
 		}
 		if same {
@@ -106,6 +126,9 @@ func fileVersions(ctx context.Context, repo *repository.Repository, points []*ba
 			v := fileVersion{First: p.Name(), Last: p.Name(), Points: 1}
 			if now.stat != nil {
 				v.File = &now.info
+			}
+			if damage != nil {
+				v.Error, v.err = message(damage), damage
 			}
 			list = append(list, v)
 		}
@@ -145,24 +168,24 @@ func openState(ctx context.Context, repo *repository.Repository, p *backup.Point
 		return nil, usagef("--versions: %s is the list of volumes", name)
 	}
 	s.on, _ = files.volume(name)
-	st, err := fsys.Lstat(inside)
+	e, err := browse.Lstat(fsys, inside)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
+		return s, nil
+	}
+	if err == nil {
+		s.info, err = describe(e)
+	}
+	if err == nil && e.Info.Mode().IsRegular() {
+		s.file, err = e.Open()
+	}
+	if diskfs.Local(err) {
+		s.err = err
 		return s, nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", p.Name(), err)
 	}
-	if s.info, err = describe(fsys, inside, st); err != nil {
-		return nil, fmt.Errorf("%s: %w", p.Name(), err)
-	}
-	s.stat, _ = st.Sys().(*diskfs.Stat)
-	if st.Mode().IsRegular() {
-		f, err := fsys.Open(inside)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", p.Name(), err)
-		}
-		s.file, _ = f.(diskfs.File)
-	}
+	s.stat = e.Stat
 	return s, nil
 }
 
@@ -172,6 +195,9 @@ const versionCacheBytes = 64 << 20
 // sameState compares a file in two points: metadata first, then content where the
 // disk changed below it.
 func sameState(ctx context.Context, a, b *fileState) (bool, error) {
+	if a.err != nil || b.err != nil {
+		return a.err != nil && b.err != nil && a.err.Error() == b.err.Error(), nil
+	}
 	if a.stat == nil || b.stat == nil {
 		return a.stat == b.stat, nil
 	}

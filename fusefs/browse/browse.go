@@ -1,5 +1,8 @@
 // Package browse walks, finds and copies the files of a file system inside an
 // image: what the file commands do, without a mount and without root.
+//
+// An image can be damaged anywhere. Everything here gives all that can be read, and
+// tells of what cannot through a callback.
 package browse
 
 import (
@@ -7,8 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"path"
-	"strings"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
 )
@@ -18,28 +19,74 @@ type Entry struct {
 	Path string // in the file system, as diskfs has it
 	Info fs.FileInfo
 	Stat *diskfs.Stat
+
+	in diskfs.Inodes
 }
 
 // IsDir tells whether the entry is a directory.
 func (e *Entry) IsDir() bool { return e.Info.IsDir() }
+
+// Node reads the entry's inode: no path has to be searched again.
+func (e *Entry) Node() (diskfs.Inode, error) {
+	node, err := e.in.Inode(e.Stat.Ino)
+	return node, e.err("read", err)
+}
+
+// Open opens what is no directory.
+func (e *Entry) Open() (diskfs.File, error) {
+	node, err := e.Node()
+	if err != nil {
+		return nil, err
+	}
+	return diskfs.OpenInode(node, e.Path), nil
+}
+
+// ReadLink gives the target of a symbolic link.
+func (e *Entry) ReadLink() (string, error) {
+	node, err := e.Node()
+	if err != nil {
+		return "", err
+	}
+	target, err := node.Readlink()
+	return target, e.err("readlink", err)
+}
+
+// Xattrs lists the extended attributes: those that can be read, and the error that says
+// what cannot.
+func (e *Entry) Xattrs() ([]diskfs.Xattr, error) {
+	node, err := e.Node()
+	if err != nil {
+		return nil, err
+	}
+	list, err := node.Xattrs()
+	return list, e.err("listxattr", err)
+}
+
+func (e *Entry) err(op string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &fs.PathError{Op: op, Path: e.Path, Err: err}
+}
 
 // maxDepth bounds a walk.
 const maxDepth = 4096
 
 // Visited are the directories of a file system that a walk came through. A hostile image can
 // have a directory inside itself, or under many names each of which has many more
-// below: a walk that goes through each once has an end.
-type Visited map[uint64]bool
+// below: a walk that goes through each once has an end. Neighbouring inodes share a word.
+type Visited map[uint64]uint64
 
 // Add notes a directory. It is an error (diskfs.ErrCorrupt) if it was there already: no file
 // system that is read here gives a directory two names.
 func (v Visited) Add(fsys diskfs.FileSystem, e *Entry) error {
-	if v[e.Stat.Ino] {
+	word, bit := e.Stat.Ino/64, uint64(1)<<(e.Stat.Ino%64)
+	if v[word]&bit != 0 {
 		return &fs.PathError{Op: "walk", Path: e.Path, Err: &diskfs.CorruptError{
 			Type: fsys.Inodes().Info().Type, Where: fmt.Sprintf("directory %d", e.Stat.Ino), What: "has several names",
 		}}
 	}
-	v[e.Stat.Ino] = true
+	v[word] |= bit
 	return nil
 }
 
@@ -49,14 +96,24 @@ func Lstat(fsys diskfs.FileSystem, name string) (*Entry, error) {
 	if err != nil {
 		return nil, err //nolint:wrapcheck // names the path itself
 	}
-	return &Entry{Path: name, Info: st, Stat: statOf(st)}, nil
+	return newEntry(fsys, name, st), nil
 }
 
-func statOf(st fs.FileInfo) *diskfs.Stat {
-	if s, ok := st.Sys().(*diskfs.Stat); ok {
-		return s
+// Stat gives one entry, that of the target where name is a symbolic link.
+func Stat(fsys diskfs.FileSystem, name string) (*Entry, error) {
+	st, err := fsys.Stat(name)
+	if err != nil {
+		return nil, err //nolint:wrapcheck // names the path itself
 	}
-	return &diskfs.Stat{Size: st.Size(), Mtime: st.ModTime()} // not reached: diskfs gives nothing else
+	return newEntry(fsys, name, st), nil
+}
+
+func newEntry(fsys diskfs.FileSystem, name string, st fs.FileInfo) *Entry {
+	s, ok := st.Sys().(*diskfs.Stat)
+	if !ok {
+		s = &diskfs.Stat{Size: st.Size(), Mtime: st.ModTime()} // not reached: diskfs gives nothing else
+	}
+	return &Entry{Path: name, Info: st, Stat: s, in: fsys.Inodes()}
 }
 
 // Walk visits a file and, of a directory, all that is below, directories before
@@ -84,7 +141,7 @@ type walker struct {
 }
 
 // walk visits e, which so many directories are above of.
-func (w *walker) walk(e *Entry, above int) error {
+func (w *walker) walk(e *Entry, above int) (err error) {
 	if err := w.ctx.Err(); err != nil {
 		return err //nolint:wrapcheck // cancelled
 	}
@@ -103,22 +160,27 @@ func (w *walker) walk(e *Entry, above int) error {
 	if above == maxDepth {
 		return w.fail(e.Path, &fs.PathError{Op: "walk", Path: e.Path, Err: errors.New("directories are nested too deeply")})
 	}
-	entries, err := w.fsys.ReadDir(e.Path)
+	dir, err := ReadDir(w.ctx, e)
 	if err != nil {
-		if err := w.fail(e.Path, err); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	if damage := dir.Damage(); damage != nil {
+		if err := w.fail(e.Path, damage); err != nil {
 			return err
 		}
 	}
-	for _, d := range entries {
-		name := Join(e.Path, d.Name())
-		child, err := Lstat(w.fsys, name)
+	for child, err := range dir.All() {
 		if err != nil {
-			if err := w.fail(name, err); err != nil {
+			return err
+		}
+		if child.Err != nil {
+			if err := w.fail(child.Path, child.Err); err != nil {
 				return err
 			}
 			continue
 		}
-		if err := w.walk(child, above+1); err != nil {
+		if err := w.walk(child.Entry, above+1); err != nil {
 			return err
 		}
 	}
@@ -131,53 +193,4 @@ func Join(dir, name string) string {
 		return name
 	}
 	return dir + "/" + name
-}
-
-// HasGlob tells whether a path has a wildcard.
-func HasGlob(name string) bool { return strings.ContainsAny(name, `*?[\`) }
-
-// Glob lists the files that a pattern matches, in order, with the wildcards of
-// path.Match within each element. A pattern that names a file as it is gives just
-// that.
-func Glob(ctx context.Context, fsys diskfs.FileSystem, pattern string) ([]string, error) {
-	if _, err := fsys.Lstat(pattern); err == nil || !HasGlob(pattern) {
-		return []string{pattern}, err //nolint:wrapcheck // names the path itself
-	}
-	found := []string{"."}
-	for elem := range strings.SplitSeq(pattern, "/") {
-		var next []string
-		for _, dir := range found {
-			if err := ctx.Err(); err != nil {
-				return nil, err //nolint:wrapcheck // cancelled
-			}
-			if !HasGlob(elem) {
-				name := Join(dir, elem)
-				if _, err := fsys.Lstat(name); err == nil {
-					next = append(next, name)
-				}
-				continue
-			}
-			if st, err := fsys.Stat(dir); err != nil || !st.IsDir() {
-				continue
-			}
-			entries, err := fsys.ReadDir(dir)
-			if err != nil {
-				return nil, err //nolint:wrapcheck // names the path itself
-			}
-			for _, e := range entries {
-				ok, err := path.Match(elem, e.Name())
-				if err != nil {
-					return nil, &fs.PathError{Op: "glob", Path: pattern, Err: err}
-				}
-				if ok && (e.Name()[0] != '.' || elem[0] == '.') {
-					next = append(next, Join(dir, e.Name()))
-				}
-			}
-		}
-		found = next
-	}
-	if len(found) == 0 {
-		return nil, &fs.PathError{Op: "glob", Path: pattern, Err: fs.ErrNotExist}
-	}
-	return found, nil
 }

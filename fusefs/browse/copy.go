@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -35,9 +34,10 @@ type CopyOptions struct {
 	// refuses.
 	Warn func(name string, err error)
 	// Failed, if it is set, is told of each file and directory that cannot be read, one
-	// at a time but from any goroutine; where it answers nil the copy goes on without.
-	// Nothing of such a file stays in the target, unless only its attributes cannot be
-	// read. What cannot be written ends the copy always.
+	// at a time but from any goroutine; where it answers nil the copy goes on. A file of
+	// which something can be read is copied without the rest, and the error then has a
+	// *PartialError; nothing of any other stays in the target. What cannot be written ends
+	// the copy always.
 	Failed func(name string, err error) error
 }
 
@@ -53,6 +53,16 @@ func reading(err error) error {
 		return err
 	}
 	return &unreadable{err}
+}
+
+// incomplete says of the damage of a directory, which is there nevertheless, that it
+// hides some of its entries.
+func incomplete(name string, err error) error {
+	var at *fs.PathError
+	if errors.As(err, &at) && at.Op == "readdir" && at.Path == name {
+		return &PartialError{Missing: "some entries of the directory", Err: err}
+	}
+	return err
 }
 
 // CopyResult counts what was copied.
@@ -93,7 +103,7 @@ func Copy(ctx context.Context, fsys diskfs.FileSystem, name, target string, opt 
 			rel = "/" + e.Path
 		}
 		return c.add(e, base+rel)
-	}, func(name string, err error) error { return c.failed(name, "", reading(err)) })
+	}, func(name string, err error) error { return c.failed(name, "", reading(incomplete(name, err))) })
 	if failed := g.Wait(); failed != nil && (err == nil || errors.Is(err, context.Canceled)) {
 		err = failed
 	}
@@ -187,7 +197,7 @@ func (c *copier) file(e *Entry, to string) error {
 		err = c.content(e, to)
 	case fs.ModeSymlink:
 		var target string
-		if target, err = c.fsys.ReadLink(e.Path); err != nil {
+		if target, err = e.ReadLink(); err != nil {
 			err = reading(err)
 		} else {
 			err = c.root.Symlink(target, to)
@@ -214,129 +224,6 @@ func (c *copier) refuse(e *Entry, to string) {
 	c.refused[to] = true
 	c.telling.Unlock()
 	c.warned(e.Path, errRefused)
-}
-
-// content writes a regular file's data; what lies between stays a hole.
-func (c *copier) content(e *Entry, to string) (err error) {
-	in, err := c.fsys.Open(e.Path)
-	if err != nil {
-		return reading(err)
-	}
-	defer in.Close()
-	src, ok := in.(diskfs.File)
-	if !ok {
-		return fmt.Errorf("it is %v", e.Info.Mode().Type())
-	}
-	out, err := c.root.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err //nolint:wrapcheck // names the path itself
-	}
-	defer func() {
-		if err = errors.Join(err, out.Close()); err != nil { // half a file would pass for a whole one
-			err = errors.Join(err, c.root.Remove(to))
-		}
-	}()
-	r := ranges{c: c, src: src, out: out}
-	// The last range is copied here, whoever is free: a worker that waited for another to
-	// copy it would be one too few.
-	var last diskfs.Extent
-	for off := int64(0); ; {
-		x, err := src.NextData(off)
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return errors.Join(reading(err), r.wait())
-		}
-		for off = x.Offset; off < x.Offset+x.Length; {
-			if last.Length > 0 && !r.copy(last) {
-				return r.wait()
-			}
-			last = diskfs.Extent{Offset: off, Length: min(copyUnit, x.Offset+x.Length-off)}
-			off += last.Length
-		}
-	}
-	if last.Length > 0 {
-		r.copyHere(last)
-	}
-	if err := r.wait(); err != nil {
-		return err
-	}
-	return out.Truncate(e.Stat.Size) //nolint:wrapcheck // names the path itself
-}
-
-// copyUnit is what one worker copies at once, in bytes.
-const copyUnit = 1 << 20
-
-var copyBuffers = sync.Pool{New: func() any { return new([copyUnit]byte) }}
-
-// ranges copies the ranges of one file, as many at once as there are workers free.
-type ranges struct {
-	c    *copier
-	src  diskfs.File
-	out  *os.File
-	busy sync.WaitGroup
-	mu   sync.Mutex
-	err  error // the first
-}
-
-// copy copies a range, perhaps later; false if one has failed.
-func (r *ranges) copy(x diskfs.Extent) bool {
-	r.mu.Lock()
-	failed := r.err != nil
-	r.mu.Unlock()
-	if failed {
-		return false
-	}
-	r.busy.Add(1)
-	// Whoever copies a file is a worker itself: it must not wait for another.
-	if !r.c.group.TryGo(func() error {
-		defer r.busy.Done()
-		r.copyHere(x)
-		return nil // told by wait, with the file's name
-	}) {
-		r.copyHere(x)
-		r.busy.Done()
-	}
-	return true
-}
-
-// copyHere copies a range and notes whether that failed.
-func (r *ranges) copyHere(x diskfs.Extent) {
-	if err := r.one(x.Offset, x.Length); err != nil {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		if r.err == nil {
-			r.err = err
-		}
-	}
-}
-
-func (r *ranges) wait() error {
-	r.busy.Wait()
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.err
-}
-
-func (r *ranges) one(off, n int64) error {
-	if err := r.c.ctx.Err(); err != nil {
-		return err //nolint:wrapcheck // cancelled
-	}
-	buf := copyBuffers.Get().(*[copyUnit]byte) //nolint:forcetypeassert // nothing else is put there
-	defer copyBuffers.Put(buf)
-	p := buf[:n]
-	if got, err := r.src.ReadAt(p, off); got < len(p) && err != nil {
-		return reading(fmt.Errorf("at %d: %w", off, err))
-	}
-	if _, err := r.out.WriteAt(p, off); err != nil {
-		return err //nolint:wrapcheck // names the path itself
-	}
-	r.c.bytes.Add(n)
-	if r.c.opt.Copied != nil {
-		r.c.opt.Copied(n)
-	}
-	return nil
 }
 
 // inDirectory calls fn with the open directory that a target path lies in.
@@ -399,9 +286,9 @@ func (c *copier) finish() error {
 // keep gives a file the owner, attributes, mode and times that it has in the image.
 // Owner first, since it takes set-id bits away; times last.
 func (c *copier) keep(e *Entry, to string) error {
-	attrs, err := c.fsys.Xattrs(e.Path)
+	attrs, err := e.Xattrs()
 	if err != nil {
-		if err := c.failed(e.Path, "", reading(fmt.Errorf("read attributes: %w", err))); err != nil {
+		if err := c.failed(e.Path, "", reading(&PartialError{Missing: "attributes", Err: err})); err != nil {
 			return err
 		}
 	}

@@ -3,6 +3,7 @@ package browse
 import (
 	"archive/tar"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -21,13 +22,18 @@ type TarOptions struct {
 	Copied func(n int64)
 	// Skipped is told of sockets, which tar cannot hold.
 	Skipped func(name string)
+	// Failed, if it is set, is told of each file and directory that cannot be read; where
+	// it answers nil the archive goes on. A file of which something can be read is in the
+	// archive without the rest, zeroes in its place, and the error then has a
+	// *PartialError; any other is left out.
+	Failed func(name string, err error) error
 }
 
 // Tar writes files and all that is below them as a tar archive in the PAX format:
 // with nanoseconds, extended attributes and names of any bytes, hard links as such.
 // Paths begin with the last element of each name.
 func Tar(ctx context.Context, fsys diskfs.FileSystem, w io.Writer, names []string, opt TarOptions) error {
-	t := &tarrer{ctx: ctx, fsys: fsys, out: w, w: tar.NewWriter(w), links: map[uint64]string{}, opt: opt}
+	t := &tarrer{ctx: ctx, out: w, w: tar.NewWriter(w), links: map[uint64]string{}, opt: opt}
 	for _, name := range names {
 		base := path.Base(name)
 		err := Walk(ctx, fsys, name, func(e *Entry) error {
@@ -36,7 +42,7 @@ func Tar(ctx context.Context, fsys diskfs.FileSystem, w io.Writer, names []strin
 				rel = e.Path
 			}
 			return t.add(e, rel)
-		}, nil)
+		}, func(name string, err error) error { return t.failed(name, incomplete(name, err)) })
 		if err != nil {
 			return err
 		}
@@ -49,11 +55,19 @@ func Tar(ctx context.Context, fsys diskfs.FileSystem, w io.Writer, names []strin
 
 type tarrer struct {
 	ctx   context.Context //nolint:containedctx // lives for one archive
-	fsys  diskfs.FileSystem
-	out   io.Writer // below w
+	out   io.Writer       // below w
 	w     *tar.Writer
 	links map[uint64]string // the first names of files with several
+	buf   []byte
 	opt   TarOptions
+}
+
+// failed decides whether the archive goes on after an error of the image.
+func (t *tarrer) failed(name string, err error) error {
+	if t.opt.Failed == nil || t.ctx.Err() != nil {
+		return err
+	}
+	return t.opt.Failed(name, err)
 }
 
 func (t *tarrer) add(e *Entry, name string) error {
@@ -63,35 +77,60 @@ func (t *tarrer) add(e *Entry, name string) error {
 		Uid: int(st.UID), Gid: int(st.GID), ModTime: st.Mtime, AccessTime: st.Atime, ChangeTime: st.Ctime,
 		PAXRecords: map[string]string{},
 	}
-	switch e.Info.Mode().Type() {
-	case fs.ModeDir:
+	first, linked := t.links[st.Ino]
+	switch typ := e.Info.Mode().Type(); {
+	case linked && !e.IsDir():
+		h.Typeflag, h.Linkname = tar.TypeLink, first
+	case typ == fs.ModeDir:
 		h.Typeflag, h.Name = tar.TypeDir, name+"/"
-	case fs.ModeSymlink:
-		target, err := t.fsys.ReadLink(e.Path)
+	case typ == fs.ModeSymlink:
+		target, err := e.ReadLink()
 		if err != nil {
-			return err //nolint:wrapcheck // names the path itself
+			return t.failed(e.Path, err)
 		}
 		h.Typeflag, h.Linkname = tar.TypeSymlink, target
-	case fs.ModeNamedPipe:
+	case typ == fs.ModeNamedPipe:
 		h.Typeflag = tar.TypeFifo
-	case fs.ModeDevice:
+	case typ == fs.ModeDevice:
 		h.Typeflag, h.Devmajor, h.Devminor = tar.TypeBlock, int64(st.Major), int64(st.Minor)
-	case fs.ModeDevice | fs.ModeCharDevice:
+	case typ == fs.ModeDevice|fs.ModeCharDevice:
 		h.Typeflag, h.Devmajor, h.Devminor = tar.TypeChar, int64(st.Major), int64(st.Minor)
-	case 0:
+	case typ == 0:
 		h.Typeflag, h.Size = tar.TypeReg, st.Size
 	default:
 		t.opt.Skipped(e.Path)
 		return nil
 	}
-	if first, ok := t.links[st.Ino]; ok {
-		h.Typeflag, h.Linkname, h.Size = tar.TypeLink, first, 0
-	} else if st.Nlink > 1 && !e.IsDir() {
+	if h.Typeflag != tar.TypeLink {
+		if err := t.attributes(e, h); err != nil {
+			return err
+		}
+	}
+	var err error
+	if h.Typeflag == tar.TypeReg && h.Size > 0 {
+		var in bool
+		if in, err = t.content(e, h); err == nil && !in {
+			return nil
+		}
+	} else {
+		err = t.w.WriteHeader(h)
+	}
+	if err != nil {
+		return fmt.Errorf("write archive: %s: %w", name, err)
+	}
+	if st.Nlink > 1 && !e.IsDir() && !linked {
 		t.links[st.Ino] = name
 	}
-	attrs, err := t.fsys.Xattrs(e.Path)
+	return nil
+}
+
+// attributes puts extended attributes into records of the header.
+func (t *tarrer) attributes(e *Entry, h *tar.Header) error {
+	attrs, err := e.Xattrs()
 	if err != nil {
-		return err //nolint:wrapcheck // names the path itself
+		if err := t.failed(e.Path, &PartialError{Missing: "attributes", Err: err}); err != nil {
+			return err
+		}
 	}
 	for _, a := range attrs {
 		if key, ok := aclRecords[a.Name]; ok {
@@ -105,51 +144,89 @@ func (t *tarrer) add(e *Entry, name string) error {
 			h.PAXRecords[key] = string(a.Value)
 		}
 	}
-	if h.Typeflag == tar.TypeReg && h.Size > 0 {
-		err = t.content(e, h)
-	} else {
-		err = t.w.WriteHeader(h)
-	}
-	if err != nil {
-		return fmt.Errorf("write archive: %s: %w", name, err)
-	}
 	return nil
 }
 
-// content writes a regular file.
-func (t *tarrer) content(e *Entry, h *tar.Header) error {
-	f, err := t.fsys.Open(e.Path)
+// content writes a regular file; false if it is left out, since nothing of it can be read.
+func (t *tarrer) content(e *Entry, h *tar.Header) (in bool, err error) {
+	f, err := e.Open()
+	if err == nil {
+		err = readable(f, h.Size) // a header that is written cannot be taken back
+	}
 	if err != nil {
-		return err //nolint:wrapcheck // names the path itself
+		return false, t.failed(e.Path, err)
 	}
 	defer f.Close()
-	if file, ok := f.(diskfs.File); ok && t.opt.Sparse {
-		if data, err := dataOf(file, h.Size); err != nil || data != nil {
-			if err != nil {
-				return err
-			}
-			return t.sparse(file, h, data)
+	var lost damage
+	err = t.write(f, h, &lost)
+	if err == nil {
+		if damaged := lost.err(); damaged != nil {
+			err = t.failed(e.Path, damaged)
 		}
+	}
+	return true, err
+}
+
+// write writes the header and the content of a file.
+func (t *tarrer) write(f diskfs.File, h *tar.Header, lost *damage) error {
+	if t.opt.Sparse {
+		data, err := dataOf(f, h.Size, lost)
+		if err != nil {
+			return err
+		}
+		if data != nil {
+			return t.sparse(f, h, data, lost)
+		}
+		*lost = damage{} // it is met again
 	}
 	if err := t.w.WriteHeader(h); err != nil {
 		return err //nolint:wrapcheck // by the caller
 	}
-	_, err = io.Copy(t.w, reader{t.ctx, f, t.opt.Copied})
-	return err //nolint:wrapcheck // by the caller
+	return t.copy(t.w, f, 0, h.Size, lost)
 }
 
-// reader counts, and ends when its context does.
-type reader struct {
-	ctx    context.Context //nolint:containedctx // lives for one file
-	r      io.Reader
-	copied func(int64)
-}
-
-func (r reader) Read(p []byte) (int, error) {
-	if err := r.ctx.Err(); err != nil {
-		return 0, err //nolint:wrapcheck // cancelled
+// copy writes a range of a file, with zeroes for what cannot be read.
+func (t *tarrer) copy(w io.Writer, f diskfs.File, off, length int64, lost *damage) error {
+	if t.buf == nil {
+		t.buf = make([]byte, copyUnit)
 	}
-	n, err := r.r.Read(p)
-	r.copied(int64(n))
-	return n, err //nolint:wrapcheck // io.EOF must stay itself
+	for unmapped, end := off, off+length; off < end; {
+		if err := t.ctx.Err(); err != nil {
+			return err //nolint:wrapcheck // cancelled
+		}
+		p := t.buf[:min(int64(len(t.buf)), end-off)]
+		if off < unmapped { // known to be damaged as far as that
+			p = p[:min(int64(len(p)), unmapped-off)]
+			clear(p)
+			lost.add(off, int64(len(p)), nil)
+		} else {
+			before := lost.bytes
+			if err := salvage(f, p, off, lost); err != nil {
+				return err
+			}
+			if lost.bytes-before == int64(len(p)) {
+				unmapped = unmappedUntil(f, off+int64(len(p)), end)
+			}
+		}
+		n, err := w.Write(p)
+		t.opt.Copied(int64(n))
+		if err != nil {
+			return err //nolint:wrapcheck // by the caller
+		}
+		off += int64(len(p))
+	}
+	return nil
+}
+
+// unmappedUntil says how far a file's map is damaged from off on, within end: nothing
+// there needs to be tried.
+func unmappedUntil(f diskfs.File, off, end int64) int64 {
+	_, err := f.NextData(off)
+	if err == nil || errors.Is(err, io.EOF) || !diskfs.Local(err) {
+		return off
+	}
+	if gap := (*diskfs.MapError)(nil); errors.As(err, &gap) {
+		return min(gap.End, end)
+	}
+	return end
 }

@@ -3,9 +3,7 @@ package browse
 import (
 	"archive/tar"
 	"bytes"
-	"errors"
 	"fmt"
-	"io"
 	"path"
 	"slices"
 	"strconv"
@@ -32,27 +30,22 @@ const (
 // piece is a range of a file, in bytes. All but the file's last end on a block of tar.
 type piece struct{ off, length int64 }
 
-// dataOf lists the data of a file that has holes, nil where it has none that matter.
-func dataOf(f diskfs.File, size int64) ([]piece, error) {
+// dataOf lists the data of a file that has holes, nil where it has none that matter. What
+// of its map is damaged is a hole, and counted in lost.
+func dataOf(f diskfs.File, size int64, lost *damage) ([]piece, error) {
 	list, total := []piece{}, int64(0)
-	for off := int64(0); off < size; {
-		x, err := f.NextData(off)
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return nil, err //nolint:wrapcheck // says what is wrong
-		}
-		if off = x.Offset + x.Length; x.Length <= 0 {
-			return nil, fmt.Errorf("data of %d bytes at %d", x.Length, x.Offset)
-		}
-		start, end := x.Offset/tarBlock*tarBlock, min(size, (off+tarBlock-1)/tarBlock*tarBlock)
+	err := eachData(f, size, lost, func(x diskfs.Extent) error {
+		start, end := x.Offset/tarBlock*tarBlock, min(size, (x.Offset+x.Length+tarBlock-1)/tarBlock*tarBlock)
 		if n := len(list); n > 0 && (start-list[n-1].off-list[n-1].length < smallestHole || n == maxPieces) {
 			total += end - list[n-1].off - list[n-1].length
 			list[n-1].length = end - list[n-1].off
-			continue
+			return nil
 		}
 		list, total = append(list, piece{start, end - start}), total+end-start
+		return nil
+	})
+	if err != nil {
+		return nil, err
 	}
 	if size-total < smallestHole {
 		return nil, nil
@@ -64,7 +57,7 @@ func dataOf(f diskfs.File, size int64) ([]piece, error) {
 }
 
 // sparse writes a file with holes.
-func (t *tarrer) sparse(f diskfs.File, h *tar.Header, data []piece) error {
+func (t *tarrer) sparse(f diskfs.File, h *tar.Header, data []piece, lost *damage) error {
 	var index bytes.Buffer
 	fmt.Fprintf(&index, "%d\n", len(data))
 	stored := int64(0)
@@ -110,10 +103,8 @@ func (t *tarrer) sparse(f diskfs.File, h *tar.Header, data []piece) error {
 		}
 	}
 	for _, p := range data {
-		if n, err := io.Copy(t.out, reader{t.ctx, io.NewSectionReader(f, p.off, p.length), t.opt.Copied}); err != nil {
-			return err //nolint:wrapcheck // by the caller
-		} else if n < p.length {
-			return io.ErrUnexpectedEOF
+		if err := t.copy(t.out, f, p.off, p.length, lost); err != nil {
+			return err
 		}
 	}
 	_, err := t.out.Write(make([]byte, -stored&(tarBlock-1)))

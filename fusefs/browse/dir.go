@@ -1,0 +1,217 @@
+package browse
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"iter"
+	"path"
+	"time"
+
+	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/internal/extsort"
+)
+
+// sortBytes is what sorting one directory may hold in memory; more goes to a file. Some
+// 100,000 entries fit.
+const sortBytes = 16 << 20
+
+// Dir is a directory in the order of its names. It holds a bounded amount of memory,
+// however many entries there are.
+type Dir struct {
+	e      *Entry
+	sorted *extsort.Sorter // name, NUL, inode -> metadata, or nothing where it cannot be read
+	damage error
+	count  int
+}
+
+// Child is an entry of a directory, or the error of one whose metadata cannot be read.
+type Child struct {
+	*Entry        // nil with an error
+	Path   string // also with an error
+	Err    error
+}
+
+// Name is the entry's name.
+func (c Child) Name() string { return path.Base(c.Path) }
+
+// ReadDir reads a directory. Names are sorted twice: by inode to read the metadata as it
+// lies on the disk, then by themselves. An error is one of the context or of the place for
+// temporary files; what of the directory cannot be read is its Damage. Close gives back
+// what it holds.
+func ReadDir(ctx context.Context, e *Entry) (d *Dir, err error) {
+	d = &Dir{e: e, sorted: extsort.New(sortBytes)}
+	byInode := extsort.New(sortBytes)
+	defer func() {
+		err = errors.Join(err, byInode.Close())
+		if err != nil {
+			err = errors.Join(err, d.Close())
+			d = nil
+		}
+	}()
+	if err := d.names(ctx, byInode); err != nil {
+		return d, err
+	}
+	var key, value []byte
+	for r, err := range byInode.Sorted() {
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			return d, fmt.Errorf("list /%s: %w", e.Path, err)
+		}
+		key = append(append(append(key[:0], r.Value...), 0), r.Key...)
+		value = value[:0]
+		// One that fails is read again where it is asked for, for the error.
+		node, err := e.in.Inode(binary.BigEndian.Uint64(r.Key))
+		if err == nil {
+			value = appendStat(value, node.Stat())
+		} else if !diskfs.Local(err) { // so would every other
+			d.damage = errors.Join(d.damage, e.err("readdir", err))
+			return d, nil
+		}
+		if err := d.sorted.Add(key, value); err != nil {
+			return d, fmt.Errorf("list /%s: %w", e.Path, err)
+		}
+		d.count++
+	}
+	return d, nil
+}
+
+// names takes in the names of the directory.
+func (d *Dir) names(ctx context.Context, byInode *extsort.Sorter) error {
+	node, err := d.e.Node()
+	if err != nil {
+		d.damage = err
+		return nil
+	}
+	var faults diskfs.Faults
+	for ent, err := range node.Entries() {
+		if err != nil {
+			if !faults.Add(err) {
+				break
+			}
+			continue
+		}
+		if err := ctx.Err(); err != nil {
+			return err //nolint:wrapcheck // cancelled
+		}
+		if err := byInode.Add(binary.BigEndian.AppendUint64(nil, ent.Ino), []byte(ent.Name)); err != nil {
+			return fmt.Errorf("list /%s: %w", d.e.Path, err)
+		}
+	}
+	d.damage = d.e.err("readdir", faults.Err())
+	return nil
+}
+
+// KeepDirectories forgets all entries that are no directories.
+func (d *Dir) KeepDirectories() error {
+	dirs := extsort.New(sortBytes)
+	d.count = 0
+	for r, err := range d.sorted.Sorted() {
+		if err == nil {
+			if st, ok := parseStat(r.Value); !ok || !st.FileMode().IsDir() {
+				continue
+			}
+			d.count++
+			err = dirs.Add(r.Key, r.Value)
+		}
+		if err != nil {
+			return errors.Join(fmt.Errorf("list /%s: %w", d.e.Path, err), dirs.Close())
+		}
+	}
+	old := d.sorted
+	d.sorted = dirs
+	return old.Close() //nolint:wrapcheck // a file of our own
+}
+
+// Damage says what of the directory cannot be read; nil if it is whole.
+func (d *Dir) Damage() error { return d.damage }
+
+// Len is the number of entries that can be read.
+func (d *Dir) Len() int { return d.count }
+
+// Close gives back what the directory holds.
+func (d *Dir) Close() error { return d.sorted.Close() } //nolint:wrapcheck // a file of our own
+
+// All gives the entries in order of their names, as often as it is called. An error of it
+// is one of the temporary file, and ends it.
+func (d *Dir) All() iter.Seq2[Child, error] {
+	return func(yield func(Child, error) bool) {
+		for r, err := range d.sorted.Sorted() {
+			if err != nil {
+				yield(Child{}, fmt.Errorf("list /%s: %w", d.e.Path, err))
+				return
+			}
+			name, ino := string(r.Key[:len(r.Key)-9]), binary.BigEndian.Uint64(r.Key[len(r.Key)-8:])
+			c := Child{Path: Join(d.e.Path, name)}
+			st, ok := parseStat(r.Value)
+			if !ok {
+				node, err := d.e.in.Inode(ino)
+				if err == nil {
+					st = node.Stat()
+				}
+				if err != nil {
+					c.Err = &fs.PathError{Op: "lstat", Path: c.Path, Err: diskfs.Dangling(d.e.in, d.e.Stat.Ino, ino, err)}
+				}
+			}
+			if c.Err == nil {
+				c.Entry = &Entry{Path: c.Path, Info: st.FileInfo(name), Stat: st, in: d.e.in}
+			}
+			if !yield(c, nil) {
+				return
+			}
+		}
+	}
+}
+
+var le = binary.LittleEndian
+
+// appendStat writes metadata in a fixed form.
+func appendStat(b []byte, st *diskfs.Stat) []byte {
+	b = le.AppendUint64(b, st.Ino)
+	for _, v := range []uint32{st.Mode, st.Nlink, st.UID, st.GID, st.Major, st.Minor, uint32(st.BlockSize), st.Generation, st.Flags} { //nolint:gosec // only stored
+		b = le.AppendUint32(b, v)
+	}
+	for _, v := range []int64{st.Size, st.Blocks} {
+		b = le.AppendUint64(b, uint64(v)) //nolint:gosec // only stored
+	}
+	for _, t := range []time.Time{st.Atime, st.Mtime, st.Ctime, st.Btime} {
+		b = le.AppendUint64(b, uint64(t.Unix()))       //nolint:gosec // only stored
+		b = le.AppendUint32(b, uint32(t.Nanosecond())) //nolint:gosec // only stored
+	}
+	return b
+}
+
+// parseStat reads what appendStat wrote; false if there is nothing.
+func parseStat(b []byte) (*diskfs.Stat, bool) {
+	if len(b) == 0 {
+		return nil, false
+	}
+	u32 := func() uint32 {
+		v := le.Uint32(b)
+		b = b[4:]
+		return v
+	}
+	u64 := func() uint64 {
+		v := le.Uint64(b)
+		b = b[8:]
+		return v
+	}
+	st := &diskfs.Stat{Ino: u64()}
+	st.Mode, st.Nlink, st.UID, st.GID, st.Major, st.Minor = u32(), u32(), u32(), u32(), u32(), u32()
+	st.BlockSize, st.Generation, st.Flags = int32(u32()), u32(), u32() //nolint:gosec // only stored
+	st.Size, st.Blocks = int64(u64()), int64(u64())                    //nolint:gosec // only stored
+	for _, t := range []*time.Time{&st.Atime, &st.Mtime, &st.Ctime, &st.Btime} {
+		sec := int64(u64()) //nolint:gosec // only stored
+		if *t = time.Unix(sec, int64(u32())).UTC(); sec == zeroTime {
+			*t = time.Time{}
+		}
+	}
+	return st, true
+}
+
+// zeroTime are the seconds of the time that is not known.
+var zeroTime = time.Time{}.Unix()
