@@ -13,6 +13,17 @@ cleanup() {
 trap cleanup EXIT
 cd "$dir"
 export HOME=$dir VARVE_CONFIG=$dir/repository.config VARVE_PASSWORD='a password for the demo'
+# unmount takes the file system away and waits for its loop device, which the kernel may
+# detach a moment later.
+unmount() {
+	umount "$1"
+	for _ in $(seq 100); do
+		losetup -j "$dir/disk.img" | grep -q . || return 0
+		sleep 0.1
+	done
+	echo "the loop device of $dir/disk.img is still attached after 10 s" >&2
+	return 1
+}
 bold() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 # step COMMAND...: shows a command, runs it, and says what it cost.
 step() {
@@ -32,7 +43,7 @@ mount -o loop disk.img mnt
 cp -a /usr/share/doc mnt/documents
 cp -aL /usr/bin mnt/programs 2>/dev/null || true
 echo "the first version of the notes" >mnt/notes.txt
-umount mnt
+unmount mnt
 du -h --apparent-size disk.img | sed 's/^/  /'
 du -h disk.img | sed 's/^/  on disk /'
 
@@ -49,7 +60,7 @@ for i in 1 2 3; do
 	echo "version $((i + 1)) of the notes" >mnt/notes.txt
 	head -c $((i * 700000)) /dev/urandom >"mnt/new-$i.bin"
 	rm -rf "mnt/documents/$(find mnt/documents -mindepth 1 -maxdepth 1 -printf '%f\n' | sort | sed -n "$((i * 10))p")"
-	umount mnt
+	unmount mnt
 	step "$varve" backup disk.img --volume shop/db
 done
 
@@ -57,7 +68,8 @@ bold "The chain"
 step "$varve" list --volume shop/db
 
 bold "What changed between two points"
-step "$varve" diff shop/db@latest~1 shop/db@latest | tail -n 5
+echo "$ varve diff shop/db@latest~1 shop/db@latest | tail -n 5"
+"$varve" diff shop/db@latest~1 shop/db@latest | tail -n 5
 
 bold "A file out of the oldest recovery point, without restoring or mounting anything"
 step "$varve" cat shop/db@latest~3:/notes.txt

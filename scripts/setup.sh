@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that the tests and the demo use. Nothing is done
+# setup.sh [PACKAGE...]
+# Installs Debian packages, by default those that the tests use. Nothing is done
 # where all of them are there already, so it is quick to run again.
 set -euo pipefail
-packages=(e2fsprogs xfsprogs fuse3 util-linux fdisk gdisk lvm2 dosfstools mtools attr acl qemu-utils libnbd-bin python3-libnbd nbdkit fio sqlite3 postgresql jq)
+packages=("$@")
+[ $# -gt 0 ] || packages=(e2fsprogs xfsprogs fuse3 util-linux fdisk gdisk lvm2 dosfstools mtools attr acl qemu-utils libnbd-bin python3-libnbd nbdkit fio sqlite3 postgresql jq)
 missing=()
 for p in "${packages[@]}"; do
 	dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'install ok installed' || missing+=("$p")
@@ -14,5 +16,6 @@ if [ "$(id -u)" -ne 0 ]; then
 fi
 echo "setup: installing ${missing[*]}"
 export DEBIAN_FRONTEND=noninteractive
-apt-get update -qq
-apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+# Another installation, as at a machine's first start, holds a lock for a while.
+apt-get -o DPkg::Lock::Timeout=300 update -qq
+apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends "${missing[@]}" >/dev/null

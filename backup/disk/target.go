@@ -334,7 +334,7 @@ func (t *Target) WriteAt(p []byte, offset int64) (int, error) {
 func (t *Target) writeError(err error, offset int64) error {
 	err = unwrapPath(err)
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return fmt.Errorf("write %s at %d: %w; free some space and restore again", t.path, offset, err)
+		return fmt.Errorf("write %s at %d: %w; it is incomplete: free some space and run the same restore again, it goes on from there", t.path, offset, err)
 	}
 
 	return fmt.Errorf("write %s at %d: %w", t.path, offset, err)

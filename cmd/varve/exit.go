@@ -128,7 +128,7 @@ func exitCode(err error) int {
 // may mean, and nothing that would do harm to a terminal, since names of files in it can
 // be a stranger's.
 func message(err error) string {
-	lines := strings.Split(strings.TrimSpace(err.Error()), "\n")
+	lines := strings.Split(strings.TrimSpace(withoutRepeats(brief(err))), "\n")
 	for i, line := range lines {
 		lines[i] = printable(line)
 	}

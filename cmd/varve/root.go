@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -99,7 +100,10 @@ func (a *app) run(ctx context.Context, args []string) int {
 	if h := hint(err); h != "" && code == exitFailure { // errors with a code of their own say it
 		next = ": " + h
 	}
-	fmt.Fprintf(a.stderr, "varve: %s%s\n", message(err), next)
+	fmt.Fprintf(a.stderr, "varve: %s\n", whatStays(cmd.CommandPath(), code, message(err)+next))
+	if text := printable(strings.ReplaceAll(err.Error(), "\n", "; ")); a.flags.verbose && text != message(err) {
+		fmt.Fprintf(a.stderr, "varve: in full: %s\n", text)
+	}
 	if code == exitUsage {
 		if !a.started && cmd.Runnable() {
 			fmt.Fprintf(a.stderr, "Usage: %s\n", cmd.UseLine())
