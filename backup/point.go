@@ -29,6 +29,9 @@ type Point struct {
 	VolumeHandle string
 	// SnapshotHandle is what the storage calls the snapshot that was read.
 	SnapshotHandle string
+	// NamespaceUID is that of the Kubernetes namespace the claim was in; empty for other
+	// disks, and where it was not recorded.
+	NamespaceUID string
 	// Unread is how many bytes could not be read when the point was made, and were stored
 	// as zeroes; the record has the ranges.
 	Unread int64
@@ -58,6 +61,7 @@ const (
 	tagChangeID   = "varve-change-id"
 	tagHandle     = "varve-volume-handle"
 	tagSnapshot   = "varve-snapshot-handle"
+	tagNamespace  = "varve-namespace-uid"
 	tagUnread     = "varve-unread"
 	tagLive       = "varve-live"
 )
@@ -72,7 +76,7 @@ func recordTags(r *blocktree.Record) map[string]string {
 		tagSize:       strconv.FormatInt(r.Size, 10),
 		tagBlockSize:  strconv.FormatInt(r.BlockSize, 10),
 	}
-	for k, v := range map[string]string{tagParent: r.Parent, tagChangeID: r.ChangeID, tagHandle: r.VolumeHandle, tagSnapshot: r.SnapshotHandle} {
+	for k, v := range map[string]string{tagParent: r.Parent, tagChangeID: r.ChangeID, tagHandle: r.VolumeHandle, tagSnapshot: r.SnapshotHandle, tagNamespace: namespaceUID(r)} {
 		if v != "" {
 			tags[k] = v
 		}
@@ -115,6 +119,7 @@ func (p *Point) fillFromTags(tags map[string]string) error {
 	}
 	p.ID, p.Generation, p.Size, p.BlockSize, p.Time = id, gen, size, block, t
 	p.Parent, p.Kind, p.ChangeID, p.VolumeHandle = tags[tagParent], tags[tagKind], tags[tagChangeID], tags[tagHandle]
+	p.NamespaceUID = tags[tagNamespace]
 	p.SnapshotHandle, p.NotCrashConsistent = tags[tagSnapshot], tags[tagLive] != ""
 	if n := tags[tagUnread]; n != "" {
 		var err error
@@ -136,7 +141,15 @@ func unreadBytes(r *blocktree.Record) (n int64) {
 func (p *Point) fillFromRecord(r *blocktree.Record) {
 	p.ID, p.Generation, p.Size, p.BlockSize, p.Time = r.ID, r.Generation, r.Size, r.BlockSize, r.Time
 	p.Parent, p.Kind, p.ChangeID, p.VolumeHandle = r.Parent, r.Kind, r.ChangeID, r.VolumeHandle
+	p.NamespaceUID = namespaceUID(r)
 	p.SnapshotHandle, p.NotCrashConsistent, p.Unread = r.SnapshotHandle, r.NotCrashConsistent, unreadBytes(r)
+}
+
+func namespaceUID(r *blocktree.Record) string {
+	if r.Claim == nil {
+		return ""
+	}
+	return r.Claim.NamespaceUID
 }
 
 // timeText is how a point's time is written in its name: UTC, to the second,

@@ -19,6 +19,9 @@ type PruneOptions struct {
 	Volumes []Volume
 	Cluster string
 	DryRun  bool
+	// NamespaceUID leaves the points alone that were not made in the namespace with this
+	// UID, and they count for no rule; empty for all points.
+	NamespaceUID string
 
 	step func(string)
 }
@@ -142,6 +145,9 @@ func planPrune(ctx context.Context, r *repository.Repository, opt PruneOptions) 
 		for _, p := range points {
 			if p.Foreign != "" {
 				continue // another program's to prune
+			}
+			if opt.NamespaceUID != "" && p.NamespaceUID != opt.NamespaceUID {
+				continue // another owner's
 			}
 			c := Candidate{Point: p, Hold: holds(p, leases[p.ID])}
 			if q, bad := quarantined[p.ID]; bad {

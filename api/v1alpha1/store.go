@@ -65,6 +65,17 @@ type RepositorySpec struct {
 	ServiceAccountName string `json:"serviceAccountName,omitempty"`
 }
 
+// NamespaceIdentity says what makes two namespaces the same.
+//
+// +kubebuilder:validation:Enum=Name;UID
+type NamespaceIdentity string
+
+// What makes two namespaces the same.
+const (
+	NamespaceIdentityName NamespaceIdentity = "Name"
+	NamespaceIdentityUID  NamespaceIdentity = "UID" // one that was deleted and made again is another
+)
+
 // BackupStoreSpec says where a cluster's recovery points are kept.
 type BackupStoreSpec struct {
 	RepositorySpec `json:",inline"`
@@ -72,8 +83,14 @@ type BackupStoreSpec struct {
 	// Example: {matchLabels: {tier: prod}}
 	// +optional
 	AllowedNamespaces *metav1.LabelSelector `json:"allowedNamespaces,omitempty"`
+	// NamespaceIdentity: Name, or UID, with which a namespace that was deleted and created
+	// again is another one: it needs a grant for the points of the earlier one, and its
+	// retention does not remove them. Example: UID
+	// +optional
+	// +kubebuilder:default=Name
+	NamespaceIdentity NamespaceIdentity `json:"namespaceIdentity,omitempty"`
 	// RestoreGrants let namespaces restore what others backed up. A namespace may
-	// always restore its own points of this cluster.
+	// always restore its own points of this cluster; namespaceIdentity says which are.
 	// Example: [{from: shop, to: [shop-staging]}]
 	// +optional
 	// +listType=atomic
@@ -147,6 +164,20 @@ type RestoreGrant struct {
 	// +kubebuilder:validation:MaxItems=64
 	// +kubebuilder:validation:items:MaxLength=63
 	To []string `json:"to"`
+	// FromUID is the UID of the namespace that was backed up, where one of that name was
+	// deleted and created again; all if not set.
+	// Example: 0b0c1b73-c27f-3d54-6502-b79bd5b4ddb4
+	// +optional
+	// +kubebuilder:validation:MaxLength=64
+	FromUID string `json:"fromUID,omitempty"`
+	// ToUIDs are the UIDs that the namespaces in To must have, so that one of the same
+	// name that is created later has no part in the grant; any if not set.
+	// Example: [5d2f0f4e-7f0e-4d0c-9c1a-8d7a40b0d1d2]
+	// +optional
+	// +listType=set
+	// +kubebuilder:validation:MaxItems=64
+	// +kubebuilder:validation:items:MaxLength=64
+	ToUIDs []string `json:"toUIDs,omitempty"`
 }
 
 // RepositoryStatus is what is known of a repository.

@@ -106,6 +106,9 @@ type VolumeBackupStatus struct {
 	// ClaimUID of the claim that is backed up.
 	// +optional
 	ClaimUID types.UID `json:"claimUID,omitempty"`
+	// NamespaceUID of the claim's namespace.
+	// +optional
+	NamespaceUID types.UID `json:"namespaceUID,omitempty"`
 	// VolumeHandle is what the driver calls the volume.
 	// +optional
 	VolumeHandle string `json:"volumeHandle,omitempty"`

@@ -93,9 +93,10 @@ type Record struct {
 // made of. Its name and namespace are the volume's.
 type Claim struct {
 	UID          string   `json:"uid,omitempty"`
-	VolumeMode   string   `json:"volumeMode"`   // Block or Filesystem
-	RequestBytes int64    `json:"requestBytes"` // what the claim asked for
-	Capacity     int64    `json:"capacity"`     // of its PersistentVolume, in bytes
+	NamespaceUID string   `json:"namespaceUID,omitempty"` // of its namespace: one that is made again has another
+	VolumeMode   string   `json:"volumeMode"`             // Block or Filesystem
+	RequestBytes int64    `json:"requestBytes"`           // what the claim asked for
+	Capacity     int64    `json:"capacity"`               // of its PersistentVolume, in bytes
 	StorageClass string   `json:"storageClass,omitempty"`
 	Driver       string   `json:"driver,omitempty"`
 	AccessModes  []string `json:"accessModes,omitempty"`

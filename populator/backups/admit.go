@@ -80,6 +80,13 @@ func (r *run) admit(ctx context.Context) (*step.Result, error) {
 		s.ClaimUID, s.Driver, s.VolumeHandle = pvc.UID, pv.Spec.CSI.Driver, pv.Spec.CSI.VolumeHandle
 	}
 	s.Claim = summary(pvc, &pv)
+	// The run was read before this, and is there when its first step is recorded: so is
+	// this namespace.
+	if s.NamespaceUID, err = r.Stores.NamespaceUID(ctx, r.vb.Namespace); err != nil {
+		r.Queue.Done(r.vb.UID)
+
+		return nil, err
+	}
 
 	return nil, nil // recorded with the first step
 }

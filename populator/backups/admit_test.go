@@ -39,6 +39,7 @@ func newCluster(t *testing.T, objects ...client.Object) (client.WithWatch, *Reco
 	}
 	c := fake.NewClientBuilder().WithScheme(s).WithStatusSubresource(&v1alpha1.VolumeBackup{}, &v1alpha1.ProtectedVolume{}).WithObjects(
 		&v1alpha1.BackupStore{ObjectMeta: metav1.ObjectMeta{Name: "main"}, Status: v1alpha1.RepositoryStatus{UniqueID: "1"}},
+		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop", UID: "namespace"}},
 		&corev1.PersistentVolumeClaim{
 			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "data", UID: "claim"},
 			Spec:       corev1.PersistentVolumeClaimSpec{VolumeName: "pv"}, Status: corev1.PersistentVolumeClaimStatus{Phase: corev1.ClaimBound},

@@ -57,7 +57,7 @@ func (r *run) task(ctx context.Context) (*mover.BackupTask, error) {
 		Volume: st.Volume(r.vb.Namespace, r.vb.Spec.ClaimName), Full: r.vb.Spec.Type == v1alpha1.BackupTypeFull,
 		Time: s.SnapshotTime.Time, VerifyUnchanged: r.VerifyUnchanged,
 		Claim: blocktree.Claim{
-			UID: string(s.ClaimUID), VolumeMode: string(s.Claim.VolumeMode), RequestBytes: s.Claim.RequestBytes,
+			UID: string(s.ClaimUID), NamespaceUID: string(s.NamespaceUID), VolumeMode: string(s.Claim.VolumeMode), RequestBytes: s.Claim.RequestBytes,
 			Capacity: s.Claim.CapacityBytes, StorageClass: s.Claim.StorageClassName, Driver: s.Driver,
 		},
 		Changed: csi.Options{Endpoint: endpoint, TokenFile: mover.TokenFile, Target: target},
@@ -70,6 +70,12 @@ func (r *run) task(ctx context.Context) (*mover.BackupTask, error) {
 	}
 	if t.Retention, err = r.retention(ctx); err != nil {
 		return nil, err
+	}
+	if st.ByUID() {
+		t.NamespaceUID = string(s.NamespaceUID)
+		if t.NamespaceUID == "" { // an earlier version began the run, and it is not known whose the points are
+			t.Retention = nil
+		}
 	}
 	pv, err := r.protectedVolume(ctx)
 	if err != nil {

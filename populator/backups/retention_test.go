@@ -72,3 +72,11 @@ func TestRetentionHasTheStoresFloor(t *testing.T) {
 		t.Errorf("retention %+v, %v", p, err)
 	}
 }
+
+// A run notes which namespace it is of, for one of the same name may come after it.
+func TestRunNotesItsNamespace(t *testing.T) {
+	_, b := newCluster(t, newRun("run", ""))
+	if vb := b.look(t, "run"); vb.Status.Step == "" || vb.Status.NamespaceUID != "namespace" {
+		t.Errorf("at step %q the run is of namespace %q", vb.Status.Step, vb.Status.NamespaceUID)
+	}
+}

@@ -92,6 +92,9 @@ type BackupTask struct {
 	Changed csi.Options `json:"changed"`
 	// VerifyUnchanged is the share of the blocks reported unchanged to read, 0 to 1.
 	VerifyUnchanged float64 `json:"verifyUnchanged"`
+	// NamespaceUID is set where the store takes namespaces of one name and several UIDs
+	// for several: points of others are neither listed nor removed.
+	NamespaceUID string `json:"namespaceUID,omitempty"`
 	// Retention to apply to the volume once the point is there; nil for none.
 	Retention *backup.Policy `json:"retention,omitempty"`
 }

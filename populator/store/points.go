@@ -30,7 +30,8 @@ type From struct {
 // unreachable repository is repository.ErrUnreachable, and a volume whose points are not
 // what at asks for ErrNoMatch. CheckRestore has been asked, too.
 func (s *Stores) Resolve(ctx context.Context, st *Store, namespace, claim string, from From, at v1alpha1.RecoveryAt) (*Found, error) {
-	if err := s.CheckRestore(ctx, st, namespace, from.Cluster, from.Namespace); err != nil {
+	may, err := s.CheckRestore(ctx, st, namespace, from.Cluster, from.Namespace)
+	if err != nil {
 		return nil, err
 	}
 	v := backup.Volume{Cluster: from.Cluster, Namespace: from.Namespace, Name: from.Volume}
@@ -44,12 +45,12 @@ func (s *Stores) Resolve(ctx context.Context, st *Store, namespace, claim string
 		v.Name = claim
 	}
 	var found *Found
-	err := s.With(ctx, st, func(repo *Open) error {
+	err = s.With(ctx, st, func(repo *Open) error {
 		cat, err := backup.List(ctx, repo.Repository, backup.ListOptions{Volume: &v})
 		if err != nil {
 			return err
 		}
-		p, err := Pick(cat.Of(v), at)
+		p, err := pickAllowed(st, namespace, v, cat.Of(v), may, at)
 		if err != nil {
 			return fmt.Errorf("%s:%s in %s: %w", v.Cluster, v, st.Key, err)
 		}

@@ -106,6 +106,12 @@ func (s *Store) Limits() (backups, restores int) {
 	return backups, restores
 }
 
+// ByUID says whether a namespace that was deleted and created again is another one to the
+// store.
+func (s *Store) ByUID() bool {
+	return s.Tenancy != nil && s.Tenancy.NamespaceIdentity == v1alpha1.NamespaceIdentityUID
+}
+
 // Floor is what no retention in the store goes below.
 func (s *Store) Floor() backup.Floor {
 	var f backup.Floor
@@ -124,7 +130,7 @@ func (s *Store) Floor() backup.Floor {
 type Stores struct {
 	// Client reads stores and namespaces; a cached one will do.
 	Client client.Reader
-	// Secrets reads Secrets by name, uncached: get is the only verb it needs.
+	// Secrets reads Secrets and namespaces by name, uncached: get is the only verb it needs.
 	Secrets client.Reader
 	// Namespace is Varve's own.
 	Namespace string
@@ -180,6 +186,20 @@ func (s *Stores) FromRepository(o *v1alpha1.Repository) *Store {
 		Key: Key{Kind: v1alpha1.StoreKindRepository, Namespace: o.Namespace, Name: o.Name}, UID: o.UID, Object: o,
 		Spec: o.Spec, Status: o.Status, SecretNamespace: o.Namespace,
 	}
+}
+
+// NamespaceUID reads a namespace's UID past the cache: a moment after a namespace was created
+// again, a cache still has the UID of the earlier one.
+func (s *Stores) NamespaceUID(ctx context.Context, name string) (types.UID, error) {
+	var ns corev1.Namespace
+	if err := s.Secrets.Get(ctx, client.ObjectKey{Name: name}, &ns); err != nil {
+		return "", fmt.Errorf("read namespace %s: %w", name, err)
+	}
+	if ns.UID == "" {
+		return "", fmt.Errorf("namespace %s has no UID", name)
+	}
+
+	return ns.UID, nil
 }
 
 // namespaceOf reads a namespace.

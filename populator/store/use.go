@@ -1,12 +1,16 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"slices"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
-	"slices"
+
+	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/backup"
 )
 
 // anyNamespace stands for all namespaces in a grant.
@@ -42,34 +46,80 @@ func (s *Stores) CheckUse(ctx context.Context, st *Store, namespace string) erro
 	return nil
 }
 
-// CheckRestore says whether a namespace may restore the points that fromNamespace of
-// fromCluster made (empty: its own, of the store's cluster). A namespace may always
-// restore its own points of this cluster, in a Repository of its own all there are; else
-// it takes a grant of the BackupStore. The error wraps ErrNotAllowed or ErrNotGranted.
-func (s *Stores) CheckRestore(ctx context.Context, st *Store, namespace, fromCluster, fromNamespace string) error {
+// MayRestore says whether a namespace may restore a point.
+type MayRestore func(*backup.Point) bool
+
+// CheckRestore says which of the points that fromNamespace of fromCluster made (empty: its
+// own, of the store's cluster) a namespace may restore. A namespace may always restore its
+// own points of this cluster, in a Repository of its own all there are; else it takes a grant
+// of the BackupStore. The error wraps ErrNotAllowed, or ErrNotGranted if it is none of them
+// whatever they are.
+func (s *Stores) CheckRestore(ctx context.Context, st *Store, namespace, fromCluster, fromNamespace string) (MayRestore, error) {
 	if err := s.CheckUse(ctx, st, namespace); err != nil {
-		return err
+		return nil, err
 	}
-	if fromCluster == "" {
-		fromCluster = st.Spec.ClusterName
+	if st.Tenancy == nil {
+		return func(*backup.Point) bool { return true }, nil
 	}
-	if fromNamespace == "" {
-		fromNamespace = namespace
+	fromCluster, fromNamespace = cmp.Or(fromCluster, st.Spec.ClusterName), cmp.Or(fromNamespace, namespace)
+	own := fromCluster == st.Spec.ClusterName && fromNamespace == namespace
+	if own && !st.ByUID() {
+		return func(*backup.Point) bool { return true }, nil
 	}
-	if st.Tenancy == nil || fromCluster == st.Spec.ClusterName && fromNamespace == namespace {
-		return nil
-	}
+	var grants []v1alpha1.RestoreGrant
+	needUID := own
 	for _, g := range st.Tenancy.RestoreGrants {
-		cluster := g.FromCluster
-		if cluster == "" {
-			cluster = st.Spec.ClusterName
-		}
-		if cluster == fromCluster && (g.From == anyNamespace || g.From == fromNamespace) &&
+		if cmp.Or(g.FromCluster, st.Spec.ClusterName) == fromCluster && (g.From == anyNamespace || g.From == fromNamespace) &&
 			(slices.Contains(g.To, anyNamespace) || slices.Contains(g.To, namespace)) {
-			return nil
+			grants = append(grants, g)
+			needUID = needUID || len(g.ToUIDs) > 0
 		}
+	}
+	var uid string
+	if needUID {
+		u, err := s.NamespaceUID(ctx, namespace)
+		if err != nil {
+			return nil, err
+		}
+		uid = string(u)
+		grants = slices.DeleteFunc(grants, func(g v1alpha1.RestoreGrant) bool { return len(g.ToUIDs) > 0 && !slices.Contains(g.ToUIDs, uid) })
+	}
+	if !own && len(grants) == 0 {
+		return nil, notGranted(st, v1alpha1.RestoreGrant{FromCluster: fromCluster, From: fromNamespace, To: []string{namespace}})
 	}
 
-	return fmt.Errorf("%w: %s has no restoreGrants entry {fromCluster: %s, from: %s, to: [%s]}; an administrator can add it",
-		ErrNotGranted, st.Key, fromCluster, fromNamespace, namespace)
+	return func(p *backup.Point) bool {
+		return own && p.NamespaceUID == uid || slices.ContainsFunc(grants, func(g v1alpha1.RestoreGrant) bool {
+			return g.FromUID == "" || g.FromUID == p.NamespaceUID
+		})
+	}, nil
+}
+
+// notGranted says which grant is missing.
+func notGranted(st *Store, g v1alpha1.RestoreGrant) error {
+	uid := ""
+	if g.FromUID != "" {
+		uid = ", fromUID: " + g.FromUID
+	}
+
+	return fmt.Errorf("%w: %s has no restoreGrants entry {fromCluster: %s, from: %s%s, to: [%s]}; an administrator can add it",
+		ErrNotGranted, st.Key, g.FromCluster, g.From, uid, g.To[0])
+}
+
+// pickAllowed is Pick among those of a volume's points that a namespace may restore. The error
+// wraps ErrNotGranted if there are points and none of these, or if the one that was asked for
+// by its ID is not one of them.
+func pickAllowed(st *Store, namespace string, v backup.Volume, points []*backup.Point, may MayRestore, at v1alpha1.RecoveryAt) (*backup.Point, error) {
+	mine := slices.DeleteFunc(slices.Clone(points), func(p *backup.Point) bool { return !may(p) })
+	p, err := Pick(mine, at)
+	if err == nil || len(mine) > 0 && at.ID == "" {
+		return p, err
+	}
+	other, oerr := Pick(points, at)
+	if oerr != nil {
+		return nil, err // of those that it may see
+	}
+
+	return nil, fmt.Errorf("recovery point %s is of an earlier namespace %s: %w", other.ShortID(), v.Namespace,
+		notGranted(st, v1alpha1.RestoreGrant{FromCluster: v.Cluster, From: v.Namespace, FromUID: other.NamespaceUID, To: []string{namespace}}))
 }

@@ -129,7 +129,7 @@ func Done(ctx context.Context, repo *repository.Repository, t *mover.BackupTask)
 func result(ctx context.Context, repo *repository.Repository, t *mover.BackupTask, p *backup.Point, rec *blocktree.Record) (mover.Result, error) {
 	r := mover.Result{Point: Summary(rec), SnapshotHandle: rec.SnapshotHandle, ChangeID: rec.ChangeID}
 	if t.Retention != nil {
-		plan, err := backup.Prune(ctx, repo, backup.PruneOptions{Policy: *t.Retention, Volumes: []backup.Volume{t.Volume}, Cluster: t.Volume.Cluster})
+		plan, err := backup.Prune(ctx, repo, backup.PruneOptions{Policy: *t.Retention, Volumes: []backup.Volume{t.Volume}, Cluster: t.Volume.Cluster, NamespaceUID: t.NamespaceUID})
 		if err != nil {
 			// The point is made; the next run applies the retention again.
 			r.KeepError = err.Error()
@@ -138,7 +138,7 @@ func result(ctx context.Context, repo *repository.Repository, t *mover.BackupTas
 		}
 	}
 	var err error
-	if r.Listed, r.PointCount, err = Newest(ctx, repo, p.Volume); err != nil {
+	if r.Listed, r.PointCount, err = Newest(ctx, repo, p.Volume, t.NamespaceUID); err != nil {
 		return mover.Result{}, err
 	}
 
@@ -159,8 +159,8 @@ func Summary(rec *blocktree.Record) *v1alpha1.PointSummary {
 }
 
 // Newest points of a volume, newest first, at most v1alpha1.MaxListedPoints, and how many
-// it has.
-func Newest(ctx context.Context, repo *repository.Repository, v backup.Volume) ([]mover.ListedPoint, int64, error) {
+// it has. With a namespaceUID only those that were made in that namespace are.
+func Newest(ctx context.Context, repo *repository.Repository, v backup.Volume, namespaceUID string) ([]mover.ListedPoint, int64, error) {
 	if err := repo.Refresh(ctx); err != nil {
 		return nil, 0, err
 	}
@@ -169,6 +169,9 @@ func Newest(ctx context.Context, repo *repository.Repository, v backup.Volume) (
 		return nil, 0, err
 	}
 	points := cat.Of(v)
+	if namespaceUID != "" {
+		points = slices.DeleteFunc(points, func(p *backup.Point) bool { return p.NamespaceUID != namespaceUID })
+	}
 	var out []mover.ListedPoint
 	for _, p := range slices.Backward(points) {
 		if len(out) == v1alpha1.MaxListedPoints {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -127,6 +128,30 @@ func TestRetentionFloor(t *testing.T) {
 	}
 	if r.PointCount != 2 || r.Removed != 1 || r.ByFloor != 1 {
 		t.Errorf("%d points are left, %d were removed, %d kept by the floor", r.PointCount, r.Removed, r.ByFloor)
+	}
+}
+
+// Where a namespace that was made again is another one, its retention does not touch the
+// earlier one's points, and its status does not list them.
+func TestPointsOfAnEarlierNamespace(t *testing.T) {
+	p := newPod(t)
+	var r mover.Result
+	for i, uid := range []string{"earlier", "earlier", "now", "now"} {
+		p.disk[1<<20] ^= 1
+		p.write()
+		task := p.task(fmt.Sprint("snap-", i))
+		task.Backup.Claim.NamespaceUID, task.Backup.NamespaceUID = uid, uid
+		if uid == "now" {
+			task.Backup.Retention = &backup.Policy{Latest: 1}
+		}
+		r = p.run(task)
+	}
+	if r.PointCount != 1 || len(r.Listed) != 1 || r.Listed[0].ID != r.Point.ID || r.Removed != 1 {
+		t.Errorf("%d points are counted, %d listed, %d were removed; want one each", r.PointCount, len(r.Listed), r.Removed)
+	}
+	task := p.task("snap-3") // that exists: nothing is read
+	if r = p.run(task); r.PointCount != 3 {
+		t.Errorf("%d points are in the repository, want the two of the earlier namespace and one", r.PointCount)
 	}
 }
 
