@@ -112,7 +112,7 @@ func TestSilence(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				ctx, settled, release := boundSilence(t.Context(), limit)
 				defer release()
-				err := row.do(ctx, &watched{&row.st})
+				err := row.do(ctx, &watched{Storage: &row.st})
 				settled()
 				if dead := errors.Is(context.Cause(ctx), errNoAnswer); dead != row.dead || (err != nil) != row.dead {
 					t.Errorf("given up: %v (%v), want %v", dead, err, row.dead)
@@ -130,7 +130,7 @@ func TestSilenceWithinAnother(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		outer, _, releaseOuter := boundSilence(t.Context(), time.Minute)
 		defer releaseOuter()
-		st := &watched{&slow{pause: 40 * time.Second}}
+		st := &watched{Storage: &slow{pause: 40 * time.Second}}
 		for range 10 {
 			inner, settled, release := boundSilence(outer, 45*time.Second)
 			if _, err := st.GetMetadata(inner, "x"); err != nil {
