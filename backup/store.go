@@ -223,7 +223,7 @@ func (r *run) nextWork(ctx context.Context, b int64) (int64, error) {
 			case errors.Is(err, io.EOF):
 				data = r.lay.Size
 			case err != nil:
-				return b, nil // reading tells what is wrong
+				return b, nil //nolint:nilerr // reading tells what is wrong
 			default:
 				data = start
 			}

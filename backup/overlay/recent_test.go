@@ -302,7 +302,7 @@ func TestRecentAreas(t *testing.T) {
 		case 0, 1, 2:
 			if taken >= 0 {
 				r.flushed()
-				durable, taken = taken, -1
+				durable = taken
 			}
 			r.turn()
 			taken = len(all)

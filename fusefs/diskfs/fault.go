@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// ErrLost: bytes of the image are gone, and others can still be read. The ReaderAt
+// ErrLost means that bytes of the image are gone, and others can still be read. The ReaderAt
 // below reports it, as a [*LostError], where it can make the difference: after it
 // a directory is read on, after any other error of the ReaderAt it is not.
 var ErrLost = errors.New("data lost")

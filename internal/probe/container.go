@@ -237,7 +237,7 @@ func findDRBD(p *prober) *Signature {
 		return nil
 	}
 	b := p.bytes(at, 4096)
-	version := ""
+	var version string
 	switch string(b[60:64]) {
 	case "\x83\x74\x02\x6b", "\x83\x74\x02\x6c":
 		version = "v08"
