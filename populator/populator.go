@@ -15,6 +15,7 @@
 package populator
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"time"
@@ -168,7 +169,15 @@ func setup(mgr manager.Manager, cfg *rest.Config, opt Options) error {
 	events := report.NewEvents(mgr.GetEventRecorderFor("varve")) //nolint:staticcheck
 	st := &store.Stores{
 		Client: mgr.GetClient(), Secrets: mgr.GetAPIReader(), Namespace: opt.Pods.Namespace,
-		Dir: opt.Dir, ConfigDir: opt.ConfigDir, VolumesDir: opt.VolumesDir,
+		Dir: opt.Dir, ConfigDir: opt.ConfigDir, VolumesDir: opt.VolumesDir, Connections: store.NewConnections(),
+	}
+	if err := mgr.Add(manager.RunnableFunc(func(ctx context.Context) error {
+		<-ctx.Done()
+		st.Connections.Close()
+
+		return nil
+	})); err != nil {
+		return fmt.Errorf("controller: %w", err)
 	}
 	const manyRuns = 4096
 	wake := make(chan event.GenericEvent, manyRuns)

@@ -57,7 +57,11 @@ func (opt *ConnectOptions) validate() error {
 // is left as it was when anything fails. A repository that Varve did not
 // create is connected read-only.
 func Connect(ctx context.Context, opt ConnectOptions) error {
-	c, r, err := connect(ctx, opt)
+	c, err := reach(ctx, opt)
+	if err != nil {
+		return err
+	}
+	r, err := c.try(ctx, opt)
 	if err != nil {
 		return err
 	}
@@ -69,11 +73,18 @@ func Connect(ctx context.Context, opt ConnectOptions) error {
 	return c.install(opt.ConfigFile)
 }
 
-// Attach opens a repository without leaving a connection behind: what Connect and
-// Open do, with the key derived and the indexes read once. The directory of
-// ConfigFile takes a file for a moment, the cache stays.
+// Attach is Connect and Open in one, with the key derived and the indexes read
+// once: for a process that makes a connection for itself, and removes its files
+// when it has closed the repository, or when the error is not nil.
 func Attach(ctx context.Context, opt ConnectOptions) (*Repository, error) {
-	c, r, err := connect(ctx, opt)
+	c, err := reach(ctx, opt)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.install(opt.ConfigFile); err != nil {
+		return nil, err
+	}
+	r, err := open(ctx, OpenOptions{ConfigFile: opt.ConfigFile, Password: opt.Password, Log: opt.Log, Turn: opt.Turn}, c.side)
 	if err != nil {
 		return nil, err
 	}
@@ -107,30 +118,22 @@ func (r *Repository) Unchanged(ctx context.Context) error {
 	return nil
 }
 
-// connect opens the repository that options name.
-func connect(ctx context.Context, opt ConnectOptions) (*connection, *Repository, error) {
+// reach finds the repository that options name, and makes the connection to it.
+func reach(ctx context.Context, opt ConnectOptions) (*connection, error) {
 	if err := opt.validate(); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	st, release, err := openStorage(ctx, opt.Storage, false)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	defer release()
 	defer st.Close(context.WithoutCancel(ctx))
 	f, err := readFormatBlob(ctx, st)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	c, err := newConnection(st, f, opt)
-	if err != nil {
-		return nil, nil, err
-	}
-	r, err := c.try(ctx, opt)
-	if err != nil {
-		return nil, nil, err
-	}
-	return c, r, nil
+	return newConnection(st, f, opt)
 }
 
 // connection is one that is being made.

@@ -27,6 +27,7 @@ type controllerFlags struct {
 	opt             populator.Options
 	pull            string
 	pullSecrets     []string
+	memory          byteSize
 }
 
 func newControllerCommand(a *app) *cobra.Command {
@@ -62,8 +63,9 @@ and the chart in deploy/ set it up.`,
 	fl.StringVar(&f.opt.MetricsCertDir, "metrics-cert-dir", "", "directory with tls.crt and tls.key for metrics (default a certificate signed by itself)")
 	fl.StringVar(&f.opt.HealthAddress, "health", ":8081", "serve /healthz and /readyz on this address, 0 for none")
 	fl.BoolVar(&f.opt.LeaderElection, "leader-election", true, "work only while holding the Lease varve-controller")
-	// As a Deployment names them: VARVE_NAMESPACE, VARVE_IMAGE.
-	inSection(fl, "", "namespace", "image")
+	fl.Var(&f.memory, "memory-limit", "memory that the container may take (default what the kernel says of it)")
+	// As a Deployment names them: VARVE_NAMESPACE, VARVE_IMAGE, VARVE_MEMORY_LIMIT.
+	inSection(fl, "", "namespace", "image", "memory-limit")
 	return cmd
 }
 
@@ -124,6 +126,7 @@ func (a *app) controller(ctx context.Context, f controllerFlags) error {
 		return usagef("--workers must be positive")
 	}
 	opt.Version = readVersion().Version
+	a.boundMemory(int64(f.memory))
 	unix.Umask(store.VolumeUmask)
 	var cfg *rest.Config
 	if f.kubeconfig != "" {

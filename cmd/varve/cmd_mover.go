@@ -46,6 +46,7 @@ func (a *app) mover(cmd *cobra.Command, action mover.Action) error {
 	if task.Action != action {
 		return usagef("$%s is for %s, not %s", mover.TaskVariable, task.Action, action)
 	}
+	a.boundMemory(0)
 	unix.Umask(store.VolumeUmask)
 	e := work.Pod(diskfs.Probe, readVersion().Version)
 	e.Log = a.stdout

@@ -162,7 +162,7 @@ func (r *run) askChanges(ctx context.Context) (step.Result, error) {
 	var res mover.Result
 	look, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
-	err = r.Stores.With(look, st, func(repo *store.Open) error {
+	err = r.Stores.With(look, st, func(look context.Context, repo *store.Open) error {
 		var found bool
 		if res, found, err = work.Done(look, repo.Repository, t); err != nil || found {
 			return err

@@ -20,6 +20,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/store"
 )
 
 // Claims decides what each claim that names Varve is filled from. Safe for concurrent
@@ -29,12 +30,13 @@ type Claims struct {
 
 	mu     sync.Mutex
 	warned map[types.UID]bool // claims that were bound without us, once each
+
+	refused refusals
 }
 
 const (
-	retryMissing = 30 * time.Second // of an object or a point that may yet come
-	findTimeout  = 2 * time.Minute
-	maxResolved  = 64 // of RecoverySourceStatus.Resolved
+	findTimeout = 2 * time.Minute
+	maxResolved = 64 // of RecoverySourceStatus.Resolved
 )
 
 // Reconcile looks at one claim.
@@ -42,6 +44,9 @@ func (r *Claims) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, 
 	res, err := r.reconcile(ctx, req)
 	if apierrors.IsConflict(err) { // somebody wrote in between; nothing to speak of
 		return ctrl.Result{RequeueAfter: time.Second}, nil
+	}
+	if err == nil && res.RequeueAfter == 0 {
+		r.refused.forget(req.NamespacedName)
 	}
 
 	return res, err
@@ -121,7 +126,7 @@ func (r *Claims) decide(ctx context.Context, claim *corev1.PersistentVolumeClaim
 		r.Events.Warning(claim, v1alpha1.ReasonNoStorageClass,
 			"the claim has no storage class, and the cluster no default one: there is nothing to make its volume with")
 
-		return ctrl.Result{RequeueAfter: retryMissing}, nil
+		return ctrl.Result{RequeueAfter: r.refused.next(client.ObjectKeyFromObject(claim), retryRefused)}, nil
 	}
 	src, err := r.sourceOf(ctx, claim)
 	if err != nil {
@@ -180,7 +185,7 @@ func (r *Claims) accept(ctx context.Context, claim *corev1.PersistentVolumeClaim
 
 // refuse tells the claim's user why nothing happens, and when it is looked at again.
 func (r *Claims) refuse(ctx context.Context, claim *corev1.PersistentVolumeClaim, src *source, err error) (ctrl.Result, error) {
-	reason, message, again := v1alpha1.ReasonRepositoryUnreachable, err.Error(), retryMissing
+	reason, message, most := v1alpha1.ReasonRepositoryUnreachable, err.Error(), retryRefused
 	tell := r.Events.Warning
 	var refused *RefusedError
 	switch {
@@ -200,8 +205,12 @@ func (r *Claims) refuse(ctx context.Context, claim *corev1.PersistentVolumeClaim
 	case ctx.Err() != nil:
 		return ctrl.Result{}, err
 	default:
-		message = "the recovery point could not be looked up, and is tried again: " + message
+		message, most = "the recovery point could not be looked up, and is tried again: "+message, retryTrouble
+		if errors.Is(err, store.ErrOpening) { // it answers, slowly
+			reason = v1alpha1.ReasonStoreNotReady
+		}
 	}
+	again := r.refused.next(client.ObjectKeyFromObject(claim), most)
 	if reason == v1alpha1.ReasonNoRecoveryPoint && src != nil && src.ifNone == v1alpha1.IfNoneWait {
 		tell, message = r.Events.Normal, message+"; waiting for one"
 	}

@@ -38,6 +38,7 @@ func Setup(mgr ctrl.Manager, d Deps, workers int) error {
 		For(&corev1.PersistentVolumeClaim{}, builder.WithPredicates(predicate.NewPredicateFuncs(concerns))).
 		Watches(&v1alpha1.RecoverySource{}, handler.EnqueueRequestsFromMapFunc(naming(cached, kindRecoverySource)), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&v1alpha1.VolumeBackup{}, handler.EnqueueRequestsFromMapFunc(naming(cached, kindVolumeBackup))).
+		Watches(&v1alpha1.VolumeBackup{}, handler.EnqueueRequestsFromMapFunc(waitingForPoint(cached)), builder.WithPredicates(madePoint)).
 		Watches(&v1alpha1.VolumePopulation{}, handler.EnqueueRequestsFromMapFunc(claimOf), builder.WithPredicates(deletions)).
 		WithOptions(report.Controller(workers)).
 		Complete(&Claims{Deps: d})

@@ -61,11 +61,23 @@ type Open struct {
 	// Redact keeps the store's credentials out of errors of this repository.
 	Redact func(error) error
 	dirs   []string
+	give   func() // gives a shared connection back; nil for one of its own
 }
 
-// Close ends the connection and removes what it kept.
+// Close ends the connection and removes what it kept, or gives a shared one back.
 func (o *Open) Close(ctx context.Context) error {
+	if o.give != nil {
+		o.give()
+
+		return nil
+	}
+
 	return errors.Join(o.Repository.Close(ctx), removeAll(o.dirs))
+}
+
+// warn tells of an error that nobody waits for.
+func (o *Open) warn(err error) {
+	slog.Warn("connection to a store did not close as it should", "error", o.Redact(err))
 }
 
 func removeAll(dirs []string) error {
@@ -79,43 +91,63 @@ func removeAll(dirs []string) error {
 
 // Open opens a store's repository. Errors of the repository wrap its sentinels
 // (repository.ErrUnreachable, ErrWrongPassword, ErrNotInitialized and so on), others this
-// package's. The caller closes it soon: the credentials are in it.
+// package's. The repository is as it is now, also if the connection was open before; the
+// caller closes it soon.
 func (s *Stores) Open(ctx context.Context, st *Store) (*Open, error) {
+	return s.open(ctx, st, false, false)
+}
+
+// open opens a store's repository, or makes it. check has an open connection asked whether it
+// is to the same repository still.
+func (s *Stores) open(ctx context.Context, st *Store, create, check bool) (*Open, error) {
 	c, err := s.Credentials(ctx, st)
+	if err != nil {
+		if s.Connections != nil && errors.Is(err, ErrCredentials) {
+			s.Connections.Forget(st.Key)
+		}
+
+		return nil, err
+	}
+	settings := settingsToLook(st)
+	opt := OpenOptions{Credentials: c, Dir: s.Dir, ConfigDir: s.ConfigDir, VolumeDir: s.volumeDir(st), Create: create}
+	if s.Connections == nil {
+		return settings.Open(ctx, opt)
+	}
+	o, err := s.Connections.Get(ctx, st.Key, settings, opt, check)
 	if err != nil {
 		return nil, err
 	}
+	if err := settings.check(o.Repository); err != nil {
+		return nil, errors.Join(err, o.Close(ctx))
+	}
 
-	return look(st).Open(ctx, OpenOptions{Credentials: c, Dir: s.Dir, ConfigDir: s.ConfigDir, VolumeDir: s.volumeDir(st)})
+	return o, nil
 }
 
-// look is a store's settings for the controller, which reads next to nothing, while people
+// settingsToLook is a store's settings for the controller, which reads next to nothing, while people
 // wait: the bytes per second are for movers. Kopia takes each blob for one of 20 MB before it
 // is read, so that a small limit would have a lookup wait for longer than it may take.
-func look(st *Store) Settings {
+func settingsToLook(st *Store) Settings {
 	s := st.Settings()
 	s.Upload, s.Download = 0, 0
 
 	return s
 }
 
-// Ensure is Open, but makes the repository if there is none and the store is ReadWrite.
+// Ensure is Open, but makes the repository if there is none and the store is ReadWrite, and
+// finds out that another stands there.
 func (s *Stores) Ensure(ctx context.Context, st *Store) (*Open, error) {
 	if err := s.makeVolumeDir(st); err != nil {
 		return nil, err
 	}
-	o, err := s.Open(ctx, st)
+	o, err := s.open(ctx, st, false, true)
 	// A repository that was seen there before and is gone is not made anew: a bucket
 	// was emptied, or its name mistyped.
 	if !errors.Is(err, repository.ErrNotInitialized) && !errors.Is(err, repository.ErrIncompleteRepository) || !st.Writable() || st.Status.UniqueID != "" {
 		return o, err
 	}
-	c, err := s.Credentials(ctx, st)
-	if err != nil {
-		return nil, err
-	}
 
-	return look(st).Open(ctx, OpenOptions{Credentials: c, Dir: s.Dir, ConfigDir: s.ConfigDir, VolumeDir: s.volumeDir(st), Create: true})
+	return s.open(ctx, st, true, true)
 }
 
 // makeVolumeDir makes the directory of a volume storage that was never seen, on the claim that is
@@ -170,6 +202,8 @@ type OpenOptions struct {
 	// Create makes the repository if there is none.
 	Create bool
 	Log    *slog.Logger // what Kopia logs, at debug level; nil for nothing
+	// Turn to derive the repository's key; nil for at once.
+	Turn repository.Turn
 }
 
 const defaultCacheBytes = 64 << 20
@@ -206,43 +240,31 @@ func (s Settings) Open(ctx context.Context, opt OpenOptions) (_ *Open, err error
 	}
 	conn := repository.ConnectOptions{
 		ConfigFile: filepath.Join(config, "repository.config"), Storage: st, Password: opt.Credentials.Password(),
-		ReadOnly: s.ReadOnly, Cluster: s.ClusterName, Cache: cache, Log: opt.Log,
+		ReadOnly: s.ReadOnly, Cluster: s.ClusterName, Cache: cache, Log: opt.Log, Turn: opt.Turn,
 		Limits: repository.Limits{UploadBytesPerSecond: float64(s.Upload), DownloadBytesPerSecond: float64(s.Download)},
 	}
 	if opt.Create {
 		err = repository.Create(ctx, repository.CreateOptions{ConnectOptions: conn})
-		if errors.Is(err, repository.ErrAlreadyExists) {
-			err = repository.Connect(ctx, conn) // made by somebody else meanwhile
+		if err != nil && !errors.Is(err, repository.ErrAlreadyExists) { // else made by somebody else meanwhile
+			return nil, err
 		}
-	} else {
-		err = repository.Connect(ctx, conn)
 	}
+	repo, err := repository.Attach(ctx, conn)
 	if err != nil {
 		return nil, err
 	}
-	repo, err := repository.Open(ctx, repository.OpenOptions{ConfigFile: conn.ConfigFile, Password: conn.Password, Log: opt.Log})
-	if err != nil {
-		return nil, err
-	}
-	o := &Open{Repository: repo, Redact: opt.Credentials.Redact, dirs: dirs}
-	if err := s.check(ctx, o); err != nil {
+	if err := s.check(repo); err != nil {
 		return nil, errors.Join(err, repo.Close(context.WithoutCancel(ctx)))
 	}
 
-	return o, nil
+	return &Open{Repository: repo, Redact: opt.Credentials.Redact, dirs: dirs}, nil
 }
 
-func (s Settings) check(ctx context.Context, o *Open) error {
-	if s.UniqueID == "" {
-		return nil
-	}
-	status, err := o.Status(ctx)
-	if err != nil {
-		return err
-	}
-	if status.UniqueID != s.UniqueID {
+// check says whether it is the repository that it must be.
+func (s Settings) check(repo *repository.Repository) error {
+	if id := repo.UniqueID(); s.UniqueID != "" && id != s.UniqueID {
 		return fmt.Errorf("%w: it was %s and is %s now; if that is meant, delete the store's object and create it again",
-			ErrOtherRepository, s.UniqueID, status.UniqueID)
+			ErrOtherRepository, s.UniqueID, id)
 	}
 
 	return nil

@@ -2,7 +2,6 @@ package store
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strings"
 
@@ -45,7 +44,7 @@ func (s *Stores) Resolve(ctx context.Context, st *Store, namespace, claim string
 		v.Name = claim
 	}
 	var found *Found
-	err = s.With(ctx, st, func(repo *Open) error {
+	err = s.With(ctx, st, func(ctx context.Context, repo *Open) error {
 		cat, err := backup.List(ctx, repo.Repository, backup.ListOptions{Volume: &v})
 		if err != nil {
 			return err
@@ -68,16 +67,34 @@ func (s *Stores) Resolve(ctx context.Context, st *Store, namespace, claim string
 	return found, nil
 }
 
-// With opens a store, calls do with it and closes it. The error of do says nothing of the
-// credentials.
-func (s *Stores) With(ctx context.Context, st *Store, do func(*Open) error) (err error) {
+// With opens a store, calls do with it and closes it. A storage that is silent for too long
+// is repository.ErrUnreachable; then, and when ctx ends, do may still run when With returns. The
+// error of do says nothing of the credentials.
+func (s *Stores) With(ctx context.Context, st *Store, do func(context.Context, *Open) error) error {
 	repo, err := s.Open(ctx, st)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
 
-	return repo.Redact(do(repo))
+	return repo.with(ctx, do)
+}
+
+// WithEnsured is With after Ensure.
+func (s *Stores) WithEnsured(ctx context.Context, st *Store, do func(context.Context, *Open) error) error {
+	repo, err := s.Ensure(ctx, st)
+	if err != nil {
+		return err
+	}
+
+	return repo.with(ctx, do)
+}
+
+func (o *Open) with(ctx context.Context, do func(context.Context, *Open) error) error {
+	return o.Redact(o.Answering(ctx, func(ctx context.Context) error { return do(ctx, o) }, func() {
+		if err := o.Close(context.WithoutCancel(ctx)); err != nil {
+			o.warn(err)
+		}
+	}))
 }
 
 // Pick chooses among the points of one volume, oldest first. The error wraps ErrNone if

@@ -2,10 +2,10 @@
 // decides who may use it, and opens it with the credentials that lie beside it.
 //
 // Three things are kept apart. A Store is what an object says: no secrets, cheap, safe to
-// keep. Credentials are read from the API server when they are needed, and dropped after.
-// An Open repository is a connection of this process, with a directory of its own that
-// Close removes. Movers do not open stores by this package's Stores, but by Settings and
-// the files of a mounted Secret.
+// keep. Credentials are read from the API server each time that a store is opened.
+// An Open repository is a connection of this process, with directories of its own; all who
+// open one store share it (see Connections). Movers do not open stores by this package's
+// Stores, but by Settings and the files of a mounted Secret.
 package store
 
 import (
@@ -126,7 +126,7 @@ func (s *Store) Floor() backup.Floor {
 	return f
 }
 
-// Stores finds and opens stores. It has no state; safe for concurrent use.
+// Stores finds and opens stores. Safe for concurrent use.
 type Stores struct {
 	// Client reads stores and namespaces; a cached one will do.
 	Client client.Reader
@@ -140,6 +140,8 @@ type Stores struct {
 	// VolumesDir has the claims that BackupStores name as storage, each mounted under
 	// its claim's name. Empty if there are none.
 	VolumesDir string
+	// Connections are shared by all who open stores; nil for one each time.
+	Connections *Connections
 }
 
 // Get reads the store that an object in namespace refers to. The error wraps ErrNotFound

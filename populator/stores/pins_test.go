@@ -1,6 +1,7 @@
 package stores
 
 import (
+	"context"
 	"strings"
 	"testing"
 
@@ -34,7 +35,7 @@ func TestPins(t *testing.T) {
 	with := func(do func(*store.Open) error) {
 		t.Helper()
 		get()
-		if err := k.Stores.With(t.Context(), k.Stores.FromBackupStore(&o), do); err != nil {
+		if err := k.Stores.With(t.Context(), k.Stores.FromBackupStore(&o), func(_ context.Context, o *store.Open) error { return do(o) }); err != nil {
 			t.Fatal(err)
 		}
 	}

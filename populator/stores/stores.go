@@ -99,6 +99,9 @@ func (k *Keeper) Reconcile(ctx context.Context, key store.Key) (reconcile.Result
 		if k.Metrics != nil {
 			k.Metrics.Forget(key.String())
 		}
+		if k.Stores.Connections != nil {
+			k.Stores.Connections.Forget(key)
+		}
 
 		return reconcile.Result{}, k.drop(ctx, key)
 	}
@@ -165,26 +168,30 @@ func (k *Keeper) fresh(st *store.Store) bool {
 }
 
 // look opens the repository, making it if there is none.
-func (k *Keeper) look(ctx context.Context, st *store.Store, status *v1alpha1.RepositoryStatus) (err error) {
-	repo, err := k.Stores.Ensure(ctx, st)
+func (k *Keeper) look(ctx context.Context, st *store.Store, status *v1alpha1.RepositoryStatus) error {
+	found := status.DeepCopy() // a storage that hangs may keep what is done here beyond this call
+	err := k.Stores.WithEnsured(ctx, st, func(ctx context.Context, repo *store.Open) error {
+		s, err := repo.Status(ctx)
+		if err != nil {
+			return err
+		}
+		if st.Writable() && !repo.Writable() {
+			return fmt.Errorf("%w: %s; set access: ReadOnly, or name another place", store.ErrReadOnly, s.ReadOnly)
+		}
+		found.UniqueID = s.UniqueID
+		if found.Points, found.Volumes, err = backup.Count(ctx, repo.Repository); err != nil {
+			return err
+		}
+		k.pin(ctx, st, repo, found)
+
+		return nil
+	})
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(repo.Redact(err), repo.Close(context.WithoutCancel(ctx))) }()
-	s, err := repo.Status(ctx)
-	if err != nil {
-		return err
-	}
-	if st.Writable() && !repo.Writable() {
-		return fmt.Errorf("%w: %s; set access: ReadOnly, or name another place", store.ErrReadOnly, s.ReadOnly)
-	}
-	status.UniqueID = s.UniqueID
-	if status.Points, status.Volumes, err = backup.Count(ctx, repo.Repository); err != nil {
-		return err
-	}
-	k.pin(ctx, st, repo, status)
 	now := metav1.NewTime(k.now())
-	status.LastContact = &now
+	found.LastContact = &now
+	*status = *found
 
 	return nil
 }

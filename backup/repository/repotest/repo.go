@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/kopia/kopia/repo"
+	"github.com/kopia/kopia/repo/blob/filesystem"
 	"github.com/kopia/kopia/repo/compression"
 	"github.com/kopia/kopia/repo/content"
 	"github.com/kopia/kopia/repo/maintenance"
@@ -63,6 +64,30 @@ func New(t testing.TB) *Repo {
 	t.Helper()
 	dir := Dir(t)
 	r := &Repo{Dir: filepath.Join(dir, "blobs"), ConfigFile: filepath.Join(dir, "config", "repository.config")}
+	if err := repository.CreateFilesystem(t.Context(), r.Dir, r.ConfigFile, Password); err != nil {
+		t.Fatalf("create repository: %v", err)
+	}
+	return r
+}
+
+// NewScrypt is New, with the key derived from the password as it is for users. Built
+// for tests, Kopia makes new repositories with a mere hash, which costs no memory
+// (kopia repo/format, format_blob_key_derivation_testing.go).
+func NewScrypt(t testing.TB) *Repo {
+	t.Helper()
+	dir := Dir(t)
+	r := &Repo{Dir: filepath.Join(dir, "blobs"), ConfigFile: filepath.Join(dir, "config", "repository.config")}
+	st, err := filesystem.New(t.Context(), &filesystem.Options{Path: r.Dir}, true)
+	if err != nil {
+		t.Fatalf("storage: %v", err)
+	}
+	defer st.Close(context.WithoutCancel(t.Context()))
+	opt := &repo.NewRepositoryOptions{FormatBlockKeyDerivationAlgorithm: "scrypt-65536-8-1"}
+	opt.BlockFormat.Hash = repository.DefaultHash
+	if err := repo.Initialize(t.Context(), st, opt, Password); err != nil {
+		t.Fatalf("initialize: %v", err)
+	}
+	// What is left to do is what an interrupted create leaves.
 	if err := repository.CreateFilesystem(t.Context(), r.Dir, r.ConfigFile, Password); err != nil {
 		t.Fatalf("create repository: %v", err)
 	}

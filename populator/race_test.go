@@ -1,0 +1,5 @@
+//go:build race
+
+package populator_test
+
+const raceDetector = true
