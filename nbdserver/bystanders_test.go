@@ -87,7 +87,7 @@ func TestPanicEndsOneConnection(t *testing.T) {
 			cat.Add(entry)
 			var log lines
 			_, path := serve(t, nbdserver.Config{
-				Catalog: cat, TotalMemory: 32 << 20, ReadAhead: 1 << 20,
+				Catalog: cat, TotalMemory: 32 << 20,
 				Logger: slog.New(slog.NewTextHandler(&log, nil)),
 			})
 			s := nbdtest.Target{Dial: func(t testing.TB) net.Conn { return dialUnix(t, path) }}

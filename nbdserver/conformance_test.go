@@ -124,7 +124,7 @@ func TestConformance(t *testing.T) {
 				e, _ := mk()
 				_, path := serve(t, nbdserver.Config{Catalog: nbdserver.NewStatic(nbdserver.Opened{
 					Name: "shop/db@2026-11-20T10:00:00Z", Description: "a disk", Export: e,
-				}), ReadAhead: 1 << 20})
+				})})
 				return nbdtest.Target{
 					Dial:   func(t testing.TB) net.Conn { return dialUnix(t, path) },
 					Export: "shop/db@2026-11-20T10:00:00Z",

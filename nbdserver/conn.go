@@ -60,7 +60,6 @@ type conn struct {
 	writer  Writer
 	lender  Lender
 	stat    Statuser
-	ahead   *readAhead
 	flags   proto.TransmissionFlags
 	out     *outbox
 	mem     *budget

@@ -9,7 +9,7 @@
 //
 //	Writer       the export can be written, flushed, trimmed and zeroed
 //	Lender       bytes already in memory go out without a copy
-//	Prefetcher   CACHE requests and read-ahead hints reach the store
+//	Prefetcher   CACHE requests reach the store
 //	Statuser     metadata contexts beyond base:allocation
 //
 // # One connection

@@ -61,9 +61,6 @@ type Config struct {
 	MinRate int64
 	// IdleTimeout ends a connection without requests; zero means never.
 	IdleTimeout time.Duration
-	// ReadAhead is how many bytes a sequential stream is fetched ahead, for
-	// exports that are Prefetchers; zero means not at all.
-	ReadAhead int64
 
 	Metrics Metrics // may be nil
 	Logger  *slog.Logger

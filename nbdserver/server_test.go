@@ -619,25 +619,3 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 }
-
-// Sequential reads are fetched ahead, random ones are not.
-func TestReadAhead(t *testing.T) {
-	d := nbdtest.NewDisk(nbdtest.Image())
-	_, path := serve(t, nbdserver.Config{Catalog: single(d.ReadOnly()), ReadAhead: 1 << 20})
-	e := enter(t, dialUnix(t, path), nbdclient.Structured, "disk")
-	for i := range 20 {
-		_, _ = e.ReadAt(ctx(t), make([]byte, 4096), int64(i)*7919*4096%nbdtest.ImageSize)
-	}
-	if n := d.Prefetches.Load(); n != 0 {
-		t.Errorf("%d prefetches for random reads", n)
-	}
-	for off := int64(0); off < nbdtest.ImageSize; off += 65536 {
-		if _, err := e.ReadAt(ctx(t), make([]byte, 65536), off); err != nil {
-			t.Fatal(err)
-		}
-	}
-	_ = e.Close()
-	if n := d.Prefetches.Load(); n == 0 || n > 16 {
-		t.Errorf("%d prefetches for a sequential pass", n)
-	}
-}

@@ -33,9 +33,6 @@ func (c *conn) transmit() error {
 		c.cancel(fmt.Errorf("send replies: %w", err))
 		_ = c.socket.Close() // ends the reading side, too
 	})
-	if p, ok := c.opened.Export.(Prefetcher); ok && c.srv.cfg.ReadAhead > 0 {
-		c.ahead = newReadAhead(c, p, c.srv.cfg.ReadAhead)
-	}
 	if c.srv.cfg.Metrics != nil {
 		c.counted = c.srv.cfg.Metrics.Connected(c.opened.Name)
 		defer c.counted.Disconnected()
@@ -45,9 +42,6 @@ func (c *conn) transmit() error {
 	err := c.guard(c.readRequests)
 	if !errors.Is(err, errDone) && !errors.Is(err, errClosing) && !errors.Is(err, io.EOF) && !timedOut(err) {
 		c.cancel(err) // what is in flight has nobody to answer to
-	}
-	if c.ahead != nil {
-		c.ahead.stop()
 	}
 	c.workers.Wait()
 	c.out.close()
@@ -195,9 +189,6 @@ func (c *conn) handle(r *request) error {
 		}
 	}
 	if r.cmd == proto.CmdRead {
-		if c.ahead != nil {
-			c.ahead.saw(int64(r.offset), int64(r.length))
-		}
 		if c.lender != nil && c.readLent(r) {
 			return nil
 		}
