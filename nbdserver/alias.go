@@ -89,6 +89,7 @@ func (a *Aliases) Open(ctx context.Context, name string, client Client) (*Opened
 		if err := o.begin(ctx); err != nil {
 			return err
 		}
+		c.Description = o.Description
 		if o.writer() != nil {
 			a.mu.Lock()
 			b.forever = true

@@ -132,7 +132,8 @@ type Opened struct {
 	ReadOnly bool
 	// Enter is called when the client stays with the export, before anything
 	// is read from it; a client that only asks about it never gets there. An
-	// error refuses the client, as one of Catalog.Open does. It may be nil.
+	// error refuses the client, as one of Catalog.Open does. It may complete
+	// Description. It may be nil.
 	Enter func(ctx context.Context) error
 	// Close is called once, when the connection no longer uses the export. It
 	// may be nil.

@@ -149,9 +149,48 @@ func (o *Overlay) allRuns(fn func(stateRun)) {
 // zero: the run reads as zeroes. An image that takes over these runs equals the
 // overlay. A change under way may be told or not.
 func (o *Overlay) Dirty(yield func(off, length int64, zero bool) bool) {
-	o.runs(0, o.size, func(s state, off, n int64) bool {
+	o.DirtyIn(0, o.size, yield)
+}
+
+// DirtyIn is Dirty for a range within Size.
+func (o *Overlay) DirtyIn(off, length int64, yield func(off, length int64, zero bool) bool) {
+	o.runs(off, length, func(s state, off, n int64) bool {
 		return s == inBase || yield(off, n, s == isZero)
 	})
+}
+
+// Unchanged reports whether a range within Size reads as the image does. A change
+// under way may be seen or not.
+func (o *Overlay) Unchanged(off, length int64) bool {
+	for end := off + length; off < end; {
+		i := off / segmentSize
+		to := min((i+1)*segmentSize, end)
+		if s := o.segments[i].Load(); s != nil && !s.unchanged(off/Granule%segmentGranules, granulesOf(to-i*segmentSize)) {
+			return false
+		}
+		off = to
+	}
+	return true
+}
+
+// unchanged reports whether the granules [from, to) are in the image.
+func (s *segment) unchanged(from, to int64) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for from < to {
+		if from%4 == 0 && to-from >= 4 {
+			if s.states[from/4] != 0 { // four times inBase
+				return false
+			}
+			from += 4
+			continue
+		}
+		if s.get(from) != inBase {
+			return false
+		}
+		from++
+	}
+	return true
 }
 
 // Extents tells overlay data as data, trimmed and zeroed ranges as holes, and

@@ -224,10 +224,21 @@ func (c *Catalog) Open(ctx context.Context, name string, _ nbdserver.Client) (*n
 		c.calls.WarnContext(ctx, "cannot open a recovery point", "export", l.names[i], "err", err)
 		return nil, err
 	}
-	return &nbdserver.Opened{
+	o := &nbdserver.Opened{
 		Export: e.export, Name: l.names[i], Description: description(p),
 		ReadOnly: c.opt.Writable == nil,
-		Enter:    func(ctx context.Context) error { return c.enter(ctx, e, p, l.names[i]) },
 		Close:    sync.OnceFunc(func() { c.release(e) }),
-	}, nil
+	}
+	o.Enter = func(ctx context.Context) error {
+		if err := c.enter(ctx, e, p, l.names[i]); err != nil {
+			return err
+		}
+		if e.written != nil {
+			// A client that connects again must not take another overlay for the one it
+			// wrote to.
+			o.Description = description(p) + ", overlay " + e.written.over.Load().ID()
+		}
+		return nil
+	}
+	return o, nil
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -189,7 +190,7 @@ func TestRestrictedContexts(t *testing.T) {
 			t.Errorf("%s: reads differ: %v", name, err)
 		}
 		pieces, err := o.Export.(nbdserver.Lender).Lend(t.Context(), nil, 8192, 4096, true)
-		if lends := opt.Writable == nil; lends != (err == nil) || lends != (len(pieces) > 0) {
+		if err != nil || len(pieces) == 0 {
 			t.Errorf("%s: lent %d pieces, %v", name, len(pieces), err)
 		}
 	}
@@ -403,6 +404,45 @@ func TestOverlaysOfThoseWhoStay(t *testing.T) {
 	}
 	if bytes, n := c.OverlayBytes(); n != 1 || bytes != overlay.Granule {
 		t.Errorf("%d overlays of %d bytes", n, bytes)
+	}
+}
+
+// What a client is told of a writable disk names its overlay: after a restart the same
+// where it was kept, another one where it was not.
+func TestOverlayIsNamed(t *testing.T) {
+	r := repotest.New(t).Open(t)
+	p := save(t, r, "c", "shop/db", text(70_000, 1))
+	enter := func(overlays Overlays) string {
+		t.Helper()
+		c, err := Open(t.Context(), r, image.NewCache(1<<20), Options{Writable: &overlays})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			if err := c.Close(t.Context()); err != nil {
+				t.Error(err)
+			}
+		}()
+		// As servers have it: a name may be an alias.
+		o, err := nbdserver.NewAliases(c, time.Minute, nil).Open(t.Context(), "shop/db@latest", nbdserver.Client{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer o.Close()
+		if err := o.Enter(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if !strings.HasPrefix(o.Description, description(p)+", overlay ") {
+			t.Errorf("it is %q", o.Description)
+		}
+		return o.Description
+	}
+	kept, scratch := Overlays{Dir: t.TempDir(), Keep: true}, Overlays{Dir: filepath.Join(t.TempDir(), "scratch")}
+	if a, b := enter(kept), enter(kept); a != b {
+		t.Errorf("a kept overlay is %q and then %q", a, b)
+	}
+	if a, b := enter(scratch), enter(scratch); a == b {
+		t.Errorf("two overlays are both %q", a)
 	}
 }
 

@@ -41,6 +41,16 @@ var copies = sync.Pool{New: func() any { return new(pageCopy) }}
 
 type pageCopy struct{ b []byte }
 
+// newCopy returns a buffer of n bytes with old content.
+func newCopy(n int) *pageCopy {
+	c := copies.Get().(*pageCopy)
+	if cap(c.b) < n {
+		c.b = make([]byte, n)
+	}
+	c.b = c.b[:n]
+	return c
+}
+
 // Release gives the buffer back.
 func (c *pageCopy) Release() { copies.Put(c) }
 
@@ -54,12 +64,9 @@ func (h *hydrated) Lend(ctx context.Context, dst []nbdserver.Piece, off int64, n
 	if wait || n > maxNow {
 		return dst, nbdserver.ErrNotCached
 	}
-	c := copies.Get().(*pageCopy)
-	if cap(c.b) < n {
-		c.b = make([]byte, n)
-	}
+	c := newCopy(n)
 	have := len(dst)
-	for b := c.b[:n]; len(b) > 0; {
+	for b := c.b; len(b) > 0; {
 		zero, k := local.Run(off, int64(len(b)))
 		if zero {
 			dst = append(dst, nbdserver.Piece{Zeroes: int(k)})

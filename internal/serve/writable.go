@@ -18,6 +18,7 @@ type writable struct {
 
 var (
 	_ nbdserver.Writer     = (*writable)(nil)
+	_ nbdserver.Lender     = (*writable)(nil)
 	_ nbdserver.Prefetcher = (*writable)(nil)
 	_ nbdserver.Statuser   = (*writable)(nil)
 )

@@ -1,0 +1,215 @@
+package serve
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"path/filepath"
+	"testing"
+
+	"github.com/varve-io/varve/backup/overlay"
+	"github.com/varve-io/varve/nbdserver"
+	"github.com/varve-io/varve/nbdserver/nbdclient"
+	"github.com/varve-io/varve/nbdserver/nbdtest"
+)
+
+// lent is a disk that lends all of it, and counts what was not given back.
+type lent struct {
+	*nbdtest.Disk
+	out    int
+	broken int64 // reads from here on fail, if it is not 0
+}
+
+func (l *lent) Release() { l.out-- }
+
+func (l *lent) Lend(_ context.Context, dst []nbdserver.Piece, off int64, n int, _ bool) ([]nbdserver.Piece, error) {
+	b := nbdtest.Image()[off : off+int64(n)]
+	if l.broken > 0 && off+int64(n) > l.broken {
+		if off >= l.broken {
+			return dst, errMissing
+		}
+		l.out++
+		return append(dst, nbdserver.Piece{Data: b[:l.broken-off], Owner: l}), &nbdserver.OffsetError{Offset: l.broken, Err: errMissing}
+	}
+	l.out++
+	return append(dst, nbdserver.Piece{Data: b, Owner: l}), nil
+}
+
+var errMissing = errors.New("content missing")
+
+func newWritable(t testing.TB, base nbdserver.Export) *writable {
+	t.Helper()
+	w := &writable{base: base}
+	o, err := overlay.Open(base, overlay.Options{Dir: filepath.Join(t.TempDir(), "overlay")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.over.Store(o)
+	t.Cleanup(func() {
+		if err := w.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return w
+}
+
+// gather puts pieces together and gives them back.
+func gather(pieces []nbdserver.Piece) []byte {
+	var b []byte
+	for _, p := range pieces {
+		b = append(b, p.Data...)
+		b = append(b, make([]byte, p.Zeroes)...)
+		if p.Owner != nil {
+			p.Owner.Release()
+		}
+	}
+	return b
+}
+
+// What is lent is what is read, whatever was written, trimmed and zeroed, and all of it
+// is given back. Where nothing was written in a range it is the disk's own memory.
+func TestWritableLends(t *testing.T) {
+	base := &lent{Disk: nbdtest.NewDisk(nbdtest.Image())}
+	w := newWritable(t, base)
+	ctx := t.Context()
+	model := bytes.Clone(nbdtest.Image())
+	r := rand.New(rand.NewPCG(7, 8))
+	size := len(model)
+	now, waited := 0, 0
+	for range 600 {
+		off := r.IntN(size)
+		n := 1 + r.IntN(min(size-off, 1<<r.IntN(17)))
+		var err error
+		switch r.IntN(12) {
+		case 0:
+			p := bytes.Repeat([]byte{byte(r.IntN(255) + 1)}, n)
+			_, err = w.WriteAt(ctx, p, int64(off))
+			copy(model[off:], p)
+		case 1:
+			err = w.Zero(ctx, int64(off), int64(n), r.IntN(2) == 0, false)
+			clear(model[off : off+n])
+		default:
+			wait := r.IntN(2) == 0
+			first := []nbdserver.Piece{{Zeroes: 1}} // of the caller's
+			pieces, lendErr := w.Lend(ctx, first, int64(off), n, wait)
+			if errors.Is(lendErr, nbdserver.ErrNotCached) && !wait {
+				if waited++; len(pieces) != 1 {
+					t.Fatalf("%d pieces with an error", len(pieces))
+				}
+				break
+			}
+			if now++; lendErr != nil || pieces[0].Zeroes != 1 || !bytes.Equal(gather(pieces[1:]), model[off:off+n]) {
+				t.Fatalf("%d+%d, wait %v: %v, or other bytes", off, n, wait, lendErr)
+			}
+			if w.over.Load().Unchanged(int64(off), int64(n)) != (len(pieces) == 2 && pieces[1].Owner == base) {
+				t.Fatalf("%d+%d: %d pieces", off, n, len(pieces))
+			}
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if base.out != 0 {
+			t.Fatalf("%d pieces were not given back", base.out)
+		}
+	}
+	if now == 0 || waited == 0 {
+		t.Errorf("%d ranges were lent, %d had to wait", now, waited)
+	}
+}
+
+// An error beneath says where it is, and what comes before it is lent.
+func TestWritableLendsUpToAnError(t *testing.T) {
+	base := &lent{Disk: nbdtest.NewDisk(nbdtest.Image()), broken: 40 << 10}
+	w := newWritable(t, base)
+	if _, err := w.WriteAt(t.Context(), bytes.Repeat([]byte{7}, 8<<10), 16<<10); err != nil {
+		t.Fatal(err)
+	}
+	want := bytes.Clone(nbdtest.Image()[:40<<10])
+	copy(want[16<<10:], bytes.Repeat([]byte{7}, 8<<10))
+	place := (*nbdserver.OffsetError)(nil)
+	pieces, err := w.Lend(t.Context(), nil, 0, 64<<10, true)
+	if !errors.As(err, &place) || place.Offset != 40<<10 || !bytes.Equal(gather(pieces), want) {
+		t.Errorf("%v at %+v", err, place)
+	}
+	base.broken = 1 // an error that says nothing of its place: nothing is lent
+	base.Disk = nbdtest.NewDisk(nbdtest.Image())
+	pieces, err = w.Lend(t.Context(), nil, 20<<10, 20<<10, true)
+	if !errors.Is(err, errMissing) || len(pieces) != 0 || base.out != 0 {
+		t.Errorf("%d pieces, %d not given back: %v", len(pieces), base.out, err)
+	}
+}
+
+// plain is a writable disk that lends nothing.
+type plain struct {
+	nbdserver.Export
+	nbdserver.Writer
+}
+
+// Random reads, over a socket, of a disk in memory: read-only, writable, and writable
+// as it would be without Lend.
+func BenchmarkServedRead(b *testing.B) {
+	data := make([]byte, nbdtest.ImageSize) // no zeroes, of which a reply would say only how many
+	_, _ = rand.NewChaCha8([32]byte{}).Read(data)
+	base := &lender{nbdtest.NewDisk(data), data}
+	w := newWritable(b, base)
+	for _, c := range []struct {
+		name   string
+		export nbdserver.Export
+	}{{"read-only", base}, {"writable", w}, {"writable-without-lending", plain{w, w}}} {
+		for _, size := range []int{4 << 10, 64 << 10, 256 << 10} {
+			b.Run(fmt.Sprintf("%s/%dK", c.name, size>>10), func(b *testing.B) { benchmarkRead(b, c.export, size) })
+		}
+	}
+}
+
+// lender is a disk in memory that lends.
+type lender struct {
+	*nbdtest.Disk
+	data []byte
+}
+
+func (l *lender) Lend(_ context.Context, dst []nbdserver.Piece, off int64, n int, _ bool) ([]nbdserver.Piece, error) {
+	return append(dst, nbdserver.Piece{Data: l.data[off : off+int64(n)]}), nil
+}
+
+func benchmarkRead(b *testing.B, e nbdserver.Export, size int) {
+	srv, err := nbdserver.New(nbdserver.Config{Catalog: nbdserver.NewStatic(nbdserver.Opened{Name: "disk", Export: e})})
+	if err != nil {
+		b.Fatal(err)
+	}
+	socket := filepath.Join(b.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		b.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(l) }()
+	defer func() { srv.Close(); <-served }()
+	c, err := nbdclient.Dial(b.Context(), &nbdclient.URI{Network: "unix", Address: socket, Export: "disk"}, nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	if _, err := c.Negotiate(nbdclient.Structured); err != nil {
+		b.Fatal(err)
+	}
+	x, err := c.Go("disk")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer x.Close() //nolint:errcheck // a benchmark
+	b.SetBytes(int64(size))
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		p, r := make([]byte, size), rand.New(rand.NewPCG(1, 2))
+		for pb.Next() {
+			off := r.Int64N(nbdtest.ImageSize-int64(size)) &^ 4095
+			if _, err := x.ReadAt(b.Context(), p, off); err != nil {
+				b.Error(err)
+				return
+			}
+		}
+	})
+}
