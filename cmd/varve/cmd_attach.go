@@ -15,6 +15,7 @@ type attachFlags struct {
 	connections int
 	blockSize   byteSize
 	timeout     time.Duration
+	ioTimeout   time.Duration
 	reconnect   bool
 	deadTimeout time.Duration
 	ioctl       bool
@@ -31,19 +32,27 @@ the kernel takes a free one. It needs root and the nbd driver ("modprobe nbd").
 
 The command ends once the device is there. With --reconnect it stays, and gives
 the device new connections when the server is restarted; requests wait that
-long. On kernels without the driver's netlink interface, or with --ioctl, it
-stays until the device is detached, too.`,
+long. Started again for the same export and device, it goes on with the device
+that is there. On kernels without the driver's netlink interface, or with
+--ioctl, it stays until the device is detached, too.
+
+A writable export takes one connection and no --timeout: with more, the kernel
+may repeat a write after a later one to the same place.`,
 		Example: `  varve attach 'nbd+unix:///shop/db@latest?socket=/run/varve-nbd.sock' --connections 4
   mount -o ro,noload /dev/nbd0 /mnt
-  varve detach /dev/nbd0`,
+  varve detach /dev/nbd0
+  varve attach 'nbd+unix:///shop/db@latest?socket=/run/varve-nbd.sock' /dev/nbd0 --reconnect`,
 		Args: cobra.RangeArgs(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			opt := nbdattach.Options{Index: nbdattach.Any, Connections: f.connections, BlockSize: uint32(f.blockSize), Timeout: f.timeout}
+			opt := nbdattach.Options{Index: nbdattach.Any, Connections: f.connections, BlockSize: uint32(f.blockSize), Timeout: f.timeout, IOTimeout: f.ioTimeout}
 			if f.reconnect {
 				opt.DeadTimeout = f.deadTimeout
 			}
 			if b := int64(f.blockSize); b < 512 || b > 4096 || b&(b-1) != 0 {
 				return usagef("--block-size is 512, 1K, 2K or 4K")
+			}
+			if f.timeout < 0 || f.ioTimeout < 0 || f.deadTimeout <= 0 {
+				return usagef("--timeout, --io-timeout and --dead-timeout cannot be negative, and --dead-timeout not zero")
 			}
 			u, err := nbdclient.ParseURI(args[0])
 			if err != nil {
@@ -61,6 +70,7 @@ stays until the device is detached, too.`,
 	fl.IntVar(&f.connections, "connections", 1, "connections to the server, 1 to 64")
 	fl.Var(&f.blockSize, "block-size", "logical sector size of the device, 512 to 4K")
 	fl.DurationVar(&f.timeout, "timeout", 0, "take a connection for dead when a request gets no reply for this long (default never)")
+	fl.DurationVar(&f.ioTimeout, "io-timeout", 0, "how soon requests of a dead connection are sent again over a new one (default 5s with one connection, 30s with several, where a slower request also costs its connection)")
 	fl.BoolVar(&f.reconnect, "reconnect", false, "stay, and connect again when a connection dies")
 	fl.DurationVar(&f.deadTimeout, "dead-timeout", time.Minute, "with --reconnect, how long requests wait for a new connection before they fail")
 	fl.BoolVar(&f.ioctl, "ioctl", false, "use ioctl although the kernel has netlink")
@@ -79,20 +89,48 @@ func (a *app) attach(ctx context.Context, u *nbdclient.URI, opt nbdattach.Option
 	if f.ioctl && f.reconnect {
 		return usagef("--reconnect needs netlink: leave out --ioctl")
 	}
+	ready := func(at *nbdattach.Attachment) error {
+		if err := at.Tune(opt); err != nil {
+			a.log.Warn("the device keeps the kernel's own limits: a restart of the server may stall it for 30 s", "err", err)
+		}
+		return a.printAttached(at)
+	}
+	if f.reconnect {
+		return a.attachAndWatch(ctx, u, opt, ready)
+	}
 	at, err := (*nbdattach.Attachment)(nil), nbdattach.ErrNoNetlink
 	if !f.ioctl {
 		at, err = nbdattach.Connect(ctx, u, opt)
 	}
-	if errors.Is(err, nbdattach.ErrNoNetlink) && !f.reconnect {
-		return nbdattach.ServeIoctl(ctx, u, opt, a.printAttached)
+	if errors.Is(err, nbdattach.ErrNoNetlink) {
+		return nbdattach.ServeIoctl(ctx, u, opt, ready)
 	}
 	if err != nil {
 		return err
 	}
-	if err := a.printAttached(at); err != nil || !f.reconnect {
+	return ready(at)
+}
+
+// attachAndWatch attaches an export, or takes over the device that an earlier process
+// attached to it, and serves the device until it is detached.
+func (a *app) attachAndWatch(ctx context.Context, u *nbdclient.URI, opt nbdattach.Options, ready func(*nbdattach.Attachment) error) (err error) {
+	w, err := nbdattach.NewWatcher(a.log)
+	if err != nil {
 		return err
 	}
-	return nbdattach.Watch(ctx, at, u, a.log)
+	defer func() { err = errors.Join(err, w.Close()) }()
+	get := nbdattach.Connect
+	if opt.Index != nbdattach.Any && nbdattach.IsAttached(opt.Index) {
+		get = nbdattach.Adopt
+	}
+	at, err := get(ctx, u, opt)
+	if err != nil {
+		return err
+	}
+	if err := ready(at); err != nil {
+		return err
+	}
+	return w.Watch(ctx, at, u, opt)
 }
 
 func (a *app) printAttached(at *nbdattach.Attachment) error {

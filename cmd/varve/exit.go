@@ -14,6 +14,7 @@ import (
 	"github.com/varve-io/varve/fusefs"
 	"github.com/varve-io/varve/internal/serve"
 	"github.com/varve-io/varve/nbdserver"
+	"github.com/varve-io/varve/nbdserver/nbdattach"
 )
 
 // Exit codes. docs/exit-codes.md tells users what they mean; scripts depend on
@@ -99,6 +100,8 @@ var exitCodes = []struct {
 	{serve.ErrNotPadded, exitRefused},
 	{serve.ErrNotWritable, exitUsage},
 	{nbdserver.ErrUnknownExport, exitNotFound},
+	{nbdattach.ErrWritable, exitUsage},
+	{nbdattach.ErrOtherDisk, exitRefused},
 	{errOtherVolume, exitUsage},
 	{fusefs.ErrNotMounted, exitUsage},
 	{fusefs.ErrBusy, exitRefused},

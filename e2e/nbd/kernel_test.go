@@ -66,7 +66,7 @@ check
 umount /mnt
 varve detach $dev
 echo "STEP writable ext4, one connection, FLUSH"
-! varve attach $rw/k/ext4@latest /dev/nbd4 --connections 4
+if varve attach $rw/k/ext4@latest /dev/nbd4 --connections 4; then false; fi
 varve attach $rw/k/ext4@latest /dev/nbd4
 test "$(blockdev --getro /dev/nbd4)" = 0
 test "$(cat /sys/block/nbd4/queue/write_cache)" = "write back"

@@ -208,6 +208,15 @@ func (srv *server) stop() {
 	}
 }
 
+// kill ends the server as nothing it can see coming does.
+func (srv *server) kill() {
+	srv.t.Helper()
+	if err := srv.cmd.Process.Kill(); err != nil {
+		srv.t.Fatal(err)
+	}
+	_ = srv.cmd.Wait()
+}
+
 func (srv *server) uri(export string) string {
 	return "nbd+unix:///" + export + "?socket=" + srv.socket
 }

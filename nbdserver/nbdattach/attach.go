@@ -16,7 +16,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/varve-io/varve/nbdserver/nbdclient"
@@ -31,16 +30,19 @@ type Options struct {
 	// Index is N of /dev/nbdN; Any for a free one.
 	Index int
 	// Connections to the server, 1 to 64. More than one needs a server with
-	// CAN_MULTI_CONN.
+	// CAN_MULTI_CONN, and a disk that is read-only.
 	Connections int
 	// BlockSize is the logical sector size, 512 to 4096; 0 for 512.
 	BlockSize uint32
 	// Timeout is how long the kernel waits for a reply before it takes the
-	// connection for dead; 0 for ever.
+	// connection for dead; 0 for ever, which a writable disk needs.
 	Timeout time.Duration
 	// DeadTimeout is how long requests wait for a new connection after the
 	// last one died, before they fail. Reconnecting needs it.
 	DeadTimeout time.Duration
+	// IOTimeout is how often the kernel looks whether the connection of a request
+	// is another one by now, to send it again there; 0 for what Tune chooses.
+	IOTimeout time.Duration
 	// UntilClosed detaches the device when the last program that has it open, or
 	// the last mount of it, closes it. ServeIoctl does not know it.
 	UntilClosed bool
@@ -51,7 +53,19 @@ var (
 	ErrNoDriver = errors.New("this kernel has no nbd driver loaded: try \"modprobe nbd\"")
 	// ErrNoNetlink means that the driver is older than its netlink interface.
 	ErrNoNetlink = errors.New("the nbd driver has no netlink interface")
+	// ErrWritable is the refusal of options with which the kernel may send a write
+	// again while the first one is still at the server: it would then run after
+	// later writes to the same place, and undo them.
+	ErrWritable = errors.New("a writable disk takes one connection and no --timeout: otherwise the kernel may repeat a write after a later one")
 )
+
+// check refuses options that do not fit a disk.
+func (o Options) check(info nbdclient.Info) error {
+	if info.Flags&proto.FlagReadOnly == 0 && (o.Connections > 1 || o.Timeout > 0) {
+		return fmt.Errorf("attach %s: %w", info.Name, ErrWritable)
+	}
+	return nil
+}
 
 const maxConnections = 64
 
@@ -136,32 +150,4 @@ func ParseDevice(s string) (int, error) {
 		return 0, fmt.Errorf("%q is no NBD device: write /dev/nbd0", s)
 	}
 	return n, nil
-}
-
-// hasDriver tells whether the nbd driver is there.
-func hasDriver() bool {
-	devices, err := os.ReadFile("/proc/devices")
-	return err == nil && strings.Contains(string(devices), " nbd\n")
-}
-
-// isFree tells whether a device has no connection. The kernel shows a pid file
-// for one that has.
-func isFree(index int) bool {
-	_, err := os.Stat(pidFile(index))
-	return errors.Is(err, syscall.ENOENT)
-}
-
-func pidFile(index int) string {
-	return filepath.Join("/sys/block", "nbd"+strconv.Itoa(index), "pid")
-}
-
-// AttachedBy gives the number that the kernel notes of the thread that attached a
-// device, empty for one that is free. It stays when that thread has ended, and tells
-// an attachment from a later one by another process.
-func AttachedBy(index int) string {
-	b, err := os.ReadFile(pidFile(index))
-	if err != nil {
-		return ""
-	}
-	return strings.TrimSpace(string(b))
 }

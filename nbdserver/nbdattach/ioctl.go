@@ -49,6 +49,9 @@ func ServeIoctl(ctx context.Context, u *nbdclient.URI, opt Options, ready func(*
 		return err
 	}
 	defer d.close()
+	if err := opt.check(d.info); err != nil {
+		return err
+	}
 	fd := int(dev.Fd())
 	block := int(opt.BlockSize)
 	if block == 0 {
@@ -80,7 +83,7 @@ func ServeIoctl(ctx context.Context, u *nbdclient.URI, opt Options, ready func(*
 	if err := waitCapacity(opt.Index, d.info.Size >= uint64(block), done); err != nil {
 		return errors.Join(err, clearSockets(fd))
 	}
-	if err := ready(&Attachment{Index: opt.Index, Info: d.info}); err != nil {
+	if err := ready(&Attachment{Index: opt.Index, Info: d.info, connections: len(d.conns)}); err != nil {
 		return errors.Join(err, set("disconnection", ioDisconnect, 0), <-done, clearSockets(fd))
 	}
 	select {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"os"
 	"time"
@@ -34,6 +33,7 @@ const (
 	attrClientFlags = 6
 	attrSockets     = 7
 	attrDeadTimeout = 8 // seconds
+	attrBackend     = 10
 
 	sockItem = 1
 	sockFD   = 1
@@ -56,6 +56,10 @@ func Available() error {
 type Attachment struct {
 	Index int
 	Info  nbdclient.Info
+
+	connections int
+	backend     string // what the kernel knows the disk by; empty if it is not told
+	adopted     bool   // made by another process; its connections may be dead
 }
 
 // Connect attaches the export of a URI by netlink and returns once the device
@@ -96,6 +100,27 @@ func ConnectOver(nc net.Conn, export string, opt Options) (*Attachment, error) {
 
 // connect gives the connections to the kernel.
 func connect(nl *genetlink.Conn, fam genetlink.Family, d *dialed, export string, opt Options) (*Attachment, error) {
+	if err := opt.check(d.info); err != nil {
+		return nil, err
+	}
+	answers, err := send(nl, fam, cmdConnect, connectRequest(d, opt), netlink.Request)
+	if err != nil {
+		return nil, fmt.Errorf("attach %s: %w", export, err)
+	}
+	a := &Attachment{Index: opt.Index, Info: d.info, connections: len(d.conns), backend: backendOf(d.info)}
+	for _, m := range answers {
+		if n, ok := index(m); ok {
+			a.Index = n
+		}
+	}
+	if a.Index == Any {
+		return nil, errors.New("the kernel did not say which device it took")
+	}
+	return a, nil
+}
+
+// connectRequest is the message that makes a device.
+func connectRequest(d *dialed, opt Options) *netlink.AttributeEncoder {
 	block := opt.BlockSize
 	if block == 0 {
 		block = 512
@@ -110,27 +135,25 @@ func connect(nl *genetlink.Conn, fam genetlink.Family, d *dialed, export string,
 	if opt.Timeout > 0 {
 		e.Uint64(attrTimeout, seconds(opt.Timeout))
 	}
-	if opt.DeadTimeout > 0 {
-		e.Uint64(attrDeadTimeout, seconds(opt.DeadTimeout))
+	deadTimeout(e, opt.DeadTimeout)
+	if b := backendOf(d.info); b != "" {
+		e.String(attrBackend, b)
 	}
 	if opt.UntilClosed {
 		e.Uint64(attrClientFlags, clientDisconnectOnClose)
 	}
 	e.Nested(attrSockets, sockets(d.files))
-	answers, err := send(nl, fam, cmdConnect, e, netlink.Request)
-	if err != nil {
-		return nil, fmt.Errorf("attach %s: %w", export, err)
+	return e
+}
+
+// deadTimeout says how long requests wait for a connection, zero included: what a
+// kernel does by itself is its version's choice.
+func deadTimeout(e *netlink.AttributeEncoder, d time.Duration) {
+	n := uint64(0)
+	if d > 0 {
+		n = seconds(d)
 	}
-	a := &Attachment{Index: opt.Index, Info: d.info}
-	for _, m := range answers {
-		if n, ok := index(m); ok {
-			a.Index = n
-		}
-	}
-	if a.Index == Any {
-		return nil, errors.New("the kernel did not say which device it took")
-	}
-	return a, nil
+	e.Uint64(attrDeadTimeout, n)
 }
 
 func seconds(d time.Duration) uint64 { return uint64(max(d.Round(time.Second)/time.Second, 1)) }
@@ -204,106 +227,6 @@ func Disconnect(index int) error {
 	e.Uint32(attrIndex, uint32(index))
 	if _, err := send(nl, fam, cmdDisconnect, e, netlink.Request|netlink.Acknowledge); err != nil {
 		return fmt.Errorf("detach %s: %w", Device(index), err)
-	}
-	return nil
-}
-
-// Watch reconnects a device when one of its connections dies, until ctx ends or
-// the device is detached. The device needs a DeadTimeout, which bounds how long
-// its requests wait. The export must be the same as before; a server that gives
-// another is not used.
-func Watch(ctx context.Context, a *Attachment, u *nbdclient.URI, log *slog.Logger) error {
-	nl, fam, err := open()
-	if err != nil {
-		return err
-	}
-	defer nl.Close()
-	joined := false
-	for _, g := range fam.Groups {
-		if g.Name == deadGroup {
-			if err := nl.JoinGroup(g.ID); err != nil {
-				return fmt.Errorf("listen for dead connections: %w", err)
-			}
-			joined = true
-		}
-	}
-	if !joined {
-		return fmt.Errorf("%w that tells of dead connections", ErrNoNetlink)
-	}
-	stop := context.AfterFunc(ctx, func() { _ = nl.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	for {
-		if isFree(a.Index) {
-			return nil
-		}
-		// The kernel tells nothing of a device that is detached.
-		if ctx.Err() == nil {
-			_ = nl.SetReadDeadline(time.Now().Add(time.Second))
-		}
-		messages, _, err := nl.Receive()
-		if ctx.Err() != nil {
-			return nil
-		}
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			continue
-		}
-		if err != nil {
-			return fmt.Errorf("listen for dead connections: %w", err)
-		}
-		for _, m := range messages {
-			if n, ok := index(m); !ok || n != a.Index || m.Header.Command != cmdLinkDead {
-				continue
-			}
-			log.WarnContext(ctx, "a connection died; connecting again", "device", Device(a.Index))
-			if err := reconnect(ctx, a, u, log); err != nil {
-				return err
-			}
-		}
-	}
-}
-
-// reconnect gives the device one connection for the one that died, trying until
-// ctx ends or the device is gone.
-func reconnect(ctx context.Context, a *Attachment, u *nbdclient.URI, log *slog.Logger) error {
-	same := *u
-	same.Export = a.Info.Name // the disk it is, whatever an alias means by now
-	for wait := 100 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
-		err := replace(ctx, a, &same)
-		if err == nil {
-			log.InfoContext(ctx, "connected again", "device", Device(a.Index))
-			return nil
-		}
-		if isFree(a.Index) || ctx.Err() != nil {
-			return nil //nolint:nilerr // detached, or told to stop: there is nothing to connect again
-		}
-		log.WarnContext(ctx, "cannot connect again yet", "device", Device(a.Index), "err", err)
-		select {
-		case <-time.After(wait):
-		case <-ctx.Done():
-			return nil
-		}
-	}
-}
-
-func replace(ctx context.Context, a *Attachment, u *nbdclient.URI) error {
-	d, err := dial(ctx, u, 1)
-	if err != nil {
-		return err
-	}
-	defer d.close()
-	if d.info.Size != a.Info.Size || d.info.Name != a.Info.Name {
-		return fmt.Errorf("the server gives %s of %d bytes now", d.info.Name, d.info.Size)
-	}
-	nl, fam, err := open()
-	if err != nil {
-		return err
-	}
-	defer nl.Close()
-	e := netlink.NewAttributeEncoder()
-	e.Uint32(attrIndex, uint32(a.Index))
-	e.Nested(attrSockets, sockets(d.files))
-	if _, err := send(nl, fam, cmdReconfigure, e, netlink.Request|netlink.Acknowledge); err != nil {
-		return fmt.Errorf("give the kernel a new connection: %w", err)
 	}
 	return nil
 }
