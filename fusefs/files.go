@@ -26,6 +26,9 @@ func (p *point) filesRoot(ctx context.Context, parent *fs.Inode, out *fuse.Entry
 	if d.Table == nil && len(d.Volumes) == 1 && d.Volumes[0].Name == "" {
 		return p.volumeRoot(ctx, parent, out, d.Volumes[0])
 	}
+	if err := d.Nothing(); err != nil {
+		return p.failed(ctx, parent, out, "files", err)
+	}
 	return adopt(ctx, p.fs, parent, p.volumesDir("", d.Volumes), out, foreverTimeout)
 }
 

@@ -35,6 +35,7 @@ type VolumeInfo struct {
 	Name    string `json:"name"` // "" for the whole disk
 	Type    string `json:"type,omitempty"`
 	Size    int64  `json:"size"`
+	Note    string `json:"note,omitempty"`    // what to know of the content: that it is one side of a mirror
 	Journal string `json:"journal,omitempty"` // once the volume was opened
 }
 
@@ -63,7 +64,7 @@ func (p *point) Info() Info {
 	defer p.mu.Unlock()
 	if p.disk != nil {
 		for _, v := range p.disk.Volumes {
-			vi := VolumeInfo{Name: v.Name, Type: v.Type, Size: v.Size}
+			vi := VolumeInfo{Name: v.Name, Type: v.Type, Size: v.Size, Note: v.Note}
 			if vol := p.volumes[v]; vol != nil {
 				vi.Journal = vol.inodes.Info().Log.String()
 			}

@@ -128,6 +128,9 @@ func kernelVolume(d *disk.Disk, name string) (*disk.Volume, error) {
 			have = append(have, fmt.Sprintf("%s (%s)", v.Name, typ))
 		}
 	}
+	if len(have) == 0 && d.Table != nil {
+		return nil, fmt.Errorf("this disk has %s", d.Table.Describe())
+	}
 	if name == "" {
 		return nil, fmt.Errorf("this disk has partitions: name one of %s with --partition", strings.Join(have, ", "))
 	}
@@ -138,11 +141,17 @@ func kernelVolume(d *disk.Disk, name string) (*disk.Volume, error) {
 }
 
 // kernelRefuses says why a volume that was asked for cannot be mounted through a loop device:
-// logical volumes need the device mapper, and what holds them is no file system.
+// logical volumes need the device mapper, and arrays, encrypted volumes and the like hold no
+// file system that can be mounted by itself.
 func kernelRefuses(v *disk.Volume, name string) error {
-	logical := v.Partition == nil && v.Name != ""
-	if v.Name != name || !logical && v.Type != "LVM2_member" {
+	if v.Name != name {
 		return nil
+	}
+	logical := v.Partition == nil && v.Name != ""
+	if v.Type != "LVM2_member" {
+		if err := v.Unmountable(); err != nil || !logical {
+			return err //nolint:wrapcheck // says what the volume is, and what to do
+		}
 	}
 	what := "is a physical volume of LVM"
 	if logical {

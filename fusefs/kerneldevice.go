@@ -110,11 +110,8 @@ func (p *point) deviceDisk(ctx context.Context, v *disk.Volume) (*DeviceDisk, er
 	if err != nil {
 		return nil, err
 	}
-	d := &DeviceDisk{Name: p.info.Name(), bytes: overlayBase{img}, length: img.Size()}
-	if v.Partition != nil {
-		d.start = v.Partition.Start
-		d.length = min(v.Partition.Length, img.Size()-d.start)
-	}
+	d := &DeviceDisk{Name: p.info.Name(), bytes: overlayBase{img}}
+	d.start, d.length = v.Locate(0) // on a mirror not where the partition begins
 	if vol, err := p.open(v); p.fs.opt.OverlayDir == "" && err == nil && vol.inodes.Info().Log == diskfs.LogClean {
 		return d, nil
 	}

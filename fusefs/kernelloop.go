@@ -29,10 +29,8 @@ type LoopVolume struct {
 }
 
 func loopVolume(v *disk.Volume) LoopVolume {
-	if v.Partition == nil {
-		return LoopVolume{Type: v.Type}
-	}
-	return LoopVolume{Type: v.Type, Start: v.Partition.Start, Length: v.Partition.Length}
+	start, length := v.Locate(0) // on a mirror not where the partition begins
+	return LoopVolume{Type: v.Type, Start: start, Length: length}
 }
 
 // mountLoop calls MountLoop, aside if it can.

@@ -4,15 +4,15 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/varve-io/varve/fusefs/diskfs"
 	"github.com/varve-io/varve/fusefs/diskfs/disk"
+	"github.com/varve-io/varve/internal/probe"
 )
 
 func TestKernelVolume(t *testing.T) {
-	partition := &disk.Volume{Name: "p1", Type: "ext4", Partition: &diskfs.Partition{Number: 1}}
-	physical := &disk.Volume{Name: "p2", Type: "LVM2_member", Partition: &diskfs.Partition{Number: 2}}
+	partition := &disk.Volume{Name: "p1", Type: "ext4", Partition: &probe.Partition{Number: 1}}
+	physical := &disk.Volume{Name: "p2", Type: "LVM2_member", Partition: &probe.Partition{Number: 2}}
 	logical := &disk.Volume{Name: "vg/root", Type: "ext4"}
-	partitioned := &disk.Disk{Table: &diskfs.Table{}, Volumes: []*disk.Volume{partition, physical, logical}}
+	partitioned := &disk.Disk{Table: &probe.Table{}, Volumes: []*disk.Volume{partition, physical, logical}}
 	whole := &disk.Volume{Type: "xfs"}
 	for _, c := range []struct {
 		name, volume string

@@ -252,6 +252,9 @@ func (p *point) open(v *disk.Volume) (*volume, error) {
 	if err != nil {
 		return nil, err //nolint:wrapcheck // says what is wrong
 	}
+	if v.Note != "" {
+		p.fs.log.Warn("this volume is "+v.Note, "point", p.info.Name(), "volume", v.Name)
+	}
 	vol := &volume{
 		point: p, inodes: fsys.Inodes(),
 		numbers: fileNumbers{base: p.fs.numbers.volume(p.info.ID + "/" + v.Name)},

@@ -73,6 +73,7 @@ type volumeInfo struct {
 	Name string `json:"name"`
 	Type string `json:"type"`
 	Size int64  `json:"size"`
+	Note string `json:"note,omitempty"` // why it cannot be read, or what to know of it
 }
 
 func (a *app) ls(ctx context.Context, args []string, recursive, stale bool) error {
@@ -293,13 +294,30 @@ func (f *fileInfo) row(t *table) {
 
 func (a *app) lsVolumes(files *pointFiles) error {
 	list := []volumeInfo{}
+	noted := false
 	for _, v := range files.disk.Volumes {
-		list = append(list, volumeInfo{v.Name, v.Type, v.Size})
+		info := volumeInfo{Name: v.Name, Type: v.Type, Size: v.Size, Note: v.Note}
+		if err := v.Unmountable(); errors.Is(err, diskfs.ErrCorrupt) { // for the others the type says it
+			info.Note = err.Error()
+		}
+		noted = noted || info.Note != ""
+		list = append(list, info)
+	}
+	if t := files.disk.Table; t != nil && t.Reason != "" {
+		a.log.Warn("the partition table is damaged: "+t.Reason, "point", files.point.Name(), "backupCopyUsed", t.FromBackup)
 	}
 	return a.print(list, func(t *table) {
-		t.row("VOLUME", "TYPE", "SIZE")
+		if !noted {
+			t.row("VOLUME", "TYPE", "SIZE")
+		} else {
+			t.row("VOLUME", "TYPE", "SIZE", "NOTE")
+		}
 		for _, v := range list {
-			t.row(v.Name, v.Type, t.bytes(v.Size))
+			if !noted {
+				t.row(v.Name, v.Type, t.bytes(v.Size))
+			} else {
+				t.row(v.Name, v.Type, t.bytes(v.Size), v.Note)
+			}
 		}
 	})
 }

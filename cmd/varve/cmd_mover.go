@@ -7,7 +7,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/internal/probe"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/mover/work"
 	"github.com/varve-io/varve/populator/store"
@@ -48,7 +48,7 @@ func (a *app) mover(cmd *cobra.Command, action mover.Action) error {
 	}
 	a.boundMemory(0)
 	unix.Umask(store.VolumeUmask)
-	e := work.Pod(diskfs.Probe, readVersion().Version)
+	e := work.Pod(probe.Type, readVersion().Version)
 	e.Log = a.stdout
 	res := work.Run(cmd.Context(), e, task)
 	if err := os.WriteFile(mover.TerminationPath, res.Encode(), 0o644); err != nil {

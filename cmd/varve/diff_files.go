@@ -46,7 +46,7 @@ func (a *app) diffFiles(ctx context.Context, repo *repository.Repository, from, 
 		if err := leases.hold(ctx, p); err != nil {
 			return err
 		}
-		if files[i], err = openPointFiles(ctx, repo, image.NewCache(versionCacheBytes), p); err != nil {
+		if files[i], err = openPointFiles(ctx, repo, image.NewCache(versionCacheBytes), p, a.log); err != nil {
 			return err
 		}
 		defer files[i].Close()
@@ -139,7 +139,7 @@ func (d *filesDiff) run() error {
 			if v == nil {
 				continue
 			}
-			fsys, err := v.Open(d.opt)
+			fsys, err := d.files[i].open(v, d.opt)
 			switch {
 			case err == nil:
 				sides[i] = &side{files: d.files[i], on: v, fsys: fsys, visited: browse.Visited{}}

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"path"
+	"slices"
 	"strings"
 
 	"github.com/varve-io/varve/backup"
@@ -25,6 +27,8 @@ type pointFiles struct {
 	disk  *disk.Disk
 	img   *image.Image
 	cache *image.Cache
+	log   *slog.Logger
+	noted []*disk.Volume // whose notes were printed
 }
 
 func (f *pointFiles) Close() { f.cache.Close() }
@@ -77,7 +81,7 @@ func (a *app) openFiles(ctx context.Context, repo *repository.Repository, leases
 	if err := leases.hold(ctx, p); err != nil {
 		return nil, "", err
 	}
-	files, err := openPointFiles(ctx, repo, image.NewCache(fileCacheBytes), p)
+	files, err := openPointFiles(ctx, repo, image.NewCache(fileCacheBytes), p, leases.log)
 	if err != nil {
 		return nil, "", err
 	}
@@ -85,7 +89,7 @@ func (a *app) openFiles(ctx context.Context, repo *repository.Repository, leases
 }
 
 // openPointFiles opens a point; its Close closes the cache, and so does an error.
-func openPointFiles(ctx context.Context, repo *repository.Repository, cache *image.Cache, p *backup.Point) (files *pointFiles, err error) {
+func openPointFiles(ctx context.Context, repo *repository.Repository, cache *image.Cache, p *backup.Point, log *slog.Logger) (files *pointFiles, err error) {
 	defer func() {
 		if err != nil {
 			cache.Close()
@@ -103,7 +107,7 @@ func openPointFiles(ctx context.Context, repo *repository.Repository, cache *ima
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", p.Name(), err)
 	}
-	return &pointFiles{point: p, disk: d, img: img, cache: cache}, nil
+	return &pointFiles{point: p, disk: d, img: img, cache: cache, log: log}, nil
 }
 
 // whole returns the only volume of a disk without partitions, nil otherwise.
@@ -121,13 +125,26 @@ func (f *pointFiles) whole() *disk.Volume {
 func (f *pointFiles) find(name string, opt diskfs.Options) (fsys diskfs.FileSystem, inside string, err error) {
 	v, inside := f.volume(name)
 	if v != nil {
-		fsys, err := v.Open(opt)
+		fsys, err := f.open(v, opt)
 		return fsys, inside, f.named(v, err)
+	}
+	if err := f.disk.Nothing(); err != nil {
+		return nil, "", fmt.Errorf("%s: %w", f.point.Name(), err)
 	}
 	if name == "/" {
 		return nil, ".", nil
 	}
 	return nil, "", fmt.Errorf("%s has no volume %s: it holds %s", f.point.Name(), name, strings.Join(f.volumeNames(), ", "))
+}
+
+// open opens a volume's file system, and says once what is to be known of it.
+func (f *pointFiles) open(v *disk.Volume, opt diskfs.Options) (diskfs.FileSystem, error) {
+	fsys, err := v.Open(opt)
+	if err == nil && v.Note != "" && !slices.Contains(f.noted, v) {
+		f.noted = append(f.noted, v)
+		f.log.Warn("this volume is "+v.Note, "point", f.point.Name(), "volume", v.Name)
+	}
+	return fsys, err //nolint:wrapcheck // the caller names the volume
 }
 
 // volume gives the volume that an absolute path lies in, nil if there is none, and the

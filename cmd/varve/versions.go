@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"path"
 	"strings"
 	"syscall"
@@ -67,7 +68,7 @@ func (a *app) versions(ctx context.Context, arg string, stale bool) (err error) 
 	if len(points) == 0 {
 		return names.NoPoints(v)
 	}
-	list, err := fileVersions(ctx, repo, points, name, stale)
+	list, err := fileVersions(ctx, repo, points, name, stale, a.log)
 	if err != nil {
 		return err
 	}
@@ -99,15 +100,16 @@ func (a *app) versions(ctx context.Context, arg string, stale bool) (err error) 
 }
 
 // fileVersions groups points, oldest first, by the states of a file.
-func fileVersions(ctx context.Context, repo *repository.Repository, points []*backup.Point, name string, stale bool) ([]fileVersion, error) {
+func fileVersions(ctx context.Context, repo *repository.Repository, points []*backup.Point, name string, stale bool, log *slog.Logger) ([]fileVersion, error) {
 	list := []fileVersion{}
 	var before *fileState
 	defer func() { before.close() }()
 	for i, p := range points {
-		now, err := openState(ctx, repo, p, name, stale)
+		now, err := openState(ctx, repo, p, name, stale, log)
 		if err != nil {
 			return nil, err
 		}
+		log = slog.New(slog.DiscardHandler) // what is to be known of the volume is said once
 		same, damage := i > 0, now.err
 		if same {
 			if same, err = sameState(ctx, before, now); err != nil {
@@ -149,8 +151,8 @@ func (s *fileState) close() {
 }
 
 // openState opens the file in one point; without a stat where it does not exist.
-func openState(ctx context.Context, repo *repository.Repository, p *backup.Point, name string, stale bool) (s *fileState, err error) {
-	files, err := openPointFiles(ctx, repo, image.NewCache(versionCacheBytes), p)
+func openState(ctx context.Context, repo *repository.Repository, p *backup.Point, name string, stale bool, log *slog.Logger) (s *fileState, err error) {
+	files, err := openPointFiles(ctx, repo, image.NewCache(versionCacheBytes), p, log)
 	if err != nil {
 		return nil, err
 	}

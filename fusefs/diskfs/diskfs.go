@@ -7,9 +7,7 @@
 // over an io.ReaderAt. New makes a [FileSystem] of any Inodes: paths,
 // symbolic links, io/fs. Who walks by paths (a command line, a copy) takes the
 // FileSystem; who walks by inode numbers (a FUSE server) takes the Inodes.
-// The package itself knows names only: which signature a volume carries
-// (Probe), and which partitions and logical volumes a disk holds. Package disk
-// ties them together.
+// Package disk ties them together with what internal/probe recognises on a disk.
 //
 // # Laziness and concurrency
 //
@@ -34,6 +32,8 @@ import (
 	"io/fs"
 	"iter"
 	"time"
+
+	"github.com/varve-io/varve/internal/probe"
 )
 
 // FileSystem is a file system inside an image, by paths.
@@ -232,18 +232,24 @@ var (
 	// ErrDirtyLog: the journal is not clean and cannot be replayed in memory. It
 	// comes joined with the reason: an UnsupportedError or a CorruptError.
 	ErrDirtyLog = errors.New("journal needs recovery")
-	// ErrNotRecognised: no signature that the reader knows.
-	ErrNotRecognised = errors.New("not recognised")
+	// ErrNotRecognised: no signature that is known.
+	ErrNotRecognised = probe.ErrNotRecognised
 )
 
 // UnsupportedError names the feature that is missing. It matches ErrUnsupported.
 type UnsupportedError struct {
 	Type    string // file system: "ext4", "xfs", …
 	Feature string // in the format's own words: "encrypt", "realtime device", …
+	// Advice says what to do; empty means to mount the volume with the kernel.
+	Advice string
 }
 
 func (e *UnsupportedError) Error() string {
-	return fmt.Sprintf("%s: %s is not supported; mount the volume with the kernel instead (varve mount --kernel)", e.Type, e.Feature)
+	advice := e.Advice
+	if advice == "" {
+		advice = "mount the volume with the kernel instead (varve mount --kernel)"
+	}
+	return fmt.Sprintf("%s: %s is not supported; %s", e.Type, e.Feature, advice)
 }
 
 // Is makes errors.Is(err, ErrUnsupported) true.

@@ -83,6 +83,15 @@ func ProbeVolume(r io.ReaderAt, size int64) (*Signature, error) {
 // finder looks for one format. It returns nil if the format is not there.
 type finder func(*prober) *Signature
 
+// Type is the Type of what Probe recognises.
+func Type(r io.ReaderAt, size int64) (string, error) {
+	s, err := Probe(r, size)
+	if err != nil {
+		return "", err
+	}
+	return s.Type, nil
+}
+
 func (p *prober) signature() (*Signature, error) {
 	for _, list := range [][]finder{containers, fileSystems, remains} {
 		if s := p.find(list); s != nil || p.err != nil {

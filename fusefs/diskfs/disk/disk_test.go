@@ -4,6 +4,7 @@ package disk
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"io/fs"
 	"os"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/varve-io/varve/fusefs/diskfs"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+	"github.com/varve-io/varve/internal/probe"
 )
 
 // put copies a volume's image into a disk's.
@@ -173,26 +175,98 @@ func TestFormats(t *testing.T) {
 	}
 }
 
-// TestUnreadable names what cannot be read, and where to go.
+// TestUnreadable names what cannot be read, and what to do about it.
 func TestUnreadable(t *testing.T) {
-	for typ, place := range map[string]struct {
-		at          int
-		magic, want string
+	for typ, c := range map[string]struct {
+		fill       func(b []byte)
+		want, miss string
 	}{
-		"btrfs":       {65536 + 64, "_BHRfS_M", "mount the volume with the kernel"},
-		"squashfs":    {0, "hsqs", "mount the volume with the kernel"},
-		"crypto_LUKS": {0, "LUKS\xba\xbe", "unlock"},
-		"swap":        {4086, "SWAPSPACE2", "no files"},
+		"btrfs": {func(b []byte) {
+			copy(b[65536+64:], "_BHRfS_M")
+			binary.LittleEndian.PutUint64(b[65536+48:], 65536)
+			binary.LittleEndian.PutUint32(b[65536+144:], 4096)
+		}, "varve mount --kernel", ""},
+		"squashfs": {func(b []byte) {
+			copy(b, "hsqs")
+			b[13], b[22], b[28] = 0x10, 12, 4
+		}, "varve mount --kernel", ""},
+		"apfs": {func(b []byte) {
+			copy(b[32:], "NXSB")
+			b[24], b[37] = 1, 0x10
+		}, "no driver", "--kernel"},
+		"ReFS":        {func(b []byte) { copy(b, "\x00\x00\x00ReFS\x00"); copy(b[16:], "FSRS") }, "no driver", "--kernel"},
+		"crypto_LUKS": {func(b []byte) { copy(b, "LUKS\xba\xbe\x00\x01") }, "unlock", "--kernel"},
+		"swap":        {func(b []byte) { copy(b[4086:], "SWAPSPACE2"); b[1024], b[1028] = 1, 9 }, "no files", "--kernel"},
+		"isw_raid_member": {func(b []byte) { copy(b[len(b)-1024:], "Intel Raid ISM Cfg Sig. 1.3.00") },
+			"Intel firmware RAID", "--kernel"},
+		"lsi_mega_raid_member": {func(b []byte) { copy(b[len(b)-512:], "$XIDE$") }, "LSI firmware RAID", "--kernel"},
+		"mac":                  {func(b []byte) { copy(b, "ER\x02\x00"); copy(b[512:], "PM\x00\x00\x00\x00\x00\x02") }, "Apple partition map", "--kernel"},
 	} {
 		b := make([]byte, 1<<20)
-		copy(b[place.at:], place.magic)
+		c.fill(b)
 		d, err := Open(bytes.NewReader(b), int64(len(b)))
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = d.Volumes[0].Open(diskfs.Options{})
-		if d.Volumes[0].Type != typ || !errors.Is(err, diskfs.ErrUnsupported) || !strings.Contains(err.Error(), typ) || !strings.Contains(err.Error(), place.want) {
-			t.Errorf("%s: %q, %v", typ, d.Volumes[0].Type, err)
+		v := d.Volumes[0]
+		_, err = v.Open(diskfs.Options{})
+		if v.Type != typ || !errors.Is(err, diskfs.ErrUnsupported) || !strings.Contains(err.Error(), typ) || !strings.Contains(err.Error(), c.want) ||
+			c.miss != "" && strings.Contains(err.Error(), c.miss) {
+			t.Errorf("%s: %q, %v", typ, v.Type, err)
 		}
+		if kernel := v.Unmountable() == nil; kernel != (c.miss == "") {
+			t.Errorf("%s: the kernel can mount it: %v", typ, kernel)
+		}
+	}
+	for typ := range noDriver {
+		if err := unreadable(&probe.Signature{Type: typ, Usage: probe.FileSystem}); strings.Contains(err.Error(), "--kernel") || !strings.Contains(err.Error(), "no driver") {
+			t.Errorf("%s: %v", typ, err)
+		}
+	}
+}
+
+// TestBadPartition names one bad entry of a table, and keeps the others.
+func TestBadPartition(t *testing.T) {
+	b := make([]byte, 8<<20)
+	volume, err := os.ReadFile(ext4With(t, 4<<20, "good"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	copy(b[1<<20:], volume)
+	entry := func(i int, start, length uint32) {
+		b[446+16*i+4] = 0x83
+		binary.LittleEndian.PutUint32(b[446+16*i+8:], start)
+		binary.LittleEndian.PutUint32(b[446+16*i+12:], length)
+	}
+	entry(0, 2048, 8192)
+	entry(1, 12000, 99999)
+	b[510], b[511] = 0x55, 0xaa
+	d, err := Open(bytes.NewReader(b), int64(len(b)))
+	if err != nil || len(d.Volumes) != 2 || readFile(t, d.Volumes[0]) != "good" {
+		t.Fatalf("%+v, %v", d, err)
+	}
+	bad := d.Volumes[1]
+	if _, err := bad.Open(diskfs.Options{}); bad.Name != "p2" || !errors.Is(err, diskfs.ErrCorrupt) || !strings.Contains(err.Error(), "12000 to 111998") {
+		t.Errorf("%+v, %v", bad, err)
+	}
+}
+
+// TestDynamicPartition: a volume of a dynamic disk can begin in any of its partitions.
+func TestDynamicPartition(t *testing.T) {
+	diskfstest.NeedTool(t, "sfdisk")
+	image := diskfstest.NewImage(t, 32<<20)
+	cmd := exec.Command("sfdisk", "-q", image)
+	cmd.Stdin = strings.NewReader("label: gpt\nsize=8MiB, type=AF9B60A0-1431-4F62-BC68-3311714A69AD\n")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("sfdisk: %v\n%s", err, out)
+	}
+	put(t, image, 1<<20, ext4With(t, 8<<20, "simple"))
+	r, size := diskfstest.Open(t, image)
+	d, err := Open(r, size)
+	if err != nil || len(d.Volumes) != 1 {
+		t.Fatalf("%+v, %v", d, err)
+	}
+	if _, err := d.Volumes[0].Open(diskfs.Options{}); !errors.Is(err, diskfs.ErrUnsupported) || !strings.Contains(err.Error(), "dynamic disk") {
+		t.Error(err)
 	}
 }

@@ -67,16 +67,75 @@ func Volumes(pvs []*PV) []*Volume {
 
 func groupVolumes(pv *PV, byID map[string]*PV) []*Volume {
 	var list []*Volume
+	snapshots, merging := snapshotsOf(pv.group)
 	for name, v := range pv.group.section("logical_volumes") {
 		lv, ok := v.(section)
-		if !ok || !slices.Contains(lv.list("status"), any("VISIBLE")) || !diskfs.ValidName(name) {
+		if !ok || lv.section("segment1").text("type") == "snapshot" || !slices.Contains(lv.list("status"), any("VISIBLE")) || !diskfs.ValidName(name) {
 			continue
 		}
 		vol := &Volume{Group: pv.GroupName, Name: name, UUID: lv.text("id")}
 		vol.Err = vol.assemble(lv, pv.group, byID)
+		if origin, ok := snapshots[name]; ok {
+			vol.Err = vol.unsupported("a snapshot of "+origin)
+		} else if snapshot, ok := merging[name]; ok {
+			vol.Err = vol.unsupported("which the snapshot "+snapshot+" is being merged into")
+		}
 		list = append(list, vol)
 	}
 	return list
+}
+
+// snapshotsOf finds the snapshots of the old kind. Each has a volume for its exceptions (chunks of
+// both states, by no order of the volume), which metadata shows as a plain one with the
+// snapshot's name, and a segment of type "snapshot" that says of what. The origin of one that is
+// being merged is in between both states.
+func snapshotsOf(group section) (origins, merging map[string]string) {
+	origins, merging = map[string]string{}, map[string]string{}
+	for _, v := range group.section("logical_volumes") {
+		lv, ok := v.(section)
+		if !ok {
+			continue
+		}
+		seg := lv.section("segment1")
+		if seg.text("type") != "snapshot" {
+			continue
+		}
+		if store := seg.text("cow_store"); store != "" {
+			origins[store] = seg.text("origin")
+		}
+		if store := seg.text("merging_store"); store != "" {
+			origins[store] = seg.text("origin")
+			merging[seg.text("origin")] = store
+		}
+	}
+	return origins, merging
+}
+
+// unsupported names a layout that cannot be read without the device mapper.
+func (v *Volume) unsupported(what string) error {
+	return &diskfs.UnsupportedError{
+		Type: "lvm2", Feature: fmt.Sprintf("logical volume %s/%s, %s,", v.Group, v.Name, what),
+		Advice: "attach the disk ('varve attach') and activate the group ('vgchange -ay " + v.Group + "'), or restore it",
+	}
+}
+
+// kinds are the types of segments in words.
+var kinds = map[string]string{
+	"mirror": "a mirror (type mirror)", "raid1": "a mirror (type raid1)", "thin": "a thin volume (type thin)",
+	"thin-pool": "a pool of thin volumes (type thin-pool)", "cache": "a cached volume (type cache)", "cache-pool": "a cache (type cache-pool)",
+	"writecache": "a cached volume (type writecache)", "vdo": "a VDO volume (type vdo)", "vdo-pool": "a VDO pool (type vdo-pool)",
+	"error": "a volume whose disk is missing (type error)",
+}
+
+// kind says what a type of segment is.
+func kind(typ string) string {
+	if text, ok := kinds[typ]; ok {
+		return text
+	}
+	if strings.HasPrefix(typ, "raid") {
+		return "a RAID volume (type " + typ + ")"
+	}
+	return fmt.Sprintf("a volume of type %q", typ)
 }
 
 // assemble maps the volume's segments to physical volumes. Size is set also where
@@ -108,11 +167,11 @@ func (v *Volume) assemble(lv, group section, byID map[string]*PV) error {
 // place finds a linear segment on its physical volume.
 func (v *Volume) place(s *segment, seg section, extent int64, group section, byID map[string]*PV) error {
 	stripes := seg.list("stripes")
-	switch kind := seg.text("type"); {
-	case kind != "striped" && kind != "linear":
-		return &diskfs.UnsupportedError{Type: "lvm2", Feature: fmt.Sprintf("logical volume %s/%s of type %q", v.Group, v.Name, kind)}
+	switch typ := seg.text("type"); {
+	case typ != "striped" && typ != "linear":
+		return v.unsupported(kind(typ))
 	case seg.number("stripe_count") > 1:
-		return &diskfs.UnsupportedError{Type: "lvm2", Feature: fmt.Sprintf("logical volume %s/%s in %d stripes", v.Group, v.Name, seg.number("stripe_count"))}
+		return v.unsupported(fmt.Sprintf("a volume in %d stripes", seg.number("stripe_count")))
 	case len(stripes) != 2:
 		return v.corrupt("a linear segment with %d places", len(stripes)/2)
 	}
@@ -147,6 +206,17 @@ func (v *Volume) Locate(off int64) (pv *PV, at, length int64) {
 	}
 	s := v.segment(off)
 	return s.pv, s.offset + off - s.start, s.start + s.length - off
+}
+
+// On lists the physical volumes that a readable volume lies on.
+func (v *Volume) On() []*PV {
+	var pvs []*PV
+	for _, s := range v.segments {
+		if s.pv != nil && !slices.Contains(pvs, s.pv) {
+			pvs = append(pvs, s.pv)
+		}
+	}
+	return pvs
 }
 
 // segment finds the one that a byte lies in.

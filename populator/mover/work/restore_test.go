@@ -13,16 +13,19 @@ import (
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/disk"
 	"github.com/varve-io/varve/backup/repository/repotest"
-	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/internal/probe"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/store"
 )
 
-// ext4Magic is all that Probe takes to call a disk ext4: the superblock's magic and a
-// feature that ext3 lacks (extents).
+// ext4Magic is all that it takes to call a disk ext4: a superblock with the magic, a few
+// sizes and a feature that ext3 lacks (extents).
 func ext4Magic(p []byte) {
-	p[1024+0x38], p[1024+0x39] = 0x53, 0xef
-	p[1024+0x60] = 0x40
+	sb := p[1024:2048]
+	clear(sb)
+	sb[0x38], sb[0x39] = 0x53, 0xef
+	sb[0], sb[4], sb[0x18], sb[0x20+1], sb[0x28] = 16, 0xff, 2, 0x80, 16
+	sb[0x60] = 0x40
 }
 
 func TestRestore(t *testing.T) {
@@ -71,7 +74,7 @@ func TestRestore(t *testing.T) {
 			if tc.loop {
 				device = loopDevice(t, path)
 			}
-			e := Environment{Device: device, Probe: diskfs.Probe, Log: &bytes.Buffer{}}
+			e := Environment{Device: device, Probe: probe.Type, Log: &bytes.Buffer{}}
 			res, err := restore(t.Context(), e, mover.Task{Restore: &mover.RestoreTask{PointID: tc.point}}, &store.Open{Repository: repo})
 			if tc.reason != "" {
 				got := failure(t.Context(), err)
