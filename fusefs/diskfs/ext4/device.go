@@ -18,9 +18,8 @@ type overlay map[uint64]loggedBlock
 
 // loggedBlock is a block's place in the journal.
 type loggedBlock struct {
-	pos     int64                // bytes from the start of the device
-	escaped bool                 // its first four bytes were the journal's magic number
-	check   func(p []byte) error // checks the bytes as they stand in the journal; nil: nothing to check
+	pos     int64 // bytes from the start of the device
+	escaped bool  // its first four bytes were the journal's magic number
 }
 
 // device reads bytes and blocks of a volume as the journal would have them. It
@@ -123,11 +122,6 @@ func (d *device) logged(lb loggedBlock) ([]byte, error) {
 	b := make([]byte, d.blockSize)
 	if err := readFull(d.r, b, lb.pos); err != nil {
 		return nil, err
-	}
-	if lb.check != nil {
-		if err := lb.check(b); err != nil {
-			return nil, err
-		}
 	}
 	if lb.escaped {
 		be.PutUint32(b, journalMagic)

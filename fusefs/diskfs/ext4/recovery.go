@@ -1,6 +1,9 @@
 package ext4
 
-import "fmt"
+import (
+	"fmt"
+	"slices"
+)
 
 // The log holds transactions with rising numbers: descriptor blocks, each followed by
 // the blocks whose places its tags give; revoke blocks, which take back what the
@@ -48,13 +51,15 @@ type scan struct {
 	lastTime uint64 // of the last commit
 	suspect  bool   // a checksum failed: fine only if the commit turns out to be old
 	steps    uint64
+
+	buf    []byte // bytes of the device from bufPos on
+	bufPos int64
 }
 
 // replay walks the log and gives the last state of each block that it holds. As in
-// the kernel, a transaction counts if its commit block is there and right. Blocks
-// whose tags have checksums are checked when they are read, not here: so that
-// opening does not read the whole log. Where the kernel would refuse the mount for
-// one such block, only reading this block fails.
+// the kernel (fs/jbd2/recovery.c), a transaction counts if its commit block is there and
+// right, and a log in which a checksum of what would be replayed is wrong is refused as a
+// whole: what a mount would show is not known then.
 func (j *journal) replay() (overlay, error) {
 	s := &scan{journal: j, at: j.start, tid: j.sequence, crc: ^uint32(0)}
 	for {
@@ -80,11 +85,12 @@ func (j *journal) replay() (overlay, error) {
 		if last, ok := revoked[t.block]; ok && !after(t.tid, last) {
 			continue
 		}
-		lb := loggedBlock{pos: t.pos, escaped: t.escaped}
 		if j.checksums() {
-			lb.check = j.tagCheck(t)
+			if err := s.verifyLogged(t); err != nil {
+				return nil, err
+			}
 		}
-		over[t.block] = lb
+		over[t.block] = loggedBlock{pos: t.pos, escaped: t.escaped}
 	}
 	return over, nil
 }
@@ -126,7 +132,6 @@ func (s *scan) step() (bool, error) {
 	case journalRevoke:
 		if s.checksums() && !s.verifyTail(b) {
 			s.suspect = true
-			return true, nil
 		}
 		return true, s.revoke(b, where)
 	case journalCommit:
@@ -214,22 +219,40 @@ func (s *scan) parseTag(b []byte) (tag logTag, flags uint32) {
 	return tag, flags
 }
 
-// tagCheck gives the check of a logged block: over the transaction's number and the
-// block as it stands in the journal.
-func (j *journal) tagCheck(t logTag) func([]byte) error {
+// verifyLogged checks a logged block: over the transaction's number and the block as it
+// stands in the journal.
+func (s *scan) verifyLogged(t logTag) error {
 	mask := uint32(0xffff)
-	if j.has(journalIncompatCsumV3) {
+	if s.has(journalIncompatCsumV3) {
 		mask = ^uint32(0)
 	}
-	seed := j.seed
-	return func(p []byte) error {
-		var tid [4]byte
-		be.PutUint32(tid[:], t.tid)
-		if got := crc32c(crc32c(seed, tid[:]), p) & mask; got != t.checksum {
-			return corrupt(fmt.Sprintf("journal transaction %d block %d", t.tid, t.block), "checksum %08x, computed %08x", t.checksum, got)
-		}
-		return nil
+	b, err := s.ahead(t.pos)
+	if err != nil {
+		return err
 	}
+	tid := be.AppendUint32(nil, t.tid)
+	if got := crc32c(crc32c(s.seed, tid), b) & mask; got != t.checksum {
+		return corrupt(fmt.Sprintf("journal transaction %d block %d", t.tid, t.block), "checksum %08x, computed %08x", t.checksum, got)
+	}
+	return nil
+}
+
+// journalAhead is how much of the journal is read at once, in bytes.
+const journalAhead = 1 << 20
+
+// ahead gives the block at a place of the device. Blocks of the log mostly follow each
+// other.
+func (s *scan) ahead(pos int64) ([]byte, error) {
+	size := int64(s.fs.sb.blockSize)
+	if pos < s.bufPos || pos+size > s.bufPos+int64(len(s.buf)) {
+		s.buf = slices.Grow(s.buf[:0], journalAhead)[:min(journalAhead, s.fs.dev.size-pos)]
+		s.bufPos = pos
+		if err := s.fs.dev.readAt(s.buf, pos); err != nil {
+			s.buf = s.buf[:0]
+			return nil, err
+		}
+	}
+	return s.buf[pos-s.bufPos:][:size], nil
 }
 
 // revoke takes in the block numbers of a revoke block.
@@ -257,18 +280,19 @@ func (s *scan) revoke(b []byte, where string) error {
 
 // commit ends a transaction if its commit block is right. Blocks of an earlier use of
 // the journal can look like the log's continuation; they give themselves away by a
-// failing checksum and an older time, and then the log ends before them.
+// failing checksum and an older time, and then the log ends before them. Any other failing
+// checksum is damage, except of a commit block that was written while the blocks before it
+// still were (async_commit): that transaction never happened.
 func (s *scan) commit(b []byte, where string) (bool, error) {
 	when := be.Uint64(b[commitTime:])
-	if s.suspect {
-		if when >= s.lastTime {
-			return false, corrupt(where, "transaction %d: checksum mismatch", s.tid)
+	if s.suspect || !s.commitIntact(b) {
+		if when < s.lastTime {
+			return false, nil
 		}
-		return false, nil
-	}
-	if !s.commitIntact(b) {
-		// Interrupted while committing, or stale: either way it never happened.
-		return false, nil
+		if !s.suspect && s.has(journalIncompatAsyncCommit) {
+			return false, nil
+		}
+		return false, corrupt(where, "transaction %d: checksum mismatch", s.tid)
 	}
 	s.lastTime = when
 	s.crc = ^uint32(0)
