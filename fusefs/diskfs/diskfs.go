@@ -271,8 +271,13 @@ func (e *CorruptError) Error() string {
 func (e *CorruptError) Is(target error) bool { return target == ErrCorrupt }
 
 // DirtyLogError wraps the reason why a journal cannot be replayed: it matches
-// ErrDirtyLog and whatever reason matches, and says what to do.
+// ErrDirtyLog and whatever reason matches, and says what to do. A kernel mounts what is
+// not supported here, and refuses a journal that is damaged.
 func DirtyLogError(reason error) error {
+	if errors.Is(reason, ErrCorrupt) {
+		return fmt.Errorf("%w, and it is damaged, so that the kernel would not mount the volume either (accept the state on disk with --stale, or restore the disk and repair the copy): %w",
+			ErrDirtyLog, reason)
+	}
 	return fmt.Errorf("%w, and this one cannot be replayed in memory (mount with the kernel, or accept the state on disk with --stale): %w",
 		ErrDirtyLog, reason)
 }

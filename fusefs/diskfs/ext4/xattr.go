@@ -172,7 +172,9 @@ func parseAttr(entry, base []byte, where string) (attr, error) {
 // attrValue gives a copy of a value, from an inode of its own if it has one. Such
 // an inode keeps a hash of the value where others keep the access time.
 func (n *inode) attrValue(a attr) ([]byte, error) {
-	if a.inode == 0 {
+	// An empty value may have an inode, which then holds nothing and has no hash: e2fsck
+	// takes it for whole.
+	if a.inode == 0 || a.size == 0 {
 		return append([]byte{}, a.value...), nil
 	}
 	if !n.fs.sb.hasIncompat(incompatEAInode) {
