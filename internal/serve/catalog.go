@@ -193,6 +193,9 @@ func (c *Catalog) List(_ context.Context, _ nbdserver.Client, yield func(nbdserv
 	return nil
 }
 
+// overlayMark comes between the description of a point and the ID of the overlay over it.
+const overlayMark = ", overlay "
+
 func description(p *backup.Point) string {
 	kind := p.Kind
 	if p.Foreign != "" {
@@ -236,7 +239,7 @@ func (c *Catalog) Open(ctx context.Context, name string, _ nbdserver.Client) (*n
 		if e.written != nil {
 			// A client that connects again must not take another overlay for the one it
 			// wrote to.
-			o.Description = description(p) + ", overlay " + e.written.over.Load().ID()
+			o.Description = description(p) + overlayMark + e.written.over.Load().ID()
 		}
 		return nil
 	}

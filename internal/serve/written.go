@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"strings"
 
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/cbt"
@@ -77,7 +78,7 @@ func WrittenOver(ctx context.Context, e *nbdclient.Export, cat *backup.Catalog) 
 // name follows the rule of the server's cluster, which may be another.
 func pointBeneath(e *nbdclient.Export, cat *backup.Catalog) (*backup.Point, error) {
 	for _, p := range cat.Points() {
-		if e.Description == description(p) {
+		if d := description(p); e.Description == d || strings.HasPrefix(e.Description, d+overlayMark) {
 			return p, nil
 		}
 	}
