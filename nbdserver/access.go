@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/varve-io/varve/nbdserver/proto"
 )
@@ -106,6 +107,13 @@ func (r *restricted) hideContexts(o *Opened, client Client) *Opened {
 			Writer
 		}{e, w}
 	}
+	if o.Enter != nil {
+		shown.Enter = func(ctx context.Context, contexts []string) error {
+			err := o.Enter(ctx, contexts)
+			shown.Description = o.Description
+			return err
+		}
+	}
 	return &shown
 }
 
@@ -116,6 +124,9 @@ type restrictedExport struct {
 	all    Statuser
 	rules  *restricted
 	client Client
+
+	mu      sync.Mutex
+	allowed map[string]bool // lasting names of contexts
 }
 
 // Contexts lists those whose exports the client may open.
@@ -144,11 +155,32 @@ func (e *restrictedExport) HasContext(ctx context.Context, name string) bool {
 	return err == nil && e.all.HasContext(ctx, name)
 }
 
-// Status tells flags, unless an alias has moved on to a hidden export.
-func (e *restrictedExport) Status(ctx context.Context, name string, off, length int64, yield func(int64, uint32) bool) error {
-	name, err := e.canonical(ctx, name)
+// ContextName is that of the export that the rules allow now.
+func (e *restrictedExport) ContextName(ctx context.Context, name string) string {
+	canonical, err := e.canonical(ctx, name)
 	if err != nil {
-		return err
+		return name
+	}
+	lasting := contextName(ctx, e.Export, canonical)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.allowed == nil {
+		e.allowed = map[string]bool{}
+	}
+	e.allowed[lasting] = true
+	return lasting
+}
+
+// Status tells flags of a context that was allowed when it was selected, or is.
+func (e *restrictedExport) Status(ctx context.Context, name string, off, length int64, yield func(int64, uint32) bool) error {
+	e.mu.Lock()
+	allowed := e.allowed[name]
+	e.mu.Unlock()
+	if !allowed {
+		var err error
+		if name, err = e.canonical(ctx, name); err != nil {
+			return err
+		}
 	}
 	return e.all.Status(ctx, name, off, length, yield)
 }

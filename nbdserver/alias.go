@@ -85,8 +85,8 @@ func (a *Aliases) Open(ctx context.Context, name string, client Client) (*Opened
 		return nil, err
 	}
 	c := *o
-	c.Enter = func(ctx context.Context) error {
-		if err := o.begin(ctx); err != nil {
+	c.Enter = func(ctx context.Context, contexts []string) error {
+		if err := o.begin(ctx, contexts); err != nil {
 			return err
 		}
 		c.Description = o.Description

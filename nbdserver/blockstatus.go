@@ -1,6 +1,7 @@
 package nbdserver
 
 import (
+	"context"
 	"encoding/binary"
 	"math"
 	"slices"
@@ -67,11 +68,13 @@ func (c *conn) blockStatus(r *request) {
 	if r.flags&proto.CmdFlagReqOne != 0 {
 		limit = 1
 	}
+	ctx, cancel := c.readContext()
+	defer cancel()
 	out := make([]outgoing, len(contexts))
 	for i, s := range contexts {
-		runs, err := c.contextRuns(s.name, int64(r.offset), int64(r.length), limit)
+		runs, err := c.contextRuns(ctx, s.name, int64(r.offset), int64(r.length), limit)
 		if err != nil {
-			c.exportError(r, err, int64(r.offset))
+			c.exportError(r, c.late(ctx, err, int64(r.offset)), int64(r.offset))
 			return
 		}
 		c.putStatus(&out[i], r, s.id, runs)
@@ -91,7 +94,7 @@ type run struct {
 
 // contextRuns returns the extents of a range in one context, neighbours with
 // equal flags merged, at least one and at most limit of them.
-func (c *conn) contextRuns(name string, off, length int64, limit int) ([]run, error) {
+func (c *conn) contextRuns(ctx context.Context, name string, off, length int64, limit int) ([]run, error) {
 	longest := int64(math.MaxInt64)
 	if c.style != styleExtended {
 		longest = math.MaxUint32 &^ 0xffff // fits 32 bits, stays aligned
@@ -123,7 +126,7 @@ func (c *conn) contextRuns(name string, off, length int64, limit int) ([]run, er
 	}
 	var err error
 	if name == proto.ContextAllocation {
-		err = c.opened.Extents(c.ctx, off, length, func(n int64, hole, zero bool) bool {
+		err = c.opened.Extents(ctx, off, length, func(n int64, hole, zero bool) bool {
 			var f uint32
 			if hole {
 				f |= proto.StateHole
@@ -134,7 +137,7 @@ func (c *conn) contextRuns(name string, off, length int64, limit int) ([]run, er
 			return add(n, f)
 		})
 	} else {
-		err = c.stat.Status(c.ctx, name, off, length, add)
+		err = c.stat.Status(ctx, name, off, length, add)
 	}
 	if err != nil && len(runs) == 0 {
 		return nil, err

@@ -79,7 +79,7 @@ func TestPanicEndsOneConnection(t *testing.T) {
 			entry := nbdserver.Opened{Name: "bad", Export: bad}
 			switch where {
 			case "open":
-				entry.Enter = func(context.Context) error { panic("cursed: open") }
+				entry.Enter = func(context.Context, []string) error { panic("cursed: open") }
 			case "close":
 				entry.Close = func() { panic("cursed: close") }
 			}

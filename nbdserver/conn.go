@@ -28,7 +28,8 @@ const (
 	styleExtended
 )
 
-// selectedContext is a metadata context with the ID the client knows it by.
+// selectedContext is a metadata context by its lasting name, with the ID that the client
+// knows it by.
 type selectedContext struct {
 	id   uint32
 	name string

@@ -101,6 +101,22 @@ type Statuser interface {
 	Status(ctx context.Context, name string, off, length int64, yield func(length int64, flags uint32) bool) error
 }
 
+// ContextNamer is a Statuser that knows contexts by several names, of which some may
+// mean something else later.
+type ContextNamer interface {
+	// ContextName returns the name by which HasContext and Status know what name means
+	// now, for as long as the export is open. It is the name itself for all others.
+	ContextName(ctx context.Context, name string) string
+}
+
+// contextName is the lasting name of a context.
+func contextName(ctx context.Context, e any, name string) string {
+	if n, ok := e.(ContextNamer); ok {
+		return n.ContextName(ctx, name)
+	}
+	return name
+}
+
 // Client is who asks, as far as the connection proves it.
 type Client struct {
 	// Addr is the peer's address, or the listener's for a unix socket.
@@ -131,10 +147,11 @@ type Opened struct {
 	// ReadOnly refuses writes although the export is a Writer.
 	ReadOnly bool
 	// Enter is called when the client stays with the export, before anything
-	// is read from it; a client that only asks about it never gets there. An
-	// error refuses the client, as one of Catalog.Open does. It may complete
+	// is read from it; a client that only asks about it never gets there. contexts
+	// are the metadata contexts that the client has selected, by their lasting names.
+	// An error refuses the client, as one of Catalog.Open does. It may complete
 	// Description. It may be nil.
-	Enter func(ctx context.Context) error
+	Enter func(ctx context.Context, contexts []string) error
 	// Close is called once, when the connection no longer uses the export. It
 	// may be nil.
 	Close func()
@@ -149,11 +166,11 @@ func (o *Opened) writer() Writer {
 	return w
 }
 
-func (o *Opened) begin(ctx context.Context) error {
+func (o *Opened) begin(ctx context.Context, contexts []string) error {
 	if o.Enter == nil {
 		return nil
 	}
-	return o.Enter(ctx)
+	return o.Enter(ctx, contexts)
 }
 
 func (o *Opened) close() {

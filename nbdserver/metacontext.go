@@ -47,7 +47,7 @@ func (n *negotiator) metaContext(name string, rest []byte) error {
 		id := uint32(0)
 		if n.opt == proto.OptSetMetaContext {
 			id = uint32(i) + 1
-			n.contexts = append(n.contexts, selectedContext{id: id, name: ctx})
+			n.contexts = append(n.contexts, selectedContext{id: id, name: contextName(n.ctx, o.Export, ctx)})
 		}
 		data := binary.BigEndian.AppendUint32(nil, id)
 		if err := n.reply(proto.RepMetaContext, append(data, ctx...)); err != nil {

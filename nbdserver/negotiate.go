@@ -234,7 +234,7 @@ func (n *negotiator) exportName(length uint32) (bool, error) {
 	}
 	o, err := n.use(string(name))
 	if err == nil {
-		err = n.stay(o)
+		err = n.stay(o, string(name))
 	}
 	if err != nil {
 		return false, fmt.Errorf("open export %q: %w", name, err)
@@ -278,7 +278,7 @@ func (n *negotiator) info(name string, rest []byte) (bool, error) {
 	}
 	o, err := n.use(name)
 	if err == nil && n.opt == proto.OptGo {
-		err = n.stay(o)
+		err = n.stay(o, name)
 	}
 	if err != nil {
 		return false, n.refuseOpen(name, err)
@@ -362,8 +362,14 @@ func (n *negotiator) transmissionFlags(o *Opened, name string) proto.Transmissio
 }
 
 // stay opens what a client needs that stays with an export.
-func (n *negotiator) stay(o *Opened) error {
-	if err := o.begin(n.ctx); err != nil {
+func (n *negotiator) stay(o *Opened, name string) error {
+	var contexts []string
+	if n.contextsFor == name && n.style != styleSimple {
+		for _, s := range n.contexts {
+			contexts = append(contexts, s.name)
+		}
+	}
+	if err := o.begin(n.ctx, contexts); err != nil {
 		return err
 	}
 	return n.succeed(o)

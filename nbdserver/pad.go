@@ -55,8 +55,8 @@ func (p *paddedExport) Extents(ctx context.Context, off, length int64, yield fun
 	return nil
 }
 
-// Contexts, HasContext and Status pass on what the inner export knows; the
-// padding has no flags.
+// Contexts and HasContext pass on what the inner export knows; the padding has no
+// flags.
 func (p *paddedExport) Contexts(ctx context.Context) ([]string, error) {
 	if s, ok := p.inner.(Statuser); ok {
 		return s.Contexts(ctx)
@@ -69,6 +69,12 @@ func (p *paddedExport) HasContext(ctx context.Context, name string) bool {
 	return ok && s.HasContext(ctx, name)
 }
 
+// ContextName is the inner export's.
+func (p *paddedExport) ContextName(ctx context.Context, name string) string {
+	return contextName(ctx, p.inner, name)
+}
+
+// Status passes on what the inner export tells.
 func (p *paddedExport) Status(ctx context.Context, name string, off, length int64, yield func(int64, uint32) bool) error {
 	in := min(max(p.size-off, 0), length)
 	if in > 0 {

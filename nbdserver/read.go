@@ -2,6 +2,7 @@ package nbdserver
 
 import (
 	"bytes"
+	"context"
 	"errors"
 
 	"github.com/varve-io/varve/nbdserver/proto"
@@ -41,7 +42,7 @@ func (c *conn) read(r *request) {
 		c.readByPieces(r)
 		return
 	}
-	pieces, err := c.gather(int64(r.offset), int(r.length))
+	pieces, err := c.gatherInTime(int64(r.offset), int(r.length))
 	if len(pieces) == 0 {
 		c.exportError(r, err, int64(r.offset))
 		return
@@ -57,7 +58,7 @@ func (c *conn) readByPieces(r *request) {
 	}
 	off, end := int64(r.offset), int64(r.offset+r.length)
 	for n := int64(r.piece); ; {
-		pieces, err := c.gather(off, int(n))
+		pieces, err := c.gatherInTime(off, int(n))
 		if len(pieces) == 0 {
 			c.exportError(r, err, off)
 			return
@@ -78,11 +79,19 @@ func (c *conn) readByPieces(r *request) {
 	}
 }
 
+// gatherInTime is gather within Config.ReadTimeout.
+func (c *conn) gatherInTime(off int64, n int) ([]Piece, error) {
+	ctx, cancel := c.readContext()
+	defer cancel()
+	pieces, err := c.gather(ctx, off, n)
+	return pieces, c.late(ctx, err, off)
+}
+
 // gather gets the bytes of a range, lent by the export or read. With an error the
 // pieces are what there is before it.
-func (c *conn) gather(off int64, n int) ([]Piece, error) {
+func (c *conn) gather(ctx context.Context, off int64, n int) ([]Piece, error) {
 	if c.lender != nil {
-		pieces, err := c.lender.Lend(c.ctx, nil, off, n, true)
+		pieces, err := c.lender.Lend(ctx, nil, off, n, true)
 		oe := (*OffsetError)(nil)
 		switch {
 		case errors.Is(err, ErrNotCached): // nothing to lend: read
@@ -93,7 +102,7 @@ func (c *conn) gather(off int64, n int) ([]Piece, error) {
 		}
 	}
 	buf := getBuffer(n)
-	pieces, err := c.fill(off, buf)
+	pieces, err := c.fill(ctx, off, buf)
 	if len(pieces) == 0 {
 		buf.Release()
 		return nil, err
@@ -104,13 +113,13 @@ func (c *conn) gather(off int64, n int) ([]Piece, error) {
 
 // fill reads a range into buf and tells which parts of it are zeroes. With an error
 // the pieces are what was read before it.
-func (c *conn) fill(off int64, buf *buffer) ([]Piece, error) {
+func (c *conn) fill(ctx context.Context, off int64, buf *buffer) ([]Piece, error) {
 	if len(buf.b) > 64<<10 {
-		if pieces, ok := c.fillByExtents(off, buf.b); ok {
+		if pieces, ok := c.fillByExtents(ctx, off, buf.b); ok {
 			return pieces, nil
 		}
 	}
-	n, err := c.opened.ReadAt(c.ctx, buf.b, off)
+	n, err := c.opened.ReadAt(ctx, buf.b, off)
 	if err != nil {
 		n = min(max(n, 0), len(buf.b)-1)
 		if n == 0 {
@@ -126,10 +135,10 @@ func (c *conn) fill(off int64, buf *buffer) ([]Piece, error) {
 
 // fillByExtents reads only what is not known to be zero. It gives up, for a
 // plain read to tell what is wrong, on any error.
-func (c *conn) fillByExtents(off int64, b []byte) ([]Piece, bool) {
+func (c *conn) fillByExtents(ctx context.Context, off int64, b []byte) ([]Piece, bool) {
 	var pieces []Piece
 	pos := 0
-	err := c.opened.Extents(c.ctx, off, int64(len(b)), func(n int64, _, zero bool) bool {
+	err := c.opened.Extents(ctx, off, int64(len(b)), func(n int64, _, zero bool) bool {
 		l := int(min(n, int64(len(b)-pos)))
 		if l <= 0 {
 			return false
@@ -153,7 +162,7 @@ func (c *conn) fillByExtents(off int64, b []byte) ([]Piece, bool) {
 	pos = 0
 	for _, p := range pieces {
 		if p.Data != nil {
-			if _, err := c.opened.ReadAt(c.ctx, p.Data, off+int64(pos)); err != nil {
+			if _, err := c.opened.ReadAt(ctx, p.Data, off+int64(pos)); err != nil {
 				return nil, false
 			}
 		}

@@ -59,6 +59,9 @@ type Config struct {
 	// payload, at the least: the time by which it is slower may add up to
 	// StallTimeout.
 	MinRate int64
+	// ReadTimeout is how long one read of an export may take, or of its extents; then
+	// it fails with EIO. Zero means no bound.
+	ReadTimeout time.Duration
 	// IdleTimeout ends a connection without requests; zero means never.
 	IdleTimeout time.Duration
 

@@ -484,7 +484,7 @@ func TestAliases(t *testing.T) {
 	now = now.Add(nbdserver.AliasGrace)
 	m.latest = "w"
 	stays := open("w")
-	if err := stays.Enter(context.Background()); err != nil {
+	if err := stays.Enter(context.Background(), nil); err != nil {
 		t.Fatal(err)
 	}
 	stays.Close()

@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 
@@ -36,6 +37,7 @@ type Cache struct {
 	indexes []*shard
 	max     int64
 	ahead   *pool
+	limit   time.Duration // of reading one object; 0 for none
 
 	hits, misses, indexMisses, decoded atomic.Int64
 }
@@ -78,7 +80,7 @@ type call struct {
 	done chan struct{}
 	e    entry
 	err  error
-	// abandoned is set when the reader's own context ended: the others did not
+	// abandoned is set when the reader's own time was over: the others did not
 	// fail, one of them reads again.
 	abandoned bool
 }
@@ -249,7 +251,7 @@ func (s *shard) lead(ctx context.Context, oid repository.ObjectID, mine *call, l
 	}()
 	e, err := load(ctx)
 	if err != nil {
-		mine.err, mine.abandoned = err, ctx.Err() != nil
+		mine.err, mine.abandoned = err, ctx.Err() != nil || errors.Is(err, ErrReadTimeout)
 		return entry{}, err
 	}
 	mine.e, mine.err = e, nil

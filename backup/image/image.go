@@ -47,6 +47,9 @@ func Open(store blocktree.Store, cache *Cache, root blocktree.Root, generation i
 	if cache == nil {
 		return nil, errors.New("open image: no cache")
 	}
+	if cache.limit > 0 {
+		store = &limited{store, cache.limit}
+	}
 	tree, err := blocktree.Open(store, cache, root)
 	if err != nil {
 		return nil, fmt.Errorf("open image: %w", err)

@@ -13,7 +13,7 @@ import (
 // content: maintenance elsewhere moves manifests to other packs, as it does with
 // all contents.
 func (r *Repository) refreshing(ctx context.Context, read func() error) error {
-	seq := r.seq()
+	seq := r.refreshSeq.Load()
 	err := read()
 	if err == nil || !isMissing(err) {
 		return err

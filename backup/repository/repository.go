@@ -9,7 +9,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/kopia/kopia/repo"
@@ -60,8 +62,10 @@ type Repository struct {
 
 	described *format.KopiaRepositoryJSON // as it was when Attach read it; nil without
 
-	mu         sync.Mutex // guards refreshSeq and serialises refreshes
-	refreshSeq uint64
+	refreshMu  sync.Mutex // serialises refreshes; held as long as the storage takes
+	refreshSeq atomic.Uint64
+
+	reads sync.WaitGroup // by ReadObject; some may outlive their callers
 
 	fatalMu sync.Mutex
 	fatal   error
@@ -127,8 +131,32 @@ func (r *Repository) Answering(ctx context.Context, do func(context.Context) err
 // Now is the repository's clock.
 func (r *Repository) Now() time.Time { return r.rep.Time() }
 
-// Close releases the repository.
+// lateReads is how long Close waits for reads that were given up.
+const lateReads = 5 * time.Second
+
+// Close releases the repository. Where reads that were given up still wait for the
+// storage, it returns after a while and the rest is released once they end.
 func (r *Repository) Close(ctx context.Context) error {
+	idle := make(chan struct{})
+	go func() {
+		r.reads.Wait()
+		close(idle)
+	}()
+	timer := time.NewTimer(lateReads)
+	defer timer.Stop()
+	select {
+	case <-idle:
+		return r.close(ctx)
+	case <-timer.C:
+	}
+	go func() {
+		<-idle
+		_ = r.close(context.WithoutCancel(ctx)) // there is nobody left to tell
+	}()
+	return nil
+}
+
+func (r *Repository) close(ctx context.Context) error {
 	defer r.release()
 	if err := r.rep.Close(ctx); err != nil {
 		return fmt.Errorf("close repository: %w", err)
@@ -146,8 +174,8 @@ func (r *Repository) Fatal() error {
 
 // Refresh loads what other processes wrote since the repository was opened.
 func (r *Repository) Refresh(ctx context.Context) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	r.refreshMu.Lock()
+	defer r.refreshMu.Unlock()
 	return r.refreshLocked(ctx)
 }
 
@@ -155,33 +183,81 @@ func (r *Repository) refreshLocked(ctx context.Context) error {
 	if err := r.rep.Refresh(ctx); err != nil {
 		return fmt.Errorf("refresh repository: %w", err)
 	}
-	r.refreshSeq++
+	r.refreshSeq.Add(1)
 	return nil
 }
 
 // refreshSince refreshes unless somebody did so after seq was taken: readers
 // that miss together pay for one refresh.
 func (r *Repository) refreshSince(ctx context.Context, seq uint64) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.refreshSeq > seq {
+	r.refreshMu.Lock()
+	defer r.refreshMu.Unlock()
+	if r.refreshSeq.Load() > seq {
 		return nil
 	}
 	return r.refreshLocked(ctx)
 }
 
-func (r *Repository) seq() uint64 {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.refreshSeq
+// RefreshWhenTold ends the refreshes that Kopia does by itself every quarter of an
+// hour, within a read. Where the storage does not answer, such a refresh keeps all
+// reads waiting, also of what is in Kopia's caches. For those that call Refresh.
+func (r *Repository) RefreshWhenTold() {
+	if r.direct != nil {
+		r.direct.DisableIndexRefresh()
+	}
+}
+
+// Ping asks the storage for something small. Unlike Refresh it keeps no read
+// waiting where the storage does not answer; the error is ErrUnreachable then.
+func (r *Repository) Ping(ctx context.Context) error {
+	if r.direct == nil {
+		return nil
+	}
+	return r.Answering(ctx, func(ctx context.Context) error {
+		_, err := r.direct.BlobReader().GetMetadata(ctx, format.KopiaRepositoryBlobID)
+		return err //nolint:wrapcheck // Answering explains
+	}, func() {})
 }
 
 // ReadObject returns the whole of a small object: a block, or a chunk of an
 // index. The caller owns the returned bytes. An object that maintenance
 // elsewhere moved to another pack is found again by one refresh; after that
 // the error wraps ErrContentMissing or ErrContentCorrupt and names the object.
+// It returns when ctx ends, even if the storage does not heed that, or a lock of Kopia's
+// is held by one that waits for the storage.
 func (r *Repository) ReadObject(ctx context.Context, oid ObjectID) ([]byte, error) {
-	seq := r.seq()
+	if ctx.Done() == nil {
+		return r.readRefreshed(ctx, oid)
+	}
+	type result struct {
+		p   []byte
+		err error
+	}
+	done := make(chan result, 1)
+	r.reads.Add(1)
+	go func() {
+		defer r.reads.Done()
+		res := result{err: errReadPanicked}
+		defer func() {
+			if v := recover(); v != nil {
+				res.err = fmt.Errorf("%w: %v\n%s", errReadPanicked, v, debug.Stack())
+			}
+			done <- res
+		}()
+		res.p, res.err = r.readRefreshed(ctx, oid)
+	}()
+	select {
+	case res := <-done:
+		return res.p, res.err
+	case <-ctx.Done():
+		return nil, ctx.Err() //nolint:wrapcheck // the caller's own
+	}
+}
+
+var errReadPanicked = errors.New("reading the object panicked")
+
+func (r *Repository) readRefreshed(ctx context.Context, oid ObjectID) ([]byte, error) {
+	seq := r.refreshSeq.Load()
 	p, err := r.readObject(ctx, oid)
 	if err == nil || !isMissing(err) {
 		return p, wrapRead(oid, err)

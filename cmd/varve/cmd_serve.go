@@ -47,6 +47,7 @@ type serveFlags struct {
 	metrics   string
 	refresh   time.Duration
 	idle      time.Duration
+	readTime  time.Duration
 	clients   int
 	memory    byteSize
 	perClient byteSize
@@ -112,6 +113,7 @@ one as a new recovery point.`,
 	fl.IntVar(&f.readers, "readers", 0, "blocks read ahead at once (default one for each CPU; 16 or more help with object stores)")
 	fl.StringVar(&f.metrics, "metrics", "", "serve Prometheus metrics on this address: PORT or :PORT (loopback), or HOST:PORT")
 	fl.DurationVar(&f.refresh, "refresh", 30*time.Second, "time between looks for new and deleted recovery points")
+	fl.DurationVar(&f.readTime, "read-timeout", 30*time.Second, "time that a read may wait for the repository's storage; then it fails, and clients may try again")
 	fl.DurationVar(&f.idle, "idle-timeout", 0, "disconnect clients without requests after this time (default never)")
 	fl.IntVar(&f.clients, "max-connections", nbdserver.DefaultMaxConnections, "most clients at once")
 	fl.Var(&f.memory, "max-memory", "most memory for requests in flight, at least 32MiB")
@@ -133,6 +135,8 @@ func (f *serveFlags) check() error {
 		return usagef("--hydrate-dir and --overlay-dir are both %s: give each a directory of its own", f.copies.Dir)
 	case f.stdio && len(f.listen) > 0:
 		return usagef("--stdio serves one client and listens nowhere: leave out --listen")
+	case f.readTime <= 0:
+		return usagef("--read-timeout must be positive")
 	case f.refresh <= 0:
 		return usagef("--refresh must be positive")
 	case (f.tls.Certificate == "" || f.tls.Key == "") && (f.tls != nbdserver.TLSFiles{} || f.plain):
@@ -158,7 +162,7 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 	cfg := nbdserver.Config{
 		PlainLocal: f.plain, Insecure: f.insecure,
 		ConnectionMemory: int64(f.perClient), TotalMemory: int64(f.memory), MaxConnections: f.clients,
-		MinRate: int64(f.minRate), IdleTimeout: f.idle, Logger: a.log,
+		MinRate: int64(f.minRate), IdleTimeout: f.idle, ReadTimeout: f.readTime, Logger: a.log,
 	}
 	if f.tls.Certificate != "" {
 		if cfg.TLS, err = nbdserver.LoadTLS(f.tls); err != nil {
@@ -181,6 +185,7 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 	if f.readers > 0 {
 		cache = image.NewCacheWithWorkers(int64(f.cacheSize), f.readers)
 	}
+	cache.LimitReads(f.readTime)
 	defer cache.Close()
 	scratch, err := f.scratch()
 	if err != nil {
@@ -281,7 +286,7 @@ func (f *serveFlags) openCopies(log *slog.Logger, scratch serveScratch) (*hydrat
 func (a *app) openCatalog(ctx context.Context, repo *repository.Repository, cache *image.Cache, selected []string, f *serveFlags, copies *hydrate.Cache) (*serve.Catalog, error) {
 	opt := serve.Options{
 		Select: selected, Cluster: a.clusterOf(repo), Fallback: a.tellOther(repo),
-		Foreign: f.foreign, Hydrate: copies, Linger: nbdserver.AliasGrace, Log: a.log,
+		Foreign: f.foreign, Hydrate: copies, ReadTimeout: f.readTime, Linger: nbdserver.AliasGrace, Log: a.log,
 	}
 	if f.pad {
 		opt.Pad = 512

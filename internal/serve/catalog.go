@@ -38,6 +38,9 @@ type Options struct {
 	// background, from when a client stays. Its owner closes it, after the
 	// catalogue.
 	Hydrate *hydrate.Cache
+	// ReadTimeout is how long opening a point, or taking its lease, may take; 0 for no
+	// bound. The cache has the bound of reads, by LimitReads.
+	ReadTimeout time.Duration
 	// Linger is how long a point stays open, and leased, after its last
 	// connection.
 	Linger time.Duration
@@ -85,6 +88,7 @@ func Open(ctx context.Context, repo *repository.Repository, cache *image.Cache, 
 	if err := c.choose(backup.Names{Catalog: cat, Cluster: opt.Cluster, Fallback: opt.Fallback}); err != nil {
 		return nil, err
 	}
+	repo.RefreshWhenTold()
 	c.current.Store(newListing(cat, opt.Cluster, c.want.has))
 	c.dropCopies(cat)
 	return c, nil
@@ -115,12 +119,20 @@ func (c *Catalog) choose(names backup.Names) error {
 func (c *Catalog) Refresh(ctx context.Context) error {
 	c.refreshing.Lock()
 	defer c.refreshing.Unlock()
-	if err := c.repo.Refresh(ctx); err != nil {
+	// Storage that is gone is found out before a refresh waits for it, with locks held
+	// that readers of Kopia's caches need.
+	if err := c.repo.Ping(ctx); err != nil {
 		return err
 	}
 	old := c.current.Load()
-	cat, err := backup.List(ctx, c.repo, backup.ListOptions{Foreign: c.opt.Foreign, Known: old.catalog})
-	if err != nil {
+	var cat *backup.Catalog
+	if err := c.repo.Answering(ctx, func(ctx context.Context) (err error) {
+		if err := c.repo.Refresh(ctx); err != nil {
+			return err
+		}
+		cat, err = backup.List(ctx, c.repo, backup.ListOptions{Foreign: c.opt.Foreign, Known: old.catalog})
+		return err
+	}, func() {}); err != nil {
 		return err
 	}
 	l := newListing(cat, c.opt.Cluster, c.want.has)
@@ -232,7 +244,7 @@ func (c *Catalog) Open(ctx context.Context, name string, _ nbdserver.Client) (*n
 		ReadOnly: c.opt.Writable == nil,
 		Close:    sync.OnceFunc(func() { c.release(e) }),
 	}
-	o.Enter = func(ctx context.Context) error {
+	o.Enter = func(ctx context.Context, contexts []string) error {
 		if err := c.enter(ctx, e, p, l.names[i]); err != nil {
 			return err
 		}
@@ -241,7 +253,7 @@ func (c *Catalog) Open(ctx context.Context, name string, _ nbdserver.Client) (*n
 			// wrote to.
 			o.Description = description(p) + overlayMark + e.written.over.Load().ID()
 		}
-		return nil
+		return e.bases.hold(ctx, contexts)
 	}
 	return o, nil
 }

@@ -346,7 +346,7 @@ func TestLinger(t *testing.T) {
 	if n := leases(); n != 0 {
 		t.Errorf("%d leases before anybody stays", n)
 	}
-	if err := o.Enter(t.Context()); err != nil || leases() != 1 {
+	if err := o.Enter(t.Context(), nil); err != nil || leases() != 1 {
 		t.Errorf("%d leases of one who stays: %v", leases(), err)
 	}
 	o.Close()
@@ -389,7 +389,7 @@ func TestOverlaysOfThoseWhoStay(t *testing.T) {
 	if _, err := w.WriteAt(t.Context(), []byte("x"), 0); err == nil {
 		t.Error("written before anybody stays")
 	}
-	if err := o.Enter(t.Context()); err != nil || there() != 2 {
+	if err := o.Enter(t.Context(), nil); err != nil || there() != 2 {
 		t.Fatalf("%d directories after somebody stayed: %v", there(), err)
 	}
 	if _, err := w.WriteAt(t.Context(), []byte("written"), 5000); err != nil || w.Flush(t.Context()) != nil {
@@ -429,7 +429,7 @@ func TestOverlayIsNamed(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer o.Close()
-		if err := o.Enter(t.Context()); err != nil {
+		if err := o.Enter(t.Context(), nil); err != nil {
 			t.Fatal(err)
 		}
 		if !strings.HasPrefix(o.Description, description(p)+", overlay ") {
@@ -467,7 +467,7 @@ func TestOverlayOfAnotherPadding(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer o.Close()
-		return o.Enter(t.Context())
+		return o.Enter(t.Context(), nil)
 	}
 	for pad, want := range map[int64]error{512: ErrPadded, 0: ErrNotPadded} {
 		dir := t.TempDir()
@@ -507,13 +507,13 @@ func TestOverlayThatFails(t *testing.T) {
 	}
 	c := openCatalog(t, r, Options{Writable: &Overlays{Dir: dir, Keep: true}})
 	o := c.mustOpen(t, p.Name())
-	if err := o.Enter(t.Context()); err == nil {
+	if err := o.Enter(t.Context(), nil); err == nil {
 		t.Error("entered without an overlay")
 	}
 	if err := os.Remove(dir); err != nil {
 		t.Fatal(err)
 	}
-	if err := o.Enter(t.Context()); err != nil {
+	if err := o.Enter(t.Context(), nil); err != nil {
 		t.Error(err)
 	}
 	if held, err := backup.Leases(t.Context(), r); err != nil || len(held[p.ID]) != 1 {

@@ -41,6 +41,8 @@ var (
 	_ nbdserver.Lender     = (*Disk)(nil)
 	_ nbdserver.Prefetcher = (*Disk)(nil)
 	_ nbdserver.Statuser   = (*Disk)(nil)
+
+	_ nbdserver.ContextNamer = (*Disk)(nil)
 )
 
 // Size is the disk's length in bytes.
@@ -155,6 +157,17 @@ func (d *Disk) HasContext(_ context.Context, name string) bool {
 		_, ok = d.bases.find(base)
 	}
 	return ok
+}
+
+// ContextName names a bitmap by the ID of its point: what "@latest~1" means changes with
+// the next backup.
+func (d *Disk) ContextName(_ context.Context, name string) string {
+	if base, ok := strings.CutPrefix(name, contextDirty); ok {
+		if p, ok := d.bases.find(base); ok {
+			return contextDirty + p.ID
+		}
+	}
+	return name
 }
 
 // Status tells depth, or what changed since another point.

@@ -11,7 +11,6 @@ import (
 
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/image"
-	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/nbdserver"
 )
 
@@ -24,6 +23,7 @@ type entry struct {
 	export   nbdserver.Export
 	hydrated *hydrated // nil without hydration
 	written  *writable // nil for a read-only one
+	bases    *siblings
 
 	entering sync.Mutex
 	entered  atomic.Bool   // a client stayed
@@ -80,11 +80,14 @@ var errClosed = errors.New("the server is shutting down")
 // leave nothing behind: the lease, the local copy and the overlay come with the first
 // who stays.
 func (c *Catalog) fill(ctx context.Context, e *entry, p *backup.Point, name string) error {
+	ctx, cancel := c.inTime(ctx)
+	defer cancel()
 	img, err := c.openImage(ctx, p)
 	if err != nil {
 		return err
 	}
-	disk := &Disk{img: img, name: name, bases: &siblings{c: c, id: p.ID}}
+	e.bases = &siblings{c: c, id: p.ID, name: name}
+	disk := &Disk{img: img, name: name, bases: e.bases}
 	e.export = disk
 	if c.opt.Hydrate != nil {
 		e.hydrated = &hydrated{Disk: disk}
@@ -111,13 +114,10 @@ func (c *Catalog) enter(ctx context.Context, e *entry, p *backup.Point, name str
 	if e.entered.Load() {
 		return nil
 	}
-	if e.lease == nil && c.repo.Writable() {
-		lease, err := backup.AcquireLease(context.WithoutCancel(ctx), c.repo, p, "serve")
-		if errors.Is(err, backup.ErrNoSuchPoint) {
+	if e.lease == nil {
+		lease, err := c.lease(ctx, p, name)
+		if err != nil {
 			return nbdserver.ErrUnknownExport // deleted since the last refresh
-		}
-		if err != nil && !errors.Is(err, repository.ErrReadOnly) {
-			c.calls.WarnContext(ctx, "no lease: prune elsewhere may delete this point while it is read", "export", name, "err", err)
 		}
 		e.lease = lease
 	}
@@ -205,7 +205,7 @@ func (e *entry) close(ctx context.Context) error {
 	if e.lease != nil {
 		err = errors.Join(err, e.lease.Close(ctx))
 	}
-	return err
+	return errors.Join(err, e.bases.release(ctx))
 }
 
 // Close closes all points. Connections must have ended.
@@ -249,47 +249,6 @@ func (c *Catalog) OverlayBytes() (bytes int64, overlays int) {
 		}
 	}
 	return bytes, overlays
-}
-
-// siblings are the other points of a volume, as bases to compare with.
-type siblings struct {
-	c  *Catalog
-	id string
-
-	mu     sync.Mutex
-	images map[string]*image.Image // by ID
-}
-
-func (s *siblings) names() []string { return s.c.current.Load().siblings(s.id) }
-
-func (s *siblings) find(name string) (*backup.Point, bool) {
-	l := s.c.current.Load()
-	own, ok := l.byID[s.id]
-	i, found := l.resolve(name)
-	if !ok || !found || name == "" || i == own || l.points[i].Volume != l.points[own].Volume {
-		return nil, false
-	}
-	return l.points[i], true
-}
-
-func (s *siblings) open(ctx context.Context, p *backup.Point) (*image.Image, error) {
-	s.mu.Lock()
-	img := s.images[p.ID]
-	s.mu.Unlock()
-	if img != nil {
-		return img, nil
-	}
-	img, err := s.c.openImage(ctx, p)
-	if err != nil {
-		return nil, err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.images == nil {
-		s.images = map[string]*image.Image{}
-	}
-	s.images[p.ID] = img
-	return img, nil
 }
 
 // paddedID tells overlays over a padded disk from those over the disk itself.

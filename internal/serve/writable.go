@@ -21,6 +21,8 @@ var (
 	_ nbdserver.Lender     = (*writable)(nil)
 	_ nbdserver.Prefetcher = (*writable)(nil)
 	_ nbdserver.Statuser   = (*writable)(nil)
+
+	_ nbdserver.ContextNamer = (*writable)(nil)
 )
 
 var errNoOverlay = errors.New("written to before a client stayed")
@@ -50,7 +52,7 @@ func (w *writable) Prefetch(ctx context.Context, off, length int64) error {
 	return nil
 }
 
-// Contexts, HasContext and Status tell what a disk of this package tells, padded or not.
+// Contexts and HasContext tell what a disk of this package tells, padded or not.
 func (w *writable) Contexts(ctx context.Context) ([]string, error) {
 	if s, ok := w.top().(nbdserver.Statuser); ok {
 		return s.Contexts(ctx)
@@ -63,6 +65,15 @@ func (w *writable) HasContext(ctx context.Context, name string) bool {
 	return ok && s.HasContext(ctx, name)
 }
 
+// ContextName is that of the disk beneath, whatever lies over it.
+func (w *writable) ContextName(ctx context.Context, name string) string {
+	if n, ok := w.base.(nbdserver.ContextNamer); ok {
+		return n.ContextName(ctx, name)
+	}
+	return name
+}
+
+// Status tells what a disk of this package tells.
 func (w *writable) Status(ctx context.Context, name string, off, length int64, yield func(int64, uint32) bool) error {
 	return w.top().(nbdserver.Statuser).Status(ctx, name, off, length, yield)
 }

@@ -1,0 +1,230 @@
+package serve
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"net"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/backup/repository/repotest"
+	"github.com/varve-io/varve/nbdserver"
+	"github.com/varve-io/varve/nbdserver/nbdclient"
+	"github.com/varve-io/varve/nbdserver/nbdtest"
+	"github.com/varve-io/varve/nbdserver/proto"
+)
+
+// client serves a catalogue and enters a point as a client.
+func client(t *testing.T, c nbdserver.Catalog, name string, limit time.Duration, contexts ...string) *nbdclient.Export {
+	t.Helper()
+	srv, err := nbdserver.New(nbdserver.Config{Catalog: c, ReadTimeout: limit})
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "nbd")
+	l, err := nbdserver.Listen("unix:" + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(l) }()
+	t.Cleanup(func() {
+		srv.Close()
+		<-served
+	})
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cl, err := nbdclient.New(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := cl.Negotiate(nbdclient.Structured); err != nil {
+		t.Fatal(err)
+	}
+	if len(contexts) > 0 {
+		if got, err := cl.SetContexts(name, contexts...); err != nil || len(got) != len(contexts) {
+			t.Fatalf("contexts %v: %v", got, err)
+		}
+	}
+	e, err := cl.Go(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = e.Close() })
+	return e
+}
+
+// Storage that does not answer costs each read the same time and the same error, again
+// and again; what was read before is served on; and when it is back so are the reads, also
+// of the blocks that were waited for.
+func TestStorageGone(t *testing.T) {
+	const limit = 100 * time.Millisecond
+	data := make([]byte, 8<<20)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(data)
+	for name, fault := range map[string]repotest.Fault{
+		"silent": {},
+		// A call that does not even end when it is told to, as one in a broken mount.
+		"deaf": {Deaf: true},
+		// One that fails at once.
+		"refusing": {Err: errors.New("connection refused")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, faults := repotest.New(t).OpenFaulty(t)
+			p := save(t, r, "c", "shop/db", data)
+			cache := image.NewCache(64 << 20)
+			cache.LimitReads(limit)
+			defer cache.Close()
+			c, err := Open(t.Context(), r, cache, Options{Cluster: "c", ReadTimeout: limit, Linger: time.Hour})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() {
+				if err := c.Close(context.Background()); err != nil {
+					t.Error(err)
+				}
+			}()
+			e := client(t, c, p.Name(), limit)
+			ctx, cancel := context.WithTimeout(t.Context(), nbdtest.Timeout)
+			defer cancel()
+			got := make([]byte, 4096)
+			read := func(off int64) error {
+				_, err := e.ReadAt(ctx, got, off)
+				if err == nil && !bytes.Equal(got, data[off:off+4096]) {
+					t.Fatalf("other bytes at %d", off)
+				}
+				return err
+			}
+			if err := read(0); err != nil {
+				t.Fatal(err)
+			}
+			hold, want := make(chan struct{}), "connection refused"
+			if fault.Err == nil {
+				want = "did not arrive within 100ms"
+				fault.Hold, fault.Err = hold, errors.New("gone")
+			}
+			faults.Add(fault)
+			refreshed := make(chan error, 1)
+			rctx, stop := context.WithCancel(ctx)
+			defer stop()
+			go func() { refreshed <- c.Refresh(rctx) }()
+			const far = 7 << 20 // not read ahead of
+			for i := range 3 {
+				// More than one asks for the same block, too.
+				second := make(chan error, 1)
+				go func() {
+					_, err := e.ReadAt(ctx, make([]byte, 512), far)
+					second <- err
+				}()
+				for _, err := range []error{read(far), <-second} {
+					if !errors.Is(err, proto.EIO) || !strings.Contains(err.Error(), p.Name()) || !strings.Contains(err.Error(), want) {
+						t.Errorf("read %d of what is not there: %v", i, err)
+					}
+				}
+				if err := read(0); err != nil {
+					t.Errorf("read %d of what was read before: %v", i, err)
+				}
+			}
+			faults.Clear()
+			close(hold)
+			stop()
+			<-refreshed
+			if err := read(far); err != nil {
+				t.Errorf("the storage is back: %v", err)
+			}
+			if err := c.Refresh(ctx); err != nil {
+				t.Errorf("the storage is back: %v", err)
+			}
+		})
+	}
+}
+
+func forget(t *testing.T, r *repository.Repository, p *backup.Point) error {
+	t.Helper()
+	_, err := backup.Forget(t.Context(), r, backup.ForgetOptions{Names: []string{p.ID}, Cluster: "c"})
+	return err
+}
+
+// What a client compares a disk with is held as the disk is, means the same as when it was
+// selected, and is let go with it.
+func TestBaseIsLeased(t *testing.T) {
+	r := repotest.New(t).Open(t)
+	data := text(1<<20, 1)
+	base := save(t, r, "c", "shop/db", data)
+	data[700_000]++
+	top := save(t, r, "c", "shop/db", data)
+	c := openCatalog(t, r, Options{Linger: time.Millisecond})
+	leases := func(p *backup.Point) int {
+		t.Helper()
+		held, err := backup.Leases(t.Context(), r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(held[p.ID])
+	}
+	const alias = "qemu:dirty-bitmap:shop/db@latest~1"
+	for name, cat := range map[string]nbdserver.Catalog{
+		"plain":      nbdserver.NewAliases(c, time.Hour, nil),
+		"restricted": nbdserver.Restrict(nbdserver.NewAliases(c, time.Hour, nil), []nbdserver.AccessRule{{Client: "*", Export: "shop/*"}}),
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := client(t, cat, top.Name(), 0, proto.ContextAllocation, alias)
+			if leases(base) != 1 {
+				t.Fatalf("%d leases on what the client compares with", leases(base))
+			}
+			if err := forget(t, r, base); !errors.Is(err, backup.ErrLeased) {
+				t.Errorf("forget: %v", err)
+			}
+			changed := func() (n int64) {
+				t.Helper()
+				err := e.Map(t.Context(), alias, 0, int64(e.Size), func(_ int64, x nbdclient.Extent) bool {
+					if x.Flags != 0 {
+						n += x.Length
+					}
+					return true
+				})
+				if err != nil {
+					t.Error(err)
+				}
+				return n
+			}
+			want := changed()
+			if want == 0 || want == int64(e.Size) {
+				t.Errorf("%d bytes changed", want)
+			}
+			// The alias means another point now, but not to this client.
+			if name == "plain" {
+				data[0]++
+				newer := save(t, r, "c", "shop/db", data)
+				if err := c.Refresh(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				if n := changed(); n != want {
+					t.Errorf("%d bytes changed, not %d, after another backup", n, want)
+				}
+				if err := forget(t, r, newer); err != nil {
+					t.Fatal(err)
+				}
+				if err := c.Refresh(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := e.Close(); err != nil {
+				t.Error(err)
+			}
+			for leases(base) > 0 {
+				if err := t.Context().Err(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		})
+	}
+}
