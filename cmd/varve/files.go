@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -25,6 +27,13 @@ func (a *app) withFiles(ctx context.Context, purpose string, wait time.Duration,
 		return err
 	}
 	defer func() { err = errors.Join(err, repo.Close(context.WithoutCancel(ctx))) }()
+	cacheBytes := int64(fileCacheBytes)
+	if wait == holdLate { // a listing, of whatever size
+		cacheBytes = listCacheBytes
+		if os.Getenv("GOMEMLIMIT") == "" {
+			defer debug.SetMemoryLimit(debug.SetMemoryLimit(listMemory))
+		}
+	}
 	leases := newHolder(repo, purpose, wait, a.log)
 	defer leases.release(ctx)
 	var opened []*pointFiles
@@ -35,7 +44,7 @@ func (a *app) withFiles(ctx context.Context, purpose string, wait time.Duration,
 	}()
 	report := &damageReport{app: a, ctx: ctx}
 	err = fn(func(ctx context.Context, arg string, stale bool) (*pointFiles, diskfs.FileSystem, []string, error) {
-		files, name, err := a.openFiles(ctx, repo, leases, arg)
+		files, name, err := a.openFiles(ctx, repo, leases, cacheBytes, arg)
 		if err != nil {
 			return nil, nil, nil, err
 		}

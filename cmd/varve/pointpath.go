@@ -21,6 +21,14 @@ import (
 // keeps: metadata is read again and again, content once.
 const fileCacheBytes = 128 << 20
 
+// listCacheBytes is that of commands that only list: they read metadata as it lies on the
+// disk, so that little of it is read again.
+const listCacheBytes = 16 << 20
+
+// listMemory is what a command that only lists should stay within: beyond it the garbage
+// is collected more often.
+const listMemory = 64 << 20
+
 // pointFiles is the files inside one recovery point.
 type pointFiles struct {
 	point *backup.Point
@@ -69,7 +77,7 @@ func splitPointPath(names backup.Names, arg string) (*backup.Point, string, erro
 }
 
 // openFiles opens the point that arg names and returns the path behind it.
-func (a *app) openFiles(ctx context.Context, repo *repository.Repository, leases *holder, arg string) (*pointFiles, string, error) {
+func (a *app) openFiles(ctx context.Context, repo *repository.Repository, leases *holder, cacheBytes int64, arg string) (*pointFiles, string, error) {
 	cat, err := backup.List(ctx, repo, backup.ListOptions{})
 	if err != nil {
 		return nil, "", err
@@ -81,7 +89,7 @@ func (a *app) openFiles(ctx context.Context, repo *repository.Repository, leases
 	if err := leases.hold(ctx, p); err != nil {
 		return nil, "", err
 	}
-	files, err := openPointFiles(ctx, repo, image.NewCache(fileCacheBytes), p, leases.log)
+	files, err := openPointFiles(ctx, repo, image.NewCache(cacheBytes), p, leases.log)
 	if err != nil {
 		return nil, "", err
 	}

@@ -15,8 +15,8 @@ import (
 )
 
 // sortBytes is what sorting one directory may hold in memory; more goes to a file. Some
-// 100,000 entries fit.
-const sortBytes = 16 << 20
+// 50,000 entries fit.
+const sortBytes = 8 << 20
 
 // Dir is a directory in the order of its names. It holds a bounded amount of memory,
 // however many entries there are.

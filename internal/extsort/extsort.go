@@ -35,7 +35,7 @@ type run struct{ off, length int64 }
 
 const (
 	header   = 8
-	runRead  = 32 << 10
+	runRead  = 16 << 10
 	runWrite = 256 << 10
 	// maxLimit keeps places in the arena within 32 bits.
 	maxLimit = 1 << 30
