@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/varve-io/varve/nbdserver/proto"
@@ -65,6 +66,10 @@ type Config struct {
 	// IdleTimeout ends a connection without requests; zero means never.
 	IdleTimeout time.Duration
 
+	// LastLeft is called when the last client that uses an export has left, each time.
+	// It must not block. It may be nil.
+	LastLeft func()
+
 	Metrics Metrics // may be nil
 	Logger  *slog.Logger
 }
@@ -85,6 +90,8 @@ type Server struct {
 	owners    map[string]int // connections of each client
 	closing   bool
 	done      sync.WaitGroup // connections
+
+	users atomic.Int64 // connections that use an export
 }
 
 // ErrServerClosed is what Serve returns after Shutdown or Close.

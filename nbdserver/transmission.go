@@ -27,6 +27,12 @@ type request struct {
 // transmit reads requests until the client leaves. Replies under way are sent
 // before it returns.
 func (c *conn) transmit() error {
+	c.srv.users.Add(1)
+	defer func() {
+		if c.srv.users.Add(-1) == 0 && c.srv.cfg.LastLeft != nil {
+			c.srv.cfg.LastLeft()
+		}
+	}()
 	c.mem = c.srv.memory.join(c.owner(), c.srv.cfg.ConnectionMemory)
 	defer c.mem.leave()
 	c.out = newOutbox(c.nc, c.srv.newPace, c.mem, func(err error) {

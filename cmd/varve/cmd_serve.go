@@ -3,16 +3,12 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
-	"io/fs"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
 	"runtime/debug"
-	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -27,32 +23,36 @@ import (
 )
 
 type serveFlags struct {
-	listen    []string
-	stdio     bool
-	volumes   []string
-	foreign   bool
-	tls       nbdserver.TLSFiles
-	plain     bool
-	insecure  bool
-	allow     []string
-	writable  bool
-	overlays  serve.Overlays
-	limit     byteSize
-	pad       bool
-	cacheSize byteSize
-	hydrate   bool
-	copies    hydrate.Options
-	copyLimit byteSize
-	readers   int
-	metrics   string
-	refresh   time.Duration
-	idle      time.Duration
-	readTime  time.Duration
-	clients   int
-	memory    byteSize
-	perClient byteSize
-	minRate   byteSize
-	grace     time.Duration
+	listen      []string
+	stdio       bool
+	once        bool
+	parent      bool // end with the process that started this one
+	parentGiven bool // by its flag
+	activated   bool // the sockets are a supervisor's, and so is standard output
+	volumes     []string
+	foreign     bool
+	tls         nbdserver.TLSFiles
+	plain       bool
+	insecure    bool
+	allow       []string
+	writable    bool
+	overlays    serve.Overlays
+	limit       byteSize
+	pad         bool
+	cacheSize   byteSize
+	hydrate     bool
+	copies      hydrate.Options
+	copyLimit   byteSize
+	readers     int
+	metrics     string
+	refresh     time.Duration
+	idle        time.Duration
+	readTime    time.Duration
+	clients     int
+	memory      byteSize
+	perClient   byteSize
+	minRate     byteSize
+	grace       time.Duration
 }
 
 func newServeCommand(a *app) *cobra.Command {
@@ -84,6 +84,7 @@ one as a new recovery point.`,
       --tls-client-ca ca.pem --allow 'db-team=shop/*'
   nbdcopy -- [ varve serve shop/db@latest ] disk.img`,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			f.parentGiven = cmd.Flags().Changed("exit-with-parent")
 			f.overlays.Limit = int64(f.limit)
 			f.copies.Limit = int64(f.copyLimit)
 			return a.serve(cmd.Context(), append(args, f.volumes...), f)
@@ -92,6 +93,8 @@ one as a new recovery point.`,
 	fl := cmd.Flags()
 	fl.StringArrayVar(&f.listen, "listen", nil, "address to listen on: unix:PATH, HOST:PORT or HOST; repeatable (default a socket of this user)")
 	fl.BoolVar(&f.stdio, "stdio", false, "serve one client on standard input and output, then end")
+	fl.BoolVar(&f.once, "once", false, "end when the last client has left; always so with --stdio")
+	fl.BoolVar(&f.parent, "exit-with-parent", false, "end when the process that started this one does (default with --stdio, and where a client such as nbdcopy passes the socket)")
 	fl.StringArrayVar(&f.volumes, "volume", nil, "serve this volume only; repeatable, the same as an argument")
 	fl.BoolVar(&f.foreign, "foreign", false, "serve disk images that Kopia or Velero stored, too")
 	fl.StringVar(&f.tls.Certificate, "tls-cert", "", "PEM file with the server's certificate")
@@ -169,9 +172,13 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 			return err
 		}
 	}
+	parent := os.Getppid()
 	listeners, err := f.listeners()
 	if err != nil {
 		return err
+	}
+	if !f.parentGiven {
+		f.parent = f.stdio || f.activated && !a.bySystemd()
 	}
 	defer func() { closeAll(listeners) }() // those that Serve has are closed by it
 	began := time.Now()
@@ -214,7 +221,7 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 		}
 	}()
 	cfg.Catalog = clientView(catalog, rules)
-	run := &serving{app: a, flags: f, catalog: catalog, cache: cache, copies: copies, listeners: listeners, opening: opened.Sub(began), opened: opened}
+	run := &serving{app: a, flags: f, catalog: catalog, cache: cache, copies: copies, listeners: listeners, parent: parent, opening: opened.Sub(began), opened: opened}
 	return run.run(ctx, cfg)
 }
 
@@ -326,6 +333,7 @@ func (f *serveFlags) listeners() ([]net.Listener, error) {
 	}
 	ls, err := nbdserver.Activated()
 	if err != nil || len(ls) > 0 {
+		f.activated = true
 		return ls, err
 	}
 	addresses := f.listen
@@ -356,42 +364,6 @@ func closeAll(ls []net.Listener) {
 	}
 }
 
-// defaultSocket is a path that only this user can reach.
-func defaultSocket() (string, error) {
-	dir := os.Getenv("XDG_RUNTIME_DIR")
-	switch {
-	case dir != "":
-	case os.Geteuid() == 0:
-		dir = "/run"
-	default:
-		dir = filepath.Join(os.TempDir(), "varve-"+strconv.Itoa(os.Geteuid()))
-		if err := privateDirectory(dir); err != nil {
-			return "", fmt.Errorf("directory for the socket: %w", err)
-		}
-	}
-	return filepath.Join(dir, "varve-nbd.sock"), nil
-}
-
-// errNotPrivate means that others can get at a directory that must be this user's only.
-var errNotPrivate = errors.New("it must be a directory of this user that nobody else may enter: remove it, or name another place by --listen or XDG_RUNTIME_DIR")
-
-// privateDirectory makes a directory, or makes sure that the one that is there was not
-// put there by somebody else, as anybody may in /tmp.
-func privateDirectory(dir string) error {
-	if err := os.Mkdir(dir, 0o700); !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	info, err := os.Lstat(dir)
-	if err != nil {
-		return err
-	}
-	st, ok := info.Sys().(*syscall.Stat_t)
-	if !info.IsDir() || info.Mode().Perm()&0o077 != 0 || !ok || int(st.Uid) != os.Geteuid() {
-		return fmt.Errorf("%s: %w", dir, errNotPrivate)
-	}
-	return nil
-}
-
 // serving is a server at work.
 type serving struct {
 	*app
@@ -400,6 +372,7 @@ type serving struct {
 	cache     *image.Cache
 	copies    *hydrate.Cache // nil without --hydrate
 	listeners []net.Listener
+	parent    int           // process that started this one
 	opening   time.Duration // that it took to open the repository
 	opened    time.Time     // when that was done
 }
@@ -409,13 +382,16 @@ func (s *serving) run(ctx context.Context, cfg nbdserver.Config) error {
 	if err != nil {
 		return err
 	}
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	if s.flags.once {
+		cfg.LastLeft = stop
+	}
 	srv, err := nbdserver.New(cfg)
 	if err != nil {
 		metrics.close()
 		return usagef("%w", err)
 	}
-	ctx, stop := context.WithCancel(ctx)
-	defer stop()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return s.catalog.Follow(ctx, s.flags.refresh) })
 	g.Go(func() error { return metrics.serve() })
@@ -433,6 +409,15 @@ func (s *serving) run(ctx context.Context, cfg nbdserver.Config) error {
 			return s.serveStdio(srv)
 		})
 	}
+	if s.flags.parent {
+		g.Go(func() error {
+			if awaitParent(ctx, s.parent) == nil {
+				s.log.Info("the process that started this server has ended, and so does the server", "process", s.parent)
+				stop()
+			}
+			return nil
+		})
+	}
 	g.Go(func() error {
 		<-ctx.Done()
 		metrics.close()
@@ -445,9 +430,12 @@ func (s *serving) run(ctx context.Context, cfg nbdserver.Config) error {
 		return nil
 	})
 	if !s.flags.stdio {
-		if err := s.announce(metrics); err != nil {
-			stop()
-			return errors.Join(err, g.Wait())
+		// Standard output is that of the client who passes the socket, or a journal.
+		if !s.flags.activated {
+			if err := s.announce(metrics); err != nil {
+				stop()
+				return errors.Join(err, g.Wait())
+			}
 		}
 		s.log.Info("ready", "exports", s.catalog.Len(), "opening", s.opening, "after_opening", time.Since(s.opened))
 	}
