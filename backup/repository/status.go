@@ -110,7 +110,7 @@ func (r *Repository) Status(ctx context.Context) (*Status, error) {
 
 func (r *Repository) directStatus(ctx context.Context, s *Status, params *maintenance.Params) error {
 	fm := r.direct.FormatManager()
-	s.Storage = r.direct.BlobReader().ConnectionInfo().Type
+	s.Storage = unguarded(r.direct.BlobReader().ConnectionInfo()).Type
 	s.UniqueID = hexID(r.direct.UniqueID())
 	cf := fm.ScrubbedContentFormat()
 	s.Format = int(cf.Version)

@@ -19,7 +19,7 @@ import (
 )
 
 // Storage says where a repository's blobs are kept: one of *Filesystem, *S3,
-// *GCS, *Azure, *B2, *SFTP, *WebDAV and *Rclone.
+// *GCS, *Azure, *B2, *SFTP, *WebDAV and *Rclone, or *Guarded around one.
 type Storage interface {
 	// validate reports options that are missing or contradict each other, in
 	// words for the user, before anything is touched.
@@ -38,6 +38,7 @@ var (
 	_ Storage = (*SFTP)(nil)
 	_ Storage = (*WebDAV)(nil)
 	_ Storage = (*Rclone)(nil)
+	_ Storage = (*Guarded)(nil)
 )
 
 // place names a storage for people: kind and address, no secrets.
@@ -60,6 +61,8 @@ func place(ci blob.ConnectionInfo) string {
 		return "WebDAV " + o.URL
 	case *rclone.Options:
 		return "rclone remote " + o.RemotePath
+	case *guardedOptions:
+		return place(o.Storage)
 	default:
 		return "storage of type " + ci.Type
 	}
@@ -110,6 +113,8 @@ func describe(s Storage) string {
 		return place(blob.ConnectionInfo{Config: o.options()})
 	case *Rclone:
 		return place(blob.ConnectionInfo{Config: o.options()})
+	case *Guarded:
+		return describe(o.Storage)
 	default:
 		return fmt.Sprintf("%T", s)
 	}
@@ -119,7 +124,7 @@ func describe(s Storage) string {
 var retentionKinds = []string{"s3", "gcs", "azureBlob"}
 
 func canLock(st blob.Storage) bool {
-	return slices.Contains(retentionKinds, st.ConnectionInfo().Type)
+	return slices.Contains(retentionKinds, unguarded(st.ConnectionInfo()).Type)
 }
 
 // Limits bound the use of a storage by one client; 0 is unlimited.

@@ -14,6 +14,7 @@ import (
 	ctrllog "sigs.k8s.io/controller-runtime/pkg/log"
 	"sigs.k8s.io/yaml"
 
+	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/populator"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/store"
@@ -115,7 +116,10 @@ func (f *controllerFlags) pods() (mover.Pods, error) {
 
 func (a *app) controller(ctx context.Context, f controllerFlags) error {
 	opt := f.opt
-	var err error
+	err := repository.GuardTransport()
+	if err != nil {
+		return err
+	}
 	if opt.Pods, err = f.pods(); err != nil {
 		return err
 	}

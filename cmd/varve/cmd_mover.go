@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/internal/probe"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/mover/work"
@@ -48,6 +49,9 @@ func (a *app) mover(cmd *cobra.Command, action mover.Action) error {
 	}
 	a.boundMemory(0)
 	unix.Umask(store.VolumeUmask)
+	if err := repository.GuardTransport(); err != nil {
+		return err
+	}
 	e := work.Pod(probe.Type, readVersion().Version)
 	e.Log = a.stdout
 	res := work.Run(cmd.Context(), e, task)

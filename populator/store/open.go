@@ -214,10 +214,17 @@ func (s Settings) Open(ctx context.Context, opt OpenOptions) (_ *Open, err error
 	if err != nil {
 		return nil, err
 	}
+	redact := opt.Credentials.Redact
+	if s.Tenant {
+		st, redact = &repository.Guarded{Storage: st}, opt.Credentials.Withhold
+	}
 	var dirs []string
 	defer func() {
 		if err != nil {
-			err = errors.Join(opt.Credentials.Redact(err), removeAll(dirs))
+			if s.Tenant && !told(err) {
+				err = &redacted{err: fmt.Errorf("%w: %w", repository.ErrUnreachable, err), text: err.Error()}
+			}
+			err = errors.Join(redact(err), removeAll(dirs))
 		}
 	}()
 	for _, in := range []string{opt.Dir, cmp.Or(opt.ConfigDir, opt.Dir)} {
@@ -257,7 +264,7 @@ func (s Settings) Open(ctx context.Context, opt OpenOptions) (_ *Open, err error
 		return nil, errors.Join(err, repo.Close(context.WithoutCancel(ctx)))
 	}
 
-	return &Open{Repository: repo, Redact: opt.Credentials.Redact, dirs: dirs}, nil
+	return &Open{Repository: repo, Redact: redact, dirs: dirs}, nil
 }
 
 // check says whether it is the repository that it must be.

@@ -1,8 +1,13 @@
 package store
 
 import (
+	"errors"
+	"log/slog"
 	"net/url"
+	"slices"
 	"strings"
+
+	"github.com/varve-io/varve/backup/repository"
 )
 
 // notSecret are keys whose values may be read by anybody, and help to find a mistake.
@@ -49,6 +54,32 @@ func (c Credentials) Redact(err error) error {
 	}
 
 	return &redacted{err: err, text: clean}
+}
+
+// withheld is what a tenant is told in place of a server's answer. Whoever may write a Repository
+// could else have Varve look at any server that it reaches, and read what that said.
+const withheld = "the storage cannot be reached or does not answer as one: check endpoint, bucket and keys; what it answered is in the log of Varve's pods, for administrators"
+
+// Withhold is Redact for a tenant's store: of what a server answered nothing is told, and it is
+// logged instead.
+func (c Credentials) Withhold(err error) error {
+	err = c.Redact(err)
+	if err == nil || !errors.Is(err, repository.ErrUnreachable) && !errors.Is(err, repository.ErrStorageFailed) {
+		return err
+	}
+	slog.Warn("the storage of a Repository does not answer as it should", "error", err)
+
+	return &redacted{err: err, text: withheld}
+}
+
+// told reports whether an error of opening a tenant's store says nothing of what a server
+// answered: it is about the tenant's own words, or what only a repository of theirs can hold.
+func told(err error) bool {
+	return slices.ContainsFunc([]error{
+		ErrCredentials, ErrSpec, ErrOtherRepository, ErrReadOnly, repository.ErrReadOnly, repository.ErrInvalidOptions, repository.ErrWrongPassword,
+		repository.ErrReplaced, repository.ErrNewerFormat, repository.ErrNotInitialized, repository.ErrIncompleteRepository, repository.ErrAlreadyExists,
+		repository.ErrUpgradeInProgress, repository.ErrPasswordChangeInterrupted,
+	}, func(is error) bool { return errors.Is(err, is) }) && !errors.Is(err, repository.ErrUnreachable) && !errors.Is(err, repository.ErrStorageFailed)
 }
 
 // redacted is an error with another text.

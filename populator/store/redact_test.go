@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/backup/repository"
 )
 
@@ -37,5 +38,42 @@ func TestRedact(t *testing.T) {
 	}
 	if c.Redact(nil) != nil {
 		t.Error("an error of none")
+	}
+}
+
+// A tenant is not told what a server answered: its Repository could name any.
+func TestAnswersAreForAdministrators(t *testing.T) {
+	c := Credentials{KeyPassword: []byte("secret-password")}
+	answer := errors.New("x509: certificate is valid for kubernetes.default.svc")
+	for _, tc := range []struct {
+		name string
+		err  error
+		told bool
+	}{
+		{"unreachable", fmt.Errorf("open: %w: %w", repository.ErrUnreachable, answer), false},
+		{"storage failed", fmt.Errorf("list: %w: %w", repository.ErrStorageFailed, answer), false},
+		{"wrong password", fmt.Errorf("open: %w", repository.ErrWrongPassword), true},
+		{"the device", errors.New("read /dev/varve: input/output error"), true},
+	} {
+		got := c.Withhold(tc.err)
+		if !errors.Is(got, tc.err) || (got.Error() == tc.err.Error()) != tc.told || strings.Contains(got.Error(), "kubernetes") {
+			t.Errorf("%s: %v", tc.name, got)
+		}
+	}
+	// What is not known to be harmless, when a store is opened, is not told either.
+	if told(answer) || told(fmt.Errorf("%w: %w", repository.ErrUnreachable, ErrSpec)) || !told(fmt.Errorf("%w: endpoint", repository.ErrInvalidOptions)) {
+		t.Error("errors of opening are told that should not be, or not told that should")
+	}
+}
+
+// The whole way: a Repository that names a server of the controller's own machine.
+func TestRepositoryAtLoopback(t *testing.T) {
+	if err := repository.GuardTransport(); err != nil {
+		t.Fatal(err)
+	}
+	s := Settings{Tenant: true, ClusterName: "c", Storage: v1alpha1.Storage{S3: &v1alpha1.S3Storage{Bucket: "b", Endpoint: "localhost:8081", DisableTLS: true}}}
+	_, err := s.Open(t.Context(), OpenOptions{Credentials: Credentials{KeyPassword: []byte("p"), "accessKeyID": []byte("a"), "secretAccessKey": []byte("s")}, Dir: t.TempDir()})
+	if reason, again := Reason(err); reason != v1alpha1.ReasonInvalidSpec || again {
+		t.Errorf("it is %s: %v", reason, err)
 	}
 }

@@ -109,6 +109,9 @@ type Settings struct {
 	ClusterName string           `json:"clusterName"`
 	ReadOnly    bool             `json:"readOnly,omitempty"`
 	CABundle    string           `json:"caBundle,omitempty"`
+	// Tenant says that a Repository's owner wrote it: what it names is guarded, and what the
+	// server answers is told to administrators only.
+	Tenant bool `json:"tenant,omitempty"`
 	// UniqueID is what the repository must be; empty for any.
 	UniqueID string `json:"uniqueID,omitempty"`
 	// Bytes per second; 0 for no limit.
@@ -120,7 +123,7 @@ type Settings struct {
 func (s *Store) Settings() Settings {
 	out := Settings{
 		Storage: s.Spec.Storage, ClusterName: s.Spec.ClusterName, ReadOnly: !s.Writable(),
-		CABundle: s.Spec.CABundle, UniqueID: s.Status.UniqueID,
+		CABundle: s.Spec.CABundle, Tenant: s.Tenancy == nil, UniqueID: s.Status.UniqueID,
 	}
 	if l := s.Spec.Limits; l != nil {
 		if l.UploadPerSecond != nil {

@@ -3,7 +3,10 @@ package store
 import (
 	"encoding/json"
 	"fmt"
+	"net/url"
+	"regexp"
 	"slices"
+	"strings"
 
 	"github.com/varve-io/varve/api/v1alpha1"
 )
@@ -34,6 +37,9 @@ func checkTenant(spec v1alpha1.RepositorySpec, c Credentials) error {
 			return checkGoogleKey(c[keyGCSCredentials])
 		}
 	case st.Azure != nil:
+		if err := checkAzure(st.Azure); err != nil {
+			return err
+		}
 		own = has(keyAccountKey) || has(keySASToken) || has(keyClientSecret)
 	}
 	if !own {
@@ -48,9 +54,14 @@ func checkTenant(spec v1alpha1.RepositorySpec, c Credentials) error {
 // holds to (google.golang.org/api/option, WithCredentialsJSON warns of it).
 var googleKeys = []string{"service_account", "authorized_user"}
 
+// googleHosts are what Google writes into token_uri.
+var googleHosts = []string{"oauth2.googleapis.com", "accounts.google.com", "www.googleapis.com"}
+
 func checkGoogleKey(text []byte) error {
 	var key struct {
-		Type string `json:"type"`
+		Type     string `json:"type"`
+		TokenURI string `json:"token_uri"`
+		Universe string `json:"universe_domain"`
 	}
 	if err := json.Unmarshal(text, &key); err != nil {
 		// Its error would quote the key.
@@ -58,6 +69,28 @@ func checkGoogleKey(text []byte) error {
 	}
 	if !slices.Contains(googleKeys, key.Type) {
 		return fmt.Errorf("%w: %s is of type %q; a Repository takes the key of a service account", ErrCredentials, keyGCSCredentials, key.Type)
+	}
+	// The library asks where the key says for a token, and for the bucket.
+	if u, err := url.Parse(key.TokenURI); err != nil || key.TokenURI != "" && (u.Scheme != "https" || !slices.Contains(googleHosts, u.Host)) ||
+		key.Universe != "" && key.Universe != "googleapis.com" {
+		return fmt.Errorf("%w: %s names a token_uri or universe_domain that is not Google's own: for BackupStores only", ErrCredentials, keyGCSCredentials)
+	}
+
+	return nil
+}
+
+// azureDomains are those of the clouds of Azure. An account's name stands before one of them
+// in the host that is asked.
+var azureDomains = []string{"", "blob.core.windows.net", "blob.core.usgovcloudapi.net", "blob.core.chinacloudapi.cn"}
+
+var azureAccount = regexp.MustCompile(`^[a-z0-9]{3,24}$`)
+
+func checkAzure(a *v1alpha1.AzureStorage) error {
+	switch {
+	case !azureAccount.MatchString(a.Account):
+		return fmt.Errorf("%w: storage.azure.account %q is not the name of a storage account", ErrSpec, a.Account)
+	case !slices.Contains(azureDomains, a.Domain):
+		return fmt.Errorf("%w: storage.azure.domain %q is none of Azure's (%s): another one is for BackupStores only", ErrSpec, a.Domain, strings.Join(azureDomains[1:], ", "))
 	}
 
 	return nil

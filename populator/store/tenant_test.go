@@ -17,7 +17,9 @@ import (
 func TestCredentialsOfTenants(t *testing.T) {
 	s3 := v1alpha1.Storage{S3: &v1alpha1.S3Storage{Bucket: "b"}}
 	gcs := v1alpha1.Storage{GCS: &v1alpha1.GCSStorage{Bucket: "b"}}
-	azure := v1alpha1.Storage{Azure: &v1alpha1.AzureStorage{Container: "c", Account: "a"}}
+	nip := v1alpha1.Storage{Azure: &v1alpha1.AzureStorage{Container: "c", Account: "abc", Domain: "127.0.0.1.nip.io:8081"}}
+	slash := v1alpha1.Storage{Azure: &v1alpha1.AzureStorage{Container: "c", Account: "127.0.0.1:8081/x"}}
+	azure := v1alpha1.Storage{Azure: &v1alpha1.AzureStorage{Container: "c", Account: "abc"}}
 	for _, tc := range []struct {
 		name   string
 		spec   v1alpha1.RepositorySpec
@@ -31,6 +33,11 @@ func TestCredentialsOfTenants(t *testing.T) {
 		{"a claim of Varve's namespace", v1alpha1.RepositorySpec{Storage: v1alpha1.Storage{Volume: &v1alpha1.VolumeStorage{ClaimName: "nfs"}}}, nil, ErrSpec},
 		{"a program", v1alpha1.RepositorySpec{Storage: v1alpha1.Storage{Rclone: &v1alpha1.RcloneStorage{RemotePath: "x:y"}}}, nil, ErrSpec},
 		{"Google key", v1alpha1.RepositorySpec{Storage: gcs}, map[string]string{"credentials.json": `{"type":"service_account"}`}, nil},
+		{"Google key that asks elsewhere for tokens", v1alpha1.RepositorySpec{Storage: gcs}, map[string]string{"credentials.json": `{"type":"service_account","token_uri":"http://127.0.0.1:8081/healthz"}`}, ErrCredentials},
+		{"Google key of another universe", v1alpha1.RepositorySpec{Storage: gcs}, map[string]string{"credentials.json": `{"type":"service_account","universe_domain":"127.0.0.1.nip.io"}`}, ErrCredentials},
+		{"Google key as Google writes it", v1alpha1.RepositorySpec{Storage: gcs}, map[string]string{"credentials.json": `{"type":"service_account","token_uri":"https://oauth2.googleapis.com/token","universe_domain":"googleapis.com"}`}, nil},
+		{"Azure at another domain", v1alpha1.RepositorySpec{Storage: nip}, map[string]string{"sasToken": "t"}, ErrSpec},
+		{"Azure with an account that is a host", v1alpha1.RepositorySpec{Storage: slash}, map[string]string{"sasToken": "t"}, ErrSpec},
 		{"Google key that names a file", v1alpha1.RepositorySpec{Storage: gcs}, map[string]string{"credentials.json": `{"type":"external_account","credential_source":{"file":"/var/run/secrets/token"}}`}, ErrCredentials},
 		{"Google key that is none", v1alpha1.RepositorySpec{Storage: gcs}, map[string]string{"credentials.json": "s3cr3t"}, ErrCredentials},
 		{"Google without", v1alpha1.RepositorySpec{Storage: gcs}, nil, ErrCredentials},
