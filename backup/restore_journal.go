@@ -73,6 +73,28 @@ type journalHeader struct {
 
 const journalFormat = "varve-restore/1"
 
+// JournalTarget gives the identity of the target that the journal at path is of: that of
+// a restore that was interrupted. It is empty where there is none that can be read.
+func JournalTarget(path string) string {
+	if path == "" {
+		return ""
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	line, err := bufio.NewReader(io.LimitReader(f, maxJournalHeader)).ReadBytes('\n')
+	var head journalHeader
+	if err != nil || json.Unmarshal(line, &head) != nil || head.Format != journalFormat {
+		return ""
+	}
+	return head.Target
+}
+
+// maxJournalHeader bounds the first line, in bytes.
+const maxJournalHeader = 64 << 10
+
 // openJournal opens or makes the journal, if there is to be one and there is room
 // for it: a restore must not fail because of its notes, when a full disk may be what
 // it is to help with. resumed tells that an earlier run has written to the target.

@@ -50,7 +50,7 @@ func TestCopyIsWhatTheKernelShows(t *testing.T) {
 			want, _ := diskfstest.Mount(t, image, "ro")
 			target := filepath.Join(t.TempDir(), "copy")
 			res, err := browse.Copy(t.Context(), fsys, ".", target, browse.CopyOptions{
-				Recursive: true, Warn: func(name string, err error) { t.Errorf("%s: %v", name, err) },
+				Recursive: true, Devices: true, SetID: true, Warn: func(name string, err error) { t.Errorf("%s: %v", name, err) },
 			})
 			if err != nil {
 				t.Fatal(err)

@@ -32,9 +32,22 @@ func setTimes(out *fuse.Attr, t time.Time) { out.SetTimes(&t, &t, &t) }
 
 // everyone is embedded in nodes that all who came this far may enter: who may is
 // decided by the mount's options (and by the kernel where others are let in).
-type everyone struct{}
+type everyone struct{ spaceless }
 
 func (everyone) Access(context.Context, uint32) syscall.Errno { return 0 }
+
+// spaceless is embedded in nodes that are made up, and in disk.img: they have no space of their own.
+type spaceless struct{}
+
+// Statfs tells how long names may be, and the size of a block: programs that reckon with these
+// (NAME_MAX) do not work with zeroes.
+func (spaceless) Statfs(_ context.Context, out *fuse.StatfsOut) syscall.Errno {
+	out.Bsize, out.Frsize, out.NameLen = madeBlock, madeBlock, maxElement
+	return 0
+}
+
+// madeBlock is the block size of made-up files, in bytes.
+const madeBlock = 4096
 
 // catalogDir is the root, a namespace or a volume.
 type catalogDir struct {

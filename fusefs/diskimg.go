@@ -16,6 +16,7 @@ import (
 // diskNode is disk.img.
 type diskNode struct {
 	fs.Inode
+	spaceless
 	p *point
 }
 
@@ -28,6 +29,7 @@ var (
 	_ = (fs.NodeFsyncer)((*diskNode)(nil))
 	_ = (fs.NodeAllocater)((*diskNode)(nil))
 	_ = (fs.NodeLseeker)((*diskNode)(nil))
+	_ = (fs.NodeStatfser)((*diskNode)(nil))
 )
 
 // bytesOf is an image or an overlay over it.

@@ -330,6 +330,17 @@ func TestPartitions(t *testing.T) {
 		want, _ := diskfstest.Mount(t, c.image, "ro")
 		diskfstest.CompareDirs(t, m.latest(shopDB, c.name), want, through)
 	}
+	// Also what is made up has a length of names and a size of blocks.
+	for _, name := range []string{"..", ".", "disk.img", "info.json", "files", "files/p3", "files/p3/ERROR.txt", "files/p1"} {
+		var st unix.Statfs_t
+		if err := unix.Statfs(m.latest(shopDB, name), &st); err != nil || st.Namelen != 255 || st.Bsize == 0 || st.Frsize == 0 {
+			t.Errorf("statfs of %s: %+v, %v", name, st, err)
+		}
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(m.Dir, &st); err != nil || st.Namelen != 255 || st.Bsize == 0 {
+		t.Errorf("statfs of the mount: %+v, %v", st, err)
+	}
 	for name, want := range map[string]string{"files/p3": "not recognised", "files/p4": "btrfs"} {
 		b, err := os.ReadFile(filepath.Join(m.latest(shopDB, name), "ERROR.txt"))
 		if err != nil || !strings.Contains(string(b), want) {

@@ -21,8 +21,8 @@ import (
 )
 
 type cpFlags struct {
-	recursive, force, stale, tar, sparse bool
-	workers                              int
+	recursive, force, stale, tar, sparse, devices, setID bool
+	workers                                              int
 }
 
 func newCpCommand(a *app) *cobra.Command {
@@ -34,6 +34,9 @@ func newCpCommand(a *app) *cobra.Command {
 		Long: `Copy files and directories out of a recovery point, without a mount and without
 root. Modes, owners, times, extended attributes, hard links, special files and
 holes are kept as far as the user may set them; files are copied in parallel.
+Device nodes are left out unless --devices is given, and programs lose their
+set-user-ID and set-group-ID bits and capabilities unless --setid is given: they
+would have rights on this machine that a stranger's disk decides on.
 
 What cannot be read (damage, encryption) is left out, of a file as little as can be:
 content that is lost becomes a hole. All else is copied, then each such file is named
@@ -55,6 +58,9 @@ know, and others (busybox) do not.`,
 			return cobra.MinimumNArgs(2)(cmd, args)
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if f.tar && (f.devices || f.setID) {
+				return usagef("--devices and --setid are for copies: an archive has everything, and what unpacks it decides")
+			}
 			if f.tar {
 				return a.cpTar(cmd.Context(), args, f)
 			}
@@ -69,6 +75,8 @@ know, and others (busybox) do not.`,
 	fl.BoolVarP(&f.force, "force", "f", false, "replace files that are there already")
 	fl.BoolVar(&f.tar, "tar", false, "write a tar archive to standard output")
 	fl.BoolVar(&f.sparse, "sparse", false, "with --tar: keep holes, as GNU tar and bsdtar can read them")
+	fl.BoolVar(&f.devices, "devices", false, "make device nodes (needs root)")
+	fl.BoolVar(&f.setID, "setid", false, "keep set-user-ID and set-group-ID bits and capabilities of files")
 	fl.IntVar(&f.workers, "workers", 0, "files copied at once (default two for each CPU)")
 	addStaleFlag(cmd, &f.stale)
 	return cmd
@@ -200,12 +208,11 @@ func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags
 		}
 		copied[to] = true
 		res, err := browse.Copy(ctx, fsys, name, to, browse.CopyOptions{
-			Recursive: f.recursive, Force: f.force, Workers: f.workers, Copied: task.Add,
+			Recursive: f.recursive, Force: f.force, Workers: f.workers, Copied: task.Add, Devices: f.devices, SetID: f.setID,
 			Warn:   func(name string, err error) { a.log.Warn("not kept", "file", name, "error", err) },
 			Failed: failed.add,
 		})
-		sum.Files, sum.Dirs, sum.Bytes = sum.Files+res.Files, sum.Dirs+res.Dirs, sum.Bytes+res.Bytes
-		sum.OwnersLost += res.OwnersLost
+		sum.Add(res)
 		return err //nolint:wrapcheck // names the file
 	})
 	task.Done()
@@ -218,6 +225,12 @@ func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags
 	}
 	if sum.OwnersLost > 0 {
 		a.log.Warn("owners are not kept, since only root can set them: all belongs to you", "files", sum.OwnersLost)
+	}
+	if sum.DevicesLeft > 0 {
+		a.log.Warn("device nodes were left out: with --devices they are made", "files", sum.DevicesLeft)
+	}
+	if sum.SetIDLost > 0 {
+		a.log.Warn("set-ID bits and capabilities of programs were not kept: with --setid they are", "files", sum.SetIDLost)
 	}
 	incomplete := failed.report(a, target)
 	return errors.Join(a.print(cpResult{target, sum, failed}, func(t *table) {

@@ -214,7 +214,7 @@ func TestCpWithoutRoot(t *testing.T) {
 		diskfstest.Run(t, "chmod", "0755", d, filepath.Dir(d))
 	}
 	target := filepath.Join(env["HOME"], "copy")
-	cmd := exec.Command("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", program, "cp", "-r", "shop/db@latest:/etc", target)
+	cmd := exec.Command("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", program, "cp", "-r", "--devices", "shop/db@latest:/etc", target)
 	cmd.Env = append(os.Environ(), env.list()...)
 	out, err := cmd.CombinedOutput()
 	if err != nil || strings.Count(string(out), "only root can set them") != 1 || !strings.Contains(string(out), "files=3") ||

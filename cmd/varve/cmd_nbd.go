@@ -314,11 +314,12 @@ func newNBDReadCommand(a *app) *cobra.Command {
 	}
 	r.flags(cmd)
 	cmd.Flags().BoolVar(&dump, "hex", false, "show a hex dump, numbered from the beginning of the range")
-	cmd.Flags().BoolVar(&overwrite, "overwrite", false, "replace a file that exists")
+	cmd.Flags().BoolVar(&overwrite, "overwrite", false, "write over a file that exists, or what a device holds")
 	return cmd
 }
 
-// mayReplace refuses to write over a file, unless told to, and over what is in use.
+// mayReplace refuses to write over a file and over what a device holds, unless told to, and over what
+// is in use.
 func mayReplace(path string, overwrite bool) error {
 	info, err := os.Stat(path)
 	switch {
@@ -330,10 +331,15 @@ func mayReplace(path string, overwrite bool) error {
 		return nil
 	}
 	uses, err := disk.Uses(path)
-	if err == nil && len(uses) > 0 {
-		err = &disk.InUseError{Path: path, Uses: uses, Advice: "release it (umount, swapoff, losetup -d, ...) or choose another target"}
+	switch {
+	case err != nil:
+		return err
+	case len(uses) > 0:
+		return &disk.InUseError{Path: path, Uses: uses, Advice: "release it (umount, swapoff, losetup -d, ...) or choose another target"}
+	case isBlockDevice(info) && !overwrite:
+		return mayOverwriteDevice(path)
 	}
-	return err
+	return nil
 }
 
 // createOutput opens what is written to. A device is claimed, so that nobody mounts it

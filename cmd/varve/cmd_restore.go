@@ -36,13 +36,17 @@ func newRestoreCommand(a *app) *cobra.Command {
 		Long: `Write a recovery point to a device, an image file, or standard output ('-').
 
 A file is made sparse; a device must be at least as large as the disk, and
-neither may be in use unless --force is given. A file that exists is replaced
-with --overwrite only. What a device has behind the end of the disk is left as
-it is. A restore that was interrupted goes on where it stopped when it is run
+neither may be in use unless --force is given. --overwrite is needed for a file
+that exists, and for a device that holds anything known (a file system, a
+partition table, LVM, LUKS, swap, a member of a RAID, ...): the message names it.
+What a device has behind the end of the disk is left as it is, and the result
+says how to use it. A restore that was interrupted goes on where it stopped when it is run
 again; a sample of what is there already (--verify-unchanged) is read first, and
 all of it is compared if the target was used in between.
 
---delta keeps what the target has and writes only what differs. With --base,
+--delta keeps what the target has and writes only what differs. The target must
+hold the same disk (by the UUID of its file system or the ID of its partition
+table), or nothing known, unless --overwrite is given. With --base,
 the target is known to hold another recovery point (a disk to be rolled back,
 say), and only the difference between the two points is written; --changed
 names a list of what was written to the target since (docs/cbt-extents.md).
@@ -59,7 +63,7 @@ compared. Without --base all of the target is read and compared.
 	}
 	fl := cmd.Flags()
 	fl.BoolVar(&f.force, "force", false, "overwrite a target that is mounted or in use otherwise")
-	fl.BoolVar(&f.overwrite, "overwrite", false, "replace a file that exists")
+	fl.BoolVar(&f.overwrite, "overwrite", false, "write over a file that exists, or what a device holds")
 	fl.BoolVar(&f.verify, "verify", false, "read the target back and compare")
 	fl.BoolVar(&f.delta, "delta", false, "write only what differs from what the target holds")
 	fl.StringVar(&f.base, "base", "", "recovery point that the target is known to hold (with --delta)")
@@ -77,6 +81,8 @@ type restoreResult struct {
 	Cluster string `json:"cluster"`
 	Target  string `json:"target"`
 	backup.RestoreResult
+	// Tail is what to know of a device that is larger than the disk.
+	Tail []string `json:"tail,omitempty"`
 }
 
 func (f restoreFlags) check(target string) error {
@@ -143,21 +149,17 @@ func (a *app) restore(ctx context.Context, name, path string, f restoreFlags) (e
 	return a.printRestore(p, a.clusterOf(repo), path, res)
 }
 
-func (a *app) restoreToDisk(ctx context.Context, repo *repository.Repository, p *backup.Point, path string, f restoreFlags, opt backup.RestoreOptions) (res backup.RestoreResult, err error) {
+func (a *app) restoreToDisk(ctx context.Context, repo *repository.Repository, p *backup.Point, path string, f restoreFlags, opt backup.RestoreOptions) (res restoreResult, err error) {
 	if opt.Journal, err = a.restoreJournal(path); err != nil {
 		return res, err
 	}
 	info, err := os.Stat(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
+	isNew := errors.Is(err, fs.ErrNotExist)
+	if isNew {
 		opt.Restart = true // a journal would be of a file that is gone
 		if opt.Delta {
 			return res, usagef("--delta changes what a target holds, but %s does not exist", path)
 		}
-	case err == nil && info.Mode().IsRegular() && info.Size() > 0 && !opt.Delta && !f.overwrite && !exists(opt.Journal):
-		// With a journal the file is, or is found not to be, that of a restore
-		// that was interrupted.
-		return res, fmt.Errorf("%w: %s: replace it with --overwrite, write only what differs with --delta, or choose another name", errTargetExists, path)
 	}
 	target, err := disk.OpenTarget(path, disk.TargetOptions{
 		Size: p.Size, Force: f.force, Keep: true,
@@ -172,21 +174,25 @@ func (a *app) restoreToDisk(ctx context.Context, repo *repository.Repository, p 
 		}
 		err = errors.Join(err, target.Close())
 	}()
+	if !isNew && !f.overwrite {
+		if err := mayRestore(ctx, repo, p, target, info, opt); err != nil {
+			return res, err
+		}
+	}
 	if f.changed != "" {
 		if opt.Changed, err = a.changedRanges(ctx, f.changed, opt.Base, target.Size()); err != nil {
 			return res, err
 		}
 	}
-	return backup.Restore(ctx, repo, p, target, opt)
+	res.RestoreResult, err = backup.Restore(ctx, repo, p, target, opt)
+	if err == nil && target.Device() {
+		res.Tail = tailAdvice(path, target, target.Size(), p.Size)
+	}
+	return res, err
 }
 
 // errTargetExists means that a restore would replace a file.
 var errTargetExists = errors.New("the target exists already")
-
-func exists(path string) bool {
-	_, err := os.Stat(path)
-	return path != "" && err == nil
-}
 
 // restoreJournal is where the restore to a target notes how far it is. The name
 // follows the target's path; what it is bound to is the target itself.
@@ -232,9 +238,9 @@ func (a *app) changedRanges(ctx context.Context, path string, base *backup.Point
 	return out, nil
 }
 
-func (a *app) printRestore(p *backup.Point, cluster, path string, res backup.RestoreResult) error {
-	out := restoreResult{Name: p.Name(), ID: p.ID, Cluster: p.Volume.Cluster, Target: path, RestoreResult: res}
-	return a.print(out, func(t *table) {
+func (a *app) printRestore(p *backup.Point, cluster, path string, res restoreResult) error {
+	res.Name, res.ID, res.Cluster, res.Target = p.Name(), p.ID, p.Volume.Cluster, path
+	return a.print(res, func(t *table) {
 		t.line("restored %s (ID %s) to %s in %s", p.NameIn(cluster), p.ShortID(), path, res.Duration.Round(time.Millisecond))
 		t.line("  %s: wrote %s, zeroed %s", res.Mode, t.bytes(res.Written), t.bytes(res.Zeroed))
 		if res.Mode != backup.RestoreFull {
@@ -248,6 +254,9 @@ func (a *app) printRestore(p *backup.Point, cluster, path string, res backup.Res
 		}
 		if res.Verified > 0 {
 			t.line("  verified: %s read back and are the recovery point", t.bytes(res.Verified))
+		}
+		for _, line := range res.Tail {
+			t.line("  %s", line)
 		}
 	})
 }

@@ -228,3 +228,8 @@ func TestKernelMountLeavesOtherLoopDevices(t *testing.T) {
 		t.Errorf("on the directory are mounted %q", lines)
 	}
 }
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}

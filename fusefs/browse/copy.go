@@ -25,6 +25,12 @@ type CopyOptions struct {
 	Recursive bool
 	// Force replaces files that are there already.
 	Force bool
+	// Devices makes the device nodes of the image. They give access to the devices of this
+	// machine, by the modes that the image says.
+	Devices bool
+	// SetID keeps the set-user-ID and set-group-ID bits and the capabilities of files, by
+	// which a program of the image runs with rights on this machine.
+	SetID bool
 	// Workers copy files at once; 0 for twice the processors.
 	Workers int
 	// Copied is told how many bytes were written, from any goroutine.
@@ -73,12 +79,22 @@ type CopyResult struct {
 	// OwnersLost counts files and directories that belong to the copying user now, since only
 	// root can give files away.
 	OwnersLost int64 `json:"ownersLost,omitempty"`
+	// DevicesLeft counts device nodes that were left out, and SetIDLost files that do not have their
+	// set-ID bits or capabilities, both for want of the option.
+	DevicesLeft int64 `json:"devicesLeft,omitempty"`
+	SetIDLost   int64 `json:"setIDLost,omitempty"`
+}
+
+// Add adds what another copy counted.
+func (r *CopyResult) Add(o CopyResult) {
+	r.Files, r.Dirs, r.Bytes = r.Files+o.Files, r.Dirs+o.Dirs, r.Bytes+o.Bytes
+	r.OwnersLost, r.DevicesLeft, r.SetIDLost = r.OwnersLost+o.OwnersLost, r.DevicesLeft+o.DevicesLeft, r.SetIDLost+o.SetIDLost
 }
 
 // Copy copies a file, or a directory with all that is below, out of an image to a
 // path that does not exist, or to a directory with another such tree in it.
 // Modes, owners, times, extended attributes, hard links, special files and holes are
-// kept as far as this process may.
+// kept as far as this process may; device nodes and set-ID bits where the options say so.
 //
 // Nothing is written outside of the target, whatever the image holds: names are
 // checked by diskfs, files are opened below their directory by openat2 without
@@ -92,7 +108,7 @@ func Copy(ctx context.Context, fsys diskfs.FileSystem, name, target string, opt 
 		return CopyResult{}, fmt.Errorf("copy to %s: %w", target, err)
 	}
 	defer root.Close()
-	c := &copier{fsys: fsys, root: root, opt: opt, links: map[uint64]string{}, missing: map[string]bool{}, refused: map[string]bool{}}
+	c := &copier{fsys: fsys, root: root, opt: opt, links: map[uint64]string{}, missing: map[string]bool{}, refused: map[string]error{}}
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(opt.Workers)
 	c.group, c.ctx = g, gctx
@@ -110,7 +126,8 @@ func Copy(ctx context.Context, fsys diskfs.FileSystem, name, target string, opt 
 	if err == nil {
 		err = c.finish()
 	}
-	return CopyResult{Files: c.files.Load(), Dirs: int64(len(c.dirs)), Bytes: c.bytes.Load(), OwnersLost: c.ownersLost.Load()}, err
+	return CopyResult{Files: c.files.Load(), Dirs: int64(len(c.dirs)), Bytes: c.bytes.Load(),
+		OwnersLost: c.ownersLost.Load(), DevicesLeft: c.devicesLeft.Load(), SetIDLost: c.setIDLost.Load()}, err
 }
 
 type copier struct {
@@ -120,15 +137,15 @@ type copier struct {
 	group *errgroup.Group
 	ctx   context.Context //nolint:containedctx // lives for one copy
 
-	files, bytes, ownersLost atomic.Int64
+	files, bytes, ownersLost, devicesLeft, setIDLost atomic.Int64
 
 	dirs  []made // their metadata is set last: writing into them changes it
 	later []made // hard links, whose first name must be there
 	links map[uint64]string
 
-	telling sync.Mutex      // one at a time; guards what follows
-	missing map[string]bool // paths in the target of files that could not be read
-	refused map[string]bool // and of special files, which this process may not make
+	telling sync.Mutex       // one at a time; guards what follows
+	missing map[string]bool  // paths in the target of files that could not be read
+	refused map[string]error // and of special files that were not made, with the reason
 }
 
 // failed decides whether the copy goes on after an error; to is the path in the target
@@ -186,6 +203,11 @@ func (c *copier) isDir(to string, err error) bool {
 
 // file makes anything but a directory.
 func (c *copier) file(e *Entry, to string) error {
+	if e.Info.Mode()&fs.ModeDevice != 0 && !c.opt.Devices {
+		c.devicesLeft.Add(1)
+		c.refuse(e, to, errDevice)
+		return nil
+	}
 	if c.opt.Force {
 		if err := c.root.Remove(to); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("copy: %w", err)
@@ -204,7 +226,7 @@ func (c *copier) file(e *Entry, to string) error {
 		}
 	default:
 		if err = c.special(e, to); errors.Is(err, unix.EPERM) {
-			c.refuse(e, to)
+			c.refuse(e, to, errRefused)
 			return nil
 		}
 	}
@@ -219,11 +241,11 @@ func (c *copier) file(e *Entry, to string) error {
 }
 
 // refuse leaves out a special file, and with it its other names.
-func (c *copier) refuse(e *Entry, to string) {
+func (c *copier) refuse(e *Entry, to string, why error) {
 	c.telling.Lock()
-	c.refused[to] = true
+	c.refused[to] = why
 	c.telling.Unlock()
-	c.warned(e.Path, errRefused)
+	c.warned(e.Path, why)
 }
 
 // inDirectory calls fn with the open directory that a target path lies in.
@@ -250,6 +272,7 @@ func (c *copier) special(e *Entry, to string) error {
 var (
 	errLinked  = errors.New("it is another name of a file that cannot be read")
 	errRefused = fmt.Errorf("special files need root: %w", unix.EPERM)
+	errDevice  = errors.New("it is a device node, which is made only where that is asked for")
 )
 
 // finish makes hard links, then gives directories their metadata, deepest first.
@@ -261,8 +284,11 @@ func (c *copier) finish() error {
 			}
 			continue
 		}
-		if c.refused[l.first] {
-			c.warned(l.entry.Path, errRefused)
+		if why := c.refused[l.first]; why != nil {
+			if errors.Is(why, errDevice) {
+				c.devicesLeft.Add(1)
+			}
+			c.warned(l.entry.Path, why)
 			continue
 		}
 		if c.opt.Force {
@@ -301,7 +327,10 @@ func (c *copier) keep(e *Entry, to string) error {
 			}
 			c.ownersLost.Add(1)
 		}
-		mode := st.Mode & 0o7777
+		mode, lost := st.Mode&0o7777, false
+		if !c.opt.SetID && !e.IsDir() && mode&0o6000 != 0 { // a directory's only says whose new files are
+			mode, lost = mode&^0o6000, true
+		}
 		if os.Geteuid() != 0 && (int(st.UID) != os.Geteuid() || int(st.GID) != os.Getegid()) {
 			mode &^= 0o6000 // set-id of another's program must not become ours
 		}
@@ -309,9 +338,16 @@ func (c *copier) keep(e *Entry, to string) error {
 		// itself.
 		self := fmt.Sprintf("/proc/self/fd/%d/%s", dir, name)
 		for _, a := range attrs {
+			if a.Name == "security.capability" && !c.opt.SetID {
+				lost = true
+				continue
+			}
 			if err := unix.Lsetxattr(self, a.Name, a.Value, 0); err != nil {
 				c.warned(e.Path, fmt.Errorf("attribute %s: %w", a.Name, err))
 			}
+		}
+		if lost {
+			c.setIDLost.Add(1)
 		}
 		if !link {
 			if err := unix.Fchmodat(dir, name, mode, 0); err != nil {

@@ -82,3 +82,19 @@ func (c *Contents) Describe() string {
 	}
 	return text
 }
+
+// Same reports whether two disks hold the same thing: the same file system, array or pool by its
+// UUID, or the same partition table by its ID. Where a format has no such ID, its type decides.
+func (c *Contents) Same(other *Contents) bool {
+	switch {
+	case c.Signature != nil && other.Signature != nil:
+		a, b := c.Signature, other.Signature
+		if a.UUID != "" || b.UUID != "" {
+			return a.UUID == b.UUID && a.MemberUUID == b.MemberUUID
+		}
+		return a.Type == b.Type
+	case c.Table != nil && other.Table != nil:
+		return c.Table.Scheme == other.Table.Scheme && c.Table.ID == other.Table.ID
+	}
+	return c.Empty() && other.Empty()
+}

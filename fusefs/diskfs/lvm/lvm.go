@@ -76,9 +76,9 @@ func groupVolumes(pv *PV, byID map[string]*PV) []*Volume {
 		vol := &Volume{Group: pv.GroupName, Name: name, UUID: lv.text("id")}
 		vol.Err = vol.assemble(lv, pv.group, byID)
 		if origin, ok := snapshots[name]; ok {
-			vol.Err = vol.unsupported("a snapshot of "+origin)
+			vol.Err = vol.unsupported("a snapshot of " + origin)
 		} else if snapshot, ok := merging[name]; ok {
-			vol.Err = vol.unsupported("which the snapshot "+snapshot+" is being merged into")
+			vol.Err = vol.unsupported("which the snapshot " + snapshot + " is being merged into")
 		}
 		list = append(list, vol)
 	}

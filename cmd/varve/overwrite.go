@@ -1,0 +1,169 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/disk"
+	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/probe"
+	"github.com/varve-io/varve/internal/progress"
+)
+
+// contentsOf describes what stands on a device or in a file of size bytes; empty if that is nothing
+// known.
+func contentsOf(r io.ReaderAt, size int64) (*probe.Contents, string, error) {
+	c, err := probe.ReadContents(r, size)
+	var table *probe.TableError
+	switch {
+	case errors.As(err, &table):
+		return &probe.Contents{}, "a damaged partition table (" + table.What + ")", nil
+	case err != nil:
+		return nil, "", err //nolint:wrapcheck // says what could not be read
+	}
+	return c, c.Describe(), nil
+}
+
+// refuseContents is the error of a command that would write over something unasked.
+func refuseContents(path, holds, advice string) error {
+	return fmt.Errorf("%w: %s holds %s: nothing was written; %s", errTargetExists, path, holds, advice)
+}
+
+// mayRestore refuses to write over what a target holds, unless it is what the restore is about: the
+// disk itself, or its base, which a delta or the rest of an interrupted restore is written to.
+func mayRestore(ctx context.Context, repo *repository.Repository, p *backup.Point, target *disk.Target, info fs.FileInfo, opt backup.RestoreOptions) error {
+	// With a journal the target is that of a restore that was interrupted.
+	interrupted := !opt.Delta && backup.JournalTarget(opt.Journal) == target.Identity()
+	if info.Mode().IsRegular() && info.Size() > 0 && !opt.Delta && !interrupted {
+		return fmt.Errorf("%w: %s: replace it with --overwrite, write only what differs with --delta, or choose another name", errTargetExists, target.Path())
+	}
+	have, holds, err := targetContents(target)
+	if err != nil {
+		return fmt.Errorf("%w: see what %s holds: %w; with --overwrite it is written to unseen", errTargetExists, target.Path(), err)
+	}
+	if holds == "" {
+		return nil
+	}
+	if !opt.Delta && !interrupted {
+		return refuseContents(target.Path(), holds, "write over it with --overwrite, write only what differs with --delta, or choose another target")
+	}
+	for _, known := range []*backup.Point{p, opt.Base} {
+		if known == nil {
+			continue
+		}
+		want, err := pointContents(ctx, repo, known)
+		if err != nil {
+			return err
+		}
+		if have.Same(want) {
+			return nil
+		}
+	}
+	return refuseContents(target.Path(), holds, "that is another disk than that of "+p.Name()+"; if it is to be lost use --overwrite, else choose another target")
+}
+
+// targetContents reads through another descriptor: a target is the size that it is to have, a file
+// may be longer or shorter.
+func targetContents(target *disk.Target) (*probe.Contents, string, error) {
+	f, err := os.Open(target.Path())
+	if err != nil {
+		return nil, "", err //nolint:wrapcheck // names the file
+	}
+	defer f.Close()
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		return nil, "", fmt.Errorf("size of %s: %w", target.Path(), err)
+	}
+	return contentsOf(f, size)
+}
+
+// pointContents recognises what a point's disk holds; nothing where its partition table is damaged.
+func pointContents(ctx context.Context, repo *repository.Repository, p *backup.Point) (*probe.Contents, error) {
+	root, err := backup.OpenRoot(ctx, repo, p)
+	if err != nil {
+		return nil, err
+	}
+	cache := image.NewCacheWithWorkers(probeCacheBytes, 1)
+	defer cache.Close()
+	img, err := image.Open(repo, cache, root, p.Generation)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", p.Name(), err)
+	}
+	c, _, err := contentsOf(img, img.Size())
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", p.Name(), err)
+	}
+	return c, nil
+}
+
+// probeCacheBytes bounds the blocks kept while a disk is recognised.
+const probeCacheBytes = 16 << 20
+
+// mayOverwriteDevice refuses a device that holds anything known.
+func mayOverwriteDevice(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil //nolint:nilerr // opening it for writing says what is wrong
+	}
+	defer f.Close()
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		return fmt.Errorf("size of %s: %w", path, err)
+	}
+	_, holds, err := contentsOf(f, size)
+	if err != nil {
+		return fmt.Errorf("%w: see what %s holds: %w; with --overwrite it is written to unseen", errTargetExists, path, err)
+	}
+	if holds != "" {
+		return refuseContents(path, holds, "write over it with --overwrite, or choose another name")
+	}
+	return nil
+}
+
+// tailAdvice says what to know of a device that is larger than the disk that was restored to it.
+func tailAdvice(path string, target io.ReaderAt, size, diskSize int64) []string {
+	if size <= diskSize {
+		return nil
+	}
+	lines := []string{fmt.Sprintf("the device is %s larger than the disk; what it has there was left as it is", progress.FormatBytes(size-diskSize))}
+	disk, _, err := contentsOf(io.NewSectionReader(target, 0, diskSize), diskSize)
+	if err != nil {
+		return lines
+	}
+	if whole, holds, err := contentsOf(target, size); err == nil && !whole.Same(disk) && holds != "" {
+		lines = append(lines, fmt.Sprintf("that is %s, which hides the restored disk: see 'wipefs %s', and remove it", holds, path))
+	}
+	return append(lines, growAdvice(path, disk)...)
+}
+
+// growAdvice says how what a disk holds takes the rest of a larger device.
+func growAdvice(path string, c *probe.Contents) []string {
+	switch {
+	case c.Table != nil && c.Table.Scheme == "gpt":
+		return []string{
+			fmt.Sprintf("the backup copy of its GPT belongs at the device's end: move it with 'sgdisk -e %s'", path),
+			"then partitions can be grown (growpart, parted), and the file systems in them",
+		}
+	case c.Table != nil:
+		return []string{"partitions can be grown (growpart, parted), and the file systems in them"}
+	case c.Signature == nil:
+		return nil
+	}
+	if how, ok := growers[c.Signature.Type]; ok {
+		return []string{fmt.Sprintf("grow it with "+how, path)}
+	}
+	return nil
+}
+
+// growers are the commands that grow what is on a device to its end.
+var growers = map[string]string{
+	"ext2": "'resize2fs %s'", "ext3": "'resize2fs %s'", "ext4": "'resize2fs %s'",
+	"xfs": "'xfs_growfs' once it is mounted (%s)", "btrfs": "'btrfs filesystem resize max' once it is mounted (%s)",
+	"ntfs": "'ntfsresize %s'", "f2fs": "'resize.f2fs %s'", "LVM2_member": "'pvresize %s'", "crypto_LUKS": "'cryptsetup resize' once it is open (%s)",
+}
