@@ -79,6 +79,11 @@ type Options struct {
 	// on with, a volume that shares the parent's blocks. What the parent's
 	// storage calls it is no business of the new volume.
 	Branch bool
+	// OtherDisk says what to do with another disk than that of the newest point, and
+	// AllowShrink accepts one that became smaller. In a new lineage Source is asked
+	// with Full only, as its changes are relative to another disk; Fallback are.
+	OtherDisk   OtherDiskPolicy
+	AllowShrink bool
 	// BlockSize in bytes; 0 for the parent's, or for the default of the size.
 	BlockSize int64
 	// NotCrashConsistent marks a disk that was written to while it was read.
@@ -148,6 +153,7 @@ type run struct {
 	build  *blocktree.Builder
 	rec    *blocktree.Record
 	work   *worklist
+	lineage
 
 	incomplete     string    // manifest that protects what was flushed so far
 	protected      time.Time // when it was written, by the repository's clock
@@ -290,6 +296,9 @@ func (r *run) prepare(ctx context.Context) error {
 		return err
 	}
 	latest := cat.Latest(v)
+	if err := r.chooseLineage(ctx, cat); err != nil {
+		return err
+	}
 	if err := r.chooseParent(cat, quarantined); err != nil {
 		return err
 	}
@@ -314,6 +323,10 @@ func (r *run) prepare(ctx context.Context) error {
 		Size: r.lay.Size, BlockSize: r.lay.BlockSize,
 		VolumeHandle: r.opt.VolumeHandle, FileSystem: r.opt.FileSystem, Claim: r.opt.Claim,
 		NotCrashConsistent: r.opt.NotCrashConsistent, ToolVersion: r.opt.ToolVersion, Notes: r.notes,
+		Disk: r.lineage.identity, Lineage: r.lineage.id, LineageReason: r.lineage.reason,
+	}
+	if r.lineage.begins {
+		rec.Lineage = rec.ID
 	}
 	if latest != nil {
 		rec.Generation = latest.Generation + 1
@@ -334,12 +347,9 @@ func (r *run) chooseParent(cat *Catalog, quarantined map[string]Quarantine) erro
 	}
 	v := r.opt.Volume
 	if r.opt.Parent != "" {
-		p, err := Names{Catalog: cat, Cluster: v.Cluster}.Read(r.opt.Parent)
+		p, err := r.namedParent(cat)
 		if err != nil {
-			return fmt.Errorf("%w: %w", ErrWrongParent, err)
-		}
-		if p.Volume != v && !r.opt.Branch {
-			return fmt.Errorf("%w: %s is a point of %s, not of %s", ErrWrongParent, p.Name(), p.Volume.FullName(), v.FullName())
+			return err
 		}
 		if q, bad := quarantined[p.ID]; bad {
 			return fmt.Errorf("%w: %s is quarantined: %s", ErrWrongParent, p.Name(), q.Reason)
@@ -347,7 +357,10 @@ func (r *run) chooseParent(cat *Catalog, quarantined map[string]Quarantine) erro
 		r.parent = p
 		return nil
 	}
-	all := cat.Of(v)
+	all := cat.lineage(v, r.lineage.id)
+	if r.lineage.other {
+		all = cat.Of(v) // the disk may have been restored from the one before
+	}
 	for i := len(all) - 1; i >= 0; i-- {
 		if _, bad := quarantined[all[i].ID]; !bad && all[i].Foreign == "" {
 			r.parent = all[i]
@@ -355,6 +368,19 @@ func (r *run) chooseParent(cat *Catalog, quarantined map[string]Quarantine) erro
 		}
 	}
 	return nil
+}
+
+// namedParent finds the point that was asked for as the parent.
+func (r *run) namedParent(cat *Catalog) (*Point, error) {
+	v := r.opt.Volume
+	p, err := Names{Catalog: cat, Cluster: v.Cluster}.Read(r.opt.Parent)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrWrongParent, err)
+	}
+	if p.Volume != v && !r.opt.Branch {
+		return nil, fmt.Errorf("%w: %s is a point of %s, not of %s", ErrWrongParent, p.Name(), p.Volume.FullName(), v.FullName())
+	}
+	return p, nil
 }
 
 // warnOfDamage says so if a verify found the parent damaged and nobody has
@@ -380,12 +406,15 @@ func (r *run) warnOfDamage(ctx context.Context) error {
 func (r *run) chooseLayout(ctx context.Context) error {
 	size := r.opt.Disk.Size()
 	r.lay = blocktree.Layout{Size: size, BlockSize: r.opt.BlockSize}
+	if r.lineage.other && r.parent != nil && r.opt.BlockSize != 0 && r.opt.BlockSize != r.parent.BlockSize && r.opt.Parent == "" {
+		r.parent = nil // another disk may have another block size
+	}
 	if r.parent != nil {
 		if r.opt.BlockSize != 0 && r.opt.BlockSize != r.parent.BlockSize {
 			return fmt.Errorf("%w: %s has blocks of %d bytes, not %d; take a new full to change the block size",
 				ErrWrongParent, r.parent.Name(), r.parent.BlockSize, r.opt.BlockSize)
 		}
-		if r.opt.VolumeHandle != "" && r.parent.VolumeHandle != "" && r.opt.VolumeHandle != r.parent.VolumeHandle {
+		if !r.lineage.other && r.opt.VolumeHandle != "" && r.parent.VolumeHandle != "" && r.opt.VolumeHandle != r.parent.VolumeHandle {
 			return fmt.Errorf("%w: %s is of volume handle %q, the source is %q; if the volume was replaced take a full",
 				ErrWrongParent, r.parent.Name(), r.parent.VolumeHandle, r.opt.VolumeHandle)
 		}

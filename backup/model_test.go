@@ -306,17 +306,26 @@ func (m *model) write(v *modelVolume) {
 	}
 	v.disk.write(p, off)
 	m.touch(v, off, length)
+	m.mark(v)
+}
+
+// mark keeps a disk from becoming blank, which a backup would refuse.
+func (m *model) mark(v *modelVolume) {
+	v.disk.write([]byte{1}, 0)
+	m.touch(v, 0, 1)
 }
 
 func (m *model) zero(v *modelVolume) {
 	off, length := m.somewhere(v, 200_000)
 	v.disk.write(make([]byte, length), off)
 	m.touch(v, off, length)
+	m.mark(v)
 }
 
 func (m *model) resize(v *modelVolume) {
 	size := max(1, v.disk.size+m.rng.Int64N(300_000)-150_000)
 	v.disk.resize(size)
+	m.mark(v)
 }
 
 // listing is what a tracker would say, with extra pages reported for nothing.
@@ -364,7 +373,7 @@ func (m *model) options(v *modelVolume, src cbt.Source, full bool) Options {
 		d = v.disk.clone().holey()
 	}
 	return Options{
-		Volume: v.name, Disk: d, Source: src, Full: full, BlockSize: m.blockSize(v, full),
+		Volume: v.name, Disk: d, Source: src, Full: full, AllowShrink: true, BlockSize: m.blockSize(v, full),
 		VerifyUnchanged: []float64{0, 0.001, 1}[m.rng.IntN(3)], Workers: 1 + m.rng.IntN(4),
 	}
 }

@@ -16,15 +16,18 @@ import (
 
 // Point is a recovery point as a list shows it.
 type Point struct {
-	ManifestID   string
-	ID           string // 32 hexadecimal digits; a foreign point's is its manifest ID
-	Volume       Volume
-	Generation   int64
-	Parent       string // ID of the point it was an increment of; may be gone
-	Kind         string
-	Time         time.Time
-	Size         int64 // bytes
-	BlockSize    int64 // bytes; 0 for a foreign point
+	ManifestID string
+	ID         string // 32 hexadecimal digits; a foreign point's is its manifest ID
+	Volume     Volume
+	Generation int64
+	Parent     string // ID of the point it was an increment of; may be gone
+	Kind       string
+	Time       time.Time
+	Size       int64 // bytes
+	BlockSize  int64 // bytes; 0 for a foreign point
+	// Lineage is the ID of the point with which the points of this disk begin; empty
+	// for the first disk that the volume had.
+	Lineage      string
 	ChangeID     string
 	VolumeHandle string
 	// SnapshotHandle is what the storage calls the snapshot that was read.
@@ -64,6 +67,7 @@ const (
 	tagNamespace  = "varve-namespace-uid"
 	tagUnread     = "varve-unread"
 	tagLive       = "varve-live"
+	tagLineage    = "varve-lineage"
 )
 
 func recordTags(r *blocktree.Record) map[string]string {
@@ -76,7 +80,7 @@ func recordTags(r *blocktree.Record) map[string]string {
 		tagSize:       strconv.FormatInt(r.Size, 10),
 		tagBlockSize:  strconv.FormatInt(r.BlockSize, 10),
 	}
-	for k, v := range map[string]string{tagParent: r.Parent, tagChangeID: r.ChangeID, tagHandle: r.VolumeHandle, tagSnapshot: r.SnapshotHandle, tagNamespace: namespaceUID(r)} {
+	for k, v := range map[string]string{tagParent: r.Parent, tagChangeID: r.ChangeID, tagHandle: r.VolumeHandle, tagSnapshot: r.SnapshotHandle, tagNamespace: namespaceUID(r), tagLineage: r.Lineage} {
 		if v != "" {
 			tags[k] = v
 		}
@@ -120,7 +124,7 @@ func (p *Point) fillFromTags(tags map[string]string) error {
 	p.ID, p.Generation, p.Size, p.BlockSize, p.Time = id, gen, size, block, t
 	p.Parent, p.Kind, p.ChangeID, p.VolumeHandle = tags[tagParent], tags[tagKind], tags[tagChangeID], tags[tagHandle]
 	p.NamespaceUID = tags[tagNamespace]
-	p.SnapshotHandle, p.NotCrashConsistent = tags[tagSnapshot], tags[tagLive] != ""
+	p.SnapshotHandle, p.NotCrashConsistent, p.Lineage = tags[tagSnapshot], tags[tagLive] != "", tags[tagLineage]
 	if n := tags[tagUnread]; n != "" {
 		var err error
 		if p.Unread, err = strconv.ParseInt(n, 10, 64); err != nil || p.Unread < 0 {
@@ -143,6 +147,7 @@ func (p *Point) fillFromRecord(r *blocktree.Record) {
 	p.Parent, p.Kind, p.ChangeID, p.VolumeHandle = r.Parent, r.Kind, r.ChangeID, r.VolumeHandle
 	p.NamespaceUID = namespaceUID(r)
 	p.SnapshotHandle, p.NotCrashConsistent, p.Unread = r.SnapshotHandle, r.NotCrashConsistent, unreadBytes(r)
+	p.Lineage = r.Lineage
 }
 
 func namespaceUID(r *blocktree.Record) string {

@@ -171,7 +171,7 @@ func twoPoints(t *testing.T, r *repository.Repository, seed uint64, size, size2 
 		copy(dataB[off:], randomBytes(rng, 1000))
 		clear(dataB[rng.IntN(size2-300<<10):][:200<<10])
 	}
-	b, _ = mustBackup(t, r, Options{Volume: v, Disk: &memDisk{data: dataB}})
+	b, _ = mustBackup(t, r, Options{Volume: v, Disk: &memDisk{data: dataB}, AllowShrink: true})
 	return a, b, dataA, dataB
 }
 

@@ -21,6 +21,10 @@ type Policy struct {
 	Within time.Duration
 	// Location is where days begin; nil for UTC.
 	Location *time.Location
+	// MergeLineages counts all points of a volume together. Without it those of each
+	// disk that the volume had are counted by themselves, so that the last point of a
+	// disk that is gone stays.
+	MergeLineages bool
 	// Floor is kept whatever the numbers above say.
 	Floor Floor
 }
@@ -127,6 +131,32 @@ func (r *rule) keep(t time.Time) bool {
 // nothing else: not on the clock, and not on the order of the points' times,
 // which skewed clocks may have mixed up.
 func (p Policy) Apply(points []Candidate) []Decision {
+	of := func(c Candidate) string {
+		if p.MergeLineages {
+			return ""
+		}
+		return c.Point.Lineage
+	}
+	places := map[string][]int{} // of each lineage's points
+	for i, c := range points {
+		places[of(c)] = append(places[of(c)], i)
+	}
+	out := make([]Decision, len(points))
+	for _, at := range places {
+		lineage := make([]Candidate, len(at))
+		for i, j := range at {
+			lineage[i] = points[j]
+		}
+		for i, d := range p.applyOne(lineage) {
+			out[at[i]] = d
+		}
+	}
+	return out
+}
+
+// applyOne decides about the points of one lineage. The newest whole one always stays: a
+// policy that keeps nothing is refused by Check.
+func (p Policy) applyOne(points []Candidate) []Decision {
 	loc := p.Location
 	if loc == nil {
 		loc = time.UTC

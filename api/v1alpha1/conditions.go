@@ -53,6 +53,7 @@ const (
 	ReasonCompared          = "Compared"
 	ReasonRetentionFailed   = "RetentionFailed"
 	ReasonRetentionFloor    = "RetentionFloor"
+	ReasonNewLineage        = "NewLineage"
 	ReasonMaintained        = "Maintained"
 	ReasonSourceLied        = "ChangedBlocksMissing"
 	ReasonDelta             = "Delta"

@@ -72,6 +72,12 @@ type Record struct {
 	NotCrashConsistent bool `json:"notCrashConsistent,omitempty"`
 	// ReadErrors are ranges that could not be read and were stored as zeroes.
 	ReadErrors []Range `json:"readErrors,omitempty"`
+	// Disk is what identified the disk that was read; nil in points of older versions.
+	Disk *DiskIdentity `json:"disk,omitempty"`
+	// Lineage is the ID of the point with which the points of this disk begin; empty
+	// for the first disk that the volume had. LineageReason says, in that point, why.
+	Lineage       string `json:"lineage,omitempty"`
+	LineageReason string `json:"lineageReason,omitempty"`
 	// FileSystem is the type found in the superblock, if any.
 	FileSystem string `json:"fileSystem,omitempty"`
 	// Claim is the Kubernetes claim that was backed up; nil for other disks.
@@ -265,7 +271,7 @@ func (r *Record) keepExtra(p []byte) error {
 func optionalField(k string) bool {
 	switch k {
 	case "parent", "zeroBlock", "zeroSegment", "source", "changeID", "volumeHandle",
-		"snapshotHandle", "notCrashConsistent", "readErrors", "fileSystem", "claim", "spotCheck", "fallbacks", "notes", "toolVersion":
+		"snapshotHandle", "notCrashConsistent", "readErrors", "disk", "lineage", "lineageReason", "fileSystem", "claim", "spotCheck", "fallbacks", "notes", "toolVersion":
 		return true
 	}
 	return false

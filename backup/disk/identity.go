@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -18,7 +19,7 @@ func (h *handle) identity() (string, error) {
 		number := fmt.Sprintf("%d:%d", unix.Major(h.number), unix.Minor(h.number))
 
 		text := fmt.Sprintf("device %s %d", number, h.size)
-		if name := serial("/sys/dev/block/" + number); name != "" {
+		if name := serial("/sys/dev/block/"+number, allNames); name != "" {
 			text += " " + name
 		}
 
@@ -42,10 +43,18 @@ func (h *handle) identity() (string, error) {
 	return text, nil
 }
 
+// Attributes in sysfs that name a device. Those of the hardware are the same wherever the
+// disk is attached; a device mapper target and a loop device may be another disk next time, or,
+// of a snapshot, have another name for the same disk.
+var (
+	hardwareNames = []string{"wwid", "device/wwid", "serial", "device/serial", "device/cid", "md/uuid"}
+	allNames      = append(slices.Clone(hardwareNames), "dm/uuid", "loop/backing_file")
+)
+
 // serial reads what sysfs names a device by: WWN, serial number, UUID of a device
 // mapper target or RAID, backing file of a loop device, with the number of the
 // partition. Empty if nothing.
-func serial(dir string) string {
+func serial(dir string, names []string) string {
 	dir, err := filepath.EvalSymlinks(dir)
 	if err != nil {
 		return ""
@@ -57,7 +66,7 @@ func serial(dir string) string {
 		dir = filepath.Dir(dir)
 	}
 
-	for _, name := range []string{"wwid", "device/wwid", "serial", "device/serial", "device/cid", "dm/uuid", "md/uuid", "loop/backing_file"} {
+	for _, name := range names {
 		if text := attribute(dir, name); text != "" {
 			return text + suffix
 		}

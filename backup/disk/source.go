@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // Options for Open.
@@ -75,6 +77,16 @@ func (s *Source) Size() int64 { return s.size }
 
 // Device says whether it is a block device, else it is a file.
 func (s *Source) Device() bool { return s.device }
+
+// Serial is what the hardware calls the disk, a WWN or a serial number, with the number
+// of the partition; empty if nothing.
+func (s *Source) Serial() string {
+	if !s.device {
+		return ""
+	}
+
+	return serial(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(s.number), unix.Minor(s.number)), hardwareNames)
+}
 
 // SectorSize is the logical block size in bytes: the unit of read errors, and the
 // alignment at which reads are cheapest. For a file it is what direct I/O needs.

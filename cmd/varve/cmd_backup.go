@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/blocktree"
@@ -24,6 +25,7 @@ type backupFlags struct {
 	extentsFormat, extentsBase      string
 	extentsTarget                   string
 	full, live                      bool
+	disk                            diskFlags
 	blockSize                       byteSize
 	onReadError, onMismatch         string
 	verifyUnchanged                 string
@@ -46,6 +48,12 @@ the blocks that differ from the latest recovery point. Without --extents the
 whole source is read and compared with it; with --extents only what a list of
 changed extents names is read (docs/cbt-extents.md), and a sample of the rest
 is checked against the parent.
+
+Each recovery point records which disk it was made of: the UUIDs of file systems
+and of the partition table, the serial number, the size. Another disk, an empty
+one, or one that became smaller is refused. --new-disk begins a new lineage of the
+volume with it, which prune counts apart from the points of the disk before;
+--allow-shrink accepts a smaller size.
 
 Every recovery point can be read as a whole disk and can be deleted without
 touching another. An interrupted backup leaves every older point as it is, and
@@ -84,10 +92,26 @@ the next one goes on from the last checkpoint.`,
 	f.spotCheckLimit = backup.DefaultSpotCheckBytes
 	fl.Var(&f.spotCheckLimit, "spot-check-limit", "read at most this much for --verify-unchanged; 0 for no limit")
 	fl.DurationVar(&f.spotCheckTime, "spot-check-time", backup.DefaultSpotCheckTime, "read at most this long for --verify-unchanged; 0 for no limit")
+	f.disk.add(fl)
 	fl.StringVar(&f.handle, "volume-handle", "", "what the storage calls the volume; a parent of another one is refused")
 	fl.IntVar(&f.workers, "workers", 0, "blocks processed at once (default by the number of CPUs)")
 	fl.DurationVar(&f.checkpoint, "checkpoint-every", time.Minute, "at most this much time between checkpoints")
 	return cmd
+}
+
+// diskFlags say that the disk may differ from the one that was backed up before.
+type diskFlags struct{ isNew, allowShrink bool }
+
+func (f *diskFlags) add(fl *pflag.FlagSet) {
+	fl.BoolVar(&f.isNew, "new-disk", false, "this is another disk than before: begin a new lineage of the volume, or go on with the one this disk had")
+	fl.BoolVar(&f.allowShrink, "allow-shrink", false, "accept a disk that is smaller than it was")
+}
+
+func (f *diskFlags) set(opt *backup.Options) {
+	opt.AllowShrink = f.allowShrink
+	if f.isNew {
+		opt.OtherDisk = backup.NewDisk
+	}
 }
 
 // backupResult is what "varve backup -o json" prints.
@@ -97,6 +121,7 @@ type backupResult struct {
 	Kind               string               `json:"kind"`
 	Parent             string               `json:"parent,omitempty"`
 	Generation         int64                `json:"generation"`
+	Lineage            string               `json:"lineage,omitempty"`
 	Size               int64                `json:"size"`
 	BlockSize          int64                `json:"blockSize"`
 	Source             string               `json:"source"`
@@ -246,12 +271,16 @@ func (a *app) backupOptions(f backupFlags) (backup.Options, error) {
 	if f.full && f.parent != "" {
 		return opt, usagef("--full takes no --parent")
 	}
+	if f.disk.isNew && f.extents != "" {
+		return opt, usagef("--new-disk reads the whole disk: --extents lists changes of the disk that was backed up before")
+	}
+	f.disk.set(&opt)
 	return opt, nil
 }
 
 func (a *app) printBackup(p *backup.Point, rec *blocktree.Record) error {
 	res := backupResult{
-		Name: p.Name(), ID: p.ID, Kind: rec.Kind, Parent: rec.Parent, Generation: rec.Generation,
+		Name: p.Name(), ID: p.ID, Kind: rec.Kind, Parent: rec.Parent, Generation: rec.Generation, Lineage: rec.Lineage,
 		Size: rec.Size, BlockSize: rec.BlockSize, Source: rec.Source, NotCrashConsistent: rec.NotCrashConsistent,
 		ReadErrors: rec.ReadErrors, Stats: rec.Stats, SpotCheck: rec.SpotCheck, Fallbacks: rec.Fallbacks, Notes: rec.Notes,
 	}

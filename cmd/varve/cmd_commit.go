@@ -21,6 +21,7 @@ import (
 type commitFlags struct {
 	volume, verifyUnchanged string
 	quiesced                bool
+	disk                    diskFlags
 }
 
 func newCommitCommand(a *app) *cobra.Command {
@@ -53,6 +54,7 @@ A kept overlay that no server uses is named by its directory: the one given as
 	fl := cmd.Flags()
 	fl.StringVar(&f.volume, "volume", "", "volume of the new point, namespace/name (default that of the point beneath, if it is this cluster's)")
 	fl.BoolVar(&f.quiesced, "quiesced", false, "nothing is written to the export meanwhile: the point is consistent")
+	f.disk.add(fl)
 	fl.StringVar(&f.verifyUnchanged, "verify-unchanged", "0.1%", "share of the blocks that the overlay did not change to read and compare")
 	return cmd
 }
@@ -62,6 +64,7 @@ func (a *app) commit(ctx context.Context, repo *repository.Repository, target st
 	if opt.VerifyUnchanged, err = parseShare(f.verifyUnchanged); err != nil {
 		return usagef("--verify-unchanged: %w", err)
 	}
+	f.disk.set(&opt)
 	cat, err := backup.List(ctx, repo, backup.ListOptions{})
 	if err != nil {
 		return err

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -30,7 +32,9 @@ func newPruneCommand(a *app) *cobra.Command {
 
 Each --keep-... keeps the newest point of each of that many hours, days and so on
 that have one, counted from the newest back. A point may be kept by several, and
-is deleted when none keeps it. Points that are pinned, being read, or damaged
+is deleted when none keeps it. The points of each disk that a volume had, its
+lineages, are counted by themselves: the last one of a disk that was replaced
+stays, unless --merge-lineages is given. Points that are pinned, being read, or damaged
 stay; damaged ones do not count. Volumes of other clusters are touched only when --volume names them.
 
 --dry-run shows what would go, and why the others stay.`,
@@ -53,6 +57,7 @@ stay; damaged ones do not count. Volumes of other clusters are touched only when
 	fl.IntVar(&f.policy.Monthly, "keep-monthly", 0, "keep one for each of this many months")
 	fl.IntVar(&f.policy.Yearly, "keep-yearly", 0, "keep one for each of this many years")
 	fl.StringVar(&f.within, "keep-within", "", "keep all taken this long before the newest: 36h, 14d")
+	fl.BoolVar(&f.policy.MergeLineages, "merge-lineages", false, "count all points of a volume together, whatever disk they are of: the last point of a disk that was replaced may go")
 	fl.StringVar(&f.zone, "time-zone", "UTC", "where days begin, for example Europe/Berlin, or Local")
 	fl.StringArrayVar(&f.volumes, "volume", nil, "only this volume, namespace/name or cluster:namespace/name; may be repeated")
 	fl.BoolVarP(&f.dry, "dry-run", "n", false, "only show what would go, and why the others stay")
@@ -88,6 +93,7 @@ type pruneVolume struct {
 type prunePoint struct {
 	Name    string   `json:"name"`
 	ID      string   `json:"id"`
+	Lineage string   `json:"lineage,omitempty"`
 	Keep    bool     `json:"keep"`
 	Reasons []string `json:"reasons,omitempty"`
 }
@@ -112,7 +118,7 @@ func (a *app) prune(ctx context.Context, repo *repository.Repository, f pruneFla
 	for _, v := range plan.Volumes {
 		pv := pruneVolume{Volume: v.Volume.FullName()}
 		for _, d := range v.Decisions {
-			pv.Points = append(pv.Points, prunePoint{Name: d.Point.Name(), ID: d.Point.ID, Keep: d.Keep, Reasons: d.Reasons})
+			pv.Points = append(pv.Points, prunePoint{Name: d.Point.Name(), ID: d.Point.ID, Lineage: d.Point.Lineage, Keep: d.Keep, Reasons: d.Reasons})
 		}
 		res.Volumes = append(res.Volumes, pv)
 	}
@@ -126,7 +132,12 @@ func (a *app) prune(ctx context.Context, repo *repository.Repository, f pruneFla
 func writePrune(t *table, res pruneResult) {
 	gone, kept := 0, 0
 	for _, v := range res.Volumes {
-		t.row("ACTION", "POINT", "ID", "WHY")
+		head := []any{"ACTION", "POINT", "ID", "WHY"}
+		several := slices.ContainsFunc(v.Points, func(p prunePoint) bool { return p.Lineage != v.Points[0].Lineage })
+		if several {
+			head = append(head, "LINEAGE")
+		}
+		t.row(head...)
 		for _, p := range v.Points {
 			action := "keep"
 			switch {
@@ -143,7 +154,11 @@ func writePrune(t *table, res pruneResult) {
 			if why == "" {
 				why = "no rule keeps it"
 			}
-			t.row(action, p.Name, shortID(p.ID), why)
+			cells := []any{action, p.Name, shortID(p.ID), why}
+			if several {
+				cells = append(cells, cmp.Or(shortID(p.Lineage), "first disk"))
+			}
+			t.row(cells...)
 		}
 	}
 	verb := "deleted"

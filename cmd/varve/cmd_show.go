@@ -67,6 +67,22 @@ func writePoint(t *table, res showResult, parent *backup.Point) {
 	t.row("Size:", t.bytes(res.Size), res.Size)
 	if rec := res.Record; rec != nil {
 		t.row("Generation:", rec.Generation)
+		if rec.Disk != nil {
+			t.row("Disk holds:", rec.Disk)
+			if rec.Disk.TableID != "" {
+				t.row("Partition table:", rec.Disk.TableID)
+			}
+			if rec.Disk.Serial != "" {
+				t.row("Disk's serial:", rec.Disk.Serial)
+			}
+		}
+		switch {
+		case rec.Lineage == "":
+		case rec.Lineage == rec.ID:
+			t.row("Lineage:", "begins here", rec.LineageReason)
+		default:
+			t.row("Lineage:", shortID(rec.Lineage))
+		}
 		t.row("Block size:", t.bytes(rec.BlockSize))
 		t.row("Changed blocks from:", rec.Source)
 		for _, f := range rec.Fallbacks {

@@ -71,6 +71,8 @@ var exitCodes = []struct {
 	{repository.ErrReadOnly, exitRefused},
 	{backup.ErrVerify, exitDamaged},
 	{backup.ErrWrongParent, exitRefused},
+	{backup.ErrOtherDisk, exitRefused},
+	{backup.ErrShrunk, exitRefused},
 	{backup.ErrSourceLied, exitRefused},
 	{cbt.ErrBaseMismatch, exitRefused},
 	{cbt.ErrVolumeMismatch, exitRefused},

@@ -63,6 +63,7 @@ type pointView struct {
 	Generation   int64     `json:"generation,omitempty"`
 	Kind         string    `json:"kind"`
 	Parent       string    `json:"parent,omitempty"`
+	Lineage      string    `json:"lineage,omitempty"` // ID of the first point of its disk, if that is not the volume's first disk
 	Size         int64     `json:"size"`
 	BlockSize    int64     `json:"blockSize,omitempty"`
 	ChangeID     string    `json:"changeID,omitempty"`
@@ -113,7 +114,7 @@ func viewOf(p *backup.Point) pointView {
 	return pointView{
 		Name: p.Name(), ID: p.ID, Cluster: p.Volume.Cluster, Namespace: p.Volume.Namespace, Volume: p.Volume.Name,
 		Unread: p.Unread, NotCrashConsistent: p.NotCrashConsistent,
-		Time: p.Time, Generation: p.Generation, Kind: p.Kind, Parent: p.Parent, Size: p.Size, BlockSize: p.BlockSize,
+		Time: p.Time, Generation: p.Generation, Kind: p.Kind, Parent: p.Parent, Lineage: p.Lineage, Size: p.Size, BlockSize: p.BlockSize,
 		ChangeID: p.ChangeID, VolumeHandle: p.VolumeHandle, Pins: p.Pins, Program: p.Foreign,
 	}
 }
@@ -138,6 +139,9 @@ func (v pointView) state() string {
 		s = append(s, fmt.Sprintf("verified, %.4g %% read", 100*v.Verified.Read))
 	case v.Verified != nil:
 		s = append(s, "verified")
+	}
+	if v.Lineage != "" && v.Lineage == v.ID {
+		s = append(s, "new disk")
 	}
 	if v.Unread > 0 {
 		s = append(s, progress.FormatBytes(v.Unread)+" unread")

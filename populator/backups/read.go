@@ -214,6 +214,10 @@ func (r *run) succeed(ctx context.Context, res mover.Result) error {
 	if res.KeepError != "" {
 		r.Events.Warning(r.vb, v1alpha1.ReasonRetentionFailed, "the point was made, but older ones could not be removed: %s", res.KeepError)
 	}
+	if res.NewLineage != "" {
+		r.Events.Normal(r.vb, v1alpha1.ReasonNewLineage,
+			"recovery point %s begins a new lineage of claim %s: %s; the retention counts the points of the disk before by themselves", s.Point.ID, r.vb.Spec.ClaimName, res.NewLineage)
+	}
 	if res.ByFloor > 0 {
 		if st, err := r.store(ctx); err == nil {
 			r.Events.Normal(r.vb, v1alpha1.ReasonRetentionFloor, "%d points stay that the retention would remove: %s keeps %s of each volume", res.ByFloor, st.Key, st.Floor())

@@ -123,6 +123,9 @@ type Result struct {
 	Listed     []ListedPoint `json:"listed,omitempty"`
 	PointCount int64         `json:"pointCount,omitempty"`
 
+	// NewLineage is why the point begins a lineage of its volume; empty if it does not.
+	NewLineage string `json:"newLineage,omitempty"`
+
 	Restore *RestoreResult `json:"restore,omitempty"`
 	// Removed points by retention, and KeepError why it could not be applied; the
 	// point itself is not affected.
@@ -154,7 +157,7 @@ type RestoreResult struct {
 // Encode is the Result as a termination message: at most 4096 bytes, whatever it takes.
 func (r Result) Encode() []byte {
 	r.Version = ProtocolVersion
-	r.Message, r.KeepError = clip(r.Message, 1500), clip(r.KeepError, 300)
+	r.Message, r.KeepError, r.NewLineage = clip(r.Message, 1500), clip(r.KeepError, 300), clip(r.NewLineage, 300)
 	for {
 		p, err := json.Marshal(r)
 		if err == nil && len(p) <= maxResult {

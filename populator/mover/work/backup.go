@@ -71,6 +71,8 @@ func Options(t *mover.BackupTask, version string) backup.Options {
 	return backup.Options{
 		Volume: t.Volume, Full: t.Full, Time: t.Time, Claim: &claim, VolumeHandle: t.Changed.Target.VolumeHandle,
 		VerifyUnchanged: t.VerifyUnchanged, ToolVersion: version,
+		// Nobody is there to be asked, and what keeps the old disk's points is the lineage.
+		OtherDisk: backup.BeginLineage,
 	}
 }
 
@@ -128,6 +130,9 @@ func Done(ctx context.Context, repo *repository.Repository, t *mover.BackupTask)
 // result summarises a point, after the retention of its volume was applied.
 func result(ctx context.Context, repo *repository.Repository, t *mover.BackupTask, p *backup.Point, rec *blocktree.Record) (mover.Result, error) {
 	r := mover.Result{Point: Summary(rec), SnapshotHandle: rec.SnapshotHandle, ChangeID: rec.ChangeID}
+	if rec.Lineage == rec.ID {
+		r.NewLineage = rec.LineageReason
+	}
 	if t.Retention != nil {
 		plan, err := backup.Prune(ctx, repo, backup.PruneOptions{Policy: *t.Retention, Volumes: []backup.Volume{t.Volume}, Cluster: t.Volume.Cluster, NamespaceUID: t.NamespaceUID})
 		if err != nil {

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -163,6 +164,47 @@ func TestOtherVolume(t *testing.T) {
 	task.Backup.Changed.Target.VolumeHandle = "vol-2"
 	if r := p.run(task); r.Point.Kind != "full" || r.PointCount != 2 {
 		t.Errorf("the point of the new volume is %+v", r.Point)
+	}
+}
+
+// A claim made anew, of a restored volume say, begins a lineage by itself: its first
+// backup is compared with the newest point, and retention takes no point of the claim
+// before for one of its own.
+func TestNewClaim(t *testing.T) {
+	p := newPod(t)
+	task := func(snapshot, claim, handle string) mover.Task {
+		task := p.task(snapshot)
+		task.Backup.Claim.UID, task.Backup.Changed.Target.VolumeHandle = claim, handle
+		task.Backup.Retention = &backup.Policy{Latest: 1}
+
+		return task
+	}
+	if r := p.run(task("snap-1", "uid-1", "vol-1")); r.NewLineage != "" {
+		t.Errorf("the first point begins a new lineage: %s", r.NewLineage)
+	}
+	p.disk[1<<20] ^= 1
+	p.write()
+	r := p.run(task("snap-2", "uid-2", "vol-2"))
+	if r.Point.Kind != "incremental" || r.Point.StoredBytes > 1<<20 || strings.Contains(strings.Join(r.Point.Fallbacks, " "), "csi-delta") {
+		t.Errorf("the restored claim's first point is no cheap compare: %+v", r.Point)
+	}
+	if r.NewLineage == "" || r.PointCount != 2 || r.Removed != 0 {
+		t.Errorf("the new claim's first point: %+v", r)
+	}
+	first := r.Point.ID
+	if again := p.run(task("snap-2", "uid-2", "vol-2")); again.NewLineage == "" || again.Point.ID != first {
+		t.Errorf("an attempt whose answer was lost: %+v", again)
+	}
+	p.disk[2<<20] ^= 1
+	p.write()
+	if r = p.run(task("snap-3", "uid-2", "vol-2")); r.NewLineage != "" || r.PointCount != 2 || r.Removed != 1 {
+		t.Errorf("the new claim's second point: %+v", r)
+	}
+	// Formatted anew within the same claim: as good as another disk.
+	clear(p.disk)
+	p.write()
+	if r = p.run(task("snap-4", "uid-2", "vol-2")); r.NewLineage == "" || r.PointCount != 3 || r.Removed != 0 {
+		t.Errorf("the disk was emptied: %+v", r)
 	}
 }
 
