@@ -170,7 +170,8 @@ func TestServeEndsWithItsClient(t *testing.T) {
 		{"a user's, told to end", "", []string{"--exit-with-parent", "--listen"}, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			args, path := append(c.args, "shop/db@latest"), ""
+			args := append(c.args, "shop/db@latest")
+			var path string
 			var l *net.UnixListener
 			if c.extra != "" {
 				l, path = listenTest(t)
