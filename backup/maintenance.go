@@ -133,7 +133,7 @@ func MaybeMaintain(ctx context.Context, r *repository.Repository) {
 		return
 	}
 	if n := len(res.Unreadable); n > 0 {
-		slog.ErrorContext(ctx, "maintenance reclaims nothing, since a part of the list of recovery points cannot be read", "contents", n, "next", "varve repo repair")
+		slog.ErrorContext(ctx, "maintenance reclaims nothing, since a part of the list of recovery points cannot be read", "contents", n, "next", "varve verify")
 	}
 	if n := res.Lost.Count + res.NotMoved.Count; n > 0 {
 		slog.ErrorContext(ctx, "maintenance found that data of recovery points is lost", "contents", n, "next", "varve verify --read 100% --quarantine")

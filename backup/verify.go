@@ -192,7 +192,7 @@ func (rep *VerifyReport) repositoryErr() error {
 	}
 	u := rep.Unreadable[0]
 	return fmt.Errorf("%w: pack %s, which holds a part of the list of recovery points, cannot be read (%s), so points may be missing; "+
-		"the points that are listed are whole; put the pack back from a copy of the storage, or run 'varve repo repair'", ErrDamaged, u.Pack, u.Reason)
+		"the points that are listed are whole; put the pack back from a copy of the storage", ErrDamaged, u.Pack, u.Reason)
 }
 
 // damaged tells damage from storage that could not be asked.

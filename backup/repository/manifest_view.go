@@ -61,7 +61,7 @@ func (c *manifestCache) warn(ctx context.Context, id content.ID, u UnreadableMan
 	c.mu.Unlock()
 	if !known {
 		slog.WarnContext(ctx, "part of the list of recovery points cannot be read: points may be missing from it",
-			"pack", u.Pack, "content", u.Content, "error", u.Reason, "next", "put the pack back from a copy of the storage, or run 'varve repo repair'")
+			"pack", u.Pack, "content", u.Content, "error", u.Reason, "next", "put the pack back from a copy of the storage")
 	}
 }
 

@@ -264,7 +264,7 @@ func (r *Repository) withoutConfig(ctx context.Context, side sideFile) error {
 	}
 	r.config = Config{Format: configFormat, Compression: DefaultCompression}
 	slog.WarnContext(ctx, "the repository's own settings cannot be read; new blocks are compressed by default",
-		"compression", DefaultCompression, "next", "varve repo repair")
+		"compression", DefaultCompression, "next", "varve verify")
 	return nil
 }
 

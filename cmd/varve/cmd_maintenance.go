@@ -112,7 +112,8 @@ func (a *app) maintain(ctx context.Context, repo *repository.Repository, opt bac
 	}
 	if len(res.Unreadable) > 0 {
 		return fmt.Errorf("%w: maintenance reclaimed nothing, since pack %s, which holds a part of the list of recovery points, cannot be read: "+
-			"put it back from a copy of the storage, or accept its loss with \"varve repo repair --apply\"", backup.ErrDamaged, res.Unreadable[0].Pack)
+			"put it back from a copy of the storage, or, if it is lost for good, give up what it held with "+
+			"'kopia --dangerous-commands=enabled content delete %s'", backup.ErrDamaged, res.Unreadable[0].Pack, res.Unreadable[0].Content)
 	}
 	if n := res.Lost.Count + res.NotMoved.Count; n > 0 {
 		return fmt.Errorf("%w: maintenance did its work, but %s of what recovery points hold cannot be read: "+
