@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strconv"
 
+	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/repository"
 )
 
@@ -15,6 +16,9 @@ const veleroSizeTag = "bdev-source-size"
 // foreignPoint reads a snapshot that another program wrote as a recovery
 // point: a snapshot of a single file, or of a directory that holds just one.
 func foreignPoint(ctx context.Context, r *repository.Repository, s *repository.Snapshot, p *Point) (*Point, error) {
+	if !blocktree.ValidID(s.ManifestID) { // as Kopia makes them (kopia repo/manifest)
+		return nil, fmt.Errorf("snapshot %q has no manifest ID of Kopia's form", s.ManifestID)
+	}
 	p.ID, p.Kind, p.Foreign = s.ManifestID, "full", "kopia"
 	p.Size = s.RootSize
 	if p.rootDir {

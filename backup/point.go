@@ -111,7 +111,15 @@ func pointFromSnapshot(s *repository.Snapshot) *Point {
 
 func (p *Point) fillFromTags(tags map[string]string) error {
 	id := tags[tagID]
-	if tags[tagFormat] == "" || len(id) != 32 {
+	if tags[tagFormat] == "" || !blocktree.ValidID(id) {
+		return errNoTags
+	}
+	for _, other := range []string{tags[tagParent], tags[tagLineage]} {
+		if other != "" && !blocktree.ValidID(other) {
+			return errNoTags
+		}
+	}
+	if kind := tags[tagKind]; kind != blocktree.KindFull && kind != blocktree.KindIncremental {
 		return errNoTags
 	}
 	gen, err1 := strconv.ParseInt(tags[tagGeneration], 10, 64)

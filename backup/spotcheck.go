@@ -67,7 +67,8 @@ func (r *run) spotCheck(ctx context.Context, rep cbt.Report) error {
 	if err != nil {
 		return err
 	}
-	if lie >= 0 {
+	if lie >= 0 { // the whole disk is compared instead, or nothing is recorded
+		check.Blocks, check.Bytes, check.Probability, check.Limit = 0, 0, 0, ""
 		return r.mismatch(ctx, rep, lie)
 	}
 	slog.DebugContext(ctx, "spot check passed", "volume", r.opt.Volume.String(), "blocks", check.Blocks,

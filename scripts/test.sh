@@ -32,6 +32,8 @@ if [ "${VARVE_RACE:-}" = all ]; then
 else
 	run concurrent -race -p 3 "${common[@]}" "${others[@]}"
 	run parsers -p 3 "${common[@]}" "${parsers[@]}"
+	# Memory is measured without the race detector, which takes several times as much.
+	run memory "${common[@]}" -run '^TestMemory$' ./populator
 	run readers -race -p 3 "${common[@]}" -run 'Concurren|Parallel|Race' "${parsers[@]}"
 fi
 packages=()

@@ -177,3 +177,19 @@ func FuzzDecodeRecord(f *testing.F) {
 		}
 	})
 }
+
+// TestRecordWithHostileIDs: what is no ID, such as a path, is refused wherever a record has one.
+func TestRecordWithHostileIDs(t *testing.T) {
+	const good = `{"format":"varve/1.0","id":"a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1","parent":"b2b2b2b2b2b2b2b2b2b2b2b2b2b2b2b2",` +
+		`"lineage":"c3c3c3c3c3c3c3c3c3c3c3c3c3c3c3c3","generation":2,"kind":"incremental","size":1048576,"blockSize":65536}`
+	if _, err := DecodeRecord([]byte(good)); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []string{strings.Repeat("a1", 16), strings.Repeat("b2", 16), strings.Repeat("c3", 16)} {
+		for _, hostile := range []string{"../../../../../../../victim/data", strings.Repeat("A", 32), "abc"} {
+			if _, err := DecodeRecord([]byte(strings.Replace(good, id, hostile, 1))); err == nil {
+				t.Errorf("%q in place of %q is accepted", hostile, id)
+			}
+		}
+	}
+}

@@ -229,8 +229,12 @@ func DecodeRecord(p []byte) (*Record, error) {
 		return nil, err
 	}
 	switch {
-	case len(rec.ID) != 32 || strings.Trim(rec.ID, "0123456789abcdef") != "":
+	case !ValidID(rec.ID):
 		return nil, fmt.Errorf("record: %q is not the ID of a recovery point", rec.ID)
+	case rec.Parent != "" && !ValidID(rec.Parent):
+		return nil, fmt.Errorf("record of %s: its parent %q is not the ID of a recovery point", rec.ID, rec.Parent)
+	case rec.Lineage != "" && !ValidID(rec.Lineage):
+		return nil, fmt.Errorf("record of %s: its lineage %q is not the ID of a recovery point", rec.ID, rec.Lineage)
 	case rec.Generation < 1:
 		return nil, fmt.Errorf("record of %s: generation %d", rec.ID, rec.Generation)
 	}
@@ -238,6 +242,13 @@ func DecodeRecord(p []byte) (*Record, error) {
 		return nil, fmt.Errorf("record of %s: %w", rec.ID, err)
 	}
 	return rec, nil
+}
+
+// ValidID reports whether s is the ID of a recovery point: 32 lower-case hexadecimal
+// digits. IDs name directories, exports and records, and others may write what stands for
+// one in a repository.
+func ValidID(s string) bool {
+	return len(s) == 32 && strings.Trim(s, "0123456789abcdef") == ""
 }
 
 func (r *Record) keepExtra(p []byte) error {

@@ -1,5 +1,0 @@
-//go:build !race
-
-package populator_test
-
-const raceDetector = false
