@@ -140,12 +140,13 @@ func TestTransientErrors(t *testing.T) {
 		}
 
 		t.Run(fmt.Sprintf("buffered %v, one in four", buffered), func(t *testing.T) {
-			rng := rand.New(rand.NewPCG(1, 2))
+			errs := rand.New(rand.NewPCG(1, 2)) // of the file's mutex
 
 			file.mu.Lock()
-			file.fail = func(int64, int) bool { return rng.IntN(4) == 0 }
+			file.fail = func(int64, int) bool { return errs.IntN(4) == 0 }
 			file.mu.Unlock()
 
+			rng := rand.New(rand.NewPCG(3, 4))
 			for range 50 {
 				check(t, s, rng.Int64N(size))
 			}
