@@ -170,7 +170,7 @@ func TestChainOfIncrements(t *testing.T) {
 			data = data[:3<<20+77]
 		}
 		snap := bytes.Clone(data)
-		p, rec := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: snap}})
+		p, rec := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: snap}, AllowShrink: true})
 		if i > 0 && (rec.Kind != blocktree.KindIncremental || rec.Parent != points[i-1].ID) {
 			t.Errorf("point %d: kind %s, parent %s", i, rec.Kind, rec.Parent)
 		}
@@ -251,7 +251,7 @@ func TestCheckpointsWhileResizing(t *testing.T) {
 			copy(data, randomBytes(rng, min(size, 1<<20)))
 			data[size-1] = 1
 		}
-		p, rec := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: data}, CheckpointEvery: 1})
+		p, rec := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: data}, CheckpointEvery: 1, AllowShrink: true})
 		if size > 0 && rec.Stats.Checkpoint == 0 {
 			t.Errorf("size %d: no checkpoint was taken", size)
 		}

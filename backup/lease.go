@@ -106,10 +106,19 @@ func stillThere(ctx context.Context, r *repository.Repository, p *Point) error {
 	}
 	// A change of its pins gives it another manifest.
 	cat, err := List(ctx, r, ListOptions{Volume: &p.Volume, Foreign: p.Foreign != ""})
-	if err == nil && cat.ByID(p.ID) == nil {
-		err = fmt.Errorf("%w: %s was deleted meanwhile", ErrNoSuchPoint, p.Name())
+	if err != nil || cat.ByID(p.ID) != nil {
+		return err
 	}
-	return err
+	unreadable, err := r.UnreadableManifests(ctx)
+	if err != nil {
+		return err
+	}
+	if len(unreadable) > 0 {
+		u := unreadable[0]
+		return fmt.Errorf("%w: %s is not in the list of recovery points any more, of which pack %s holds a part that cannot be read (%s); put the pack back from a copy of the storage",
+			ErrDamaged, p.Name(), u.Pack, u.Reason)
+	}
+	return fmt.Errorf("%w: %s was deleted meanwhile", ErrNoSuchPoint, p.Name())
 }
 
 // acquire writes a lease. That of maintenance is exclusive: whoever finds one

@@ -53,7 +53,7 @@ func (f *FS) MountKernel(dir, volume string, by BlockDevices) (m *KernelMounted,
 		return nil, err
 	}
 	if st, err := os.Stat(dir); err != nil {
-		return nil, fmt.Errorf("mount: %w", err)
+		return nil, noMountpoint(dir, err)
 	} else if !st.IsDir() {
 		return nil, fmt.Errorf("mount: %s is not a directory", dir)
 	}

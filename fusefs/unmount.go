@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -38,7 +39,7 @@ func mountPoint(dir string) (string, error) {
 	}
 	st, err := os.Stat(dir)
 	if err != nil {
-		return "", fmt.Errorf("mount: %w", err)
+		return "", noMountpoint(dir, err)
 	}
 	if !st.IsDir() {
 		return "", fmt.Errorf("mount: %s is not a directory", dir)
@@ -179,4 +180,12 @@ func unescapeMount(s string) string {
 		out = append(out, s[i])
 	}
 	return string(out)
+}
+
+// noMountpoint is the error about a directory to mount on that cannot be looked at.
+func noMountpoint(dir string, err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("mount: %w: make the directory first: mkdir -p %s", err, dir)
+	}
+	return fmt.Errorf("mount: %w", err)
 }

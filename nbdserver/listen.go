@@ -32,7 +32,14 @@ func Listen(address string) (net.Listener, error) {
 	return l, nil
 }
 
+// maxSocketPath is the longest path of a unix socket, in bytes (unix(7): sun_path without
+// the NUL behind it).
+const maxSocketPath = 107
+
 func listenUnix(path string) (net.Listener, error) {
+	if len(path) > maxSocketPath {
+		return nil, fmt.Errorf("listen on %s: the path has %d bytes, and a unix socket's at most %d: choose a shorter one", path, len(path), maxSocketPath)
+	}
 	if fi, err := os.Lstat(path); err == nil && fi.Mode().Type() == fs.ModeSocket {
 		if c, err := net.Dial("unix", path); err == nil {
 			_ = c.Close()

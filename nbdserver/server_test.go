@@ -548,6 +548,10 @@ func TestListen(t *testing.T) {
 		t.Error("two servers on one socket")
 	}
 	_ = l.Close()
+	long := "unix:/tmp/" + strings.Repeat("long", 30)
+	if _, err := nbdserver.Listen(long); err == nil || !strings.Contains(err.Error(), "at most 107") {
+		t.Errorf("a path that is too long: %v", err)
+	}
 	for _, a := range []string{"tcp:127.0.0.1:0", "tcp://127.0.0.1:0", "127.0.0.1:0", "[::1]:0", "unix://" + path, "unix:@nbdserver-test-" + filepath.Base(t.TempDir())} {
 		l, err := nbdserver.Listen(a)
 		if err != nil {

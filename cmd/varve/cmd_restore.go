@@ -138,6 +138,9 @@ func (a *app) restore(ctx context.Context, name, path string, f restoreFlags) (e
 		task.Set(p.Done)
 	}
 	if path == "-" {
+		if isClosed(a.stdout) {
+			return errors.New("standard output is closed: nothing was written; send it somewhere")
+		}
 		_, err := backup.RestoreTo(ctx, repo, p, a.stdout, opt)
 		return err
 	}

@@ -320,3 +320,21 @@ func journaled(t *testing.T, env testEnv) int64 {
 	}
 	return n
 }
+
+// TestRestoreToAClosedOutput: what a shell closes (restore POINT - >&-) takes nothing.
+func TestRestoreToAClosedOutput(t *testing.T) {
+	env, disk := newBackupEnv(t)
+	mustRun(t, env, "backup", disk, "--volume", "shop/db")
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for redirect, want := range map[string]int{">&-": exitFailure, ">/dev/null": exitOK} {
+		cmd := exec.Command("/bin/sh", "-c", "exec "+self+" restore shop/db@latest - "+redirect)
+		cmd.Env = append(env.list(), "VARVE_TEST_AS_MAIN=1", "PATH="+os.Getenv("PATH"))
+		out, _ := cmd.CombinedOutput()
+		if code := cmd.ProcessState.ExitCode(); code != want || (code != exitOK) != strings.Contains(string(out), "standard output is closed") {
+			t.Errorf("restore - %s: exit %d: %s", redirect, code, out)
+		}
+	}
+}

@@ -14,6 +14,7 @@ import (
 	"time"
 	"unicode"
 
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"github.com/varve-io/varve/internal/progress"
@@ -194,4 +195,20 @@ func errorText(_ []string, at slog.Attr) slog.Attr {
 		at.Value = slog.StringValue(message(err))
 	}
 	return at
+}
+
+// isClosed tells whether a standard stream was closed when the process started. Go's runtime
+// opens /dev/null in place of such a one (runtime.checkfds), for reading and writing, which a
+// redirection to it does not.
+func isClosed(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
+	if err != nil || flags&unix.O_ACCMODE != unix.O_RDWR {
+		return err != nil
+	}
+	var opened, null unix.Stat_t
+	return unix.Fstat(int(f.Fd()), &opened) == nil && unix.Stat(os.DevNull, &null) == nil && opened.Rdev == null.Rdev && opened.Mode == null.Mode
 }
