@@ -3,14 +3,17 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -135,13 +138,15 @@ func listenTest(t *testing.T) (*net.UnixListener, string) {
 func enterSocket(t *testing.T, path string) *nbdclient.Export {
 	t.Helper()
 	uri := (&nbdclient.URI{Network: "unix", Address: path}).String()
-	for {
+	for started := time.Now(); ; time.Sleep(5 * time.Millisecond) {
 		e, err := enterExport(t.Context(), uri)
 		if err == nil {
 			t.Cleanup(func() { _ = e.Close() })
 			return e
 		}
-		if _, serr := os.Stat(path); t.Context().Err() != nil || serr == nil && !strings.Contains(err.Error(), "refused") {
+		// The server has not made its socket yet, or does not listen on it yet.
+		waiting := errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)
+		if !waiting || time.Since(started) > time.Minute {
 			t.Fatal(err)
 		}
 	}
