@@ -251,7 +251,11 @@ func TestCheckpointsWhileResizing(t *testing.T) {
 			copy(data, randomBytes(rng, min(size, 1<<20)))
 			data[size-1] = 1
 		}
-		p, rec := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: data}, CheckpointEvery: 1, AllowShrink: true})
+		opt := Options{Volume: testVolume, Disk: &memDisk{data: data}, CheckpointEvery: 1, AllowShrink: true}
+		if size == 0 {
+			opt.OtherDisk = BeginLineage // an empty disk is another one
+		}
+		p, rec := mustBackup(t, r, opt)
 		if size > 0 && rec.Stats.Checkpoint == 0 {
 			t.Errorf("size %d: no checkpoint was taken", size)
 		}
