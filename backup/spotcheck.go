@@ -19,9 +19,14 @@ import (
 	"github.com/varve-io/varve/backup/disk"
 )
 
-// minSampleBytes is how much the random part of a spot check reads at least: on a small
-// disk a thousandth is nothing.
-const minSampleBytes = 64 << 20
+// On a small disk a thousandth is nothing: the random part of a spot check reads at least
+// minSampleBytes, or of a disk below half a GiB a minSampleShare-th, so that an increment
+// still reads less than a full.
+const (
+	minSampleBytes = 64 << 20
+	minSampleShare = 8
+	minSample      = 32 // blocks
+)
 
 // What a spot check reads, and how long it takes, at most, unless Options say otherwise.
 const (
@@ -179,7 +184,7 @@ func (r *run) chooseSample(check *blocktree.SpotCheck, share float64, most int64
 		s.blocks = append(s.blocks, b)
 		return true
 	}
-	budget := min(most, max(minSampleBytes/r.lay.BlockSize, int64(math.Ceil(share*float64(check.Candidates)))))
+	budget := min(most, max(minSample, min(minSampleBytes/r.lay.BlockSize, blocks/minSampleShare), int64(math.Ceil(share*float64(check.Candidates)))))
 
 	// At random first: the other parts must not take from it.
 	rng := rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))

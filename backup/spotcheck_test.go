@@ -48,7 +48,9 @@ func TestSpotCheckIsBounded(t *testing.T) {
 		least int64 // bytes read
 		most  int64
 	}{
-		{name: "small", size: 32 << 20, share: 0.001, least: 32 << 20, most: 32 << 20},
+		{name: "tiny", size: 2 << 20, share: 0.001, least: 2 << 20, most: 2 << 20},
+		{name: "small", size: 256 << 20, share: 0.001, least: 32 << 20, most: 34 << 20},
+		{name: "not-so-small", size: 2 << 30, share: 0.001, least: 64 << 20, most: 68 << 20},
 		{name: "share", size: 256 << 30, share: 0.001, bytes: -1, least: 256 << 20, most: 3*256<<20 + 4<<20},
 		{name: "large", size: 10 << 40, share: 0.001, bytes: 96 << 20, limit: "bytes", least: 32 << 20, most: 96<<20 + 4<<20},
 		{name: "one-block", size: 10 << 40, share: 1, bytes: 1, limit: "bytes", least: 1 << 20, most: 6 << 20},

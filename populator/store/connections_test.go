@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -167,10 +168,11 @@ func TestOpeningGoesOn(t *testing.T) {
 	x := newShared(t)
 	synctest.Test(t, func(t *testing.T) {
 		x.Connections = NewConnections()
-		opened, broken := 0, errors.New("broken")
+		var opened atomic.Int32
+		broken := errors.New("broken")
 		var fails error
 		x.Connections.open = func(ctx context.Context, _ Settings, _ OpenOptions) (*Open, error) {
-			opened++
+			opened.Add(1)
 			time.Sleep(3 * time.Minute)
 
 			return nil, errors.Join(fails, broken)
@@ -191,12 +193,12 @@ func TestOpeningGoesOn(t *testing.T) {
 				t.Errorf("when opening has failed: %v", err)
 			}
 		}
-		if opened != 1 {
-			t.Errorf("opened %d times, want once", opened)
+		if n := opened.Load(); n != 1 {
+			t.Errorf("opened %d times, want once", n)
 		}
 		time.Sleep(failureHolds)
-		if err := try(time.Minute); !errors.Is(err, ErrOpening) || opened != 2 {
-			t.Errorf("later it is tried again: %v, opened %d times", err, opened)
+		if err := try(time.Minute); !errors.Is(err, ErrOpening) || opened.Load() != 2 {
+			t.Errorf("later it is tried again: %v, opened %d times", err, opened.Load())
 		}
 		x.Connections.Close()
 	})
