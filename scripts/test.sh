@@ -8,7 +8,7 @@ set -uo pipefail
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 rc=0
-PARSERS='/(api/v1alpha1|internal/probe|fusefs/diskfs(/.*)?|backup/blocktree|backup/cbt|nbdserver/proto)$'
+PARSERS='/(api/v1alpha1|internal/probe|fusefs/diskfs(/.*)?|backup/cbt|nbdserver/proto)$'
 
 # run NAME ARGUMENTS... runs "go test" and keeps what it says in $out/NAME.json.
 run() {
