@@ -61,7 +61,7 @@ func TestMaintenanceElsewhere(t *testing.T) {
 	// fio verifies what it wrote itself: a disk with its pattern is backed up.
 	pattern := s.path("pattern.img")
 	s.run("fio", "--name=p", "--filename="+pattern, "--rw=write", "--bs=64k", "--size=32M", "--verify=crc32c", "--do_verify=0", "--end_fsync=1")
-	p := s.backupFile(pattern)
+	p := s.backupAs("shop/pattern", pattern)
 	srv := s.serve("--cache-size", "1M")
 	before := s.packs()
 	rounds := 0

@@ -92,10 +92,12 @@ func (s *site) backup(data []byte) point {
 	return p
 }
 
-func (s *site) backupFile(file string) point {
+func (s *site) backupFile(file string) point { s.t.Helper(); return s.backupAs("shop/db", file) }
+
+func (s *site) backupAs(volume, file string) point {
 	s.t.Helper()
 	p := point{want: file}
-	if err := json.Unmarshal([]byte(s.varve("backup", file, "--volume", "shop/db", "-o", "json")), &p); err != nil {
+	if err := json.Unmarshal([]byte(s.varve("backup", file, "--volume", volume, "-o", "json")), &p); err != nil {
 		s.t.Fatal(err)
 	}
 	return p
