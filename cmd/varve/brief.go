@@ -25,6 +25,11 @@ func brief(err error) string {
 	return text
 }
 
+// inFull is the whole chain of an error, on one line that does no harm to a terminal.
+func inFull(err error) string {
+	return printable(strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; "))
+}
+
 // withoutRepeats leaves out a part of a text that only repeats the one before.
 func withoutRepeats(text string) string {
 	parts := strings.Split(text, ": ")

@@ -188,11 +188,11 @@ func (a *app) startOutput() error {
 	return nil
 }
 
-// errorText logs an error as its one line: Kopia's errors print a stack trace
-// for every frame they passed when they are formatted in full.
+// errorText logs an error as one line with its whole chain: Kopia's errors print a stack
+// trace for every frame they passed when they are formatted in full.
 func errorText(_ []string, at slog.Attr) slog.Attr {
 	if err, ok := at.Value.Any().(error); ok {
-		at.Value = slog.StringValue(message(err))
+		at.Value = slog.StringValue(inFull(err))
 	}
 	return at
 }

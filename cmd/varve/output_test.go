@@ -13,7 +13,7 @@ func TestErrorsAreLoggedInOneLine(t *testing.T) {
 	var out bytes.Buffer
 	log := slog.New(slog.NewTextHandler(&out, &slog.HandlerOptions{ReplaceAttr: errorText}))
 	log.Warn("it failed", "error", errors.Wrap(errors.New("deep down"), "higher up"))
-	if s := out.String(); strings.Count(s, "\n") != 1 || strings.Contains(s, ".go:") || !strings.Contains(s, "deep down") {
+	if s := out.String(); strings.Count(s, "\n") != 1 || strings.Contains(s, ".go:") || !strings.Contains(s, "higher up: deep down") {
 		t.Errorf("logged %q", s)
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -101,7 +100,7 @@ func (a *app) run(ctx context.Context, args []string) int {
 		next = ": " + h
 	}
 	fmt.Fprintf(a.stderr, "varve: %s\n", whatStays(cmd.CommandPath(), code, message(err)+next))
-	if text := printable(strings.ReplaceAll(err.Error(), "\n", "; ")); a.flags.verbose && text != message(err) {
+	if text := inFull(err); a.flags.verbose && text != message(err) {
 		fmt.Fprintf(a.stderr, "varve: in full: %s\n", text)
 	}
 	if code == exitUsage {
