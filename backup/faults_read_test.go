@@ -107,11 +107,11 @@ func TestDamageOnTheWay(t *testing.T) {
 			s.f.Add(row.fault)
 			_, err := s.restored(s.faulty, p)
 			// Packs of indexes hold the list of points, too: what cannot be read of it is named.
-			named := errors.Is(err, row.want) && strings.Contains(err.Error(), "object ")
+			named := strings.Contains(err.Error(), "object ")
 			if row.fault.Prefix == "q" {
 				named = named || errors.Is(err, ErrDamaged) && strings.Contains(err.Error(), "pack q")
 			}
-			if !named || !strings.Contains(err.Error(), p.Name()) {
+			if !named || !errors.Is(err, row.want) || !strings.Contains(err.Error(), p.Name()) {
 				t.Errorf("restore: %v", err)
 			}
 			if row.fault.Prefix == "p" && !strings.Contains(err.Error(), "block at 0x") {

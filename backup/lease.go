@@ -115,8 +115,8 @@ func stillThere(ctx context.Context, r *repository.Repository, p *Point) error {
 	}
 	if len(unreadable) > 0 {
 		u := unreadable[0]
-		return fmt.Errorf("%w: %s is not in the list of recovery points any more, of which pack %s holds a part that cannot be read (%s); put the pack back from a copy of the storage",
-			ErrDamaged, p.Name(), u.Pack, u.Reason)
+		return fmt.Errorf("%w: %s is not in the list of recovery points any more, of which pack %s holds a part that cannot be read (%w); put the pack back from a copy of the storage",
+			ErrDamaged, p.Name(), u.Pack, u.Err)
 	}
 	return fmt.Errorf("%w: %s was deleted meanwhile", ErrNoSuchPoint, p.Name())
 }
