@@ -10,13 +10,21 @@ CRDGEN_VER := v0.21.0
 CRDGEN    := $(TOOLS)/controller-gen-$(CRDGEN_VER)
 KOPIA_VER := $(shell sed -n 's,^\tgithub.com/kopia/kopia \(v[^ ]*\).*,\1,p' go.mod)
 KOPIA     := $(TOOLS)/kopia-$(KOPIA_VER)
+S3_VER    := $(shell sed -n 's,^\tgithub.com/versity/versitygw \(v[^ ]*\).*,\1,p' e2e/tools/go.mod)
+S3        := $(TOOLS)/versitygw-$(S3_VER)
 GOTESTSUM_VER := v1.13.0
 GOTESTSUM := $(TOOLS)/gotestsum-$(GOTESTSUM_VER)
 VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LDFLAGS   := -s -w -X main.version=$(VERSION)
 
+# Build tags: the time zones in the binary, and Google's storage over JSON only, which
+# is what Kopia uses. All targets compile with the same flags, so that each library is
+# compiled once for all of them.
+TAGS      := timetzdata,disable_grpc_modules
+FLAGS     := -trimpath -tags=$(TAGS)
+export GOFLAGS ?= $(FLAGS)
 export CGO_ENABLED ?= 1
-export VARVE_RACE CACHE
+export TAGS VARVE_RACE VARVE_NIGHTLY CACHE
 
 .PHONY: help
 help: ## Show this list
@@ -24,7 +32,7 @@ help: ## Show this list
 
 .PHONY: build
 build: ## Build bin/varve, a static binary
-	CGO_ENABLED=0 $(GO) build $(BUILDFLAGS) -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/varve ./cmd/varve
+	CGO_ENABLED=0 $(GO) build $(BUILDFLAGS) $(FLAGS) -ldflags '$(LDFLAGS)' -o $(BIN)/varve ./cmd/varve
 
 .PHONY: setup
 setup: ## Install the Debian packages that the tests use (needs root)
@@ -33,30 +41,30 @@ setup: ## Install the Debian packages that the tests use (needs root)
 .PHONY: check
 check: lint ## Build, vet, lint and the quick tests
 	$(GO) build ./...
-	$(GO) test -tags testing -short ./...
+	$(GO) test -vet=off -tags $(TAGS),testing -short ./...
 
 .PHONY: test
-test: setup $(KOPIA) $(GOTESTSUM) ## All tests, beside stock Kopia and real tools; the race detector where there are goroutines
-	VARVE_TEST_KOPIA=$(KOPIA) GOTESTSUM=$(GOTESTSUM) scripts/test.sh
+test: setup $(KOPIA) $(S3) $(GOTESTSUM) ## All tests, beside stock Kopia and real tools; the race detector where there are goroutines
+	VARVE_TEST_KOPIA=$(KOPIA) VARVE_TEST_S3=$(S3) GOTESTSUM=$(GOTESTSUM) scripts/test.sh
 
 .PHONY: nightly
 nightly: ## What takes hours: the race detector everywhere, every fault, a million steps of the model, every kill
-	$(MAKE) test VARVE_RACE=all
+	$(MAKE) test VARVE_RACE=all VARVE_NIGHTLY=1
 	$(MAKE) faults
 	$(MAKE) model
 	$(MAKE) fuzz
-	$(MAKE) e2e VARVE_E2E_KILLS=all
+	$(MAKE) e2e VARVE_E2E_KILLS=all VARVE_E2E_RACES=400
 
 .PHONY: tools
-tools: $(LINT) $(KOPIA) $(GOTESTSUM) ## Build the tools of lint and tests, once for each version
+tools: $(LINT) $(KOPIA) $(S3) $(GOTESTSUM) ## Build the tools of lint and tests, once for each version
 
 .PHONY: model
 model: ## The long run of the model test: a million steps
-	VARVE_MODEL_STEPS=$${STEPS:-1000000} $(GO) test -tags testing ./backup -run TestModel -timeout 0 -v
+	VARVE_MODEL_STEPS=$${STEPS:-1000000} $(GO) test -tags $(TAGS),testing ./backup -run TestModel -timeout 0 -v
 
 .PHONY: faults
 faults: ## The sweeps of failing storage with every operation, not a sample
-	VARVE_FAULTS=all $(GO) test -tags testing ./backup -run 'Failing|Storage' -timeout 0 -v
+	VARVE_FAULTS=all $(GO) test -tags $(TAGS),testing ./backup -run 'Failing|Storage' -timeout 0 -v
 
 .PHONY: fuzz
 fuzz: ## Fuzz every parser of untrusted bytes for a while each (TIME=30s)
@@ -65,7 +73,7 @@ fuzz: ## Fuzz every parser of untrusted bytes for a while each (TIME=30s)
 .PHONY: lint
 lint: $(LINT) ## Lint; depguard keeps the layers
 	@scripts/release-notes.sh >/dev/null
-	$(LINT) run ./...
+	CGO_ENABLED=0 $(LINT) run ./...
 
 .PHONY: release-notes
 release-notes: ## Print the changes since the last release (VERSION=v1.2.3: collect them for that release)
@@ -103,6 +111,11 @@ kopia: $(KOPIA) ## Build stock Kopia, the same version as the library
 $(KOPIA):
 	@mkdir -p $(TOOLS)
 	scripts/build-tool.sh github.com/kopia/kopia $(KOPIA_VER) github.com/kopia/kopia $@
+
+$(S3):
+	@mkdir -p $(TOOLS)
+	@echo "building versitygw $(S3_VER)"
+	cd e2e/tools && CGO_ENABLED=0 $(GO) build -o $@ github.com/versity/versitygw/cmd/versitygw
 
 $(GOTESTSUM):
 	@mkdir -p $(TOOLS)

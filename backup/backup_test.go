@@ -15,6 +15,7 @@ import (
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/cbt"
 	"github.com/varve-io/varve/backup/disk"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/backup/repository/repotest"
 )
@@ -35,7 +36,7 @@ func openRepo(t *testing.T, conf string) *repository.Repository {
 	return openWith(t, repository.OpenOptions{ConfigFile: conf, Password: "secret"})
 }
 
-// openWith closes what it opens when the test ends.
+// openWith opens a repository until the test ends.
 func openWith(t *testing.T, opt repository.OpenOptions) *repository.Repository {
 	t.Helper()
 	r, err := repository.Open(t.Context(), opt)
@@ -72,13 +73,13 @@ func (d *memDisk) ReadAt(p []byte, off int64) (int, error) {
 func (d *memDisk) Size() int64      { return int64(len(d.data)) }
 func (d *memDisk) CheckSize() error { return nil }
 
-var testVolume = Volume{Namespace: "shop", Name: "db", Cluster: "test"}
+var testVolume = points.Volume{Namespace: "shop", Name: "db", Cluster: "test"}
 
 // readPoint reads a whole point by walking its tree.
-func readPoint(t *testing.T, r *repository.Repository, p *Point) []byte {
+func readPoint(t *testing.T, r *repository.Repository, p *points.Point) []byte {
 	t.Helper()
 	ctx := t.Context()
-	root, err := OpenRoot(ctx, r, p)
+	root, err := points.OpenRoot(ctx, r, p)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -112,7 +113,7 @@ func readPoint(t *testing.T, r *repository.Repository, p *Point) []byte {
 	return out
 }
 
-func mustBackup(t *testing.T, r *repository.Repository, opt Options) (*Point, *blocktree.Record) {
+func mustBackup(t *testing.T, r *repository.Repository, opt Options) (*points.Point, *blocktree.Record) {
 	t.Helper()
 	p, rec, err := Run(t.Context(), r, opt)
 	if err != nil {
@@ -136,7 +137,7 @@ func TestSizes(t *testing.T) {
 	const block = blocktree.MinBlockSize
 	rng := rand.New(rand.NewPCG(1, 2))
 	for _, size := range []int{0, 1, 511, block - 1, block, block + 1, blocktree.SegmentSize - 1, blocktree.SegmentSize, blocktree.SegmentSize + 1} {
-		v := Volume{Namespace: "sizes", Name: fmt.Sprint(size), Cluster: "test"}
+		v := points.Volume{Namespace: "sizes", Name: fmt.Sprint(size), Cluster: "test"}
 		data := make([]byte, size)
 		if size > 0 {
 			copy(data, randomBytes(rng, min(size, 3*block)))
@@ -156,7 +157,7 @@ func TestChainOfIncrements(t *testing.T) {
 	r, _ := newRepo(t)
 	rng := rand.New(rand.NewPCG(3, 4))
 	data := randomBytes(rng, 5<<20+123)
-	var points []*Point
+	var pts []*points.Point
 	var want [][]byte
 	for i := range 6 {
 		if i > 0 {
@@ -171,27 +172,27 @@ func TestChainOfIncrements(t *testing.T) {
 		}
 		snap := bytes.Clone(data)
 		p, rec := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: snap}, AllowShrink: true})
-		if i > 0 && (rec.Kind != blocktree.KindIncremental || rec.Parent != points[i-1].ID) {
+		if i > 0 && (rec.Kind != blocktree.KindIncremental || rec.Parent != pts[i-1].ID) {
 			t.Errorf("point %d: kind %s, parent %s", i, rec.Kind, rec.Parent)
 		}
-		points, want = append(points, p), append(want, snap)
+		pts, want = append(pts, p), append(want, snap)
 	}
-	for i, p := range points {
+	for i, p := range pts {
 		if !bytes.Equal(readPoint(t, r, p), want[i]) {
 			t.Errorf("point %d reads back different", i)
 		}
 	}
-	cat, err := List(t.Context(), r, ListOptions{})
+	cat, err := points.List(t.Context(), r, points.ListOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := len(cat.Points()); n != len(points) {
-		t.Errorf("%d points listed, want %d", n, len(points))
+	if n := len(cat.Points()); n != len(pts) {
+		t.Errorf("%d points listed, want %d", n, len(pts))
 	}
 	if n := len(cat.Incomplete()); n != 0 {
 		t.Errorf("%d incomplete manifests left", n)
 	}
-	if p := cat.Latest(testVolume); p.ID != points[5].ID {
+	if p := cat.Latest(testVolume); p.ID != pts[5].ID {
 		t.Errorf("latest is %s", p.Name())
 	}
 }
@@ -265,8 +266,8 @@ func TestCheckpointsWhileResizing(t *testing.T) {
 	}
 }
 
-// TestSparseBlocks writes pages at random places of a sparse file: only blocks
-// with data are read, however close holes and data lie together.
+// TestSparseBlocks writes pages at random places of a sparse file: only blocks with data are
+// read, however close holes and data are.
 func TestSparseBlocks(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)

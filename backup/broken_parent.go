@@ -4,32 +4,30 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"slices"
 
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 )
 
-// parentBroken reports whether a run failed because the parent it chose by itself
-// is damaged. A parent that the caller named, and one that was deleted meanwhile,
-// are the caller's to decide about.
+// parentBroken reports whether a run failed because the parent it chose itself is damaged. If
+// the caller named the parent, or it was deleted during the run, the caller decides.
 func (r *run) parentBroken(err error) bool {
 	if r.parent == nil || r.opt.Parent != "" || errors.Is(err, ErrLostData) {
 		return false
 	}
 	return errors.Is(err, repository.ErrContentMissing) || errors.Is(err, repository.ErrContentCorrupt) ||
-		errors.Is(err, blocktree.ErrMalformed) || errors.Is(err, errNoRecord)
+		errors.Is(err, blocktree.ErrMalformed) || errors.Is(err, points.ErrNoRecord)
 }
 
-// fullInstead returns the options of a full backup after a run whose parent is
-// broken: a damaged point must not keep its volume from being backed up. Blocks
-// that the repository has are not uploaded again. The object that could not be
-// read is forgotten, since as long as the index has it the same bytes would not be
-// stored again.
+// fullInstead returns the options of a full backup after a run whose parent is broken: a
+// damaged point must not stop the backups of its volume. Blocks that the repository has are
+// not uploaded again. The unreadable object is forgotten: while the index has it, the same
+// bytes would not be stored again.
 func fullInstead(ctx context.Context, repo *repository.Repository, opt Options, broken *run, cause error) (Options, error) {
-	slog.WarnContext(ctx, "the recovery point to build on cannot be read; taking a full backup", "parent", broken.parent.Name(), "error", cause,
+	repo.Log().WarnContext(ctx, "the recovery point to build on cannot be read; taking a full backup", "parent", broken.parent.Name(), "error", cause,
 		"next", "varve verify --quarantine")
 	w, err := repo.NewWriter(ctx, "varve broken parent")
 	if err != nil {
@@ -58,7 +56,7 @@ func fullInstead(ctx context.Context, repo *repository.Repository, opt Options, 
 	if opt.BlockSize == 0 {
 		opt.BlockSize = broken.parent.BlockSize // so that blocks are recognised
 	}
-	if opt.Source != nil { // which may know no more than the difference
+	if opt.Source != nil { // which may know only the difference
 		opt.Fallback = append(slices.Clone(opt.Fallback), cbt.Compare{})
 	}
 	opt.notes = append(slices.Clone(broken.notes), fmt.Sprintf("%s cannot be read, so a full was taken: %v", broken.parent.Name(), cause))

@@ -3,6 +3,7 @@ package backup
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -10,35 +11,36 @@ import (
 	"time"
 
 	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 )
 
 // The tests of this file are the rows of docs/concurrency.md.
 
-// TestTwoBackupsAtOnce runs a second backup of a volume inside the first, from a
-// connection of its own: both finish and are siblings.
+// TestTwoBackupsAtOnce runs a second backup of a volume inside the first, over another
+// connection: both finish, and their points are siblings.
 func TestTwoBackupsAtOnce(t *testing.T) {
 	t.Parallel()
 	r, conf := newRepo(t)
-	points, want := chain(t, r, testVolume, 1, 1<<20)
+	pts, want := chain(t, r, testVolume, 1, 1<<20)
 	one, two := bytes.Clone(want[0]), bytes.Clone(want[0])
 	one[5]++
 	two[900_000]++
 	second := openRepo(t, conf)
-	var inner *Point
+	var inner *points.Point
 	outer, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: one}, step: func(s string) {
 		if s == "listed" {
 			inner, _ = mustBackup(t, second, Options{Volume: testVolume, Disk: &memDisk{data: two}})
 		}
 	}})
-	if inner.Parent != points[0].ID || outer.Parent != points[0].ID || inner.Generation != outer.Generation {
+	if inner.Parent != pts[0].ID || outer.Parent != pts[0].ID || inner.Generation != outer.Generation {
 		t.Errorf("not siblings: %+v, %+v", inner, outer)
 	}
 	fresh := openRepo(t, conf)
 	for _, c := range []struct {
-		p    *Point
+		p    *points.Point
 		want []byte
-	}{{points[0], want[0]}, {inner, two}, {outer, one}} {
+	}{{pts[0], want[0]}, {inner, two}, {outer, one}} {
 		if !bytes.Equal(readPoint(t, fresh, c.p), c.want) {
 			t.Errorf("%s reads back different", c.p.Name())
 		}
@@ -57,13 +59,13 @@ func TestTwoBackupsAtOnce(t *testing.T) {
 	}
 }
 
-// backupSteps are where others interfere with a backup.
+// backupSteps are the steps at which others interfere with a backup.
 var backupSteps = []string{"prepared", "protected", "listed", "segment", "checkpoint", "stored", "flushed", "proved", "saved"}
 
-// interfere runs a backup of disk; at its step it has others delete the points
-// named by forget and run maintenance without any safety. Whatever the backup
-// says must be so: a point that reads back, or an error that says why.
-func interfere(t *testing.T, step string, prepare func(t *testing.T, r *repository.Repository) (opt Options, forget []string, kept map[*Point][]byte)) {
+// interfere runs a backup of disk; at its step others delete the points named by forget and
+// run maintenance without safety. The result must be right: a point that reads back, or an
+// error that says why not.
+func interfere(t *testing.T, step string, protectAll bool, prepare func(t *testing.T, r *repository.Repository) (opt Options, forget []string, kept map[*points.Point][]byte)) {
 	t.Helper()
 	r, conf := newRepo(t)
 	opt, forget, kept := prepare(t, r)
@@ -71,6 +73,7 @@ func interfere(t *testing.T, step string, prepare func(t *testing.T, r *reposito
 	other := openRepo(t, conf)
 	met := false
 	opt.BlockSize = 64 << 10
+	opt.protectAll = protectAll
 	if step == "checkpoint" {
 		opt.CheckpointEvery = time.Nanosecond // after each job
 	}
@@ -110,8 +113,7 @@ func interfere(t *testing.T, step string, prepare func(t *testing.T, r *reposito
 	if _, err := Verify(t.Context(), fresh, VerifyOptions{Read: 1}); err != nil {
 		t.Errorf("verify: %v", err)
 	}
-	// Nothing that happened stands in the way of the next run, and a collection
-	// after it takes nothing that is in use.
+	// The next run succeeds, and a collection after it deletes nothing that is in use.
 	opt.step = nil
 	p, _ = mustBackup(t, fresh, opt)
 	maintainNow(t, fresh)
@@ -124,15 +126,20 @@ func interfere(t *testing.T, step string, prepare func(t *testing.T, r *reposito
 // an increment.
 func TestParentPrunedDuringBackup(t *testing.T) {
 	for _, step := range backupSteps {
-		t.Run(step, func(t *testing.T) {
-			t.Parallel()
-			interfere(t, step, func(t *testing.T, r *repository.Repository) (Options, []string, map[*Point][]byte) {
-				points, want := chain(t, r, testVolume, 2, 1<<20)
-				data := append(bytes.Clone(want[1]), make([]byte, blocktree.SegmentSize)...)
-				copy(data[300_000:], randomBytes(rand.New(rand.NewPCG(1, 1)), 200_000))
-				return Options{Volume: testVolume, Disk: &memDisk{data: data}}, []string{points[1].ID}, map[*Point][]byte{points[0]: want[0]}
+		for _, protectAll := range []bool{false, true} {
+			if protectAll && step != "protected" && step != "segment" {
+				continue // the same as without, or the first flush has come
+			}
+			t.Run(fmt.Sprintf("%s,protectAll=%v", step, protectAll), func(t *testing.T) {
+				t.Parallel()
+				interfere(t, step, protectAll, func(t *testing.T, r *repository.Repository) (Options, []string, map[*points.Point][]byte) {
+					pts, want := chain(t, r, testVolume, 2, 1<<20)
+					data := append(bytes.Clone(want[1]), make([]byte, blocktree.SegmentSize)...)
+					copy(data[300_000:], randomBytes(rand.New(rand.NewPCG(1, 1)), 200_000))
+					return Options{Volume: testVolume, Disk: &memDisk{data: data}}, []string{pts[1].ID}, map[*points.Point][]byte{pts[0]: want[0]}
+				})
 			})
-		})
+		}
 	}
 }
 
@@ -145,22 +152,22 @@ func TestGarbageReusedDuringCollection(t *testing.T) {
 		}
 		t.Run(step, func(t *testing.T) {
 			t.Parallel()
-			interfere(t, step, func(t *testing.T, r *repository.Repository) (Options, []string, map[*Point][]byte) {
-				other := Volume{Namespace: "shop", Name: "other", Cluster: "test"}
+			interfere(t, step, false, func(t *testing.T, r *repository.Repository) (Options, []string, map[*points.Point][]byte) {
+				other := points.Volume{Namespace: "shop", Name: "other", Cluster: "test"}
 				kept, want := chain(t, r, other, 1, 500_000)
 				data := append(randomBytes(rand.New(rand.NewPCG(2, 2)), 1<<20), make([]byte, blocktree.SegmentSize)...)
 				p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: data}, BlockSize: 64 << 10})
 				if _, err := Forget(t.Context(), r, ForgetOptions{Names: []string{p.ID}, Cluster: testVolume.Cluster}); err != nil {
 					t.Fatal(err)
 				}
-				return Options{Volume: testVolume, Disk: &memDisk{data: data}}, nil, map[*Point][]byte{kept[0]: want[0]}
+				return Options{Volume: testVolume, Disk: &memDisk{data: data}}, nil, map[*points.Point][]byte{kept[0]: want[0]}
 			})
 		})
 	}
 }
 
-// TestBackupDuringCollection makes a point at each step of a collection without
-// safety, out of data that the collection takes for garbage.
+// TestBackupDuringCollection makes a point at each step of a collection without safety,
+// from data that the collection considers garbage.
 func TestBackupDuringCollection(t *testing.T) {
 	for _, step := range []string{"cleared", "marked", "swept", "collected", "rewritten", "dropped", "deleted"} {
 		t.Run(step, func(t *testing.T) {
@@ -172,7 +179,7 @@ func TestBackupDuringCollection(t *testing.T) {
 				t.Fatal(err)
 			}
 			writer := openRepo(t, conf)
-			var p *Point
+			var p *points.Point
 			_, err := Maintain(t.Context(), r, MaintainOptions{Mode: repository.MaintenanceFull, NoSafety: true, step: func(s string) {
 				if s == step && p == nil {
 					p, _ = mustBackup(t, writer, Options{Volume: testVolume, Disk: &memDisk{data: data}})
@@ -196,15 +203,15 @@ func TestBackupDuringCollection(t *testing.T) {
 	}
 }
 
-// TestReaderDuringRewrite reads points over and over while packs are rewritten
-// and the old ones deleted under it.
+// TestReaderDuringRewrite reads points repeatedly while packs are rewritten and the old ones
+// deleted.
 func TestReaderDuringRewrite(t *testing.T) {
 	t.Parallel()
 	r, conf := newRepo(t)
 	// Every second block changes each time, so that the packs that stay in use are of
 	// one size and are merged.
 	const block = 64 << 10
-	var points []*Point
+	var pts []*points.Point
 	var want [][]byte
 	rng := rand.New(rand.NewPCG(3, 3))
 	data := randomBytes(rng, 1<<20)
@@ -213,7 +220,7 @@ func TestReaderDuringRewrite(t *testing.T) {
 			copy(data[off:], randomBytes(rng, block))
 		}
 		p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: bytes.Clone(data)}, BlockSize: block})
-		points, want = append(points, p), append(want, bytes.Clone(data))
+		pts, want = append(pts, p), append(want, bytes.Clone(data))
 	}
 	reader := openRepo(t, conf)
 	stop := make(chan struct{})
@@ -221,7 +228,7 @@ func TestReaderDuringRewrite(t *testing.T) {
 	started := make(chan struct{})
 	rounds.Go(func() {
 		for n := 0; ; n++ {
-			if !bytes.Equal(readPoint(t, reader, points[3]), want[3]) {
+			if !bytes.Equal(readPoint(t, reader, pts[3]), want[3]) {
 				t.Error("reads back different")
 			}
 			if n == 0 {
@@ -236,7 +243,7 @@ func TestReaderDuringRewrite(t *testing.T) {
 	})
 	<-started
 	before := packFiles(t, conf, "p")
-	if _, err := Forget(t.Context(), r, ForgetOptions{Names: []string{points[0].ID, points[1].ID}, Cluster: testVolume.Cluster}); err != nil {
+	if _, err := Forget(t.Context(), r, ForgetOptions{Names: []string{pts[0].ID, pts[1].ID}, Cluster: testVolume.Cluster}); err != nil {
 		t.Error(err)
 	}
 	res, err := Maintain(t.Context(), r, MaintainOptions{Mode: repository.MaintenanceFull, NoSafety: true})
@@ -257,14 +264,14 @@ func TestReaderDuringRewrite(t *testing.T) {
 			t.Errorf("%s was not deleted", f)
 		}
 	}
-	if !bytes.Equal(readPoint(t, reader, points[3]), want[3]) {
+	if !bytes.Equal(readPoint(t, reader, pts[3]), want[3]) {
 		t.Error("reads back different after the packs went")
 	}
 }
 
-// TestRunThatStoodStill has a backup stand still for more than a day at each of its steps, as
-// in a machine that sleeps, while another host takes it for dead and collects: the point
-// is complete, or the backup fails and leaves none.
+// TestRunThatStoodStill suspends a backup for more than a day at each of its steps, as on a
+// machine that sleeps, while another host considers it dead and collects: the point is
+// complete, or the backup fails and leaves none.
 func TestRunThatStoodStill(t *testing.T) {
 	t.Parallel()
 	for _, step := range []string{"protected", "checkpoint", "stored", "flushed", "proved", "saved"} {
@@ -277,7 +284,7 @@ func TestRunThatStoodStill(t *testing.T) {
 					ConfigFile: conf, Password: "secret", Now: func() time.Time { return time.Now().Add(time.Duration(slept.Load())) },
 				})
 			}
-			// Kopia does not maintain where the clock and the storage's differ.
+			// Kopia does not maintain if the clock and the storage's differ.
 			r, dropper, other := late(), late(), openRepo(t, conf)
 			data := randomBytes(rand.New(rand.NewPCG(6, 6)), 600_000)
 			first, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: bytes.Clone(data)}})
@@ -285,7 +292,7 @@ func TestRunThatStoodStill(t *testing.T) {
 			for i := 0; i < len(want); i += 100_000 {
 				want[i]++
 			}
-			opt := Options{Volume: testVolume, Disk: &memDisk{data: want}, BlockSize: first.BlockSize}
+			opt := Options{Volume: testVolume, Disk: &memDisk{data: want}, BlockSize: first.BlockSize, protectAll: true}
 			if step == "checkpoint" {
 				opt.CheckpointEvery = time.Nanosecond // after each job
 			}
@@ -308,19 +315,19 @@ func TestRunThatStoodStill(t *testing.T) {
 			if !met {
 				t.Fatalf("the backup has no step %s", step)
 			}
-			points := []*Point{first, p}
+			pts := []*points.Point{first, p}
 			if err != nil {
 				if !errors.Is(err, ErrLostData) {
 					t.Fatal(err)
 				}
 				t.Logf("the backup failed: %v", err)
-				points = points[:1]
+				pts = pts[:1]
 			}
 			fresh := openFresh(t, conf)
-			if got := mustList(t, fresh).Points(); len(got) != len(points) {
-				t.Errorf("%d points, want %d", len(got), len(points))
+			if got := mustList(t, fresh).Points(); len(got) != len(pts) {
+				t.Errorf("%d points, want %d", len(got), len(pts))
 			}
-			for i, p := range points {
+			for i, p := range pts {
 				if !bytes.Equal(readPoint(t, fresh, p), [][]byte{data, want}[i]) {
 					t.Errorf("%s reads back different", p.Name())
 				}
@@ -361,7 +368,7 @@ func TestClocksApart(t *testing.T) {
 			t.Errorf("point %d is listed as number %d", p.Generation, i+1)
 		}
 	}
-	latest, err := Names{Catalog: cat, Cluster: testVolume.Cluster}.Read("shop/db@latest")
+	latest, err := points.Names{Catalog: cat, Cluster: testVolume.Cluster}.Read("shop/db@latest")
 	if err != nil || latest.ID != ids[3] {
 		t.Errorf("latest is %v, %v", latest, err)
 	}
@@ -374,5 +381,34 @@ func TestClocksApart(t *testing.T) {
 	}
 	if !bytes.Equal(readPoint(t, behind, latest), data) {
 		t.Error("reads back different")
+	}
+}
+
+// TestPointDeletedDuringVerify deletes and collects a point while a verify runs: it is
+// reported as deleted, and not as damaged.
+func TestPointDeletedDuringVerify(t *testing.T) {
+	t.Parallel()
+	r, conf := newRepo(t)
+	pts, _ := chain(t, r, testVolume, 3, 1<<20)
+	other := openRepo(t, conf)
+	begun := false
+	rep, err := Verify(t.Context(), r, VerifyOptions{Read: 1, Quarantine: true, Progress: func(Progress) {
+		if begun {
+			return
+		}
+		begun = true
+		if _, err := Forget(t.Context(), other, ForgetOptions{Names: []string{pts[1].ID}, Cluster: testVolume.Cluster}); err != nil {
+			t.Error(err)
+		}
+		maintainNow(t, other)
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(rep.Deleted) != 1 || rep.Deleted[0].ID != pts[1].ID || len(rep.Points) != 2 {
+		t.Errorf("%d deleted, %d points", len(rep.Deleted), len(rep.Points))
+	}
+	if q, err := points.Quarantined(t.Context(), openFresh(t, conf)); err != nil || len(q) != 0 {
+		t.Errorf("quarantined: %v, %v", q, err)
 	}
 }

@@ -8,13 +8,14 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/backup/repository/repotest"
 )
 
-// TestBrokenPack takes away, cuts and spoils the pack with the data of one
-// volume. The error names the object; the other volume can be read, backed up and
-// collected, and the next backup of the same bytes mends the broken point.
+// TestBrokenPack removes, cuts and corrupts the pack with the data of one volume. The error
+// names the object; the other volume can be read, backed up and collected, and the next
+// backup of the same bytes repairs the broken point.
 func TestBrokenPack(t *testing.T) {
 	for _, row := range []struct {
 		name string
@@ -30,7 +31,7 @@ func TestBrokenPack(t *testing.T) {
 			s := newFaultSite(t)
 			before := s.repo.Packs(t)
 			other := s.options()
-			other.Volume = Volume{Namespace: "shop", Name: "broken", Cluster: "test"}
+			other.Volume = points.Volume{Namespace: "shop", Name: "broken", Cluster: "test"}
 			data := randomBytes(s.rng, 1<<20)
 			other.Disk = &memDisk{data: data}
 			broken, _ := mustBackup(t, s.clean, other)
@@ -59,7 +60,7 @@ func TestBrokenPack(t *testing.T) {
 			maintainNow(t, s.clean)
 
 			rep, err := Verify(t.Context(), s.clean, VerifyOptions{Read: 1, Quarantine: true})
-			if !errors.Is(err, ErrDamaged) {
+			if !errors.Is(err, points.ErrDamaged) {
 				t.Fatalf("verify: %v", err)
 			}
 			for _, res := range rep.Points {
@@ -68,7 +69,7 @@ func TestBrokenPack(t *testing.T) {
 				}
 			}
 			again, _ := mustBackup(t, s.clean, other)
-			for _, p := range []*Point{broken, again} {
+			for _, p := range []*points.Point{broken, again} {
 				if !bytes.Equal(readPoint(t, s.clean, p), data) {
 					t.Errorf("%s reads back different once the bytes were stored again", p.Name())
 				}
@@ -80,9 +81,9 @@ func TestBrokenPack(t *testing.T) {
 	}
 }
 
-// TestBrokenIndexBlob spoils and cuts the blob of Kopia's index that tells where
-// the contents of the latest point are. Whatever can be opened then never gives
-// wrong bytes; with the blob put back all is as it was.
+// TestBrokenIndexBlob corrupts and cuts the blob of Kopia's index that locates the contents
+// of the latest point. What can still be opened never returns wrong bytes; once the blob is
+// restored, all is as before.
 func TestBrokenIndexBlob(t *testing.T) {
 	for _, how := range []string{"flipped", "cut", "missing"} {
 		t.Run(how, func(t *testing.T) {
@@ -118,8 +119,8 @@ func TestBrokenIndexBlob(t *testing.T) {
 			r, err := repository.Open(t.Context(), repository.OpenOptions{ConfigFile: config, Password: repotest.Password})
 			t.Logf("open: %v", err)
 			if err == nil {
-				points := mustList(t, r).Points()
-				for _, q := range points {
+				pts := mustList(t, r).Points()
+				for _, q := range pts {
 					if q.ID == p.ID {
 						t.Errorf("%s is listed without its index", q.Name())
 					}
@@ -130,7 +131,7 @@ func TestBrokenIndexBlob(t *testing.T) {
 				if err := r.Close(t.Context()); err != nil {
 					t.Error(err)
 				}
-			} else if how == "missing" || !errors.Is(err, repository.ErrContentCorrupt) || !strings.Contains(err.Error(), "kopia index recover") {
+			} else if how == "missing" || !errors.Is(err, repository.ErrContentCorrupt) || !strings.Contains(err.Error(), "varve repo repair") {
 				t.Errorf("open: %v", err)
 			}
 			for path, kept := range saved {

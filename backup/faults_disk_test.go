@@ -2,6 +2,7 @@ package backup
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -11,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/points"
 )
 
 // badDisk is a disk of which some sectors of 512 bytes cannot be read.
@@ -78,7 +80,7 @@ func TestBadSectors(t *testing.T) {
 	s.check()
 }
 
-// TestUnreadIsReadAgain has increments read what their parent could not, although no
+// TestUnreadIsReadAgain: increments read what could not be read for their parent, although no
 // source reports it as changed.
 func TestUnreadIsReadAgain(t *testing.T) {
 	t.Parallel()
@@ -102,7 +104,7 @@ func TestUnreadIsReadAgain(t *testing.T) {
 		{"no disk", NoDisk(1 << 20), FailOnReadError, zeroed, bad},
 		{"shrunk", &memDisk{data: data[:1<<20-512]}, FailOnReadError, data[:1<<20-512], nil},
 	} {
-		v := Volume{Namespace: "unread", Name: strings.ReplaceAll(tc.name, " ", "-"), Cluster: "test"}
+		v := points.Volume{Namespace: "unread", Name: strings.ReplaceAll(tc.name, " ", "-"), Cluster: "test"}
 		full, rec := mustBackup(t, r, Options{Volume: v, Disk: &badDisk{memDisk{data: data}, bad}, OnReadError: ZeroOnReadError, BlockSize: 64 << 10})
 		if full.Unread != 2560 || !slices.Equal(rec.ReadErrors, bad) {
 			t.Fatalf("the full: %d bytes unread, %v", full.Unread, rec.ReadErrors)
@@ -121,7 +123,7 @@ func TestUnreadIsReadAgain(t *testing.T) {
 	}
 }
 
-// What cannot be read is told as few ranges, however many sectors it is.
+// What cannot be read is listed as few ranges, however many sectors it is.
 func TestRangeList(t *testing.T) {
 	t.Parallel()
 	var l rangeList
@@ -162,7 +164,7 @@ func TestRangeList(t *testing.T) {
 // changingDisk changes its size while it is read.
 type changingDisk struct {
 	memDisk
-	size   int64 // as it was when it was opened
+	size   int64 // at opening
 	change func(d *memDisk)
 }
 
@@ -190,8 +192,7 @@ func (d *changingDisk) CheckSize() error {
 	return nil
 }
 
-// TestDiskChangesSize has the disk grow and shrink while it is backed up: no
-// point is made of it.
+// TestDiskChangesSize grows and shrinks the disk while it is backed up: no point is made.
 func TestDiskChangesSize(t *testing.T) {
 	t.Parallel()
 	s := newFaultSite(t)
@@ -214,4 +215,30 @@ func TestDiskChangesSize(t *testing.T) {
 	}
 	s.backup(s.clean)
 	s.check()
+}
+
+// TestNoPointOfAMomentThatPassed: if the source finds that the bytes read are not of one
+// moment, no point is made, and the next backup starts from the previous one.
+func TestNoPointOfAMomentThatPassed(t *testing.T) {
+	r, _ := newRepo(t)
+	data := randomBytes(rand.New(rand.NewPCG(1, 2)), 300_000)
+	first, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: data}})
+	passed := errors.New("the job of the storage has ended")
+	changed := bytes.Clone(data)
+	changed[100_000]++
+	_, _, err := Run(t.Context(), r, Options{Volume: testVolume, Disk: &memDisk{data: changed}, Check: func(context.Context) error { return passed }})
+	if !errors.Is(err, passed) || !strings.Contains(err.Error(), "no point was made") {
+		t.Errorf("the backup ended with %v", err)
+	}
+	if pts := mustList(t, r).Points(); len(pts) != 1 || pts[0].ID != first.ID {
+		t.Errorf("%d points", len(pts))
+	}
+	asked := false
+	p, _ := mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: changed}, Check: func(context.Context) error {
+		asked = true
+		return nil
+	}})
+	if !asked || p.Parent != first.ID || !bytes.Equal(readPoint(t, r, p), changed) {
+		t.Errorf("asked %v, parent %s", asked, p.Parent)
+	}
 }

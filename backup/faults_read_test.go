@@ -7,6 +7,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/backup/repository/repotest"
 )
@@ -37,25 +38,32 @@ func (d *memTarget) Path() string     { return "memory" }
 func (d *memTarget) Identity() string { return "memory" }
 
 // restored restores a point into memory.
-func (s *faultSite) restored(r *repository.Repository, p *Point) ([]byte, error) {
+func (s *faultSite) restored(r *repository.Repository, p *points.Point) ([]byte, error) {
 	target := &memTarget{memDisk{data: bytes.Repeat([]byte{0xa5}, int(p.Size))}}
 	_, err := Restore(s.t.Context(), r, p, target, RestoreOptions{Workers: 2})
 	return target.data, err
 }
 
-// TestRestoreWithFailingStorage has each read of a restore fail once and for
-// good: it says so, and works when run again.
+// TestRestoreWithFailingStorage makes each read of a restore fail, once and permanently: the
+// error says so, and the restore works when run again.
 func TestRestoreWithFailingStorage(t *testing.T) {
 	t.Parallel()
 	s := newFaultSite(t)
-	p := mustList(t, s.clean).Points()[0]
+	for range 12 { // separate packs, each of which is a read
+		s.change()
+		s.backup(s.clean)
+	}
+	if err := s.faulty.Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	p := mustList(t, s.clean).Of(testVolume)[13]
 	again := func() {
 		t.Helper()
 		if got, err := s.restored(s.faulty, p); err != nil || !bytes.Equal(got, s.want[p.ID]) {
 			t.Fatalf("without faults: %v", err)
 		}
 	}
-	again() // what Kopia keeps of indexes is read once
+	again() // what Kopia caches of indexes is read once
 	before, bytesBefore := s.f.Ops(repotest.Get), s.f.Bytes(repotest.Get)
 	again()
 	n := s.f.Ops(repotest.Get) - before
@@ -68,7 +76,7 @@ func TestRestoreWithFailingStorage(t *testing.T) {
 		s.f.Add(repotest.Fault{Op: repotest.Get, Skip: skip, Count: skip % 2})
 		got, err := s.restored(s.faulty, p)
 		s.f.Clear()
-		if err == nil { // the read was one ahead of need, or there were fewer
+		if err == nil { // the read was of a run; then each content was read by itself
 			if !bytes.Equal(got, s.want[p.ID]) {
 				t.Errorf("read number %d: restored something else", skip)
 			}
@@ -85,8 +93,8 @@ func TestRestoreWithFailingStorage(t *testing.T) {
 	again()
 }
 
-// TestDamageOnTheWay flips bits in, cuts and hides what is read: the error says
-// which, names object and disk offset, and nothing wrong is ever returned.
+// TestDamageOnTheWay flips bits in, cuts and hides what is read: the error says which, with
+// object and disk offset, and no wrong byte is ever returned.
 func TestDamageOnTheWay(t *testing.T) {
 	for _, row := range []struct {
 		name  string
@@ -106,10 +114,10 @@ func TestDamageOnTheWay(t *testing.T) {
 			p := mustList(t, s.clean).Points()[0]
 			s.f.Add(row.fault)
 			_, err := s.restored(s.faulty, p)
-			// Packs of indexes hold the list of points, too: what cannot be read of it is named.
+			// Packs of indexes also hold the list of points: its unreadable parts are named.
 			named := strings.Contains(err.Error(), "object ")
 			if row.fault.Prefix == "q" {
-				named = named || errors.Is(err, ErrDamaged) && strings.Contains(err.Error(), "pack q")
+				named = named || errors.Is(err, points.ErrDamaged) && strings.Contains(err.Error(), "pack q")
 			}
 			if !named || !errors.Is(err, row.want) || !strings.Contains(err.Error(), p.Name()) {
 				t.Errorf("restore: %v", err)
@@ -117,8 +125,8 @@ func TestDamageOnTheWay(t *testing.T) {
 			if row.fault.Prefix == "p" && !strings.Contains(err.Error(), "block at 0x") {
 				t.Errorf("the error names no offset: %v", err)
 			}
-			rep, err := Verify(t.Context(), s.faulty, VerifyOptions{Points: []*Point{p}, Read: 1})
-			if !errors.Is(err, ErrDamaged) {
+			rep, err := Verify(t.Context(), s.faulty, VerifyOptions{Points: []*points.Point{p}, Read: 1})
+			if !errors.Is(err, points.ErrDamaged) {
 				t.Errorf("verify: %v", err)
 			} else if len(rep.Points[0].Problems) == 0 {
 				t.Error("verify names no place")
@@ -127,15 +135,15 @@ func TestDamageOnTheWay(t *testing.T) {
 			if got, err := s.restored(s.faulty, p); err != nil || !bytes.Equal(got, s.want[p.ID]) {
 				t.Errorf("once it is whole again: %v", err)
 			}
-			if _, err := Verify(t.Context(), s.faulty, VerifyOptions{Points: []*Point{p}, Read: 1}); err != nil {
+			if _, err := Verify(t.Context(), s.faulty, VerifyOptions{Points: []*points.Point{p}, Read: 1}); err != nil {
 				t.Errorf("verify once it is whole again: %v", err)
 			}
 		})
 	}
 }
 
-// TestVerifyTellsDamageFromFailure has each read of a verify fail: storage that
-// cannot be asked is no damage, and nothing is quarantined for it.
+// TestVerifyTellsDamageFromFailure makes each read of a verify fail: storage that cannot be
+// read is not damage, and nothing is quarantined.
 func TestVerifyTellsDamageFromFailure(t *testing.T) {
 	for _, op := range []repotest.Op{repotest.Get, repotest.Put} {
 		t.Run(string(op), func(t *testing.T) {
@@ -143,7 +151,7 @@ func TestVerifyTellsDamageFromFailure(t *testing.T) {
 			s := newFaultSite(t)
 			s.sweep(op, 12, func() error {
 				_, err := Verify(t.Context(), s.faulty, VerifyOptions{Read: 1, Quarantine: true})
-				if errors.Is(err, ErrDamaged) {
+				if errors.Is(err, points.ErrDamaged) {
 					t.Errorf("taken for damage: %v", err)
 				}
 				return err
@@ -151,25 +159,25 @@ func TestVerifyTellsDamageFromFailure(t *testing.T) {
 			if err := s.clean.Refresh(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			if q, err := Quarantined(t.Context(), s.clean); err != nil || len(q) != 0 {
+			if q, err := points.Quarantined(t.Context(), s.clean); err != nil || len(q) != 0 {
 				t.Errorf("quarantined: %v, %v", q, err)
 			}
 		})
 	}
 }
 
-// TestVerifyReportsWhatItCannotKeep has storage refuse every write.
+// TestVerifyReportsWhatItCannotKeep refuses every write to storage.
 func TestVerifyReportsWhatItCannotKeep(t *testing.T) {
 	t.Parallel()
 	s := newFaultSite(t)
 	s.f.Add(repotest.Fault{Op: repotest.Put, Err: syscall.EROFS})
 	rep, err := Verify(t.Context(), s.faulty, VerifyOptions{Read: 1})
-	if !errors.Is(err, ErrNotKept) || errors.Is(err, ErrDamaged) || rep == nil || rep.Read == 0 {
+	if !errors.Is(err, ErrNotKept) || errors.Is(err, points.ErrDamaged) || rep == nil || rep.Read == 0 {
 		t.Errorf("whole: %v, %+v", err, rep)
 	}
 	s.f.Add(repotest.Fault{Op: repotest.Get, Prefix: "p", FlipBit: 1001})
 	rep, err = Verify(t.Context(), s.faulty, VerifyOptions{Read: 1, Quarantine: true})
-	if !errors.Is(err, ErrNotKept) || !errors.Is(err, ErrDamaged) || !errors.Is(err, syscall.EROFS) {
+	if !errors.Is(err, ErrNotKept) || !errors.Is(err, points.ErrDamaged) || !errors.Is(err, syscall.EROFS) {
 		t.Fatalf("damaged: %v", err)
 	}
 	if len(rep.Points[0].Problems) == 0 || rep.Forgotten != 0 {
@@ -177,8 +185,8 @@ func TestVerifyReportsWhatItCannotKeep(t *testing.T) {
 	}
 }
 
-// TestPruneWithFailingStorage has each operation of a prune fail: the points
-// that it keeps are as they were, and it can be run again.
+// TestPruneWithFailingStorage makes each operation of a prune fail: the points that it keeps
+// do not change, and it can be run again.
 func TestPruneWithFailingStorage(t *testing.T) {
 	for _, op := range []repotest.Op{repotest.Put, repotest.Get, repotest.Delete} {
 		t.Run(string(op), func(t *testing.T) {
@@ -205,7 +213,7 @@ func TestPruneWithFailingStorage(t *testing.T) {
 	}
 }
 
-// settle takes what is gone off those wanted, but for the latest points.
+// settle removes deleted points from those wanted, except the latest.
 func (s *faultSite) settle(latest int) {
 	s.t.Helper()
 	left := map[string]bool{}
@@ -223,8 +231,8 @@ func (s *faultSite) settle(latest int) {
 	}
 }
 
-// TestMaintenanceWithFailingStorage has each operation of a full maintenance
-// without safety fail: no point is harmed, and the next one ends the work.
+// TestMaintenanceWithFailingStorage makes each operation of a full maintenance without safety
+// fail: no point is harmed, and the next run completes the work.
 func TestMaintenanceWithFailingStorage(t *testing.T) {
 	for _, op := range []repotest.Op{repotest.Put, repotest.Get, repotest.Metadata, repotest.Delete} {
 		t.Run(string(op), func(t *testing.T) {

@@ -10,13 +10,14 @@ import (
 	"time"
 
 	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/backup/repository/repotest"
 )
 
-// TestOpenHangingStorage opens a repository whose storage takes a request and
-// never answers, whether or not it heeds being told to stop: one sentence says
-// so once the time is up.
+// TestOpenHangingStorage opens a repository whose storage accepts a request and never
+// answers, with and without regard to cancellation: after the time limit one sentence says
+// so.
 func TestOpenHangingStorage(t *testing.T) {
 	for _, row := range []struct {
 		name  string
@@ -50,8 +51,8 @@ func TestOpenHangingStorage(t *testing.T) {
 	}
 }
 
-// TestOpenSlowStorage opens a repository whose storage takes its time for each answer,
-// in all more than it may be silent: it is slow, not dead.
+// TestOpenSlowStorage opens a repository whose storage is slow for each answer, in all slower
+// than the limit for silence: it is slow, not dead.
 func TestOpenSlowStorage(t *testing.T) {
 	conf, f := repotest.New(t).ConnectFaulty(t)
 	synctest.Test(t, func(t *testing.T) {
@@ -72,7 +73,7 @@ func TestOpenSlowStorage(t *testing.T) {
 	})
 }
 
-// TestOpenIsInterrupted gives up an open that hangs when its context ends.
+// TestOpenIsInterrupted: an open that hangs ends with its context.
 func TestOpenIsInterrupted(t *testing.T) {
 	for _, deaf := range []bool{false, true} {
 		conf, f := repotest.New(t).ConnectFaulty(t)
@@ -91,7 +92,7 @@ func TestOpenIsInterrupted(t *testing.T) {
 	}
 }
 
-// TestBackupWithSlowStorage has every operation of storage take its time.
+// TestBackupWithSlowStorage delays every operation of storage.
 func TestBackupWithSlowStorage(t *testing.T) {
 	t.Parallel()
 	s := newFaultSite(t)
@@ -149,8 +150,8 @@ func TestInterruptKeepsWhatWasStored(t *testing.T) {
 	s := newFaultSite(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	opt := s.options()
-	opt.Full, opt.Volume = true, Volume{Namespace: "shop", Name: "new", Cluster: "test"}
-	opt.Workers = 1 // what is in work when the second segment ends is no part of the first
+	opt.Full, opt.Volume = true, points.Volume{Namespace: "shop", Name: "new", Cluster: "test"}
+	opt.Workers = 1 // jobs that run when the second segment ends are no part of the first
 	data := make([]byte, 3*blocktree.SegmentSize)
 	for i := range 3 {
 		copy(data[i*blocktree.SegmentSize:], randomBytes(s.rng, 2<<20))

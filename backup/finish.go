@@ -4,15 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 
 	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 )
 
-// finish turns what was stored into a recovery point: flush and protect it,
-// prove that all of it is there, then write the manifest that makes it one.
-func (r *run) finish(ctx context.Context) (*Point, error) {
+// finish turns what was stored into a recovery point: it flushes and protects the data,
+// proves that all of it exists, then writes the manifest.
+func (r *run) finish(ctx context.Context) (*points.Point, error) {
 	root, err := r.build.Root(ctx)
 	if err != nil {
 		return nil, err
@@ -25,7 +25,20 @@ func (r *run) finish(ctx context.Context) (*Point, error) {
 		return nil, err
 	}
 	r.opt.step("proved")
+	return r.record(ctx, root)
+}
+
+// record writes the manifest of a point whose data is complete.
+func (r *run) record(ctx context.Context, root blocktree.Root) (*points.Point, error) {
+	if r.opt.Check != nil {
+		if err := r.opt.Check(ctx); err != nil {
+			return nil, fmt.Errorf("%w; no point was made", err)
+		}
+	}
 	r.fillRecord(root)
+	if err := r.rec.Check(); err != nil {
+		return nil, fmt.Errorf("no reader would accept what was recorded: %w", err)
+	}
 	doc, err := r.rec.Encode()
 	if err != nil {
 		return nil, err
@@ -35,11 +48,11 @@ func (r *run) finish(ctx context.Context) (*Point, error) {
 		return nil, err
 	}
 	s := &repository.Snapshot{
-		Source: r.opt.Volume.source(), Start: r.rec.Time, End: r.rec.End,
-		Description: "Varve recovery point " + r.rec.ID, Tags: recordTags(r.rec),
+		Source: r.opt.Volume.Source(), Start: r.rec.Time, End: r.rec.End,
+		Description: "Varve recovery point " + r.rec.ID, Tags: points.Tags(r.rec),
 	}
 	files := []repository.File{
-		{Name: blocktree.DiskFile, Size: root.Size, ModTime: r.rec.Time, Mode: 0o600, Object: root.Object},
+		{Name: r.rec.File(), Size: root.Size, ModTime: r.rec.Time, Mode: 0o600, Object: root.Object},
 		{Name: blocktree.RecordFile, Size: int64(len(doc)), ModTime: r.rec.Time, Mode: 0o600, Object: recID},
 	}
 	if err := r.w.SaveSnapshot(ctx, s, files); err != nil {
@@ -47,34 +60,37 @@ func (r *run) finish(ctx context.Context) (*Point, error) {
 	}
 	r.opt.step("saved")
 	if err := r.dropStale(ctx); err != nil {
-		slog.WarnContext(ctx, "could not look for what killed runs left", "volume", r.opt.Volume.String(), "error", err)
+		r.repo.Log().WarnContext(ctx, "cannot check for leftovers of killed runs", "volume", r.opt.Volume.String(), "error", err)
 	}
 	if err := r.w.DeleteSnapshot(ctx, r.incomplete); err != nil {
+		return nil, err
+	}
+	if _, err := noteDeleted(ctx, r.repo, r.w, nil); err != nil {
 		return nil, err
 	}
 	if err := r.w.Flush(ctx); err != nil {
 		return nil, fmt.Errorf("write recovery point: %w", err)
 	}
-	if err := r.repo.Refresh(ctx); err != nil {
+	r.repo.ReadBack() // a manifest in memory proves nothing
+	if err := r.repo.RefreshFlushed(ctx); err != nil {
 		return nil, fmt.Errorf("recovery point %s is complete, but reading it back failed: %w", r.rec.ID, err)
 	}
 	saved, err := r.repo.LoadSnapshot(ctx, s.ManifestID)
 	if errors.Is(err, repository.ErrSnapshotNotFound) {
-		return nil, fmt.Errorf("recovery point %s was written, but the storage does not show it: it lags behind, or lost what it took; "+
-			"look again with 'varve list', and if it is not there run the backup again: %w", r.rec.ID, err)
+		return nil, fmt.Errorf("recovery point %s was written, but the storage does not list it yet, or lost it; "+
+			"check with 'varve list', and if it is missing run the backup again: %w", r.rec.ID, err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("recovery point %s is complete, but reading it back failed: %w", r.rec.ID, err)
 	}
-	p := pointFromSnapshot(saved)
-	p.fillFromRecord(r.rec)
+	p := points.FromRecord(saved, r.rec)
 	if err := r.proveAgain(ctx, p, root); err != nil {
 		return nil, err
 	}
 	return p, nil
 }
 
-// maxReadErrors bounds the ranges that a record lists; it has to fit one content.
+// maxReadErrors bounds the ranges in a record, which must fit one content.
 const maxReadErrors = 4096
 
 func (r *run) fillRecord(root blocktree.Root) {
@@ -92,15 +108,14 @@ func (r *run) fillRecord(root blocktree.Root) {
 	st.Duration = r.rec.End.Sub(r.rec.Start)
 }
 
-// maxRepairs bounds how often lost data is stored again before giving up.
+// maxRepairs bounds how often lost data is stored again before the run fails.
 const maxRepairs = 3
 
-// prove shows, on a fresh view of the repository, that everything the new tree
-// reaches is there and will stay: a deletion and a collection may have run
-// while this backup did. What this run stored is looked up content by content.
-// What it reuses needs no look while the parent still exists, for then no
-// collection can have seen it unreferenced; if the parent is gone, the whole
-// tree is looked up. Lost ranges are read and stored again.
+// prove checks, on a fresh view of the repository, that everything the new tree reaches
+// exists and will stay: points may have been deleted and collected during the backup. What
+// this run stored is looked up content by content. What it reuses needs no look-up while the
+// parent exists, since no collection can have seen it unreferenced; if the parent is gone,
+// the whole tree is looked up. Lost ranges are read and stored again.
 func (r *run) prove(ctx context.Context, root blocktree.Root) (blocktree.Root, error) {
 	for attempt := 0; ; attempt++ {
 		lost, rootLost, err := r.findLost(ctx, root)
@@ -112,16 +127,20 @@ func (r *run) prove(ctx context.Context, root blocktree.Root) (blocktree.Root, e
 			if err != nil || held {
 				return root, err
 			}
-			// Somebody took this run for dead, and may be about to collect what it stored.
+			// Another process considered this run dead, and may be about to collect what
+			// it stored.
 			if attempt == maxRepairs {
-				return root, fmt.Errorf("%w: the incomplete snapshot that protects this backup was deleted %d times; find out by whom, and run the backup again", ErrLostData, attempt)
+				return root, fmt.Errorf("%w: the incomplete snapshot that protects this backup was deleted %d times; find the cause, and run the backup again", ErrLostData, attempt)
 			}
-			slog.WarnContext(ctx, "the incomplete snapshot that protects this backup was deleted by somebody; writing it again", "volume", r.opt.Volume.String())
+			r.repo.Log().WarnContext(ctx, "the incomplete snapshot that protects this backup was deleted; writing it again", "volume", r.opt.Volume.String())
 			r.incomplete = ""
 			if err := r.writeIncomplete(ctx, &root); err != nil {
 				return root, err
 			}
 			continue
+		}
+		if r.rec.IsStream() {
+			return root, fmt.Errorf("%w: %d contents; the stream cannot be read again: run the backup again", ErrLostData, lost)
 		}
 		if attempt == maxRepairs {
 			what := fmt.Sprintf("%d blocks", lost)
@@ -129,9 +148,9 @@ func (r *run) prove(ctx context.Context, root blocktree.Root) (blocktree.Root, e
 				what = "pieces of the disk's index"
 			}
 			return root, fmt.Errorf("%w: %s are missing after storing them %d times; "+
-				"is a maintenance without safety margins running, or does the storage lag behind? Run the backup again when it is over", ErrLostData, what, attempt)
+				"is a maintenance without safety margins running, or do the storage's listings lag? Run the backup again after that", ErrLostData, what, attempt)
 		}
-		slog.WarnContext(ctx, "data this backup builds on was deleted meanwhile; storing it again",
+		r.repo.Log().WarnContext(ctx, "data that this backup builds on was deleted; storing it again",
 			"volume", r.opt.Volume.String(), "blocks", lost)
 		if err := r.store(ctx); err != nil {
 			return root, err
@@ -145,16 +164,17 @@ func (r *run) prove(ctx context.Context, root blocktree.Root) (blocktree.Root, e
 	}
 }
 
-// proveAgain looks once more where this run stood still so long, stopped or in a machine
-// that slept, that others may have taken it for dead, and collected what only it held.
-func (r *run) proveAgain(ctx context.Context, p *Point, root blocktree.Root) error {
-	// Round: what counts is the time of day, which goes on while a machine sleeps.
+// proveAgain repeats the check if this run was suspended so long (stopped, or on a machine
+// that slept) that others may have considered it dead and collected what only it
+// protected.
+func (r *run) proveAgain(ctx context.Context, p *points.Point, root blocktree.Root) error {
+	// Round drops the monotonic clock, which may stop while a machine sleeps.
 	if r.repo.Now().Round(0).Sub(r.protected.Round(0)) < staleIncomplete/2 {
 		return nil
 	}
 	lost, rootLost, err := r.findLost(ctx, root)
 	if err != nil {
-		return fmt.Errorf("recovery point %s is written; look with 'varve verify' whether it is whole, as its backup stood still for long: %w", p.ID, err)
+		return fmt.Errorf("recovery point %s was written, but its backup was suspended for long; check it with 'varve verify': %w", p.ID, err)
 	}
 	if lost == 0 && !rootLost {
 		return nil
@@ -162,17 +182,20 @@ func (r *run) proveAgain(ctx context.Context, p *Point, root blocktree.Root) err
 	if err = r.w.DeleteSnapshot(ctx, p.ManifestID); err == nil {
 		err = r.w.Flush(ctx)
 	}
-	return errors.Join(fmt.Errorf("%w: this backup stood still for so long that it was taken for dead; run it again", ErrLostData), err)
+	return errors.Join(fmt.Errorf("%w: this backup was suspended so long that it was treated as dead; run it again", ErrLostData), err)
 }
 
-// findLost puts on the worklist what must be stored again and counts it; root
-// tells whether pieces of the root index must be written again too.
+// findLost puts what must be stored again on the worklist and counts it; root reports whether
+// pieces of the root index must be written again too.
 func (r *run) findLost(ctx context.Context, of blocktree.Root) (blocks int64, root bool, err error) {
-	if err := r.w.Refresh(ctx); err != nil {
+	// The session sees what the repository sees. Before each call the manifest that protects
+	// this run was flushed.
+	if err := r.repo.RefreshFlushed(ctx); err != nil {
 		return 0, false, err
 	}
-	if err := r.repo.Refresh(ctx); err != nil {
-		return 0, false, err
+	if r.rec.IsStream() {
+		lost, err := r.lostOfStream(ctx, of)
+		return lost, false, err
 	}
 	tree, err := blocktree.Open(r.w.Reader(), nil, of)
 	if err != nil {
@@ -194,7 +217,7 @@ func (r *run) findLost(ctx context.Context, of blocktree.Root) (blocks int64, ro
 		return 0, false, err
 	}
 	if root {
-		// What it lists is looked at once it can be read again.
+		// What it lists is looked up once it can be read again.
 		r.build.ForgetRoot()
 		return 0, true, nil
 	}
@@ -205,7 +228,7 @@ func (r *run) findLost(ctx context.Context, of blocktree.Root) (blocks int64, ro
 		r.build.ForgetHoles()
 	}
 	n, _ := p.lost.count()
-	if err := r.w.Flush(ctx); err != nil { // contents that were forgotten
+	if err := r.w.Flush(ctx); err != nil { // of forgotten contents
 		return 0, false, err
 	}
 	return n, false, nil
@@ -213,15 +236,15 @@ func (r *run) findLost(ctx context.Context, of blocktree.Root) (blocks int64, ro
 
 func (r *run) parentAlive(ctx context.Context) (bool, error) {
 	v := r.parent.Volume
-	cat, err := List(ctx, r.repo, ListOptions{Volume: &v})
+	cat, err := points.List(ctx, r.repo, points.ListOptions{Volume: &v})
 	if err != nil {
 		return false, err
 	}
 	return cat.ByID(r.parent.ID) != nil, nil
 }
 
-// explainLoss says why data of the parent is not there: the parent was deleted
-// and collected before this run could protect it.
+// explainLoss explains missing data of the parent: the parent was deleted and collected
+// before this run could protect it.
 func (r *run) explainLoss(ctx context.Context, err error) error {
 	if r.parent == nil || !errors.Is(err, repository.ErrContentMissing) {
 		return err
@@ -239,17 +262,17 @@ func (r *run) explainLoss(ctx context.Context, err error) error {
 // prover looks up what a tree reaches.
 type prover struct {
 	run   *run
-	ctx   context.Context //nolint:containedctx // lives for one call
+	ctx   context.Context // of one call
 	tree  *blocktree.Tree
-	packs map[string]int64             // bytes of those looked up already; -1 for none
-	zero  map[repository.ObjectID]bool // holes looked up already: whether they are there
+	packs map[string]int64             // size of each pack looked up; -1 if missing
+	zero  map[repository.ObjectID]bool // hole objects looked up: whether they exist
 	lost  *worklist
-	holes bool // what stands for holes is lost
+	holes bool // the object of a hole is lost
 }
 
-// root reports whether a piece of the root index is lost. Also one that this run
-// wrote may be: if it was in the repository already, unreferenced, it was not
-// stored again, and may have been collected since.
+// root reports whether a piece of the root index is lost. Even one that this run wrote may
+// be: if it was in the repository already, unreferenced, it was not stored again, and may
+// have been collected since.
 func (p *prover) root() (lost bool, err error) {
 	objects, err := p.tree.RootObjects(p.ctx)
 	if errors.Is(err, repository.ErrContentMissing) {
@@ -268,11 +291,11 @@ func (p *prover) root() (lost bool, err error) {
 	return lost, nil
 }
 
-// walk looks up the segments that this run wrote or made holes of, or all of
-// them. The others are the living parent's.
+// walk looks up the segments that this run wrote or made holes of, or all segments. The
+// others belong to the living parent.
 func (p *prover) walk(whole bool) error {
 	lay := p.run.lay
-	holes := map[repository.ObjectID]bool{} // looked up already; a sparse disk has many of one
+	holes := map[repository.ObjectID]bool{} // looked up; a sparse disk has many of one object
 	for n := range lay.Segments() {
 		if err := p.ctx.Err(); err != nil {
 			return err
@@ -307,8 +330,8 @@ func (p *prover) walk(whole bool) error {
 	return nil
 }
 
-// segment looks up a segment. lost is set when its index is; lost blocks go on
-// the list.
+// segment looks up a segment. lost means that its index is lost; lost blocks are added to the
+// worklist.
 func (p *prover) segment(n int64, oid repository.ObjectID, whole bool) (lost bool, err error) {
 	ok, err := p.present(oid)
 	if err != nil || !ok {
@@ -324,10 +347,10 @@ func (p *prover) segment(n int64, oid repository.ObjectID, whole bool) (lost boo
 	for i := range seg.Entries {
 		e := &seg.Entries[i]
 		if !whole && e.Gen != p.run.rec.Generation && e.HasDigest {
-			continue // the living parent's
+			continue // of the living parent
 		}
-		// A sparse segment names one hole hundreds of times, and a lookup asks each
-		// index blob there is.
+		// A sparse segment names one hole hundreds of times, and each look-up asks every
+		// index blob.
 		ok, known := p.zero[e.Object]
 		if !known {
 			if ok, err = p.present(e.Object); err != nil {
@@ -351,8 +374,8 @@ func (p *prover) loseSegment(n int64) {
 	p.run.build.Forget(n)
 }
 
-// present reports whether a content is in the index, not marked deleted, and
-// its pack in storage, long enough. One whose pack is not is marked deleted: while the index
+// present reports whether a content is in the index, not marked deleted, and its pack in
+// storage and long enough. If the pack is not, the content is marked deleted: while the index
 // has it, it would not be stored again.
 func (p *prover) present(oid repository.ObjectID) (bool, error) {
 	st, err := p.run.w.StateOf(p.ctx, oid)
@@ -379,6 +402,6 @@ func (p *prover) present(oid repository.ObjectID) (bool, error) {
 	if st.Offset+st.Packed <= size {
 		return true, nil
 	}
-	slog.WarnContext(p.ctx, "a pack is gone or cut; what the backup needs of it is stored again", "pack", st.Pack, "object", oid.String())
+	p.run.repo.Log().WarnContext(p.ctx, "a pack is missing or truncated; the blocks needed of it are stored again", "pack", st.Pack, "object", oid.String())
 	return false, p.run.w.ForgetContent(p.ctx, oid)
 }

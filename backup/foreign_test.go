@@ -2,6 +2,7 @@ package backup
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"math/rand/v2"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/varve-io/varve/backup/disk"
 	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/backup/repository/repotest"
 )
@@ -46,7 +48,7 @@ func TestVeleroRepository(t *testing.T) {
 	if len(cat.Points()) != 2 {
 		t.Fatalf("%d points are listed", len(cat.Points()))
 	}
-	if v := cat.Volumes(); len(v) != 1 || v[0] != (Volume{Namespace: "default", Cluster: "default", Name: "snapshot-data-upload-download/kopia/shop/db-data"}) {
+	if v := cat.Volumes(); len(v) != 1 || v[0] != (points.Volume{Namespace: "default", Cluster: "default", Name: "snapshot-data-upload-download/kopia/shop/db-data"}) {
 		t.Errorf("volumes %+v", v)
 	}
 	for i, want := range [][]byte{first, second} {
@@ -58,7 +60,7 @@ func TestVeleroRepository(t *testing.T) {
 		for _, name := range []string{
 			p.Name(), id, id[:12], p.Volume.Namespace + "@" + p.Volume.Cluster + ":" + p.Volume.Name + "@latest~" + string(rune('1'-i)),
 		} {
-			if q, err := (Names{Catalog: cat, Cluster: testVolume.Cluster}).Read(name); err != nil || q.ID != p.ID {
+			if q, err := (points.Names{Catalog: cat, Cluster: testVolume.Cluster}).Read(name); err != nil || q.ID != p.ID {
 				t.Errorf("%q means %v, %v", name, q, err)
 			}
 		}
@@ -95,9 +97,9 @@ func TestVeleroRepository(t *testing.T) {
 	}
 }
 
-// TestForeignPointsStayInARepositoryOfOurs has stock Kopia and Velero write into a
-// repository of Varve's, Kopia even under the name of a volume: what they wrote is
-// listed as theirs, is no parent, and neither prune nor maintenance takes it.
+// TestForeignPointsStayInARepositoryOfOurs: stock Kopia and Velero write into a repository of
+// Varve's, Kopia even under the name of a volume. Their snapshots are listed as theirs and
+// are no parents, and prune and maintenance do not delete them.
 func TestForeignPointsStayInARepositoryOfOurs(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
@@ -107,7 +109,7 @@ func TestForeignPointsStayInARepositoryOfOurs(t *testing.T) {
 	rng := rand.New(rand.NewPCG(41, 42))
 	byKopia, byVelero := randomBytes(rng, 1<<20+99), randomBytes(rng, 1<<20+4096)
 	foreign := map[string][]byte{
-		site.WriteFile(t, testVolume.source(), byKopia):                        byKopia,
+		site.WriteFile(t, testVolume.Source(), byKopia):                        byKopia,
 		site.WriteVelero(t, "/dev/disk/by-id/vol-2", byVelero, nil).ManifestID: byVelero,
 	}
 	if n := len(mustList(t, r).Points()); n != 3 {
@@ -128,7 +130,7 @@ func TestForeignPointsStayInARepositoryOfOurs(t *testing.T) {
 	}
 	maintainNow(t, r)
 	fresh := site.Open(t)
-	cat, err := List(ctx, fresh, ListOptions{Foreign: true})
+	cat, err := points.List(ctx, fresh, points.ListOptions{Foreign: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -147,7 +149,7 @@ func TestForeignPointsStayInARepositoryOfOurs(t *testing.T) {
 }
 
 // readImage reads a whole point of any program.
-func readImage(t *testing.T, r *repository.Repository, p *Point) []byte {
+func readImage(t *testing.T, r *repository.Repository, p *points.Point) []byte {
 	t.Helper()
 	cache := image.NewCache(8 << 20)
 	defer cache.Close()
@@ -160,4 +162,12 @@ func readImage(t *testing.T, r *repository.Repository, p *Point) []byte {
 		t.Fatal(err)
 	}
 	return got
+}
+
+func openPoint(ctx context.Context, r *repository.Repository, cache *image.Cache, p *points.Point) (*image.Image, error) {
+	root, err := points.OpenRoot(ctx, r, p)
+	if err != nil {
+		return nil, err
+	}
+	return image.Open(r, cache, root, p.Generation)
 }

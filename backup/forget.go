@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 )
 
@@ -15,100 +16,135 @@ var ErrPinned = errors.New("the recovery point is pinned")
 // ForgetOptions say what to forget.
 type ForgetOptions struct {
 	Names   []string
-	Cluster string // this one: points of others need theirs in the name
-	Force   bool   // also points that are pinned or being read
+	Cluster string // of this machine; points of others are named with theirs
+	Group   bool   // the names are of groups, or of their points: all points of the groups
+	Force   bool   // also delete points that are pinned or in use
 	DryRun  bool
-	// Confirm, if set, is asked before anything is deleted; its error ends it.
-	Confirm func(points []*Point) error
+	// Confirm, if set, is called before anything is deleted; its error stops the run.
+	Confirm func(pts []*points.Point) error
 }
 
-// Forget deletes named points, all of them or none. One that is pinned or being
-// read is refused unless Force is set. The space is reclaimed by maintenance;
-// no other point needs what is.
-func Forget(ctx context.Context, r *repository.Repository, opt ForgetOptions) ([]*Point, error) {
+// Forget deletes named points, all of them or none. A point of a group is deleted only
+// together with the rest of its group; else the error is ErrPartOfGroup. A point that is
+// pinned or in use is refused unless Force is set. Maintenance reclaims the space; no other
+// point needs it.
+func Forget(ctx context.Context, r *repository.Repository, opt ForgetOptions) ([]*points.Point, error) {
 	if err := r.Refresh(ctx); err != nil {
 		return nil, err
 	}
-	points, err := planForget(ctx, r, opt)
+	pts, err := planForget(ctx, r, opt)
 	if err != nil || opt.DryRun {
-		return points, err
+		return pts, err
 	}
 	if opt.Confirm != nil {
-		if err := opt.Confirm(points); err != nil {
+		if err := opt.Confirm(pts); err != nil {
 			return nil, err
 		}
-		// The answer took its time: a pin that was set meanwhile counts.
+		// The user may have taken long: a pin set since counts.
 		if err := r.Refresh(ctx); err != nil {
 			return nil, err
 		}
-		if points, err = lookAgain(ctx, r, points, opt.Force); err != nil {
+		if pts, err = lookAgain(ctx, r, pts, opt.Force); err != nil {
 			return nil, err
 		}
 	}
-	spared, err := deletePoints(ctx, r, points, opt.Force, func(string) {})
+	spared, err := deletePoints(ctx, r, pts, opt.Force, func(string) {})
 	if err != nil {
 		return nil, err
 	}
 	if len(spared) > 0 {
-		return nil, fmt.Errorf("%w: somebody began to read %s just now; it was put back, the others are deleted", ErrLeased, spared[0].Name())
+		return nil, fmt.Errorf("%w: a reader or a pin of %s has just come; that point was kept%s, the others are deleted", points.ErrLeased, spared[0].Name(), andItsGroup(spared[0]))
 	}
-	return points, nil
+	return pts, nil
 }
 
-func planForget(ctx context.Context, r *repository.Repository, opt ForgetOptions) ([]*Point, error) {
-	cat, err := List(ctx, r, ListOptions{})
+// andItsGroup completes the message if a whole group was kept.
+func andItsGroup(p *points.Point) string {
+	if p.Group == nil {
+		return ""
+	}
+	return " with its group"
+}
+
+func planForget(ctx context.Context, r *repository.Repository, opt ForgetOptions) ([]*points.Point, error) {
+	cat, err := points.List(ctx, r, points.ListOptions{})
 	if err != nil {
 		return nil, err
 	}
-	var points []*Point
+	var pts []*points.Point
 	chosen := map[string]bool{}
+	rule := points.Names{Catalog: cat, Cluster: opt.Cluster}
 	for _, name := range opt.Names {
-		p, err := Names{Catalog: cat, Cluster: opt.Cluster}.Change(name)
+		named, err := pointsOf(rule, name, opt.Group)
 		if err != nil {
 			return nil, err
 		}
-		if p.Foreign != "" {
-			return nil, fmt.Errorf("%s was written by %s; delete it there", p.Name(), p.Foreign)
-		}
-		if !chosen[p.ID] {
-			chosen[p.ID] = true
-			points = append(points, p)
+		for _, p := range named {
+			if p.Foreign != "" {
+				return nil, fmt.Errorf("%s was written by %s; delete it there", p.Name(), p.Foreign)
+			}
+			if !chosen[p.ID] {
+				chosen[p.ID] = true
+				pts = append(pts, p)
+			}
 		}
 	}
-	return points, refuseHeld(ctx, r, points, opt.Force)
+	if err := wholeGroups(cat, pts); err != nil {
+		return nil, err
+	}
+	return pts, refuseHeld(ctx, r, pts, opt.Force)
 }
 
-// lookAgain reads points once more by their IDs: what a name like @latest means
-// may have changed, and what the user agreed to must not.
-func lookAgain(ctx context.Context, r *repository.Repository, points []*Point, force bool) ([]*Point, error) {
-	cat, err := List(ctx, r, ListOptions{})
+// pointsOf returns the named point, or all points of the named group.
+func pointsOf(rule points.Names, name string, group bool) ([]*points.Point, error) {
+	if group {
+		g, err := rule.ChangeGroup(name)
+		if err != nil {
+			return nil, err
+		}
+		return g.Points, nil
+	}
+	p, err := rule.Change(name)
 	if err != nil {
 		return nil, err
 	}
-	now := make([]*Point, len(points))
-	for i, p := range points {
+	return []*points.Point{p}, nil
+}
+
+// lookAgain reads the points again by ID: a name like @latest may mean another point now, but
+// the user agreed to these.
+func lookAgain(ctx context.Context, r *repository.Repository, pts []*points.Point, force bool) ([]*points.Point, error) {
+	cat, err := points.List(ctx, r, points.ListOptions{})
+	if err != nil {
+		return nil, err
+	}
+	now := make([]*points.Point, len(pts))
+	for i, p := range pts {
 		if now[i] = cat.ByID(p.ID); now[i] == nil {
-			return nil, fmt.Errorf("%w: %s was deleted meanwhile; nothing else was", ErrNoSuchPoint, p.Name())
+			return nil, fmt.Errorf("%w: %s was deleted by another process; nothing else was deleted", points.ErrNoSuchPoint, p.Name())
 		}
+	}
+	if err := wholeGroups(cat, now); err != nil {
+		return nil, err
 	}
 	return now, refuseHeld(ctx, r, now, force)
 }
 
-// refuseHeld fails for points that are pinned or being read.
-func refuseHeld(ctx context.Context, r *repository.Repository, points []*Point, force bool) error {
+// refuseHeld fails if a point is pinned or in use.
+func refuseHeld(ctx context.Context, r *repository.Repository, pts []*points.Point, force bool) error {
 	if force {
 		return nil
 	}
-	leases, err := Leases(ctx, r)
+	leases, err := points.Leases(ctx, r)
 	if err != nil {
 		return err
 	}
-	for _, p := range points {
+	for _, p := range pts {
 		if len(p.Pins) > 0 {
 			return fmt.Errorf("%w: %s (%s): unpin it (varve unpin), or use --force", ErrPinned, p.Name(), strings.Join(p.Pins, ", "))
 		}
 		if l := leases[p.ID]; len(l) > 0 {
-			return fmt.Errorf("%w: %s: %v: end that, or use --force, and the reader may fail", ErrLeased, p.Name(), l[0])
+			return fmt.Errorf("%w: %s: %v: end that, or use --force, and the reader may fail", points.ErrLeased, p.Name(), l[0])
 		}
 	}
 	return nil

@@ -1,20 +1,22 @@
 package backup
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 
 	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/internal/probe"
+	"github.com/varve-io/varve/internal/zero"
 )
 
-// Serialled is a Disk whose hardware has a name of its own, a WWN or a serial
-// number. It is empty where there is none.
+// Serialled is a Disk that knows the WWN or serial number of its hardware; empty if it has
+// none.
 type Serialled interface {
 	Serial() string
 }
@@ -22,10 +24,11 @@ type Serialled interface {
 // maxSignatures bounds the signatures in a record.
 const maxSignatures = 128
 
-// blankEnds is how much of each end of a disk is read to call it blank, in bytes.
+// blankEnds is how much of each end of a disk must be zero for the disk to be blank, in
+// bytes.
 const blankEnds = 1 << 20
 
-// identify reads what identifies a disk.
+// identify reads what identifies a disk: serial number, partition table, signatures.
 func identify(d io.ReaderAt, size int64) (*blocktree.DiskIdentity, error) {
 	id := &blocktree.DiskIdentity{}
 	if s, ok := d.(Serialled); ok {
@@ -34,7 +37,7 @@ func identify(d io.ReaderAt, size int64) (*blocktree.DiskIdentity, error) {
 	c, err := probe.ReadContents(d, size)
 	var table *probe.TableError
 	if errors.As(err, &table) {
-		return id, nil // a table, but none that says which
+		return id, nil // a partition table without an identity
 	}
 	if err != nil {
 		return nil, err
@@ -66,31 +69,30 @@ func blank(d io.ReaderAt, size int64) (bool, error) {
 		if n, err := d.ReadAt(p, off); n < len(p) {
 			return false, fmt.Errorf("read both ends of the disk: %d of %d bytes at %d: %w", n, len(p), off, err)
 		}
-		if len(bytes.Trim(p, "\x00")) > 0 {
+		if !zero.Only(p) {
 			return false, nil
 		}
 	}
 	return true, nil
 }
 
-// identityOf is the identity of a point's disk: what its record has, or, of a point
-// of an older Varve, what is on the disk.
-func identityOf(ctx context.Context, repo *repository.Repository, p *Point, rec *blocktree.Record) (*blocktree.DiskIdentity, error) {
+// identityOf returns the identity of a point's disk: from its record, or, for a point of an
+// older Varve, read from the disk.
+func identityOf(ctx context.Context, repo *repository.Repository, p *points.Point, rec *blocktree.Record) (_ *blocktree.DiskIdentity, err error) {
 	if rec.Disk != nil {
 		return rec.Disk, nil
 	}
-	root, err := OpenRoot(ctx, repo, p)
+	cache := image.NewCache(identityCache)
+	defer cache.Close()
+	held := disks.New(repo, cache, disks.Options{Purpose: "backup", Lease: disks.Late})
+	defer func() { err = errors.Join(err, held.Close(context.WithoutCancel(ctx))) }()
+	d, err := held.Hold(ctx, p)
 	if err != nil {
 		return nil, err
 	}
-	cache := image.NewCache(identityCache)
-	defer cache.Close()
-	img, err := image.Open(repo, cache, root, p.Generation)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", p.Name(), err)
-	}
-	return identify(img, img.Size())
+	defer d.Release()
+	return identify(d.Image(), d.Size())
 }
 
-// identityCache bounds what is kept of an older point while it is looked at, in bytes.
+// identityCache bounds the cache for reading an older point, in bytes.
 const identityCache = 16 << 20

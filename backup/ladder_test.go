@@ -18,9 +18,10 @@ import (
 	"github.com/varve-io/varve/backup/cbt/cbttest"
 	"github.com/varve-io/varve/backup/cbt/csi"
 	"github.com/varve-io/varve/backup/cbt/csi/csitest"
+	"github.com/varve-io/varve/backup/points"
 )
 
-// hurriedClock lets every wait pass at once; nothing here stalls.
+// hurriedClock ends every wait at once; nothing here stalls.
 type hurriedClock struct{}
 
 func (hurriedClock) AfterFunc(d time.Duration, f func()) csi.Timer {
@@ -93,7 +94,7 @@ func TestLadder(t *testing.T) {
 			csitest.Script{Then: precondition, Allocated: allocated}, "", "csi-allocated",
 			[]blocktree.Fallback{{From: "csi-delta", To: "csi-allocated", Reason: "FailedPrecondition"}}, 8,
 		},
-		// What the delta told before it failed is not read.
+		// What the delta listed before it failed is not read.
 		"allocated after a part of a delta": {
 			csitest.Script{Then: lost, Delta: []cbt.Extent{{Length: size}}, Allocated: allocated}, "", "csi-allocated",
 			[]blocktree.Fallback{{From: "csi-delta", To: "csi-allocated", Reason: "NotFound"}}, 8,
@@ -111,7 +112,7 @@ func TestLadder(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			volume := Volume{Namespace: "ladder", Name: strings.ReplaceAll(name, " ", "-"), Cluster: "test"}
+			volume := points.Volume{Namespace: "ladder", Name: strings.ReplaceAll(name, " ", "-"), Cluster: "test"}
 			c.script.Capacity = size
 
 			// The first one is a full, which is no fallback.
@@ -136,7 +137,7 @@ func TestLadder(t *testing.T) {
 			if !bytes.Equal(readPoint(t, r, p), after) {
 				t.Error("reads back as something else")
 			}
-			rec, err := LoadRecord(t.Context(), r, p)
+			rec, err := points.LoadRecord(t.Context(), r, p)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -159,13 +160,13 @@ func TestLadder(t *testing.T) {
 				t.Errorf("fallbacks %+v, want %+v", told, c.fallbacks)
 			}
 
-			// Whatever it came to, the next one is a delta on what lists show of it.
+			// After any result, the next one is a delta against what lists show of it.
 			opt.Source, opt.Fallback = ladderSession(t, "3", &csi.Snapshot{Handle: "handle-2", ChangeID: "id-2"}, csitest.Script{Capacity: size}).Ladder()
 			p, rec = mustBackup(t, r, opt)
 			if rec.Source != "csi-delta" || rec.Stats.Read != 0 {
 				t.Errorf("next: source %s, %+v, read %d", rec.Source, rec.Fallbacks, rec.Stats.Read)
 			}
-			cat, err := List(t.Context(), r, ListOptions{})
+			cat, err := points.List(t.Context(), r, points.ListOptions{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -190,13 +191,13 @@ func TestDeniedIsNoFallback(t *testing.T) {
 	}
 }
 
-// TestSpotCheckSpeaks has sources keep quiet about changes.
+// TestSpotCheckSpeaks: sources do not report changes.
 func TestSpotCheckSpeaks(t *testing.T) {
 	r, _ := newRepo(t)
 	volumes := 0
 	engine := func(t *testing.T, base cbt.Base, before, after []byte, source cbt.Source) ([]byte, error) {
 		volumes++
-		opt := Options{Volume: Volume{Namespace: "spot", Name: fmt.Sprint(volumes), Cluster: "test"}, BlockSize: 64 << 10, VerifyUnchanged: 0.001}
+		opt := Options{Volume: points.Volume{Namespace: "spot", Name: fmt.Sprint(volumes), Cluster: "test"}, BlockSize: 64 << 10, VerifyUnchanged: 0.001}
 		opt.Disk = &memDisk{data: before}
 		opt.Source = listSource{
 			rep:     cbt.Report{Allocated: true, TargetChangeID: base.ChangeID, VolumeHandle: base.VolumeHandle},
@@ -240,7 +241,7 @@ func TestSpotCheckSpeaks(t *testing.T) {
 	})
 }
 
-// TestMismatchIsRecorded goes on by comparing everything, and says so.
+// TestMismatchIsRecorded continues by comparing everything, and records it.
 func TestMismatchIsRecorded(t *testing.T) {
 	r, _ := newRepo(t)
 	before, after, delta, _ := changedDisk()

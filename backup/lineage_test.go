@@ -12,6 +12,7 @@ import (
 
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 )
 
@@ -93,7 +94,7 @@ func TestOtherDiskIsRefused(t *testing.T) {
 		{"the first file system on a table", on("", partitioned(7, make([]byte, 1<<20))), on("", partitioned(7, a)), nil, ""},
 		{"another table without file systems", on("", partitioned(7, make([]byte, 1<<20))), on("", partitioned(8, make([]byte, 1<<20))), ErrOtherDisk, ""},
 	} {
-		v := Volume{Namespace: "disks", Name: strings.NewReplacer(" ", "-", ",", "").Replace(tc.name), Cluster: "test"}
+		v := points.Volume{Namespace: "disks", Name: strings.NewReplacer(" ", "-", ",", "").Replace(tc.name), Cluster: "test"}
 		before, _ := mustBackup(t, r, Options{Volume: v, Disk: tc.was})
 		for _, full := range []bool{false, true} {
 			p, rec, err := Run(t.Context(), r, Options{Volume: v, Disk: tc.now, Full: full})
@@ -141,7 +142,7 @@ func TestLineages(t *testing.T) {
 	rng := rand.New(rand.NewPCG(5, 5))
 	first, second := putExt4(randomBytes(rng, 3<<20), 1), putExt4(randomBytes(rng, 2<<20), 2)
 	change := func(data []byte) Disk { data[len(data)-1]++; return &memDisk{data: bytes.Clone(data)} }
-	run := func(opt Options) *Point {
+	run := func(opt Options) *points.Point {
 		t.Helper()
 		opt.Volume = testVolume
 		p, _ := mustBackup(t, r, opt)
@@ -149,12 +150,12 @@ func TestLineages(t *testing.T) {
 	}
 	a1 := run(Options{Disk: change(first)})
 	a2 := run(Options{Disk: change(first)})
-	// The list of changes is of the other disk; it must not be asked.
+	// The list of changes is of the other disk; it must not be used.
 	b1 := run(Options{Disk: change(second), OtherDisk: NewDisk, Source: failingSource{}})
 	if b1.Lineage != b1.ID || b1.Parent != a2.ID || b1.Generation != 3 {
 		t.Fatalf("the new disk's point: %+v", b1)
 	}
-	if rec, err := LoadRecord(t.Context(), r, b1); err != nil || rec.LineageReason == "" || rec.Lineage != b1.ID {
+	if rec, err := points.LoadRecord(t.Context(), r, b1); err != nil || rec.LineageReason == "" || rec.Lineage != b1.ID {
 		t.Errorf("its record: %+v, %v", rec, err)
 	}
 	checkPoint(t, r, b1, second)
@@ -192,11 +193,11 @@ func TestLineages(t *testing.T) {
 	}
 }
 
-// failingSource fails when it is asked.
+// failingSource fails each call.
 type failingSource struct{ cbt.Source }
 
 // checkPoint compares what a point holds.
-func checkPoint(t *testing.T, r *repository.Repository, p *Point, want []byte) {
+func checkPoint(t *testing.T, r *repository.Repository, p *points.Point, want []byte) {
 	t.Helper()
 	var got bytes.Buffer
 	if _, err := RestoreTo(t.Context(), r, p, &got, RestoreOptions{}); err != nil {
@@ -207,7 +208,7 @@ func checkPoint(t *testing.T, r *repository.Repository, p *Point, want []byte) {
 	}
 }
 
-// The identity of a point of an older Varve is what is on its disk.
+// The identity of a point of an older Varve is read from its disk.
 func TestIdentityOfOlderPoints(t *testing.T) {
 	t.Parallel()
 	r, _ := newRepo(t)
@@ -229,7 +230,7 @@ func TestIdentityOfOlderPoints(t *testing.T) {
 	}
 }
 
-// A disk that cannot be read where its identity is says nothing against itself.
+// A disk whose identity cannot be read does not count as another.
 func TestIdentityThatCannotBeRead(t *testing.T) {
 	t.Parallel()
 	r, _ := newRepo(t)

@@ -4,14 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/points"
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
-// list asks the sources what changed, one after the other until one answers, and
-// plans the work.
+// list asks the sources what changed, one after the other until one answers, and fills the
+// worklist.
 func (r *run) list(ctx context.Context) error {
 	req := cbt.Request{Size: r.lay.Size}
 	if r.parent != nil {
@@ -29,7 +30,7 @@ func (r *run) list(ctx context.Context) error {
 		r.rec.VolumeHandle = rep.VolumeHandle
 	}
 	if rep.Allocated && r.parent != nil {
-		// Whatever is not allocated reads as zeroes now, whatever it was.
+		// What is not allocated reads as zeroes now.
 		r.work.zeroRest()
 	}
 	if r.parent != nil {
@@ -42,13 +43,13 @@ func (r *run) list(ctx context.Context) error {
 	return r.spotCheck(ctx, rep)
 }
 
-// addUnread has what could not be read for the parent read now: no source reports it as
-// changed, and its zeroes would pass for the disk's bytes.
+// addUnread adds what could not be read for the parent: no source reports it as changed, and
+// its zeroes would count as the disk's bytes.
 func (r *run) addUnread(ctx context.Context) error {
 	if r.parent == nil || r.parent.Unread == 0 {
 		return nil
 	}
-	rec, err := LoadRecord(ctx, r.repo, r.parent)
+	rec, err := points.LoadRecord(ctx, r.repo, r.parent)
 	if err != nil {
 		return fmt.Errorf("which ranges of %s could not be read: %w", r.parent.Name(), err)
 	}
@@ -56,7 +57,7 @@ func (r *run) addUnread(ctx context.Context) error {
 	for _, bad := range rec.ReadErrors {
 		n := min(bad.Length, r.lay.Size-bad.Offset)
 		switch {
-		case n <= 0: // the disk shrank
+		case n <= 0: // beyond the end of a disk that shrank
 		case none:
 			r.readErrors.add(bad.Offset, n)
 		default:
@@ -89,7 +90,7 @@ func (r *run) askSources(ctx context.Context, req cbt.Request) (cbt.Report, erro
 		sources = sources[1:]
 		r.work.reset()
 		if !fallback {
-			continue // ErrNoBase: a full asks for no difference
+			continue // ErrNoBase: a full needs no difference
 		}
 		f := blocktree.Fallback{Reason: string(reason), Detail: err.Error()}
 		var e *cbt.Error
@@ -100,8 +101,8 @@ func (r *run) askSources(ctx context.Context, req cbt.Request) (cbt.Report, erro
 	}
 }
 
-// settleFallbacks completes the steps down now that it is known where they led, and tells
-// of them.
+// settleFallbacks completes the recorded fallbacks with the source that answered, and reports
+// them.
 func (r *run) settleFallbacks(ctx context.Context, source string) {
 	for i := len(r.rec.Fallbacks) - 1; i >= 0; i-- {
 		r.rec.Fallbacks[i].To = source
@@ -113,14 +114,14 @@ func (r *run) settleFallbacks(ctx context.Context, source string) {
 }
 
 func (r *run) tellFallback(ctx context.Context, f blocktree.Fallback) {
-	slog.WarnContext(ctx, "changed blocks come from another source than wanted", "volume", r.opt.Volume.String(),
+	r.repo.Log().WarnContext(ctx, "changed blocks come from another source than requested", "volume", r.opt.Volume.String(),
 		"from", f.From, "to", f.To, "reason", f.Reason, "detail", f.Detail)
 	r.opt.OnFallback(f)
 }
 
 func (r *run) checkReport(req cbt.Request, rep cbt.Report) error {
 	if rep.Size != r.lay.Size {
-		return fmt.Errorf("%w: %d bytes, the disk has %d", cbt.ErrSizeMismatch, rep.Size, r.lay.Size)
+		return fmt.Errorf("%w: %s, and the disk has %s", cbt.ErrSizeMismatch, bytesize.Exact(rep.Size), bytesize.Exact(r.lay.Size))
 	}
 	if rep.Exact && req.Base != nil && !rep.Allocated && rep.BaseChangeID != req.Base.ChangeID {
 		return fmt.Errorf("%w: it is relative to %q, the parent %s is %q",
@@ -129,10 +130,9 @@ func (r *run) checkReport(req cbt.Request, rep cbt.Report) error {
 	return nil
 }
 
-// NoDisk stands in for a disk that nothing has to be read of: that of an increment whose
-// source is known to list nothing. Size is the parent's. VerifyUnchanged must be 0, for
-// there is nothing to check, and a source that lists something after all fails the
-// backup.
+// NoDisk stands in for the disk of an increment whose source is known to list no change. Its
+// value is the parent's size. VerifyUnchanged must be 0, since there is nothing to check; a
+// source that lists a change fails the backup.
 type NoDisk int64
 
 // Size implements Disk.
@@ -144,5 +144,5 @@ func (NoDisk) CheckSize() error { return nil }
 // ReadAt implements io.ReaderAt: it fails.
 func (NoDisk) ReadAt([]byte, int64) (int, error) { return 0, ErrNoDisk }
 
-// ErrNoDisk means that something has to be read of a NoDisk.
-var ErrNoDisk = errors.New("something changed after all, and no disk is there to read it from; run the backup with the disk")
+// ErrNoDisk means that a NoDisk would have to be read.
+var ErrNoDisk = errors.New("something did change, and there is no disk to read it from; run the backup with the disk")

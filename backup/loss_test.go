@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/backup/repository/repotest"
 )
@@ -16,20 +17,37 @@ import (
 type lossSite struct {
 	t      *testing.T
 	repo   *repotest.Repo
-	points []*Point
+	points []*points.Point
 	want   map[string][]byte // by ID
-	disks  map[Volume][]byte
+	disks  map[points.Volume][]byte
+	saved  string // copy of the repository
 }
 
-var otherVolume = Volume{Namespace: "shop", Name: "log", Cluster: "test"}
+func (s *lossSite) save() {
+	s.t.Helper()
+	s.saved = filepath.Join(s.t.TempDir(), "saved")
+	if err := os.CopyFS(s.saved, os.DirFS(s.repo.Dir)); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// restore restores the repository as it was saved.
+func (s *lossSite) restore() {
+	s.t.Helper()
+	if err := errors.Join(os.RemoveAll(s.repo.Dir), os.CopyFS(s.repo.Dir, os.DirFS(s.saved))); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+var otherVolume = points.Volume{Namespace: "shop", Name: "log", Cluster: "test"}
 
 func newLossSite(t *testing.T) *lossSite {
 	t.Helper()
-	s := &lossSite{t: t, repo: repotest.New(t), want: map[string][]byte{}, disks: map[Volume][]byte{}}
+	s := &lossSite{t: t, repo: repotest.New(t), want: map[string][]byte{}, disks: map[points.Volume][]byte{}}
 	r := s.repo.Open(t)
-	for i, v := range []Volume{testVolume, otherVolume} {
-		points, want := chain(t, r, v, 2, 1<<20+i)
-		for n, p := range points {
+	for i, v := range []points.Volume{testVolume, otherVolume} {
+		pts, want := chain(t, r, v, 2, 1<<20+i)
+		for n, p := range pts {
 			s.points, s.want[p.ID], s.disks[v] = append(s.points, p), want[n], want[n]
 		}
 	}
@@ -68,10 +86,7 @@ func TestLostMetadataPack(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := newLossSite(t)
-			saved := filepath.Join(t.TempDir(), "saved")
-			if err := os.CopyFS(saved, os.DirFS(s.repo.Dir)); err != nil {
-				t.Fatal(err)
-			}
+			s.save()
 			hidden := 0
 			for _, pack := range s.repo.Packs(t) {
 				if !strings.HasPrefix(pack, "q") {
@@ -91,9 +106,7 @@ func TestLostMetadataPack(t *testing.T) {
 					t.Fatal(err)
 				}
 				s.allWhole("with pack "+pack+" back", len(s.points)+made)
-				if err := errors.Join(os.RemoveAll(s.repo.Dir), os.CopyFS(s.repo.Dir, os.DirFS(saved))); err != nil {
-					t.Fatal(err)
-				}
+				s.restore()
 			}
 			if hidden < len(s.points) {
 				t.Errorf("only %d packs held manifests", hidden)
@@ -114,8 +127,8 @@ func (s *lossSite) allWhole(when string, n int) {
 	}
 }
 
-// useWithout does all that a user does while a pack is not there. It returns how
-// many points it made, and whether the pack held manifests.
+// useWithout does what a user does while a pack is missing. It returns how many points it
+// made, and whether the pack held manifests.
 func (s *lossSite) useWithout(pack string) (made int, manifests bool) {
 	t, ctx := s.t, s.t.Context()
 	t.Helper()
@@ -133,8 +146,8 @@ func (s *lossSite) useWithout(pack string) (made int, manifests bool) {
 	if whole+broken < len(s.points)-1 || whole < 2 { // those of the other volume
 		t.Errorf("without pack %s %d points are whole and %d broken, of %d", pack, whole, broken, len(s.points))
 	}
-	if _, err := Verify(ctx, r, VerifyOptions{Read: 1}); !errors.Is(err, ErrDamaged) && (broken > 0 || len(unreadable) > 0) ||
-		err != nil && !errors.Is(err, ErrDamaged) || errors.Is(err, ErrNotKept) {
+	if _, err := Verify(ctx, r, VerifyOptions{Read: 1}); !errors.Is(err, points.ErrDamaged) && (broken > 0 || len(unreadable) > 0) ||
+		err != nil && !errors.Is(err, points.ErrDamaged) || errors.Is(err, ErrNotKept) {
 		t.Errorf("verify without pack %s: %v", pack, err)
 	}
 	for v, data := range s.disks {

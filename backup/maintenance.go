@@ -4,10 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"time"
 
 	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 )
 
@@ -15,24 +15,26 @@ import (
 type MaintainOptions struct {
 	Mode     repository.MaintenanceMode
 	NoSafety bool // see repository.MaintainOptions
-	Force    bool // run although another client owns maintenance
+	Force    bool // run even if another client owns maintenance
 
 	step func(string)
 }
 
-// MaintenanceResult is what a run did.
+// MaintenanceResult is what a maintenance run did.
 type MaintenanceResult struct {
 	*repository.MaintenanceReport
 	ExpiredLeases int
 	DeadRuns      int // incomplete manifests of killed backups that were removed
-	// Quarantined names the points found damaged; they are marked now.
-	Quarantined []Quarantine
+	// Killed is what killed writers of this machine had uploaded. It is in the index now, so
+	// that what no point uses is collected.
+	Killed *repository.Recovered
+	// Quarantined are the points found damaged.
+	Quarantined []points.Quarantine
 }
 
-// Maintain runs maintenance: it removes what killed runs and readers left,
-// reclaims what no recovery point reaches, and keeps the index small. A damaged
-// point does not stop it: the point is named and quarantined, and what can be
-// reached of it stays.
+// Maintain runs maintenance: it removes what killed runs and readers left, reclaims what no
+// recovery point uses, and keeps the index small. A damaged point does not stop it: the point
+// is quarantined, and what it still reaches is kept.
 func Maintain(ctx context.Context, r *repository.Repository, opt MaintainOptions) (*MaintenanceResult, error) {
 	res := &MaintenanceResult{}
 	if opt.step == nil {
@@ -43,7 +45,7 @@ func Maintain(ctx context.Context, r *repository.Repository, opt MaintainOptions
 			return nil, err
 		}
 		var err error
-		if res.ExpiredLeases, err = dropExpiredLeases(ctx, r); err != nil {
+		if res.ExpiredLeases, err = points.DropExpiredLeases(ctx, r); err != nil {
 			return nil, err
 		}
 		if res.DeadRuns, err = DropDeadRuns(ctx, r); err != nil {
@@ -51,16 +53,19 @@ func Maintain(ctx context.Context, r *repository.Repository, opt MaintainOptions
 		}
 		opt.step("cleared")
 	}
-	// The owner's name is the same on every host, so the owner's lock on its
-	// config file does not keep two hosts apart; a lease does.
-	lease, err := acquire(ctx, r, leaseMaintenance, "maintenance")
-	if errors.Is(err, errLeaseTaken) {
-		slog.InfoContext(ctx, "maintenance is under way elsewhere", "reason", err)
+	// The owner's name is the same on every host, so the owner's lock on its config file does
+	// not exclude other hosts; a lease does.
+	lease, err := points.AcquireMaintenance(ctx, r, "maintenance")
+	if errors.Is(err, points.ErrLeaseTaken) {
+		r.Log().InfoContext(ctx, "maintenance is running on another machine", "reason", err)
 		res.MaintenanceReport = &repository.MaintenanceReport{Busy: true, Start: r.Now(), End: r.Now()}
 		return res, nil
 	}
 	if err != nil {
 		return nil, err
+	}
+	if res.Killed, err = r.RecoverDead(ctx); err != nil && ctx.Err() == nil {
+		r.Log().WarnContext(ctx, "cannot check for leftovers of killed writes; they are deleted once old", "error", err)
 	}
 	rep, err := r.Maintain(ctx, repository.MaintainOptions{
 		Mode: opt.Mode, NoSafety: opt.NoSafety, Force: opt.Force, Decode: blocktree.PieceObjects, Step: opt.step,
@@ -70,55 +75,62 @@ func Maintain(ctx context.Context, r *repository.Repository, opt MaintainOptions
 	if err != nil {
 		return res, err
 	}
+	rep.Temporary.Count += res.Killed.Temporary.Count
+	rep.Temporary.Bytes += res.Killed.Temporary.Bytes
 	if err := r.Refresh(ctx); err != nil {
 		return res, err
+	}
+	if rep.Mode == repository.MaintenanceFull {
+		if err := mergeDeletions(ctx, r); err != nil {
+			return res, err
+		}
 	}
 	res.Quarantined, err = quarantineDamaged(ctx, r, rep.Damaged)
 	return res, err
 }
 
-// quarantineDamaged marks the points among damaged snapshots. What a killed run
-// left incomplete is no point; it goes when the run is known to be over.
-func quarantineDamaged(ctx context.Context, r *repository.Repository, damaged []repository.DamagedSnapshot) ([]Quarantine, error) {
+// quarantineDamaged quarantines the points among damaged snapshots. An incomplete snapshot of
+// a killed run is no point; it is deleted when the run is known to be dead.
+func quarantineDamaged(ctx context.Context, r *repository.Repository, damaged []repository.DamagedSnapshot) ([]points.Quarantine, error) {
 	if len(damaged) == 0 {
 		return nil, nil
 	}
-	cat, err := List(ctx, r, ListOptions{Foreign: true})
+	cat, err := points.List(ctx, r, points.ListOptions{Foreign: true})
 	if err != nil {
 		return nil, err
 	}
-	byManifest := map[string]*Point{}
+	byManifest := map[string]*points.Point{}
 	for _, p := range cat.Points() {
 		byManifest[p.ManifestID] = p
 	}
-	var out []Quarantine
+	var out []points.Quarantine
 	for _, d := range damaged {
 		p := byManifest[d.ManifestID]
 		if p == nil {
-			slog.WarnContext(ctx, "a snapshot is damaged", "manifest", d.ManifestID,
+			r.Log().WarnContext(ctx, "a snapshot is damaged", "manifest", d.ManifestID,
 				"source", d.Source, "incomplete", d.Incomplete, "error", d.Err)
 			continue
 		}
-		q := Quarantine{Point: p.ID, Name: p.Name(), Reason: d.Err.Error(), Since: r.Now().UTC()}
-		slog.ErrorContext(ctx, "a recovery point is damaged; it is quarantined", "point", p.Name(), "id", p.ID, "error", d.Err)
+		q := points.Quarantine{Point: p.ID, Name: p.Name(), Reason: d.Err.Error(), Since: r.Now().UTC()}
+		r.Log().ErrorContext(ctx, "a recovery point is damaged; it is quarantined", "point", p.Name(), "id", p.ID, "error", d.Err)
 		out = append(out, q)
 	}
-	return out, setQuarantine(ctx, r, out, nil)
+	return out, points.SetQuarantine(ctx, r, out, nil)
 }
 
-// autoLimit bounds a maintenance that runs by itself after another command.
+// autoLimit bounds the maintenance that follows another command.
 const autoLimit = 30 * time.Minute
 
-// MaybeMaintain runs maintenance when it is due and this connection owns it;
-// commands that write call it in the end. It is bounded in time and quiet: a
-// failure is logged and left to the next run. Interrupting it harms nothing.
+// MaybeMaintain runs maintenance when it is due and this connection owns it; commands that
+// write call it at their end. It is bounded in time; a failure is logged and left to the next
+// run. Interrupting it harms nothing.
 func MaybeMaintain(ctx context.Context, r *repository.Repository) {
 	if !r.Writable() {
 		return
 	}
 	st, err := r.MaintenanceState(ctx)
 	if err != nil {
-		slog.DebugContext(ctx, "maintenance status", "error", err)
+		r.Log().DebugContext(ctx, "maintenance status", "error", err)
 		return
 	}
 	now := r.Now()
@@ -129,29 +141,30 @@ func MaybeMaintain(ctx context.Context, r *repository.Repository) {
 	defer cancel()
 	res, err := Maintain(ctx, r, MaintainOptions{Mode: repository.MaintenanceAuto})
 	if err != nil {
-		slog.WarnContext(ctx, "maintenance did not end well; it will be tried again", "error", err)
+		r.Log().WarnContext(ctx, "maintenance failed; it will be tried again", "error", err)
 		return
 	}
-	if n := len(res.Unreadable); n > 0 {
-		slog.ErrorContext(ctx, "maintenance reclaims nothing, since a part of the list of recovery points cannot be read", "contents", n, "next", "varve verify")
+	if n := len(res.Unreadable); n > 0 || res.Withheld {
+		r.Log().ErrorContext(ctx, "maintenance reclaims nothing, since a part of the list of recovery points or of the index is lost",
+			"unreadable", n, "packs", len(res.Unknown), "next", "varve repo repair")
 	}
 	if n := res.Lost.Count + res.NotMoved.Count; n > 0 {
-		slog.ErrorContext(ctx, "maintenance found that data of recovery points is lost", "contents", n, "next", "varve verify --read 100% --quarantine")
+		r.Log().ErrorContext(ctx, "maintenance found that data of recovery points is lost", "contents", n, "next", "varve verify --read 100% --quarantine")
 	}
 	if res.Mode != "" {
-		slog.DebugContext(ctx, "maintenance done", "mode", res.Mode, "duration", res.End.Sub(res.Start),
+		r.Log().DebugContext(ctx, "maintenance done", "mode", res.Mode, "duration", res.End.Sub(res.Start),
 			"unused", res.Unused.Bytes, "reclaimed", res.Reclaimed.Bytes)
 	}
 }
 
-// DropDeadRuns deletes the incomplete manifests of runs that are over, of all
-// volumes, so that what only they hold can be reclaimed.
+// DropDeadRuns deletes the incomplete manifests of dead runs of all volumes, so that what
+// only they protect can be reclaimed.
 func DropDeadRuns(ctx context.Context, r *repository.Repository) (int, error) {
-	cat, err := List(ctx, r, ListOptions{})
+	cat, err := points.List(ctx, r, points.ListOptions{})
 	if err != nil {
 		return 0, err
 	}
-	var dead []*Point
+	var dead []*points.Point
 	for _, p := range cat.Incomplete() {
 		over, err := deadRun(ctx, r, p)
 		if err != nil {

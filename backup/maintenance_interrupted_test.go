@@ -61,7 +61,7 @@ func TestInterruptedMaintenanceIsDueAgain(t *testing.T) {
 				if at != "begun" {
 					return
 				}
-				// What a process that is killed now leaves.
+				// What a process killed now leaves.
 				if st := state(); st.NextFull.Before(r.Now().Add(time.Hour)) || st.NextFull.After(r.Now().Add(12*time.Hour)) {
 					t.Errorf("a killed run would be due at %s", st.NextFull)
 				}
@@ -76,7 +76,7 @@ func TestInterruptedMaintenanceIsDueAgain(t *testing.T) {
 			}
 		}
 	}
-	// One that ran out of time is tried again, but not by the next backup.
+	// One that ran out of time is retried, but not by the next backup.
 	late := &outOfTime{Context: t.Context(), done: make(chan struct{})}
 	_, err := Maintain(late, r, MaintainOptions{Mode: repository.MaintenanceFull, step: func(s string) {
 		if s == "marked" {

@@ -5,8 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"maps"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -16,103 +14,19 @@ import (
 
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/cbt"
-	"github.com/varve-io/varve/backup/disk"
-	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/zero"
 )
 
-// The model test plays random steps on a few volumes and a repository, and
-// holds every recovery point against a plain copy of the bytes that the disk
-// had. VARVE_MODEL_STEPS and VARVE_MODEL_SEED choose the run, VARVE_MODEL_WRITES how
-// many times as often as else the disks are written between other steps: a long run
-// is then about large changes rather than many points.
-
-const pageSize = 4096
-
-// pageDisk is a sparse disk in memory. Pages are never changed once shared, so
-// a copy costs a map.
-type pageDisk struct {
-	size  int64
-	pages map[int64][]byte
-}
-
-func (d *pageDisk) clone() *pageDisk { return &pageDisk{size: d.size, pages: maps.Clone(d.pages)} }
-
-func (d *pageDisk) Size() int64      { return d.size }
-func (d *pageDisk) CheckSize() error { return nil }
-
-func (d *pageDisk) ReadAt(p []byte, off int64) (int, error) {
-	if off >= d.size {
-		return 0, io.EOF
-	}
-	n := int(min(int64(len(p)), d.size-off))
-	for done := 0; done < n; {
-		at := off + int64(done)
-		within := at % pageSize
-		k := min(n-done, int(pageSize-within))
-		if page, ok := d.pages[at/pageSize]; ok {
-			copy(p[done:done+k], page[within:])
-		} else {
-			clear(p[done : done+k])
-		}
-		done += k
-	}
-	if n < len(p) {
-		return n, io.EOF
-	}
-	return n, nil
-}
-
-// write changes [off, off+len(p)).
-func (d *pageDisk) write(p []byte, off int64) {
-	for len(p) > 0 {
-		page := make([]byte, pageSize)
-		copy(page, d.pages[off/pageSize])
-		k := copy(page[off%pageSize:], p)
-		d.pages[off/pageSize] = page
-		p, off = p[k:], off+int64(k)
-	}
-}
-
-func (d *pageDisk) resize(size int64) {
-	for n := range d.pages {
-		switch {
-		case n*pageSize >= size:
-			delete(d.pages, n)
-		case (n+1)*pageSize > size: // what is cut off must not come back by growing
-			page := bytes.Clone(d.pages[n])
-			clear(page[size-n*pageSize:])
-			d.pages[n] = page
-		}
-	}
-	d.size = size
-}
-
-// holeyDisk is a pageDisk, not to be written any more, that knows its holes.
-type holeyDisk struct {
-	*pageDisk
-	data []int64 // pages that are there, sorted
-}
-
-func (d *pageDisk) holey() *holeyDisk {
-	return &holeyDisk{d, slices.Sorted(maps.Keys(d.pages))}
-}
-
-func (d *holeyDisk) DataRange(off int64) (start, end int64, err error) {
-	i, _ := slices.BinarySearch(d.data, off/pageSize)
-	if off >= d.size || i == len(d.data) {
-		return 0, 0, io.EOF
-	}
-	start, end = max(off, d.data[i]*pageSize), (d.data[i]+1)*pageSize
-	for i++; i < len(d.data) && d.data[i]*pageSize == end; i++ {
-		end += pageSize
-	}
-	return start, min(end, d.size), nil
-}
+// The model test plays random steps on a few volumes and a repository, and compares every
+// recovery point with a plain copy of the disk's bytes. VARVE_MODEL_STEPS and
+// VARVE_MODEL_SEED choose the run. VARVE_MODEL_WRITES multiplies the writes between other
+// steps: a long run then tests large changes rather than many points.
 
 // modelVolume is a volume under test.
 type modelVolume struct {
-	name   Volume
+	name   points.Volume
 	disk   *pageDisk
 	dirty  map[int64]bool // pages written since the latest point
 	change int            // number of the latest change ID
@@ -125,8 +39,9 @@ type model struct {
 	conf    string
 	repo    *repository.Repository
 	volumes []*modelVolume
+	groups  map[string]*modelGroup // by ID
 	counts  map[string]int
-	writes  int // how many times as often as else steps write, at least 1
+	writes  int // multiplies the writes of a step, at least 1
 }
 
 // modelSteps are taken in each of the modelRuns of an ordinary run.
@@ -172,13 +87,13 @@ func TestModel(t *testing.T) {
 	}
 }
 
-// modelEra is how many steps a repository sees before a new one takes its place, if
-// they write no more often than else: within an epoch of six hours Kopia merges no index blobs, and a run that writes
-// thousands of them would soon do nothing but list them.
+// modelEra is how many steps a repository sees before a new one replaces it, with writes at
+// 1: within an epoch of six hours Kopia merges no index blobs, and a run that writes
+// thousands of them would soon only list them.
 const modelEra = 4000
 
-// runModel plays so many steps, each era with a seed one higher than the last, and
-// says now and then how far it is: a long run takes hours.
+// runModel plays this many steps, each era with the next seed, and logs its progress: a long
+// run takes hours.
 func runModel(t *testing.T, steps, writes int, seed uint64) {
 	started := time.Now()
 	total, writing := weights(writes)
@@ -196,11 +111,11 @@ func runModel(t *testing.T, steps, writes int, seed uint64) {
 
 func playModel(t *testing.T, steps, writes int, seed uint64) {
 	t.Logf("seed %d, %d steps, writes times %d (VARVE_MODEL_SEED, _STEPS, _WRITES)", seed, steps, writes)
-	m := &model{t: t, rng: rand.New(rand.NewPCG(seed, 1)), counts: map[string]int{}, writes: writes}
+	m := &model{t: t, rng: rand.New(rand.NewPCG(seed, 1)), groups: map[string]*modelGroup{}, counts: map[string]int{}, writes: writes}
 	m.repo, m.conf = newRepo(t)
 	for i := range 3 {
 		v := &modelVolume{
-			name: Volume{Namespace: "model", Name: fmt.Sprint("v", i), Cluster: "test"},
+			name: points.Volume{Namespace: "model", Name: fmt.Sprint("v", i), Cluster: "test"},
 			disk: &pageDisk{size: int64(i+1) * 300_000, pages: map[int64][]byte{}}, dirty: map[int64]bool{},
 			points: map[string]*pageDisk{},
 		}
@@ -236,6 +151,7 @@ var modelKinds = []struct {
 	{4, "backup compare", func(m *model, v *modelVolume) { m.backup(v, nil, false) }},
 	{1, "backup full", func(m *model, v *modelVolume) { m.backup(v, nil, true) }},
 	{6, "backup exact", func(m *model, v *modelVolume) { m.backup(v, m.listing(v, 0), false) }},
+	{3, "backup group", (*model).backupGroup},
 	{3, "backup over-reported", func(m *model, v *modelVolume) { m.backup(v, m.listing(v, 20), false) }},
 	{2, "lie", (*model).lie},
 	{2, "crash", (*model).crash},
@@ -328,7 +244,7 @@ func (m *model) resize(v *modelVolume) {
 	m.mark(v)
 }
 
-// listing is what a tracker would say, with extra pages reported for nothing.
+// listing returns what a tracker would report, plus some unchanged pages.
 func (m *model) listing(v *modelVolume, extra int) cbt.Source {
 	rep := cbt.Report{TargetChangeID: fmt.Sprint("change-", v.change+1)}
 	latest := m.latest(v)
@@ -360,7 +276,7 @@ func (m *model) listing(v *modelVolume, extra int) cbt.Source {
 		}
 		length := min(pageSize, v.disk.size-off)
 		page, ok := v.disk.pages[n]
-		zero := !ok || disk.IsZero(page)
+		zero := !ok || zero.Only(page)
 		extents = append(extents, cbt.Extent{Offset: off, Length: length, Zero: zero && m.rng.IntN(2) == 0})
 	}
 	m.rng.Shuffle(len(extents), func(i, j int) { extents[i], extents[j] = extents[j], extents[i] })
@@ -404,7 +320,7 @@ func (m *model) backup(v *modelVolume, src cbt.Source, full bool) {
 	}
 }
 
-// lie hides one changed page from the backup and has everything checked.
+// lie hides one changed page from the backup and lets it check everything.
 func (m *model) lie(v *modelVolume) {
 	latest := m.latest(v)
 	if latest == nil || latest.ChangeID == "" || latest.Size != v.disk.size {
@@ -413,7 +329,7 @@ func (m *model) lie(v *modelVolume) {
 	was := v.points[latest.ID]
 	block := latest.BlockSize
 	for n := range v.dirty {
-		// The block of this page must differ, and no other page of it be told of.
+		// The block of this page must differ, and no other page of it be reported.
 		first := n * pageSize / block * block
 		a, b := make([]byte, min(block, v.disk.size-first)), make([]byte, min(block, v.disk.size-first))
 		if _, err := v.disk.ReadAt(a, first); err != nil {
@@ -452,7 +368,7 @@ func (m *model) crash(v *modelVolume) {
 		}
 	}
 	p, _, err := Run(ctx, m.repo, opt)
-	if err == nil { // it was too late to stop it
+	if err == nil { // too late to stop it
 		v.points[p.ID] = v.disk.clone()
 		v.dirty = map[int64]bool{}
 		return
@@ -462,173 +378,15 @@ func (m *model) crash(v *modelVolume) {
 	}
 }
 
-func (m *model) catalog() *Catalog {
+func (m *model) catalog() *points.Catalog {
 	if err := m.repo.Refresh(m.t.Context()); err != nil {
 		m.t.Fatal(err)
 	}
-	cat, err := List(m.t.Context(), m.repo, ListOptions{})
+	cat, err := points.List(m.t.Context(), m.repo, points.ListOptions{})
 	if err != nil {
 		m.t.Fatal(err)
 	}
 	return cat
 }
 
-func (m *model) latest(v *modelVolume) *Point { return m.catalog().Latest(v.name) }
-
-func (m *model) read(v *modelVolume) {
-	for id := range v.points {
-		m.compare(v, id)
-		return
-	}
-}
-
-// compare reads a point and holds it against the copy.
-func (m *model) compare(v *modelVolume, id string) {
-	ctx, want := m.t.Context(), v.points[id]
-	p := m.catalog().ByID(id)
-	if p == nil {
-		m.t.Errorf("point %s of %s is gone", id, v.name)
-		return
-	}
-	root, err := OpenRoot(ctx, m.repo, p)
-	if err != nil {
-		m.t.Error(err)
-		return
-	}
-	cache := image.NewCache(16 << 20)
-	defer cache.Close()
-	img, err := image.Open(m.repo, cache, root, p.Generation)
-	if err != nil {
-		m.t.Error(err)
-		return
-	}
-	if img.Size() != want.size {
-		m.t.Errorf("%s has %d bytes, want %d", p.Name(), img.Size(), want.size)
-		return
-	}
-	err = img.Extents(ctx, 0, img.Size(), func(e image.Extent) error {
-		if e.Zero {
-			for n := e.Offset / pageSize; n*pageSize < e.Offset+e.Length; n++ {
-				page, ok := want.pages[n]
-				from, to := max(n*pageSize, e.Offset), min((n+1)*pageSize, e.Offset+e.Length)
-				if ok && !disk.IsZero(page[from-n*pageSize:to-n*pageSize]) {
-					return fmt.Errorf("zero at %d, where there is data", from)
-				}
-			}
-			return nil
-		}
-		got, is := make([]byte, e.Length), make([]byte, e.Length)
-		if _, err := img.ReadAt(got, e.Offset); err != nil && !errors.Is(err, io.EOF) {
-			return err
-		}
-		if _, err := want.ReadAt(is, e.Offset); err != nil && !errors.Is(err, io.EOF) {
-			return err
-		}
-		if !bytes.Equal(got, is) {
-			return fmt.Errorf("different bytes in [%d, %d)", e.Offset, e.Offset+e.Length)
-		}
-		return nil
-	})
-	if err != nil {
-		m.t.Errorf("%s: %v", p.Name(), err)
-	}
-}
-
-// delete forgets a point, any of them.
-func (m *model) delete(v *modelVolume) {
-	if len(v.points) < 3 {
-		return
-	}
-	for id := range v.points {
-		if _, err := Forget(m.t.Context(), m.repo, ForgetOptions{Names: []string{id}, Cluster: testVolume.Cluster}); err != nil {
-			m.t.Errorf("forget %s: %v", id, err)
-			return
-		}
-		delete(v.points, id)
-		m.rebase(v)
-		return
-	}
-}
-
-// prune keeps the latest few and expects exactly those to stay.
-func (m *model) prune(v *modelVolume) {
-	if len(v.points) == 0 {
-		return
-	}
-	keep := 2 + m.rng.IntN(4)
-	_, err := Prune(m.t.Context(), m.repo, PruneOptions{
-		Policy: Policy{Latest: keep}, Volumes: []Volume{v.name}, Cluster: v.name.Cluster,
-	})
-	if err != nil {
-		m.t.Errorf("prune %s: %v", v.name, err)
-		return
-	}
-	left := m.catalog().Of(v.name)
-	if want := min(keep, len(v.points)); len(left) != want {
-		m.t.Errorf("prune of %s to %d of %d left %d", v.name, keep, len(v.points), len(left))
-		return
-	}
-	stays := map[string]*pageDisk{}
-	for _, p := range left {
-		if v.points[p.ID] == nil {
-			m.t.Errorf("after a prune %s has an unknown point %s", v.name, p.ID)
-			return
-		}
-		stays[p.ID] = v.points[p.ID]
-	}
-	v.points = stays
-	if len(stays) > 0 {
-		m.rebase(v)
-	}
-}
-
-// rebase finds what a tracker would say since the point that is the latest now.
-func (m *model) rebase(v *modelVolume) {
-	latest := m.latest(v)
-	if latest == nil || v.points[latest.ID] == nil {
-		m.t.Errorf("latest of %s is wrong after a deletion", v.name)
-		return
-	}
-	v.dirty = map[int64]bool{}
-	base := v.points[latest.ID]
-	a, b := make([]byte, pageSize), make([]byte, pageSize)
-	for n := range v.disk.size/pageSize + 1 {
-		if v.disk.pages[n] == nil && base.pages[n] == nil {
-			continue
-		}
-		clear(a)
-		clear(b)
-		_, _ = v.disk.ReadAt(a, n*pageSize)
-		_, _ = base.ReadAt(b, n*pageSize)
-		if !bytes.Equal(a, b) {
-			v.dirty[n] = true
-		}
-	}
-}
-
-// maintain collects what no point reaches, without safety margins, and reads
-// a point of each volume.
-func (m *model) maintain(*modelVolume) {
-	mode := repository.MaintenanceFull
-	if m.rng.IntN(3) == 0 {
-		mode = repository.MaintenanceQuick
-	}
-	if _, err := Maintain(m.t.Context(), m.repo, MaintainOptions{Mode: mode, NoSafety: true}); err != nil {
-		m.t.Errorf("maintenance: %v", err)
-		return
-	}
-	for _, v := range m.volumes {
-		m.read(v)
-	}
-}
-
-func (m *model) reopen(*modelVolume) {
-	if err := m.repo.Close(m.t.Context()); err != nil {
-		m.t.Fatal(err)
-	}
-	r, err := repository.Open(m.t.Context(), repository.OpenOptions{ConfigFile: m.conf, Password: "secret"})
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	m.repo = r
-}
+func (m *model) latest(v *modelVolume) *points.Point { return m.catalog().Latest(v.name) }

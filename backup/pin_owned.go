@@ -4,25 +4,29 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
+	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 )
 
-// OwnedPins are the pins that one owner keeps in a repository. Nobody else's are touched.
+// OwnedPins are the pins that one owner keeps in a repository. It does not touch other pins.
 type OwnedPins struct {
-	// Owner begins the label of each of its pins; it holds no colon.
+	// Owner is the prefix of the owner's labels; it has no colon.
 	Owner string
-	// Want has the points to pin, by their IDs or the first digits of them, with the
-	// reason that the label ends with, or none.
+	// Want are the points to pin, by their IDs or the first digits of them, each with the
+	// reason that ends the label, or "". The other points of their groups are pinned with them:
+	// stock Kopia knows no groups.
 	Want map[string]string
-	// Held are the IDs of the points that have a pin of the owner, as Apply returned them
-	// last.
+	// Held are the IDs of the points that have a pin of the owner, as Apply last returned
+	// them.
 	Held []string
 }
 
-// label of a pin for a reason.
+// label returns the label of a pin for a reason.
 func (o OwnedPins) label(reason string) string {
 	if reason == "" {
 		return o.Owner
@@ -41,9 +45,9 @@ func (o OwnedPins) mine(labels []string) []string {
 	return out
 }
 
-// Apply pins what is wanted, and takes the owner's pins off the points that it held and does
-// not want any more. It returns the IDs that the owner's pins are on, in order, and what
-// keeps a wanted point from being one of them, by what was asked for.
+// Apply pins the points of Want, and removes the owner's pins from the points of Held that
+// are not in Want. It returns the IDs of the points with the owner's pins, sorted, and, by
+// the keys of Want, why a point could not be pinned.
 func (o OwnedPins) Apply(ctx context.Context, r *repository.Repository) (held []string, missing map[string]error, err error) {
 	if len(o.Want) == 0 && len(o.Held) == 0 {
 		return nil, nil, nil
@@ -67,7 +71,7 @@ func (o OwnedPins) Apply(ctx context.Context, r *repository.Repository) (held []
 	for manifest, want := range labels {
 		s, err := r.LoadSnapshot(ctx, manifest)
 		if errors.Is(err, repository.ErrSnapshotNotFound) && want.label != "" {
-			missing[want.asked] = ErrNoSuchPoint // deleted since the list was made
+			missing[want.asked] = points.ErrNoSuchPoint // deleted since the list was made
 		}
 		if errors.Is(err, repository.ErrSnapshotNotFound) {
 			continue
@@ -107,15 +111,36 @@ func (o OwnedPins) Apply(ctx context.Context, r *repository.Repository) (held []
 	return held, missing, r.Refresh(ctx)
 }
 
-// ownedPin is the label that the owner wants on a point; empty for none.
+// ownedPin is the label that the owner wants on a point; "" for none.
 type ownedPin struct{ id, label, asked string }
 
-// resolve finds the manifests of all points that are or were to be pinned.
+// pinGroups holds the groups of points, by the points' IDs.
+type pinGroups struct {
+	of     map[string]string
+	points map[string][]string
+}
+
+// add notes the group of a point of a cluster; "" is no group.
+func (g pinGroups) add(point, cluster, name, group string) {
+	key := cluster + "/" + name + "@" + group
+	if group == "" || g.of[point] == key {
+		return
+	}
+	g.of[point] = key
+	g.points[key] = append(g.points[key], point)
+}
+
+// beside returns the points of a point's group.
+func (g pinGroups) beside(point string) []string { return g.points[g.of[point]] }
+
+// resolve finds the manifests of all points that are or were wanted.
 func (o OwnedPins) resolve(ctx context.Context, r *repository.Repository, infos []repository.SnapshotInfo) (map[string]ownedPin, map[string]error, error) {
-	ids := map[string][]string{} // manifests of each point: two while a pin is being changed
+	ids := map[string][]string{} // manifests of each point: two while a pin changes
+	groups := pinGroups{map[string]string{}, map[string][]string{}}
 	for _, info := range infos {
-		if id := info.Tags[tagID]; id != "" {
+		if id := info.Tags[points.TagID]; blocktree.ValidID(id) {
 			ids[id] = append(ids[id], info.ManifestID)
+			groups.add(id, info.Source.Host, info.Tags[points.TagGroupName], info.Tags[points.TagGroup])
 		}
 	}
 	match := func(prefix string) (string, error) {
@@ -129,22 +154,25 @@ func (o OwnedPins) resolve(ctx context.Context, r *repository.Repository, infos 
 		case 1:
 			return found[0], nil
 		case 0:
-			return "", ErrNoSuchPoint
+			return "", points.ErrNoSuchPoint
 		}
-		return "", fmt.Errorf("%w: the IDs of %d points begin so; give more of it", ErrAmbiguous, len(found))
+		return "", fmt.Errorf("%w: %d points have such an ID; give more digits", points.ErrAmbiguous, len(found))
 	}
 	wanted, missing, listed := map[string]ownedPin{}, map[string]error{}, false
 	for prefix, reason := range o.Want {
 		id, err := match(prefix)
 		if err != nil && !listed {
-			// "kopia snapshot migrate" drops the tags: the records have the IDs, too.
-			cat, lerr := List(ctx, r, ListOptions{})
+			// "kopia snapshot migrate" drops the tags, but the records have the IDs.
+			cat, lerr := points.List(ctx, r, points.ListOptions{})
 			if lerr != nil {
 				return nil, nil, lerr
 			}
 			for _, p := range cat.Points() {
 				if p.Foreign == "" && !slices.Contains(ids[p.ID], p.ManifestID) {
 					ids[p.ID] = append(ids[p.ID], p.ManifestID)
+				}
+				if p.Group != nil {
+					groups.add(p.ID, p.Volume.Cluster, p.Group.Name, p.Group.ID)
 				}
 			}
 			listed = true
@@ -155,6 +183,13 @@ func (o OwnedPins) resolve(ctx context.Context, r *repository.Repository, infos 
 			continue
 		}
 		wanted[id] = ownedPin{id, o.label(reason), prefix}
+	}
+	for _, id := range slices.Sorted(maps.Keys(wanted)) {
+		for _, other := range groups.beside(id) {
+			if _, named := wanted[other]; !named {
+				wanted[other] = ownedPin{other, wanted[id].label, wanted[id].asked}
+			}
+		}
 	}
 	out := map[string]ownedPin{}
 	for id, pin := range wanted {

@@ -2,49 +2,53 @@ package backup
 
 import (
 	"context"
-	"errors"
-	"fmt"
-	"log/slog"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 )
 
 // PruneOptions say what to prune.
 type PruneOptions struct {
 	Policy Policy
-	// Volumes to prune; when empty, all of Cluster. Those of other clusters are
-	// touched only when they are named here: their owner has a policy of its own.
-	Volumes []Volume
-	Cluster string
-	DryRun  bool
-	// NamespaceUID leaves the points alone that were not made in the namespace with this
-	// UID, and they count for no rule; empty for all points.
+	// Volumes to prune; if empty, all of Cluster. Volumes of other clusters are pruned only
+	// when named here, since their owner has its own policy. A group (points.Group) is
+	// deleted only if all its points are of these volumes and none is kept.
+	Volumes []points.Volume
+	// WithGroups also prunes points of other volumes that are in a group with a point of
+	// Volumes, by the same policy: it counts all points of those volumes and deletes only
+	// points of groups. A policy that makes groups sets it.
+	WithGroups bool
+	Cluster    string
+	DryRun     bool
+	// NamespaceUID, if set, skips the points that were not made in the namespace with this
+	// UID; they count for no rule.
 	NamespaceUID string
 
 	step func(string)
 }
 
-// PrunePlan is what a prune would do, or did.
+// PrunePlan is what a prune would delete, or has deleted.
 type PrunePlan struct {
 	Volumes []VolumePlan
-	// Others are volumes of other clusters, left alone.
-	Others   []Volume
+	// Others are volumes of other clusters, not pruned.
+	Others   []points.Volume
 	DeadRuns int // incomplete manifests of killed backups that were removed
-	// Spared are points that a reader took between the plan and the deletion.
-	Spared []*Point
+	// Spared are points that a reader leased between the plan and the deletion.
+	Spared []*points.Point
 }
 
-// VolumePlan is the decisions about one volume, oldest point first.
+// VolumePlan are the decisions about one volume, oldest point first.
 type VolumePlan struct {
-	Volume    Volume
+	Volume    points.Volume
 	Decisions []Decision
 }
 
-// Removed returns the points that go.
-func (p *PrunePlan) Removed() []*Point {
-	var out []*Point
+// Removed returns the points to delete.
+func (p *PrunePlan) Removed() []*points.Point {
+	var out []*points.Point
 	for _, v := range p.Volumes {
 		for _, d := range v.Decisions {
 			if !d.Keep {
@@ -68,9 +72,9 @@ func (p *PrunePlan) ByFloor() int {
 	return n
 }
 
-// Prune deletes the points that a policy does not keep. Points that are pinned,
-// being read, or quarantined stay, and the plan says so. The bytes are reclaimed
-// by maintenance; no other point needs those that are.
+// Prune deletes the points that a policy does not keep. The points of a group are kept or
+// deleted together. Points that are pinned, in use or quarantined are kept, and the plan says
+// so. Maintenance reclaims the bytes; no other point needs them.
 func Prune(ctx context.Context, r *repository.Repository, opt PruneOptions) (*PrunePlan, error) {
 	if err := opt.Policy.Check(); err != nil {
 		return nil, err
@@ -98,26 +102,26 @@ func Prune(ctx context.Context, r *repository.Repository, opt PruneOptions) (*Pr
 	return plan, err
 }
 
-func (p *PrunePlan) spare(q *Point) {
+func (p *PrunePlan) spare(q *points.Point) {
 	for _, v := range p.Volumes {
 		for i := range v.Decisions {
 			if d := &v.Decisions[i]; d.Point.ID == q.ID {
-				d.Keep, d.Reasons = true, append(d.Reasons, "in use since a moment ago")
+				d.Keep, d.Reasons = true, append(d.Reasons, "in use or pinned since a moment ago")
 			}
 		}
 	}
 }
 
 func planPrune(ctx context.Context, r *repository.Repository, opt PruneOptions) (*PrunePlan, error) {
-	cat, err := List(ctx, r, ListOptions{})
+	cat, err := points.List(ctx, r, points.ListOptions{})
 	if err != nil {
 		return nil, err
 	}
-	leases, err := Leases(ctx, r)
+	leases, err := points.Leases(ctx, r)
 	if err != nil {
 		return nil, err
 	}
-	quarantined, err := Quarantined(ctx, r)
+	quarantined, err := points.Quarantined(ctx, r)
 	if err != nil {
 		return nil, err
 	}
@@ -136,33 +140,51 @@ func planPrune(ctx context.Context, r *repository.Repository, opt PruneOptions) 
 			}
 		}
 	}
-	for _, v := range volumes {
-		points := cat.Of(v)
-		if len(points) == 0 {
-			return nil, Names{Catalog: cat, Cluster: opt.Cluster}.NoPoints(v)
+	groups, broken := cat.Groups(), map[*points.Group]bool{}
+	damage := func(p *points.Point) string {
+		if q, bad := quarantined[p.ID]; bad {
+			return q.Reason
+		}
+		if v, known := verified[p.ID]; known && !v.OK {
+			return "found by verify on " + v.Time.UTC().Format(time.DateOnly)
+		}
+		return ""
+	}
+	for _, g := range groups.All() {
+		broken[g] = !g.Complete() || slices.ContainsFunc(g.Members(), func(p *points.Point) bool { return damage(p) != "" })
+	}
+	named := len(volumes)
+	if opt.WithGroups {
+		volumes = append(slices.Clone(volumes), volumesBeside(groups, volumes)...)
+	}
+	for i, v := range volumes {
+		pts := cat.Of(v)
+		if len(pts) == 0 {
+			return nil, points.Names{Catalog: cat, Cluster: opt.Cluster}.NoPoints(v)
 		}
 		var candidates []Candidate
-		for _, p := range points {
+		for _, p := range pts {
 			if p.Foreign != "" {
-				continue // another program's to prune
+				continue // pruned by the program that wrote it
 			}
 			if opt.NamespaceUID != "" && p.NamespaceUID != opt.NamespaceUID {
-				continue // another owner's
+				continue // pruned by another owner
 			}
-			c := Candidate{Point: p, Hold: holds(p, leases[p.ID])}
-			if q, bad := quarantined[p.ID]; bad {
-				c.Damaged = q.Reason
-			} else if v, known := verified[p.ID]; known && !v.OK {
-				c.Damaged = "verify found it so on " + v.Time.UTC().Format(time.DateOnly)
-			}
-			candidates = append(candidates, c)
+			candidates = append(candidates, Candidate{
+				Point: p, Hold: holds(p, leases[p.ID]), Damaged: damage(p), Part: broken[groups.Of(p)],
+			})
 		}
-		plan.Volumes = append(plan.Volumes, VolumePlan{Volume: v, Decisions: opt.Policy.Apply(candidates)})
+		decisions := opt.Policy.Apply(candidates)
+		if i >= named {
+			decisions = slices.DeleteFunc(decisions, func(d Decision) bool { return d.Point.Group == nil })
+		}
+		plan.Volumes = append(plan.Volumes, VolumePlan{Volume: v, Decisions: decisions})
 	}
+	plan.keepGroups(groups)
 	return plan, nil
 }
 
-func holds(p *Point, leases []LeaseInfo) []string {
+func holds(p *points.Point, leases []points.LeaseInfo) []string {
 	var out []string
 	if len(p.Pins) > 0 {
 		out = append(out, "pinned: "+strings.Join(p.Pins, ", "))
@@ -171,80 +193,4 @@ func holds(p *Point, leases []LeaseInfo) []string {
 		out = append(out, "in use: "+l.String())
 	}
 	return out
-}
-
-// deletePoints deletes manifests, and the records about the points. A reader
-// takes its lease and then looks whether the point is still there; here the
-// point is deleted and leases are looked at again after that. So a reader that
-// came in between is seen by one side at least, and its point is put back and
-// returned as spared. With evenLeased readers are not asked.
-func deletePoints(ctx context.Context, r *repository.Repository, points []*Point, evenLeased bool, step func(string)) (spared []*Point, err error) {
-	if len(points) == 0 {
-		return nil, nil
-	}
-	w, err := r.NewWriter(ctx, "varve delete points")
-	if err != nil {
-		return nil, err
-	}
-	defer w.Close()
-	saved := map[string]*repository.SavedManifest{}
-	for _, p := range points {
-		m, err := r.SaveManifest(ctx, p.ManifestID)
-		if errors.Is(err, repository.ErrSnapshotNotFound) {
-			continue // somebody else deleted it, or pinned it just now
-		}
-		if err != nil {
-			return nil, err
-		}
-		saved[p.ID] = m
-		if err := w.DeleteSnapshot(ctx, p.ManifestID); err != nil {
-			return nil, fmt.Errorf("delete %s: %w", p.Name(), err)
-		}
-	}
-	if err := w.Flush(ctx); err != nil {
-		return nil, fmt.Errorf("delete points: %w", err)
-	}
-	step("deleted")
-	if err := r.Refresh(ctx); err != nil {
-		return nil, err
-	}
-	leases := map[string][]LeaseInfo{}
-	if !evenLeased {
-		if leases, err = Leases(ctx, r); err != nil {
-			return nil, err
-		}
-	}
-	for _, p := range points {
-		if len(leases[p.ID]) > 0 && saved[p.ID] != nil {
-			slog.InfoContext(ctx, "a reader came; its point is put back", "point", p.Name(), "reader", leases[p.ID][0].String())
-			if err := w.PutBack(ctx, saved[p.ID]); err != nil {
-				return nil, fmt.Errorf("put back %s: %w", p.Name(), err)
-			}
-			spared = append(spared, p)
-			continue
-		}
-		if err := deleteRecordsOf(ctx, r, w, p.ID); err != nil {
-			return nil, err
-		}
-	}
-	if err := w.Flush(ctx); err != nil {
-		return nil, fmt.Errorf("delete points: %w", err)
-	}
-	return spared, r.Refresh(ctx)
-}
-
-// deleteRecordsOf deletes what verify and quarantine noted about a point.
-func deleteRecordsOf(ctx context.Context, r *repository.Repository, w *repository.Writer, id string) error {
-	for _, kind := range []string{quarantineKind, verifyKind} {
-		recs, err := r.ListRecords(ctx, kind, map[string]string{pointLabel: id})
-		if err != nil {
-			return err
-		}
-		for _, rec := range recs {
-			if err := w.DeleteRecord(ctx, rec.ID); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
 }

@@ -6,20 +6,20 @@ import (
 	"slices"
 	"testing"
 
-	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/blocktree"
 )
 
-// TestRanges holds merging and subtracting against sets of bytes.
+// TestRanges compares merging and subtracting with sets of bytes.
 func TestRanges(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
-	some := func() []image.Range {
-		var out []image.Range
+	some := func() []blocktree.Range {
+		var out []blocktree.Range
 		for range rng.IntN(6) {
-			out = append(out, image.Range{Offset: rng.Int64N(40), Length: rng.Int64N(12)})
+			out = append(out, blocktree.Range{Offset: rng.Int64N(40), Length: rng.Int64N(12)})
 		}
 		return out
 	}
-	set := func(ranges []image.Range) map[int64]bool {
+	set := func(ranges []blocktree.Range) map[int64]bool {
 		out := map[int64]bool{}
 		for _, r := range ranges {
 			for i := range r.Length {

@@ -8,75 +8,78 @@ import (
 	"log/slog"
 	"os"
 	"runtime"
-	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
-// RestoreTarget is what a recovery point is written to. disk.Target is one.
-// WriteAt, ReadAt and ZeroRange are called concurrently.
+// RestoreTarget is what a restore writes to; disk.Target is one. WriteAt, ReadAt and
+// ZeroRange are called concurrently.
 type RestoreTarget interface {
 	io.WriterAt
-	// ReadAt reads back what was written, after Sync from the disk itself where
-	// that is possible. What Fit will add reads as zeroes before.
+	// ReadAt reads back what was written, after Sync from the disk itself where possible.
+	// What Fit will add reads as zeroes before.
 	io.ReaderAt
-	// ZeroRange has a range read as zeroes, in the cheapest way there is.
+	// ZeroRange makes a range read as zeroes, in the cheapest way.
 	ZeroRange(off, length int64) error
-	// Sync has all that was written survive a power cut.
+	// Sync makes all that was written survive a power failure.
 	Sync() error
-	// Fit gives a target that may have any size that of the disk; nothing has
-	// been changed before.
+	// Fit resizes a target of variable size to that of the disk. Nothing has been changed
+	// before.
 	Fit() error
-	// Empty has the whole target read as zeroes if that is cheap, so that Fresh
-	// holds; else it does nothing.
+	// Empty makes the whole target read as zeroes if that is cheap, so that Fresh is true;
+	// else it does nothing.
 	Empty() error
-	// Fresh reports whether all that was not written reads as zeroes.
+	// Fresh reports whether everything not yet written reads as zeroes.
 	Fresh() bool
 	Size() int64
 	Path() string
-	// Identity names the target itself, whatever its path is now.
+	// Identity names the target itself, independent of its path.
 	Identity() string
 }
 
-// RestoreOptions tell how to restore.
+// RestoreOptions say how to restore.
 type RestoreOptions struct {
-	// Verify reads back what the target holds and compares it with the point.
+	// Verify reads the target back and compares it with the point.
 	Verify bool
-	// Delta keeps what the target has and writes only what differs: by Base if
-	// it is set, else by comparing all of the target.
+	// Delta writes only what differs on the target: relative to Base if set, else by
+	// comparing the whole target.
 	Delta bool
-	// Base is a point that the target is known to hold.
-	Base *Point
-	// Changed lists what changed on the target since it held Base; nil for
-	// nothing.
-	Changed []image.Range
-	// SpotCheck is the share of the blocks taken for unchanged with Base, or for
-	// written by a restore that was interrupted, that is read from the target and
-	// compared, from 0 to 1.
+	// Stream allows a point of a stream: the target is a file. Without it the error is
+	// points.ErrStream.
+	Stream bool
+	// Base is a point that the target already holds.
+	Base *points.Point
+	// Changed lists what changed on the target since it held Base.
+	Changed []blocktree.Range
+	// SpotCheck is the share, from 0 to 1, of the blocks assumed unchanged since Base, or
+	// written by an interrupted restore, that is read from the target and compared.
 	SpotCheck float64
-	// Journal is the file from which a killed restore goes on; empty for none.
+	// Journal is the file from which a killed restore continues; empty for none.
 	Journal string
-	// Restart drops what a journal says.
+	// Restart ignores an existing journal.
 	Restart bool
-	// Workers decode and write at once; 0 for one for each CPU, at most 15.
+	// Workers decode and write concurrently; 0 for one per CPU, at most 15.
 	Workers  int
 	Progress func(Progress)
 }
 
-// RestoreResult tells what a restore did, in bytes.
+// RestoreResult is what a restore did, in bytes.
 type RestoreResult struct {
 	Mode      string        `json:"mode"`      // full, delta (by base) or compare
 	Size      int64         `json:"size"`      // of the disk
 	Written   int64         `json:"written"`   // data
-	Zeroed    int64         `json:"zeroed"`    // zeroes, whether or not that took any writing
+	Zeroed    int64         `json:"zeroed"`    // zeroes, written or already there
 	Resumed   int64         `json:"resumed"`   // done by an earlier run
-	Unchanged int64         `json:"unchanged"` // left as it was on the target
+	Unchanged int64         `json:"unchanged"` // already right on the target
 	Checked   int64         `json:"checked"`   // read by the spot check
 	Verified  int64         `json:"verified"`  // read back
 	Duration  time.Duration `json:"durationNs"`
@@ -89,52 +92,52 @@ const (
 	RestoreCompare = "compare"
 )
 
-// Errors that callers decide by.
+// Sentinel errors for callers.
 var (
-	// ErrVerify means that the target does not hold what was written to it.
+	// ErrVerify means that the target does not read back as the recovery point.
 	ErrVerify = errors.New("the target does not hold the recovery point")
 	// ErrNotBase means that the target does not hold the base of a delta.
 	ErrNotBase = errors.New("the target does not hold the base")
 	// ErrOtherRestore means that a journal belongs to another restore.
 	ErrOtherRestore = errors.New("another restore of this target was not finished")
-	// ErrTargetTooSmall means that the disk does not fit.
+	// ErrTargetTooSmall means that the disk does not fit on the target.
 	ErrTargetTooSmall = errors.New("the target is smaller than the disk")
 )
 
 const (
-	// restoreCache holds indexes, and blocks of the spot check.
+	// restoreCache is the cache for indexes and blocks of the spot check, in bytes.
 	restoreCache = 64 << 20
 
-	// maxRestoreWorkers keeps what a killed restore writes again within 64 MiB:
-	// each worker is in one unit of the journal at most.
+	// maxRestoreWorkers keeps what a killed restore repeats within 64 MiB: each worker is in
+	// at most one unit of the journal.
 	maxRestoreWorkers = 15
 
-	// zeroPart is how much of a hole is zeroed at once, in bytes: on a device
-	// that has to write the zeroes, this is what a killed restore repeats.
+	// zeroPart is how much of a hole is zeroed at once, in bytes: on a device that must
+	// write the zeroes, a killed restore repeats this much.
 	zeroPart = 32 << 20
 )
 
-// restore is one restore under way.
+// restore is one restore in progress.
 type restore struct {
 	opt    RestoreOptions
-	point  *Point
+	point  *points.Point
 	img    *image.Image
 	base   *image.Image // nil without one
 	target RestoreTarget
 	log    *restoreJournal // nil without one
-	stale  *os.File        // journal of an earlier restore that this one ends; nil without one
+	stale  *os.File        // journal of an earlier restore, to delete at the end; nil without one
+	logger *slog.Logger
 
 	written, zeroed, unchanged, verified atomic.Int64
 	res                                  RestoreResult
 }
 
-// Restore writes a recovery point onto a target. With a journal, a restore that
-// was killed goes on where it stopped; it writes at most 64 MiB again.
+// Restore writes a recovery point to a target. With a journal, a restore that was killed
+// continues where it stopped; it repeats at most 64 MiB.
 //
-// A delta with a base needs no journal to be safe: what it writes is the
-// point's, what it has not written is the base's, so it can be run again. The
-// journal only saves the work.
-func Restore(ctx context.Context, repo *repository.Repository, p *Point, target RestoreTarget, opt RestoreOptions) (RestoreResult, error) {
+// A delta with a base is safe without a journal: what it has written is the point's, and the
+// rest is the base's, so it can be run again. The journal only saves work.
+func Restore(ctx context.Context, repo *repository.Repository, p *points.Point, target RestoreTarget, opt RestoreOptions) (RestoreResult, error) {
 	started := time.Now()
 	r, release, err := newRestore(ctx, repo, p, target, opt)
 	if err != nil {
@@ -157,16 +160,16 @@ func Restore(ctx context.Context, repo *repository.Repository, p *Point, target 
 	return r.res, nil
 }
 
-// salvageHint says what is left to whoever meets damage in a restore.
-func salvageHint(p *Point, err error) string {
+// salvageHint says how to proceed after damage.
+func salvageHint(p *points.Point, err error) string {
 	if !errors.Is(err, repository.ErrContentMissing) && !errors.Is(err, repository.ErrContentCorrupt) {
 		return ""
 	}
 	return fmt.Sprintf("; other recovery points may be whole; \"varve verify %s --read 100%%\" names all that is damaged, "+
-		"and what is intact can be had by \"varve serve %s\" with a client that goes on after errors, such as qemu-img convert --salvage", p.ShortID(), p.ShortID())
+		"and what is intact is available with \"varve serve %s\" and a client that continues after errors, such as qemu-img convert --salvage", p.ShortID(), p.ShortID())
 }
 
-func newRestore(ctx context.Context, repo *repository.Repository, p *Point, target RestoreTarget, opt RestoreOptions) (*restore, func(), error) {
+func newRestore(ctx context.Context, repo *repository.Repository, p *points.Point, target RestoreTarget, opt RestoreOptions) (*restore, func(), error) {
 	if opt.Workers <= 0 {
 		opt.Workers = runtime.GOMAXPROCS(0)
 	}
@@ -177,94 +180,55 @@ func newRestore(ctx context.Context, repo *repository.Repository, p *Point, targ
 	if opt.Base != nil {
 		opt.Delta = true
 	}
-	r := &restore{opt: opt, point: p, target: target}
-	leases, err := holdPoints(ctx, repo, "restore", p, opt.Base)
+	for _, q := range []*points.Point{p, opt.Base} {
+		if q != nil && q.Stream && (!opt.Stream || opt.Delta) {
+			return nil, nil, q.NeedDisk()
+		}
+	}
+	r := &restore{opt: opt, point: p, target: target, logger: repo.Log()}
+	held, release, err := holdAll(ctx, repo, p, opt.Base)
 	if err != nil {
 		return nil, nil, err
 	}
-	cache := image.NewCacheWithWorkers(restoreCache, 1)
-	release := func() {
-		cache.Close()
-		leases()
+	r.img = held[0].Image()
+	if opt.Base != nil {
+		r.base = held[1].Image()
 	}
-	if r.img, err = openPoint(ctx, repo, cache, p); err == nil && opt.Base != nil {
-		r.base, err = openPoint(ctx, repo, cache, opt.Base)
-	}
-	if err == nil && target.Size() < r.img.Size() {
-		err = fmt.Errorf("%s: %w: it has %d bytes, %s %d", target.Path(), ErrTargetTooSmall, target.Size(), p.Name(), r.img.Size())
-	}
-	if err != nil {
+	if target.Size() < r.img.Size() {
 		release()
-		return nil, nil, err
+		return nil, nil, fmt.Errorf("%s: %w: it has %s, and %s has %s", target.Path(), ErrTargetTooSmall, bytesize.Exact(target.Size()), p.Name(), bytesize.Exact(r.img.Size()))
 	}
 	r.res.Size = r.img.Size()
 	return r, release, nil
 }
 
-// holdPoints takes leases on the points that are not nil. Where none can be
-// written (a read-only connection, storage that is full) the reading goes on
-// without: a restore must not depend on writing to the repository.
-func holdPoints(ctx context.Context, repo *repository.Repository, purpose string, points ...*Point) (release func(), err error) {
-	var mu sync.Mutex
-	var held []*Lease
+// holdAll opens points, each with a lease; a nil point gives a nil disk. Call release when
+// the points have been read.
+func holdAll(ctx context.Context, repo *repository.Repository, pts ...*points.Point) (held []*disks.Disk, release func(), err error) {
+	cache := image.NewCacheWithWorkers(restoreCache, 1)
+	set := disks.New(repo, cache, disks.Options{Purpose: "restore", Lease: disks.AtOnce, Streams: true, Log: repo.Log()})
 	release = func() {
-		var all sync.WaitGroup
-		for _, l := range held {
-			all.Go(func() {
-				if err := l.Close(ctx); err != nil {
-					slog.WarnContext(ctx, "cannot give a lease back; it will expire", "error", err)
-				}
-			})
+		if err := set.Close(context.WithoutCancel(ctx)); err != nil {
+			repo.Log().WarnContext(ctx, "cannot close a recovery point", "error", err)
 		}
-		all.Wait()
+		cache.Close()
 	}
-	var g errgroup.Group // each flushes, which is waiting for storage
-	for _, p := range points {
-		if p == nil || p.Foreign != "" {
+	held = make([]*disks.Disk, len(pts))
+	var g errgroup.Group // each lease waits for storage
+	for i, p := range pts {
+		if p == nil {
 			continue
 		}
-		g.Go(func() error {
-			l, err := AcquireLease(ctx, repo, p, purpose)
-			switch {
-			case err == nil:
-				mu.Lock()
-				defer mu.Unlock()
-				held = append(held, l)
-			case errors.Is(err, ErrNoSuchPoint), ctx.Err() != nil:
-				return err
-			default:
-				slog.InfoContext(ctx, "reading without a lease: a prune at the same time may delete what is read", "point", p.Name(), "error", cause(err))
-			}
-			return nil
+		g.Go(func() (err error) {
+			held[i], err = set.Hold(ctx, p)
+			return err
 		})
 	}
 	if err := g.Wait(); err != nil {
 		release()
-		return nil, err
+		return nil, nil, err
 	}
-	return release, nil
-}
-
-// cause is why storage was not written to, without the way there and without what to
-// do: for what goes on all the same.
-func cause(err error) error {
-	var system syscall.Errno
-	switch {
-	case errors.Is(err, repository.ErrStorageFull):
-		return repository.ErrStorageFull
-	case errors.As(err, &system):
-		return system
-	default:
-		return err
-	}
-}
-
-func openPoint(ctx context.Context, repo *repository.Repository, cache *image.Cache, p *Point) (*image.Image, error) {
-	root, err := OpenRoot(ctx, repo, p)
-	if err != nil {
-		return nil, err
-	}
-	return image.Open(repo, cache, root, p.Generation)
+	return held, release, nil
 }
 
 func (r *restore) run(ctx context.Context) error {
@@ -293,16 +257,16 @@ func (r *restore) run(ctx context.Context) error {
 		err = r.verify(ctx)
 	}
 	if (r.log != nil || r.stale != nil) && (err == nil || errors.Is(err, ErrVerify)) {
-		// Done, or to be done all over again.
+		// Done, or to be repeated from the beginning.
 		if jerr := removeJournal(r.opt.Journal); jerr != nil {
-			slog.WarnContext(ctx, "this restore has ended, but its journal stays and would have the next one go on from there: remove it", "error", jerr)
+			r.logger.WarnContext(ctx, "this restore has ended, but its journal could not be removed: remove it, or the next restore continues from it", "error", jerr)
 		}
 	}
 	return err
 }
 
 func (r *restore) full(ctx context.Context) error {
-	all := []image.Range{{Length: r.img.Size()}}
+	all := []blocktree.Range{{Length: r.img.Size()}}
 	resumed, err := r.openJournal(ctx, all)
 	if err != nil {
 		return err
@@ -318,8 +282,8 @@ func (r *restore) full(ctx context.Context) error {
 	return r.write(ctx, all)
 }
 
-// write writes ranges of the point, but for what the journal says is there.
-func (r *restore) write(ctx context.Context, ranges []image.Range) error {
+// write writes ranges of the point, except what the journal lists as done.
+func (r *restore) write(ctx context.Context, ranges []blocktree.Range) error {
 	all := total(ranges)
 	if r.log != nil {
 		ranges = r.log.missing(ranges)
@@ -343,7 +307,7 @@ func (r *restore) write(ctx context.Context, ranges []image.Range) error {
 		if data != nil {
 			return step(off, data, n)
 		}
-		for end := off + n; off < end; { // a long hole: in parts that can be resumed
+		for end := off + n; off < end; { // a long hole, in parts that can be resumed
 			if err := ctx.Err(); err != nil {
 				return err
 			}
@@ -361,7 +325,7 @@ func (r *restore) write(ctx context.Context, ranges []image.Range) error {
 	return err
 }
 
-// put writes one piece.
+// put writes one piece; nil data is a hole.
 func (r *restore) put(off int64, data []byte, n int64) error {
 	if data == nil {
 		if err := r.target.ZeroRange(off, n); err != nil {
@@ -377,7 +341,7 @@ func (r *restore) put(off int64, data []byte, n int64) error {
 	return nil
 }
 
-func total(ranges []image.Range) int64 {
+func total(ranges []blocktree.Range) int64 {
 	n := int64(0)
 	for _, x := range ranges {
 		n += x.Length
@@ -385,24 +349,19 @@ func total(ranges []image.Range) int64 {
 	return n
 }
 
-// RestoreTo writes a recovery point to a stream, first byte to last.
-func RestoreTo(ctx context.Context, repo *repository.Repository, p *Point, w io.Writer, opt RestoreOptions) (RestoreResult, error) {
+// RestoreTo writes a recovery point to w in order.
+func RestoreTo(ctx context.Context, repo *repository.Repository, p *points.Point, w io.Writer, opt RestoreOptions) (RestoreResult, error) {
 	started := time.Now()
 	res := RestoreResult{Mode: RestoreFull}
 	if opt.Progress == nil {
 		opt.Progress = func(Progress) {}
 	}
-	leases, err := holdPoints(ctx, repo, "restore", p)
+	held, release, err := holdAll(ctx, repo, p)
 	if err != nil {
 		return res, err
 	}
-	defer leases()
-	cache := image.NewCacheWithWorkers(restoreCache, 1)
-	defer cache.Close()
-	img, err := openPoint(ctx, repo, cache, p)
-	if err != nil {
-		return res, err
-	}
+	defer release()
+	img := held[0].Image()
 	res.Size = img.Size()
 	var zeroes []byte
 	err = img.Stream(ctx, 0, img.Size(), image.StreamOptions{Workers: opt.Workers, Ordered: true}, func(off int64, data []byte, n int64) error {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -15,39 +14,40 @@ import (
 	"github.com/cespare/xxhash/v2"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/disk"
 	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/internal/zero"
 )
 
 const (
-	// spotUnit is how much one sample of the spot check reads, in bytes.
+	// spotUnit is the size of one sample of the spot check, in bytes.
 	spotUnit = 128 << 10
-	// minSpots is how many samples there are at least, and maxNeighbours how
-	// many changed ranges have theirs looked at.
+	// minSpots is the least number of samples, and maxNeighbours how many changed ranges have
+	// their neighbours checked.
 	minSpots      = 64
 	maxNeighbours = 256
 )
 
-// delta writes what differs between the base, which the target is known to
-// hold, and the point.
+// delta writes what differs between the point and the base, which the target holds.
 func (r *restore) delta(ctx context.Context) error {
-	var ranges []image.Range
+	var ranges []blocktree.Range
 	if err := image.Diff(ctx, r.base, r.img, func(e image.Extent) error {
-		ranges = append(ranges, image.Range{Offset: e.Offset, Length: e.Length})
+		ranges = append(ranges, blocktree.Range{Offset: e.Offset, Length: e.Length})
 		return nil
 	}); err != nil {
 		return fmt.Errorf("compare with the base %s: %w", r.opt.Base.Name(), err)
 	}
 	for _, c := range r.opt.Changed {
 		if c.Offset < 0 || c.Length < 0 || c.Offset > math.MaxInt64-c.Length {
-			return fmt.Errorf("changed range of %d bytes at %d makes no sense", c.Length, c.Offset)
+			return fmt.Errorf("changed range of %d bytes at %d is invalid", c.Length, c.Offset)
 		}
-		if c.Offset < r.img.Size() { // what lies behind the point's end stays
-			ranges = append(ranges, image.Range{Offset: c.Offset, Length: min(c.Length, r.img.Size()-c.Offset)})
+		if c.Offset < r.img.Size() { // what is beyond the point's end stays
+			ranges = append(ranges, blocktree.Range{Offset: c.Offset, Length: min(c.Length, r.img.Size()-c.Offset)})
 		}
 	}
 	ranges = mergeRanges(ranges)
-	same := subtractRanges([]image.Range{{Length: r.img.Size()}}, ranges)
+	same := subtractRanges([]blocktree.Range{{Length: r.img.Size()}}, ranges)
 	r.unchanged.Store(total(same))
 	if err := r.spotCheck(ctx, ranges, same); err != nil {
 		return err
@@ -55,15 +55,15 @@ func (r *restore) delta(ctx context.Context) error {
 	if _, err := r.openJournal(ctx, ranges); err != nil {
 		return err
 	}
-	if err := r.target.Fit(); err != nil { // only now: whoever is refused keeps the file as it is
+	if err := r.target.Fit(); err != nil { // only now: a refused restore must not change the file
 		return err
 	}
 	return r.write(ctx, ranges)
 }
 
-// spotCheck reads some of what is taken for unchanged from the target, before
-// anything is written.
-func (r *restore) spotCheck(ctx context.Context, changed, same []image.Range) error {
+// spotCheck reads part of what is assumed unchanged from the target, before anything is
+// written.
+func (r *restore) spotCheck(ctx context.Context, changed, same []blocktree.Range) error {
 	if r.opt.SpotCheck <= 0 || len(same) == 0 {
 		return nil
 	}
@@ -72,20 +72,20 @@ func (r *restore) spotCheck(ctx context.Context, changed, same []image.Range) er
 		return err
 	}
 	if len(bad) > 0 {
-		return fmt.Errorf("%w %s: bytes %d to %d are not what it has there, and nothing was reported to have changed them; nothing was written: "+
-			"restore with --delta alone, which compares all of the target, or in full",
+		return fmt.Errorf("%w %s: bytes %d to %d differ and were not listed as changed; nothing was written: "+
+			"restore with --delta alone, which compares the whole target, or in full",
 			ErrNotBase, r.opt.Base.Name(), bad[0].Offset, bad[0].Offset+bad[0].Length)
 	}
 	return nil
 }
 
-// spots chooses what a spot check of same reads: neighbours of what changed, the
-// first and the last bytes, and samples spread at random.
-func (r *restore) spots(changed, same []image.Range) []image.Range {
-	var spots []image.Range
+// spots chooses what a spot check of same reads: neighbours of changed ranges, the first and
+// the last bytes, and random samples.
+func (r *restore) spots(changed, same []blocktree.Range) []blocktree.Range {
+	var spots []blocktree.Range
 	add := func(off int64) {
 		off = off / spotUnit * spotUnit
-		spots = append(spots, image.Range{Offset: off, Length: min(spotUnit, r.img.Size()-off)})
+		spots = append(spots, blocktree.Range{Offset: off, Length: min(spotUnit, r.img.Size()-off)})
 	}
 	step := max(1, len(changed)/maxNeighbours)
 	for i := rand.IntN(step); i < len(changed); i += step {
@@ -94,10 +94,10 @@ func (r *restore) spots(changed, same []image.Range) []image.Range {
 	}
 	add(same[0].Offset)
 	last := same[len(same)-1]
-	add(last.Offset + last.Length - 1)
+	add(last.End() - 1)
 	n := max(minSpots, int64(math.Ceil(math.Min(r.opt.SpotCheck, 1)*float64(total(same))/spotUnit)))
 	stride := max(1, total(same)/n)
-	at, behind := 0, int64(0) // same[at] begins behind bytes into the unchanged ones
+	at, behind := 0, int64(0) // same[at] begins after this many unchanged bytes
 	for start := int64(0); start < total(same); start += stride {
 		pick := start + rand.Int64N(min(stride, total(same)-start))
 		for pick >= behind+same[at].Length {
@@ -106,12 +106,11 @@ func (r *restore) spots(changed, same []image.Range) []image.Range {
 		}
 		add(same[at].Offset + pick - behind)
 	}
-	return subtractRanges(mergeRanges(spots), changed) // only what is unchanged of each
+	return subtractRanges(mergeRanges(spots), changed) // the unchanged part of each
 }
 
-// look reads ranges from the target and returns the first pieces that differ
-// from the point.
-func (r *restore) look(ctx context.Context, phase string, ranges []image.Range) (bad []image.Range, err error) {
+// look compares ranges of the target with the point and returns the first pieces that differ.
+func (r *restore) look(ctx context.Context, phase string, ranges []blocktree.Range) (bad []blocktree.Range, err error) {
 	buf := disk.AlignedBuffer(restoreUnit)
 	all := total(ranges)
 	for _, s := range ranges {
@@ -126,18 +125,18 @@ func (r *restore) look(ctx context.Context, phase string, ranges []image.Range) 
 	return nil, nil
 }
 
-// cutRange cuts a range at the borders of units.
-func cutRange(r image.Range) []image.Range {
-	var out []image.Range
-	for off, end := r.Offset, r.Offset+r.Length; off < end; {
+// cutRange cuts a range at multiples of restoreUnit.
+func cutRange(r blocktree.Range) []blocktree.Range {
+	var out []blocktree.Range
+	for off, end := r.Offset, r.End(); off < end; {
 		stop := min((off/restoreUnit+1)*restoreUnit, end)
-		out = append(out, image.Range{Offset: off, Length: stop - off})
+		out = append(out, blocktree.Range{Offset: off, Length: stop - off})
 		off = stop
 	}
 	return out
 }
 
-// compare reads the target and writes what differs from the point.
+// compare reads the whole target and writes what differs from the point.
 func (r *restore) compare(ctx context.Context) error {
 	if err := r.dropJournal(ctx); err != nil {
 		return err
@@ -145,7 +144,7 @@ func (r *restore) compare(ctx context.Context) error {
 	if err := r.target.Fit(); err != nil {
 		return err
 	}
-	return r.units(ctx, "compare", func(ctx context.Context, unit image.Range, buf []byte) error {
+	return r.units(ctx, "compare", func(ctx context.Context, unit blocktree.Range, buf []byte) error {
 		scratch := make([]byte, 0, restoreUnit)
 		bad, err := r.differs(ctx, unit, buf, scratch)
 		if err != nil {
@@ -161,8 +160,8 @@ func (r *restore) compare(ctx context.Context) error {
 	})
 }
 
-// dropJournal takes away what an earlier restore noted: it would describe what is written
-// over from here on, also if this is interrupted. One that still runs needs it.
+// dropJournal deletes the journal of an earlier restore: this one overwrites what it
+// describes, even if interrupted. A restore that still runs keeps its journal.
 func (r *restore) dropJournal(ctx context.Context) error {
 	if r.opt.Journal == "" {
 		return nil
@@ -172,19 +171,19 @@ func (r *restore) dropJournal(ctx context.Context) error {
 	case errors.Is(err, ErrOtherRestore):
 		return err
 	case err != nil:
-		slog.WarnContext(ctx, "cannot see whether an earlier restore of the target was interrupted", "target", r.target.Path(), "error", err)
+		r.logger.WarnContext(ctx, "cannot see whether an earlier restore of the target was interrupted", "target", r.target.Path(), "error", err)
 		return nil
 	case old == nil:
 		return nil
 	}
 	if err := errors.Join(removeJournal(r.opt.Journal), old.Close()); err != nil {
-		return fmt.Errorf("%w; it is of an earlier restore, and has to go before this one: remove it", err)
+		return fmt.Errorf("%w; it is of an earlier restore: remove it before this one", err)
 	}
 	return nil
 }
 
-// overwrite writes a range of at most a unit.
-func (r *restore) overwrite(ctx context.Context, part image.Range, buf []byte) error {
+// overwrite writes a range of the point, at most a unit.
+func (r *restore) overwrite(ctx context.Context, part blocktree.Range, buf []byte) error {
 	return r.img.Pieces(ctx, part.Offset, part.Length, func(p image.Piece) error {
 		if p.Zero {
 			return r.put(p.Offset, nil, p.Length)
@@ -198,13 +197,13 @@ func (r *restore) overwrite(ctx context.Context, part image.Range, buf []byte) e
 
 // verify reads the target back and compares it with the point.
 func (r *restore) verify(ctx context.Context) error {
-	return r.units(ctx, "verify", func(ctx context.Context, unit image.Range, buf []byte) error {
+	return r.units(ctx, "verify", func(ctx context.Context, unit blocktree.Range, buf []byte) error {
 		bad, err := r.differs(ctx, unit, buf, nil)
 		if err != nil {
 			return err
 		}
 		if len(bad) > 0 {
-			return fmt.Errorf("%w: bytes %d to %d read back different: the disk or something that writes to it is at fault; restore again, to another target if it stays so",
+			return fmt.Errorf("%w: bytes %d to %d read back different: the disk is faulty, or another program writes to it; restore again, to another target if that persists",
 				ErrVerify, bad[0].Offset, bad[0].Offset+bad[0].Length)
 		}
 		r.verified.Add(unit.Length)
@@ -212,9 +211,9 @@ func (r *restore) verify(ctx context.Context) error {
 	})
 }
 
-// units calls fn for all units of the disk on all workers, each with an
-// aligned buffer of a unit.
-func (r *restore) units(ctx context.Context, phase string, fn func(ctx context.Context, unit image.Range, buf []byte) error) error {
+// units calls fn for all units of the disk on all workers, each with an aligned buffer of a
+// unit.
+func (r *restore) units(ctx context.Context, phase string, fn func(ctx context.Context, unit blocktree.Range, buf []byte) error) error {
 	var next, done atomic.Int64
 	size := r.img.Size()
 	g, ctx := errgroup.WithContext(ctx)
@@ -229,7 +228,7 @@ func (r *restore) units(ctx context.Context, phase string, fn func(ctx context.C
 				if err := ctx.Err(); err != nil {
 					return err
 				}
-				unit := image.Range{Offset: off, Length: min(restoreUnit, size-off)}
+				unit := blocktree.Range{Offset: off, Length: min(restoreUnit, size-off)}
 				if err := fn(ctx, unit, buf); err != nil {
 					return err
 				}
@@ -240,12 +239,11 @@ func (r *restore) units(ctx context.Context, phase string, fn func(ctx context.C
 	return g.Wait()
 }
 
-// differs returns the pieces of a range, at most a unit, that the target holds
-// differently from the point. Where the backup recorded a block's digest, the
-// target's bytes are compared by it and the block is not decoded: 64 bits tell
-// any difference that is not made on purpose, and somebody who can write to the
-// target on purpose needs no collision.
-func (r *restore) differs(ctx context.Context, part image.Range, buf, scratch []byte) ([]image.Range, error) {
+// differs returns the pieces of a range, at most a unit, in which the target differs from the
+// point. If the backup recorded a block's digest, the target's bytes are compared by it and
+// the block is not decoded: 64 bits detect any accidental difference, and an attacker who can
+// write to the target needs no collision.
+func (r *restore) differs(ctx context.Context, part blocktree.Range, buf, scratch []byte) ([]blocktree.Range, error) {
 	have := buf[:part.Length]
 	if n, err := r.target.ReadAt(have, part.Offset); int64(n) < part.Length {
 		if err == nil || errors.Is(err, io.EOF) {
@@ -253,15 +251,15 @@ func (r *restore) differs(ctx context.Context, part image.Range, buf, scratch []
 		}
 		return nil, fmt.Errorf("read target at %d: %w", part.Offset+int64(n), err)
 	}
-	var bad []image.Range
+	var bad []blocktree.Range
 	err := r.img.Pieces(ctx, part.Offset, part.Length, func(p image.Piece) error {
 		mine := have[p.Offset-part.Offset:][:p.Length]
 		var same bool
 		switch {
 		case p.Zero: // a run of any length, of which little may differ
 			for at := int64(0); at < p.Length; at += spotUnit {
-				if n := min(spotUnit, p.Length-at); !disk.IsZero(mine[at : at+n]) {
-					bad = append(bad, image.Range{Offset: p.Offset + at, Length: n})
+				if n := min(spotUnit, p.Length-at); !zero.Only(mine[at : at+n]) {
+					bad = append(bad, blocktree.Range{Offset: p.Offset + at, Length: n})
 				}
 			}
 			return nil
@@ -275,7 +273,7 @@ func (r *restore) differs(ctx context.Context, part image.Range, buf, scratch []
 			same = bytes.Equal(mine, scratch)
 		}
 		if !same {
-			bad = append(bad, image.Range{Offset: p.Offset, Length: p.Length})
+			bad = append(bad, blocktree.Range{Offset: p.Offset, Length: p.Length})
 		}
 		return nil
 	})

@@ -3,12 +3,15 @@ package backup
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
+
+	"github.com/varve-io/varve/backup/points"
 )
 
-// Policy says which points of a volume to keep. Each number keeps the newest
-// point of each of that many hours, days and so on that have one, counted from
-// the newest back; a point may be kept by several.
+// Policy says which points of a volume to keep. Each number keeps the newest point of each of
+// that many hours, days and so on that have a point, counted back from the newest; several
+// rules may keep one point.
 type Policy struct {
 	Latest  int
 	Hourly  int
@@ -16,29 +19,28 @@ type Policy struct {
 	Weekly  int // ISO 8601 weeks, from Monday
 	Monthly int
 	Yearly  int
-	// Within keeps every point taken that long before the newest one: a volume
-	// that is not backed up any more keeps its last ones.
+	// Within keeps every point that is at most this much older than the newest: a volume that
+	// is no longer backed up keeps its last points.
 	Within time.Duration
-	// Location is where days begin; nil for UTC.
+	// Location is the time zone in which days begin; nil for UTC.
 	Location *time.Location
-	// MergeLineages counts all points of a volume together. Without it those of each
-	// disk that the volume had are counted by themselves, so that the last point of a
-	// disk that is gone stays.
+	// MergeLineages counts all points of a volume together. Without it each lineage is
+	// counted separately, so that the last point of a disk that no longer exists is kept.
 	MergeLineages bool
-	// Floor is kept whatever the numbers above say.
+	// Floor is kept in addition to all of the above.
 	Floor Floor
 }
 
-// Floor is what no policy goes below: the repository's owner sets it, and those who may
-// only choose a policy cannot lower it. A point stays if either rule keeps it.
+// Floor is a minimum for every policy: the repository's owner sets it, and users who only
+// choose a policy cannot lower it. A point is kept if either rule keeps it.
 type Floor struct {
-	// Points is how many of the newest stay.
+	// Points is how many of the newest points are kept.
 	Points int
-	// Age is how old a point is at least before it goes: older than the newest one by
-	// that much, or than now if the newest is dated in the future.
+	// Age keeps points until they are this much older than the newest one, or than now if the
+	// newest is dated in the future.
 	Age time.Duration
 
-	now time.Time // zero: the newest point's time is taken for right
+	now time.Time // zero: the newest point's time is trusted
 }
 
 func (f Floor) String() string {
@@ -51,7 +53,7 @@ func (f Floor) String() string {
 	return fmt.Sprintf("the newest %d and all younger than %v", f.Points, f.Age)
 }
 
-// keeps reports whether a point of that time is too young to go.
+// keeps reports whether a point made at t is too young to delete.
 func (f Floor) keeps(t, newest time.Time) bool {
 	if !f.now.IsZero() && newest.After(f.now) {
 		newest = f.now
@@ -62,7 +64,7 @@ func (f Floor) keeps(t, newest time.Time) bool {
 // ErrEmptyPolicy means that a policy would keep nothing.
 var ErrEmptyPolicy = errors.New("the policy keeps nothing: say what to keep, for example --keep-daily 7 --keep-weekly 4")
 
-// Check reports whether the policy makes sense.
+// Check rejects a policy that makes no sense.
 func (p Policy) Check() error {
 	sum := 0
 	for _, n := range []int{p.Latest, p.Hourly, p.Daily, p.Weekly, p.Monthly, p.Yearly} {
@@ -75,7 +77,7 @@ func (p Policy) Check() error {
 		return fmt.Errorf("cannot keep points of the last %v", p.Within)
 	}
 	if p.Floor.Points < 0 || p.Floor.Age < 0 {
-		return fmt.Errorf("a floor below nothing: %d points, %v", p.Floor.Points, p.Floor.Age)
+		return fmt.Errorf("a negative floor: %d points, %v", p.Floor.Points, p.Floor.Age)
 	}
 	if sum == 0 && p.Within == 0 {
 		return ErrEmptyPolicy
@@ -85,25 +87,27 @@ func (p Policy) Check() error {
 
 // Candidate is a point that a policy is applied to.
 type Candidate struct {
-	Point *Point
-	// Hold is why the point stays whatever the policy says: a pin, a reader.
+	Point *points.Point
+	// Hold lists why the point is kept under any policy: pins and readers.
 	Hold []string
-	// Damaged is why the point does not count as a copy; it stays, because it
-	// may be the only one of what is intact in it, but it takes the place of no
-	// other.
+	// Damaged is why the point does not count as a copy. It is kept, since its intact parts
+	// may have no other copy, but it does not replace another point.
 	Damaged string
+	// Part means that the point's group is incomplete: the point does not replace a point of
+	// a complete group or of none, but otherwise the rules apply to it as to any.
+	Part bool
 }
 
-// Decision is what becomes of a point, and why.
+// Decision says whether a point is kept, and why.
 type Decision struct {
-	Point   *Point
+	Point   *points.Point
 	Keep    bool
-	Reasons []string // for keeping it; empty when it goes
-	// ByFloor is set when nothing but the policy's floor keeps it.
+	Reasons []string // for keeping it; empty if it is deleted
+	// ByFloor means that only the floor keeps it.
 	ByFloor bool
 }
 
-// rule keeps the first point it meets with a new name of its period.
+// rule keeps the first point that it sees of each period.
 type rule struct {
 	name   string
 	left   int
@@ -126,11 +130,10 @@ func (r *rule) keep(t time.Time) bool {
 	return true
 }
 
-// Apply decides about the points of one volume, given oldest first in the order
-// of their generations, which is also the order of the result. It depends on
-// nothing else: not on the clock, and not on the order of the points' times,
-// which skewed clocks may have mixed up.
-func (p Policy) Apply(points []Candidate) []Decision {
+// Apply decides about the points of one volume, oldest first by generation; the result has
+// the same order. It depends on nothing else: not on the clock, and not on the order of the
+// points' times, which clock skew may have mixed up.
+func (p Policy) Apply(pts []Candidate) []Decision {
 	of := func(c Candidate) string {
 		if p.MergeLineages {
 			return ""
@@ -138,25 +141,37 @@ func (p Policy) Apply(points []Candidate) []Decision {
 		return c.Point.Lineage
 	}
 	places := map[string][]int{} // of each lineage's points
-	for i, c := range points {
+	for i, c := range pts {
 		places[of(c)] = append(places[of(c)], i)
 	}
-	out := make([]Decision, len(points))
+	out := make([]Decision, len(pts))
 	for _, at := range places {
 		lineage := make([]Candidate, len(at))
 		for i, j := range at {
-			lineage[i] = points[j]
+			lineage[i] = pts[j]
 		}
-		for i, d := range p.applyOne(lineage) {
+		decisions := p.applyOne(lineage)
+		if whole := slices.DeleteFunc(slices.Clone(lineage), func(c Candidate) bool { return c.Part }); len(whole) < len(lineage) {
+			of := map[*points.Point]Decision{}
+			for _, d := range p.applyOne(whole) {
+				of[d.Point] = d
+			}
+			for i, c := range lineage {
+				if !c.Part {
+					decisions[i] = of[c.Point]
+				}
+			}
+		}
+		for i, d := range decisions {
 			out[at[i]] = d
 		}
 	}
 	return out
 }
 
-// applyOne decides about the points of one lineage. The newest whole one always stays: a
-// policy that keeps nothing is refused by Check.
-func (p Policy) applyOne(points []Candidate) []Decision {
+// applyOne decides about the points of one lineage. The newest undamaged point is always
+// kept: Check rejects a policy that keeps nothing.
+func (p Policy) applyOne(pts []Candidate) []Decision {
 	loc := p.Location
 	if loc == nil {
 		loc = time.UTC
@@ -166,7 +181,7 @@ func (p Policy) applyOne(points []Candidate) []Decision {
 	}
 	rules := []*rule{
 		{name: "latest", left: p.Latest},
-		// With the offset, because an hour comes twice when summer time ends.
+		// With the offset, since an hour occurs twice when summer time ends.
 		{name: "hourly", left: p.Hourly, period: layout("2006-01-02T15 -0700")},
 		{name: "daily", left: p.Daily, period: layout("2006-01-02")},
 		{name: "weekly", left: p.Weekly, period: func(t time.Time) string {
@@ -180,10 +195,10 @@ func (p Policy) applyOne(points []Candidate) []Decision {
 		r.seen = map[string]bool{}
 	}
 	floor := p.Floor.Points
-	out := make([]Decision, len(points))
-	var newest *Point
-	for i := len(points) - 1; i >= 0; i-- {
-		c := points[i]
+	out := make([]Decision, len(pts))
+	var newest *points.Point
+	for i := len(pts) - 1; i >= 0; i-- {
+		c := pts[i]
 		d := Decision{Point: c.Point, Reasons: append([]string(nil), c.Hold...)}
 		if c.Damaged != "" {
 			d.Reasons = append(d.Reasons, "damaged: "+c.Damaged)

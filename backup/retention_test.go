@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/varve-io/varve/backup/points"
 )
 
 func at(t *testing.T, text string) time.Time {
@@ -23,7 +25,7 @@ func at(t *testing.T, text string) time.Time {
 func candidates(times ...time.Time) []Candidate {
 	var out []Candidate
 	for i, when := range times {
-		out = append(out, Candidate{Point: &Point{ID: fmt.Sprintf("%032x", i+1), Generation: int64(i + 1), Time: when, Volume: testVolume}})
+		out = append(out, Candidate{Point: &points.Point{ID: fmt.Sprintf("%032x", i+1), Generation: int64(i + 1), Time: when, Volume: testVolume}})
 	}
 	return out
 }
@@ -38,7 +40,7 @@ func TestPolicy(t *testing.T) {
 		policy Policy
 		times  []string
 		change func([]Candidate)
-		want   []string // reasons of each point, joined; empty: it goes
+		want   []string // reasons of each point, joined; empty: it is deleted
 	}{
 		{"latest", Policy{Latest: 2}, []string{"2026-11-01 10:00", "2026-11-02 10:00", "2026-11-03 10:00"}, nil,
 			[]string{"", "latest", "latest"}},
@@ -113,8 +115,7 @@ func TestPolicyCheck(t *testing.T) {
 	}
 }
 
-// TestPolicyProperties holds random policies over random points against what
-// must be so of any.
+// TestPolicyProperties tests properties of every policy with random policies and points.
 func TestPolicyProperties(t *testing.T) {
 	seed := rand.Uint64()
 	rng := rand.New(rand.NewPCG(seed, 1))
@@ -142,7 +143,7 @@ func TestPolicyProperties(t *testing.T) {
 		if limit := p.Latest + p.Hourly + p.Daily + p.Weekly + p.Monthly + p.Yearly; len(keep) > limit {
 			t.Fatalf("seed %d: %d kept of %d, at most %d", seed, len(keep), len(c), limit)
 		}
-		// Applied again to what was kept, nothing more goes.
+		// Applied again to what was kept, it deletes nothing more.
 		var left []Candidate
 		for _, x := range c {
 			if keep[x.Point.ID] {
@@ -190,7 +191,7 @@ func kept(ds []Decision) map[string]bool {
 // another only when named.
 func TestPruneLeavesOtherClustersAlone(t *testing.T) {
 	r, _ := newRepo(t)
-	far := Volume{Namespace: "shop", Name: "db", Cluster: "far"}
+	far := points.Volume{Namespace: "shop", Name: "db", Cluster: "far"}
 	chain(t, r, testVolume, 2, 200_000)
 	chain(t, r, far, 2, 200_000)
 	plan, err := Prune(t.Context(), r, PruneOptions{Policy: Policy{Latest: 1}, Cluster: "test", DryRun: true})
@@ -207,13 +208,13 @@ func TestPruneLeavesOtherClustersAlone(t *testing.T) {
 	if len(cat.Of(testVolume)) != 1 || len(cat.Of(far)) != 2 {
 		t.Errorf("%d and %d points are left", len(cat.Of(testVolume)), len(cat.Of(far)))
 	}
-	if _, err := Prune(t.Context(), r, PruneOptions{Policy: Policy{Latest: 1}, Cluster: "test", Volumes: []Volume{far}}); err != nil {
+	if _, err := Prune(t.Context(), r, PruneOptions{Policy: Policy{Latest: 1}, Cluster: "test", Volumes: []points.Volume{far}}); err != nil {
 		t.Fatal(err)
 	}
 	if n := len(mustList(t, r).Of(far)); n != 1 {
 		t.Errorf("%d points of the named volume are left", n)
 	}
-	if _, err := Prune(t.Context(), r, PruneOptions{Policy: Policy{Latest: 1}, Volumes: []Volume{{"a", "b", "c"}}}); !errors.Is(err, ErrNoSuchPoint) {
+	if _, err := Prune(t.Context(), r, PruneOptions{Policy: Policy{Latest: 1}, Volumes: []points.Volume{{Namespace: "a", Name: "b", Cluster: "c"}}}); !errors.Is(err, points.ErrNoSuchPoint) {
 		t.Errorf("a volume that is not there: %v", err)
 	}
 }

@@ -8,11 +8,12 @@ import (
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/disk"
 	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository/repotest"
 )
 
-// TestSparseDiskIsDecidedAtOnce counts what is read from storage for a disk that is all but
-// empty: the index that its segments share is read once, not once for each of them.
+// TestSparseDiskIsDecidedAtOnce counts reads from storage for an almost empty disk: the index
+// that its segments share is read once, not once per segment.
 func TestSparseDiskIsDecidedAtOnce(t *testing.T) {
 	const segments = 4000
 	repo := repotest.New(t)
@@ -41,7 +42,7 @@ func TestSparseDiskIsDecidedAtOnce(t *testing.T) {
 			t.Errorf("%s of %d segments, nearly all of them holes, read %d times from storage", what, segments, n)
 		}
 	}
-	backup := func() (p *Point) {
+	backup := func() (p *points.Point) {
 		t.Helper()
 		d, err := disk.Open(path, disk.Options{})
 		if err != nil {
@@ -51,9 +52,9 @@ func TestSparseDiskIsDecidedAtOnce(t *testing.T) {
 		p, _ = mustBackup(t, r, Options{Volume: testVolume, Disk: d})
 		return p
 	}
-	open := func(p *Point) *image.Image {
+	open := func(p *points.Point) *image.Image {
 		t.Helper()
-		root, err := OpenRoot(t.Context(), r, p)
+		root, err := points.OpenRoot(t.Context(), r, p)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -63,7 +64,7 @@ func TestSparseDiskIsDecidedAtOnce(t *testing.T) {
 		}
 		return m
 	}
-	var first, second *Point
+	var first, second *points.Point
 	write(99_999_999)
 	frugal("a full", func() { first = backup() })
 	write(3000*blocktree.SegmentSize + 17)

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"log/slog"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -17,37 +16,37 @@ import (
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/cbt"
 	"github.com/varve-io/varve/backup/disk"
+	"github.com/varve-io/varve/internal/zero"
 )
 
-// On a small disk a thousandth is nothing: the random part of a spot check reads at least
-// minSampleBytes, or of a disk below half a GiB a minSampleShare-th, so that an increment
-// still reads less than a full.
+// On a small disk a thousandth is too little: the random part of a spot check reads at least
+// minSampleBytes, or one part in minSampleShare of a disk below half a GiB, so that an
+// increment still reads less than a full.
 const (
 	minSampleBytes = 64 << 20
 	minSampleShare = 8
 	minSample      = 32 // blocks
 )
 
-// What a spot check reads, and how long it takes, at most, unless Options say otherwise.
+// Default limits of what a spot check reads and how long it takes.
 const (
 	DefaultSpotCheckBytes = 1 << 30
 	DefaultSpotCheckTime  = time.Minute
 )
 
-// A spot check has three parts of like size: blocks at random, neighbours of what was
-// reported, and a stripe of the disk.
+// A spot check has three parts of similar size: random blocks, neighbours of reported blocks,
+// and a stripe of the disk.
 const sampleParts = 3
 
-// lieShare is the share of the unchanged blocks that a lie is taken to be about
-// when the probability of detecting it is given.
+// lieShare is the share of the unreported blocks that is assumed changed to compute the
+// probability of detection.
 const lieShare = 0.001
 
-// spotCheck reads some of the blocks that the source of changed blocks did not
-// report and compares them with the parent (or with zeroes, where it reported
-// zeroes or an allocated full left them out). The sample is stratified:
-// neighbours of what was reported, where rounding errors live; the tail, where
-// truncated listings do; a stripe that covers the disk in Stripes runs, so that
-// no range is out of sight for ever; and the rest at random.
+// spotCheck reads some of the blocks that the source of changed blocks did not report and
+// compares them with the parent (or with zeroes, where it reported zeroes or an allocated
+// full left them out). The sample is stratified: neighbours of what was reported, where
+// rounding errors occur; the tail, which truncated listings miss; a stripe that covers the
+// disk in Stripes runs, so that every range is checked in the end; and random blocks.
 func (r *run) spotCheck(ctx context.Context, rep cbt.Report) error {
 	share := r.opt.VerifyUnchanged
 	if !rep.Exact || share <= 0 || r.lay.Blocks() == 0 || (r.base == nil && !rep.Allocated) {
@@ -72,16 +71,16 @@ func (r *run) spotCheck(ctx context.Context, rep cbt.Report) error {
 	if err != nil {
 		return err
 	}
-	if lie >= 0 { // the whole disk is compared instead, or nothing is recorded
+	if lie >= 0 { // the whole disk is compared, or nothing is recorded
 		check.Blocks, check.Bytes, check.Probability, check.Limit = 0, 0, 0, ""
 		return r.mismatch(ctx, rep, lie)
 	}
-	slog.DebugContext(ctx, "spot check passed", "volume", r.opt.Volume.String(), "blocks", check.Blocks,
+	r.repo.Log().DebugContext(ctx, "spot check passed", "volume", r.opt.Volume.String(), "blocks", check.Blocks,
 		"candidates", candidates, "probability", check.Probability, "limit", check.Limit)
 	return nil
 }
 
-// spotCheckBlocks is how many blocks a spot check may read.
+// spotCheckBlocks returns how many blocks a spot check may read.
 func (r *run) spotCheckBlocks() int64 {
 	most := r.opt.SpotCheckBytes
 	switch {
@@ -93,16 +92,15 @@ func (r *run) spotCheckBlocks() int64 {
 	return max(sampleParts, most/r.lay.BlockSize)
 }
 
-// sample is the blocks of a spot check in the order in which they are read: the first ones
-// were drawn at random, in random order, so that what was read of them by some moment is a
-// random sample, too.
+// sample holds the blocks of a spot check in the order of reading. The first ones were drawn
+// at random and are in random order, so that any first part of them is a random sample, too.
 type sample struct {
 	blocks []int64
 	random int
 }
 
-// firstChanged compares the blocks of a sample and returns the first one that did change,
-// or -1. It notes how far it came: time may end it.
+// firstChanged compares the blocks of a sample and returns the first one that changed, or -1.
+// It records in check how far it came before its time ended.
 func (r *run) firstChanged(ctx context.Context, s sample, check *blocktree.SpotCheck) (int64, error) {
 	within := ctx
 	if limit := cmp.Or(r.opt.SpotCheckTime, DefaultSpotCheckTime); limit > 0 {
@@ -148,8 +146,8 @@ func (r *run) firstChanged(ctx context.Context, s sample, check *blocktree.SpotC
 	return lie, nil
 }
 
-// detection is the probability that n blocks chosen at random out of
-// candidates, without repetition, hold one of a thousandth that changed.
+// detection returns the probability that n blocks drawn at random from candidates, without
+// repetition, include one of a thousandth that changed.
 func detection(candidates, n int64) float64 {
 	bad := math.Max(1, float64(candidates)*lieShare)
 	if float64(n) > float64(candidates)-bad {
@@ -162,8 +160,8 @@ func detection(candidates, n int64) float64 {
 	return 1 - miss
 }
 
-// checkable reports whether block b was left out of the listing, or only said
-// to be zero, and is not read anyway.
+// checkable reports whether block b is not going to be read: it was not reported, or only as
+// zero.
 func (r *run) checkable(b int64) bool { return !r.work.read.get(b) }
 
 func (r *run) unreported() int64 {
@@ -172,7 +170,7 @@ func (r *run) unreported() int64 {
 	return n - read
 }
 
-// chooseSample returns the blocks to read. Each part of them has at most most.
+// chooseSample returns the blocks to read, at most most of each part.
 func (r *run) chooseSample(check *blocktree.SpotCheck, share float64, most int64) (s sample) {
 	blocks := r.lay.Blocks()
 	chosen := map[int64]bool{}
@@ -186,7 +184,7 @@ func (r *run) chooseSample(check *blocktree.SpotCheck, share float64, most int64
 	}
 	budget := min(most, max(minSample, min(minSampleBytes/r.lay.BlockSize, blocks/minSampleShare), int64(math.Ceil(share*float64(check.Candidates)))))
 
-	// At random first: the other parts must not take from it.
+	// Random blocks first: the other parts must not reduce their choice.
 	rng := rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64()))
 	want := min(budget, check.Candidates)
 	for tries := int64(0); int64(len(s.blocks)) < want && tries < 64*want; tries++ {
@@ -221,8 +219,8 @@ func (r *run) chooseSample(check *blocktree.SpotCheck, share float64, most int64
 	return s
 }
 
-// isUnchanged reads block b of the disk and compares it with what the new point
-// would hold there if the listing is right.
+// isUnchanged compares block b of the disk with what the new point would hold there if the
+// listing is right.
 func (r *run) isUnchanged(ctx context.Context, b int64) (bool, error) {
 	p := disk.AlignedBuffer(int(r.lay.BlockLen(b)))
 	r.counters.read.Add(int64(len(p)))
@@ -230,7 +228,7 @@ func (r *run) isUnchanged(ctx context.Context, b int64) (bool, error) {
 		return false, fmt.Errorf("spot check: %w", err)
 	}
 	if r.work.knownZero(b) || r.base == nil {
-		return disk.IsZero(p), nil
+		return zero.Only(p), nil
 	}
 	seg, err := r.base.Segment(ctx, r.lay.SegmentOfBlock(b))
 	if err != nil {
@@ -241,7 +239,7 @@ func (r *run) isUnchanged(ctx context.Context, b int64) (bool, error) {
 	case e.Length != int64(len(p)):
 		return false, nil
 	case r.base.IsZero(ctx, e):
-		return disk.IsZero(p), nil
+		return zero.Only(p), nil
 	case e.HasDigest:
 		return e.Digest == xxhash.Sum64(p), nil
 	default:
@@ -250,7 +248,7 @@ func (r *run) isUnchanged(ctx context.Context, b int64) (bool, error) {
 	}
 }
 
-// mismatch ends the backup, or turns it into a compare.
+// mismatch fails the backup, or turns it into a compare.
 func (r *run) mismatch(ctx context.Context, rep cbt.Report, b int64) error {
 	off, end := b*r.lay.BlockSize, b*r.lay.BlockSize+r.lay.BlockLen(b)
 	base := "the parent"
@@ -261,9 +259,9 @@ func (r *run) mismatch(ctx context.Context, rep cbt.Report, b int64) error {
 		"the change tracking of this storage cannot be trusted: report it to the storage's vendor",
 		ErrSourceLied, off, end, r.opt.Volume, base, rep.Source)
 	if r.opt.OnMismatch != FullOnMismatch {
-		return fmt.Errorf("%w; nothing was recorded: take a full (--full), or go on by comparing everything (--on-mismatch=full)", err)
+		return fmt.Errorf("%w; nothing was recorded: take a full (--full), or compare the whole disk (--on-mismatch=full)", err)
 	}
-	slog.ErrorContext(ctx, "changed-block source lied; comparing the whole disk instead",
+	r.repo.Log().ErrorContext(ctx, "the source of changed blocks missed a change; comparing the whole disk",
 		"volume", r.opt.Volume.String(), "offset", off, "end", end, "source", rep.Source)
 	r.rec.Notes = append(r.rec.Notes, fmt.Sprintf("source %s did not report a change at %d to %d; the whole disk was compared", rep.Source, off, end))
 	f := blocktree.Fallback{From: rep.Source, To: "compare", Reason: string(cbt.ReasonSpotCheck), Detail: err.Error()}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/points"
 )
 
 // emptyDisk is a disk of zeroes of any size, which counts what is read of it.
@@ -58,7 +59,7 @@ func TestSpotCheckIsBounded(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var read atomic.Int64
-			opt := Options{Volume: Volume{Namespace: "shop", Name: c.name, Cluster: "c"}, Disk: emptyDisk{c.size, &read}}
+			opt := Options{Volume: points.Volume{Namespace: "shop", Name: c.name, Cluster: "c"}, Disk: emptyDisk{c.size, &read}}
 			mustBackup(t, r, opt)
 			opt.Source, opt.VerifyUnchanged, opt.SpotCheckBytes, opt.SpotCheckTime = nothingChanged{}, c.share, c.bytes, c.time
 			_, rec := mustBackup(t, r, opt)

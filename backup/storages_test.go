@@ -12,6 +12,7 @@ import (
 	"github.com/minio/minio-go/v7"
 
 	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/backup/repository/repotest/servers"
 )
@@ -85,7 +86,7 @@ func storageLife(t *testing.T, storage repository.Storage) {
 	copy(data[70<<20:], randomBytes(rng, 300_000))
 	opt.Disk = &memDisk{data: data}
 	next, _ := mustBackup(t, r, opt)
-	for p, want := range map[*Point][]byte{full: before, next: data} {
+	for p, want := range map[*points.Point][]byte{full: before, next: data} {
 		if !bytes.Equal(readPoint(t, r, p), want) {
 			t.Errorf("%s reads back different", p.Name())
 		}

@@ -1,13 +1,10 @@
 package backup
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,32 +14,33 @@ import (
 
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/disk"
+	"github.com/varve-io/varve/internal/zero"
 )
 
-// segmentWork is a segment whose blocks are being stored. Each job owns the
-// entries of its own blocks; the one that ends last writes the index.
+// segmentWork is a segment whose blocks are being stored. Each job owns the entries of its
+// own blocks; the last job to end writes the index.
 type segmentWork struct {
 	n       int64
 	entries []blocktree.Entry
-	left    atomic.Int64 // jobs, and one for the planner until it has planned all
+	left    atomic.Int64 // jobs, and one for the planner until it has planned the segment
 	changed atomic.Bool
 }
 
-// job is a run of blocks of one segment: all to be read, or all zero.
+// job is a run of blocks of one segment, all to be read or all zero.
 type job struct {
 	seg         *segmentWork
 	first, last int64 // blocks, last included
 	zero        bool
 }
 
-// store reads, compares and writes everything on the worklist. One planner
-// walks it; workers read, hash, compress, encrypt and upload side by side.
-// Memory is bounded by the workers' buffers, whatever the size of the disk.
+// store reads, compares and writes everything on the worklist. One planner walks it; workers
+// read, hash, compress, encrypt and upload concurrently. The workers' buffers bound the
+// memory, not the size of the disk.
 func (r *run) store(ctx context.Context) error {
 	read, zero := r.work.count()
 	total := min(read*r.lay.BlockSize, r.lay.Size)
 	r.opt.Progress(Progress{Phase: "backup", Total: total})
-	slog.DebugContext(ctx, "planned", "volume", r.opt.Volume.String(), "readBlocks", read, "zeroBlocks", zero)
+	r.repo.Log().DebugContext(ctx, "planned", "volume", r.opt.Volume.String(), "readBlocks", read, "zeroBlocks", zero)
 
 	g, gctx := errgroup.WithContext(ctx)
 	jobs := make(chan job)
@@ -77,8 +75,8 @@ func (r *run) store(ctx context.Context) error {
 	return g.Wait()
 }
 
-// plan cuts the worklist into jobs, segment by segment, and takes checkpoints
-// between them. drain returns when no job is under way.
+// plan cuts the worklist into jobs, segment by segment, and takes checkpoints between them.
+// drain waits until all submitted jobs have ended.
 func (r *run) plan(ctx context.Context, submit func(job) error, drain func()) error {
 	blocks := r.lay.Blocks()
 	b, err := r.nextWork(ctx, 0)
@@ -143,11 +141,13 @@ func segmentsOf(t *blocktree.Tree) int64 { l, _ := t.Layout(); return l.Segments
 func segmentLen(t *blocktree.Tree, n int64) int64 { l, _ := t.Layout(); return l.SegmentLen(n) }
 
 func (r *run) checkpointDue() bool {
-	return r.counters.sinceCheckpoint.Load() >= checkpointContents ||
-		time.Since(r.lastCheckpoint) >= r.opt.CheckpointEvery
+	if r.incomplete == "" && r.base != nil && time.Since(r.lastCheckpoint.at) >= protectAfter {
+		return true
+	}
+	return r.lastCheckpoint.due(time.Since(r.lastCheckpoint.at), r.opt.CheckpointEvery, r.counters.sinceCheckpoint.Load(), r.w.Uploaded())
 }
 
-// jobDone counts a job off its segment and writes the index after the last.
+// jobDone counts a job of a segment as done and writes the index after the last one.
 func (r *run) jobDone(ctx context.Context, seg *segmentWork) error {
 	if seg.left.Add(-1) > 0 || !seg.changed.Load() {
 		return nil
@@ -186,7 +186,7 @@ func (r *run) doJob(ctx context.Context, j job, buf []byte) error {
 	return r.jobDone(ctx, j.seg)
 }
 
-// readBlocks reads the blocks [b, end) at once and stores them. buf has room for them.
+// readBlocks reads the blocks [b, end) with one read and stores them. buf is large enough.
 func (r *run) readBlocks(ctx context.Context, seg *segmentWork, b, end int64, buf []byte) error {
 	off := b * r.lay.BlockSize
 	p := buf[:max(0, min(end*r.lay.BlockSize, r.lay.Size)-off)]
@@ -204,10 +204,10 @@ func (r *run) readBlocks(ctx context.Context, seg *segmentWork, b, end int64, bu
 	return nil
 }
 
-// nextWork returns the first block at or behind b that has to be looked at, or
-// the number of blocks. Holes of a sparse file are skipped by the file system's map,
-// not block by block, where the new tree starts from holes as well: all over in a full,
-// in an increment where the parent has a whole segment of them.
+// nextWork returns the first block at or after b that needs work, or the number of blocks.
+// Holes of a sparse file are skipped by the file system's map, not block by block, where the
+// new tree also starts from holes: everywhere in a full, and in an increment where the
+// parent has whole segments of holes.
 func (r *run) nextWork(ctx context.Context, b int64) (int64, error) {
 	b = r.work.next(b)
 	h, ok := r.opt.Disk.(HoleFinder)
@@ -215,7 +215,7 @@ func (r *run) nextWork(ctx context.Context, b int64) (int64, error) {
 		return b, nil
 	}
 	bs, blocks := r.lay.BlockSize, r.lay.Blocks()
-	data := int64(-1) // where the next data is, once known
+	data := int64(-1) // start of the next data, once known
 	for b < blocks {
 		if data < b*bs {
 			start, _, err := h.DataRange(b * bs)
@@ -223,12 +223,12 @@ func (r *run) nextWork(ctx context.Context, b int64) (int64, error) {
 			case errors.Is(err, io.EOF):
 				data = r.lay.Size
 			case err != nil:
-				return b, nil //nolint:nilerr // reading tells what is wrong
+				return b, nil //nolint:nilerr // reading will report the error
 			default:
 				data = start
 			}
 		}
-		end := data / bs // all blocks before it are holes
+		end := data / bs // all blocks before are holes
 		if data == r.lay.Size {
 			end = blocks
 		}
@@ -247,8 +247,8 @@ func (r *run) nextWork(ctx context.Context, b int64) (int64, error) {
 	return b, nil
 }
 
-// sharedHoles returns how far, up to block end, the parent has the same whole segments of
-// holes that the disk has from block b on. It returns b where it has none.
+// sharedHoles returns the end, at most end, of the whole segments of holes that the parent
+// and the disk share from block b on; b if there are none.
 func (r *run) sharedHoles(ctx context.Context, b, end int64) (int64, error) {
 	for b < end {
 		n := r.lay.SegmentOfBlock(b)
@@ -268,9 +268,8 @@ func (r *run) sharedHoles(ctx context.Context, b, end int64) (int64, error) {
 	return b, nil
 }
 
-// dataBlocks returns the first blocks in [b, limit) that have to be read, as
-// [first, end): those before are zeroes, as far as the disk knows without
-// reading. Where all are, both are limit.
+// dataBlocks returns the first blocks in [b, limit) that must be read, as [first, end):
+// the disk knows without reading that those before are zeroes. If all are, both are limit.
 func (r *run) dataBlocks(b, limit int64) (first, end int64) {
 	h, ok := r.opt.Disk.(HoleFinder)
 	if !ok {
@@ -278,9 +277,9 @@ func (r *run) dataBlocks(b, limit int64) (first, end int64) {
 	}
 	bs := r.lay.BlockSize
 	stop := min(limit*bs, r.lay.Size)
-	// Finding the end of a hole costs as much as the hole is fragmented on disk:
-	// a large one is looked up once, not for each of its blocks.
-	if known := r.hole.Load(); known != nil && b*bs >= known.Offset && stop <= known.Offset+known.Length {
+	// Finding the end of a hole takes longer the more fragmented it is on disk: a large hole
+	// is looked up once, not for each of its blocks.
+	if known := r.hole.Load(); known != nil && b*bs >= known.Offset && stop <= known.End() {
 		return limit, limit
 	}
 	from, to, err := h.DataRange(b * bs)
@@ -288,7 +287,7 @@ func (r *run) dataBlocks(b, limit int64) (first, end int64) {
 	case errors.Is(err, io.EOF):
 		from = r.lay.Size
 	case err != nil:
-		return b, limit // reading tells what is wrong
+		return b, limit // reading will report the error
 	}
 	if from >= stop {
 		r.hole.Store(&blocktree.Range{Offset: b * bs, Length: from - b*bs})
@@ -307,8 +306,8 @@ func (r *run) dataBlocks(b, limit int64) (first, end int64) {
 	return first, min(end, limit)
 }
 
-// readDisk fills p. Where the policy says so, what cannot be read is zeroes,
-// narrowed down to the unit that the disk names in its error.
+// readDisk fills p. If the policy says so, it fills what cannot be read with zeroes, by the
+// unit that the disk names in its error.
 func (r *run) readDisk(p []byte, off int64) error {
 	for len(p) > 0 {
 		n, err := r.opt.Disk.ReadAt(p, off)
@@ -325,14 +324,14 @@ func (r *run) readDisk(p []byte, off int64) error {
 			}
 			return fmt.Errorf("read source at %d: %w", off+int64(n), err)
 		}
-		// Skip the bad unit, which lies in [off, off+len(p)), and go on behind it.
+		// Skip the bad unit, which lies in [off, off+len(p)), and continue after it.
 		badOff, badLen := bad.BadRange()
 		from := max(badOff, off)
 		to := min(badOff+badLen, off+int64(len(p)))
 		if to <= from {
 			return fmt.Errorf("read source at %d: %w", off, err)
 		}
-		// What lies before it was read, unless the disk's error came early.
+		// What is before it was read, unless the error came early.
 		if good := from - off; good > int64(n) {
 			if err := r.readDisk(p[n:good], off+int64(n)); err != nil {
 				return err
@@ -362,10 +361,10 @@ func (r *run) setZero(ctx context.Context, seg *segmentWork, b int64) error {
 	return nil
 }
 
-// storeBlock stores what block b holds, unless it is what the parent has. The
-// object ID is a keyed hash of the bytes, so equal IDs are equal blocks.
+// storeBlock stores block b unless the parent has the same. The object ID is a keyed hash of
+// the bytes, so equal IDs are equal blocks.
 func (r *run) storeBlock(ctx context.Context, seg *segmentWork, b int64, p []byte) error {
-	if disk.IsZero(p) {
+	if zero.Only(p) {
 		return r.setZero(ctx, seg, b)
 	}
 	e := &seg.entries[b-r.lay.FirstBlock(seg.n)]
@@ -385,42 +384,4 @@ func (r *run) storeBlock(ctx context.Context, seg *segmentWork, b int64, p []byt
 	r.counters.newBlocks.Add(1)
 	r.counters.sinceCheckpoint.Add(1)
 	return nil
-}
-
-// rangeList collects ranges from several workers, in order and joined where they touch.
-type rangeList struct {
-	mu     sync.Mutex
-	ranges []blocktree.Range
-}
-
-func (l *rangeList) add(off, length int64) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	// Those that end before off stay in front, those that begin behind the end follow.
-	first, _ := slices.BinarySearchFunc(l.ranges, off, func(r blocktree.Range, off int64) int {
-		return cmp.Compare(r.Offset+r.Length, off)
-	})
-	end, last := off+length, first
-	for ; last < len(l.ranges) && l.ranges[last].Offset <= end; last++ {
-		off = min(off, l.ranges[last].Offset)
-		end = max(end, l.ranges[last].Offset+l.ranges[last].Length)
-	}
-	l.ranges = slices.Replace(l.ranges, first, last, blocktree.Range{Offset: off, Length: end - off})
-}
-
-// atMost returns the ranges, or, where there are more than n, fewer that cover them: rounded
-// out to blocks, and to larger units as long as that is not enough. They end at size.
-func (l *rangeList) atMost(n int, block, size int64) []blocktree.Range {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	out := l.ranges
-	for unit := block; len(out) > n; unit *= 2 {
-		var wide rangeList
-		for _, r := range out {
-			from := r.Offset / unit * unit
-			wide.add(from, min((r.Offset+r.Length+unit-1)/unit*unit, size)-from)
-		}
-		out = wide.ranges
-	}
-	return out
 }

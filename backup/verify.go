@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -13,32 +14,34 @@ import (
 	"github.com/cespare/xxhash/v2"
 
 	"github.com/varve-io/varve/backup/blocktree"
-	"github.com/varve-io/varve/backup/disk"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/zero"
 )
 
-// VerifyOptions say what to verify, and how deeply.
+// VerifyOptions say what to verify, and how thoroughly.
 type VerifyOptions struct {
-	// Points to verify; nil for all of Varve's.
-	Points []*Point
-	// Read is the share of the blocks that are read and compared with the digest
-	// stored at backup, from 0 (only that they are there) to 1.
+	// Points to verify, and the newest point of each member of Groups; without either, all
+	// points that Varve wrote.
+	Points []*points.Point
+	// Groups are verified as a whole: the error is ErrIncompleteGroup if a member has no
+	// point.
+	Groups []*points.Group
+	// Read is the share, from 0 to 1, of the blocks that are read and compared with the
+	// digest stored at backup. All others are only looked up.
 	Read float64
-	// Quarantine marks the damaged points, and forgets the damaged contents so
-	// that the next backup that meets the same bytes stores them again; older
-	// points that use them are whole again then.
+	// Quarantine quarantines the damaged points and forgets the damaged contents, so that the
+	// next backup that meets the same bytes stores them again; that also repairs older points
+	// that use them.
 	Quarantine bool
 	Workers    int // 0 for two per CPU
 	Progress   func(Progress)
 }
 
-// ErrDamaged means that verify found damage.
-var ErrDamaged = errors.New("damaged")
-
-// ErrNotKept means that what verify found out could not be stored.
+// ErrNotKept means that the results of a verify could not be stored.
 var ErrNotKept = errors.New("the results of verify could not be kept in the repository")
 
-// errDigest and errGone are what can be wrong with a block.
+// errDigest and errGone are faults of a block.
 var (
 	errDigest = errors.New("its bytes are not those that were backed up")
 	errGone   = fmt.Errorf("%w: marked deleted and not readable", repository.ErrContentMissing)
@@ -49,39 +52,49 @@ type VerifyReport struct {
 	Points   []PointResult
 	Blocks   int64 // distinct blocks looked up
 	Read     int64 // of those, read and compared
-	Bytes    int64 // bytes of those
-	Segments int64 // distinct indexes read
-	// Forgotten is how many damaged contents were marked for storing again.
+	Bytes    int64 // bytes of the blocks read
+	Segments int64 // distinct segment indexes read
+	// Forgotten is how many damaged contents were forgotten, so that they are stored again.
 	Forgotten int
-	// Unreadable is what of the list of recovery points cannot be read: points may
-	// be missing.
+	// Unreadable are parts of the list of recovery points that cannot be read: points may be
+	// missing.
 	Unreadable []repository.UnreadableManifests
+	// Unknown are packs that no index lists, and Missing points that were not deleted: index
+	// blobs or manifests are lost. Only a verify of all points looks for them.
+	Unknown []repository.UnknownPack
+	Missing []MissingPoint
+	// Deleted are points that were deleted during the verify and whose data was already
+	// incomplete. They are not among Points.
+	Deleted []*points.Point
+	// Incomplete are the groups, of those verified, of which a member has no point. Their
+	// points may still be intact.
+	Incomplete []*points.Group
 	Start      time.Time
 	End        time.Time
 }
 
 // PointResult is what verify found in one point.
 type PointResult struct {
-	Point    *Point
-	Problems []blocktree.Problem // in the order of the disk; empty when it is whole
-	// Lifted is set when the point had been quarantined and is whole again.
+	Point    *points.Point
+	Problems []blocktree.Problem // in disk order; empty if it is intact
+	// Lifted means that the point had been quarantined and is intact again.
 	Lifted bool
-	// Known is an earlier result that this run could not see again, because it read
-	// less: it stands until a verify reads everything.
+	// Known is an earlier result that this run could not reproduce, since it read less: it
+	// is valid until a verify reads everything.
 	Known *VerifyRecord
 }
 
-// VerifyRecord is the last result about a point, as kept in the repository.
+// VerifyRecord is the last result about a point, as stored in the repository.
 type VerifyRecord struct {
 	Point    string    `json:"point"`
 	Time     time.Time `json:"time"`
 	Read     float64   `json:"read"` // share of the blocks that were read
 	OK       bool      `json:"ok"`
 	Problems int       `json:"problems,omitempty"`
-	First    []string  `json:"first,omitempty"` // some of them
-	// ByReading is set when the bytes of blocks were found wrong, which only a look
-	// at the same blocks finds again; Marked, when damaged blocks were marked for
-	// storing again, from when on any look finds them missing or healed.
+	First    []string  `json:"first,omitempty"` // the first recordProblems of them
+	// ByReading means that bytes of blocks were found wrong, which only reading the same
+	// blocks finds again. Marked means that damaged blocks were forgotten: from then on any
+	// verify finds them missing or stored again.
 	ByReading bool `json:"byReading,omitempty"`
 	Marked    bool `json:"marked,omitempty"`
 }
@@ -91,7 +104,7 @@ const (
 	recordProblems = 20 // kept in a record
 )
 
-// verifier is one verify under way.
+// verifier is one verify in progress.
 type verifier struct {
 	repo  *repository.Repository
 	opt   VerifyOptions
@@ -101,22 +114,20 @@ type verifier struct {
 	blocks, read, bytes, segments atomic.Int64
 
 	mu        sync.Mutex
-	done      map[uint64]struct{} // blocks looked at, by a hash of their ID
+	done      map[uint64]struct{} // blocks looked up, by a hash of their ID
 	bad       map[repository.ObjectID]error
 	byReading map[repository.ObjectID]bool // of those, found by reading their bytes
 }
 
-// Verify proves that points can be restored: that each index is readable and
-// keeps the rules of the format, that the repository's index knows each block
-// and its pack is in storage, and, for the share that is read, that the bytes
-// are those backed up. What points share is looked at once. Damage does not end
-// it; the error wraps ErrDamaged then, and the report has every place of it. Any
-// other error means that the storage could not be asked.
+// Verify proves that points can be restored: that each index is readable and valid, that the
+// repository's index has each block and its pack is in storage, and, for the share that is
+// read, that the bytes are those backed up. What points share is checked once. Damage does
+// not stop it: the error then wraps ErrDamaged, and the report lists all of it. Any other
+// error means that the storage could not be read.
 //
-// Results are kept in the repository, unless it is connected read-only. A
-// quarantined point that is whole again is released. Where that cannot be written
-// the report is whole all the same, and the error wraps ErrNotKept, beside
-// ErrDamaged if there is damage.
+// Results are stored in the repository, unless it is connected read-only. A quarantined point
+// that is intact again is released. If results cannot be stored, the report is still
+// complete, and the error wraps ErrNotKept, beside ErrDamaged if there is damage.
 func Verify(ctx context.Context, r *repository.Repository, opt VerifyOptions) (*VerifyReport, error) {
 	if opt.Read < 0 || opt.Read > 1 {
 		return nil, fmt.Errorf("cannot read %v of all blocks: want 0 to 1", opt.Read)
@@ -130,15 +141,31 @@ func Verify(ctx context.Context, r *repository.Repository, opt VerifyOptions) (*
 	if opt.Progress == nil {
 		opt.Progress = func(Progress) {}
 	}
+	r.ReadFromStorage()
 	if err := r.Refresh(ctx); err != nil {
 		return nil, err
 	}
+	rep := &VerifyReport{Start: r.Now()}
+	for _, g := range opt.Groups {
+		opt.Points = append(slices.Clone(opt.Points), g.Members()...)
+		if !g.Complete() {
+			rep.Incomplete = append(rep.Incomplete, g)
+		}
+	}
 	if opt.Points == nil {
-		cat, err := List(ctx, r, ListOptions{})
+		cat, err := points.List(ctx, r, points.ListOptions{})
 		if err != nil {
 			return nil, err
 		}
 		opt.Points = cat.Points()
+		for _, g := range cat.Groups().All() {
+			if !g.Complete() {
+				rep.Incomplete = append(rep.Incomplete, g)
+			}
+		}
+		if err := rep.lookForLoss(ctx, r, cat); err != nil {
+			return nil, err
+		}
 	}
 	packs, err := r.Packs(ctx)
 	if err != nil {
@@ -146,11 +173,13 @@ func Verify(ctx context.Context, r *repository.Repository, opt VerifyOptions) (*
 	}
 	v := &verifier{repo: r, opt: opt, packs: packs, done: map[uint64]struct{}{}, bad: map[repository.ObjectID]error{}, byReading: map[repository.ObjectID]bool{}}
 	v.walk = &blocktree.Walker{Store: v, Visit: v.visit, Damaged: damaged, Workers: opt.Workers}
-	rep := &VerifyReport{Start: r.Now()}
 	if rep.Unreadable, err = r.UnreadableManifests(ctx); err != nil {
 		return nil, err
 	}
 	if err := v.run(ctx, rep); err != nil {
+		return nil, err
+	}
+	if err := rep.dropDeleted(ctx, r); err != nil {
 		return nil, err
 	}
 	rep.Blocks, rep.Read, rep.Bytes, rep.Segments = v.blocks.Load(), v.read.Load(), v.bytes.Load(), v.segments.Load()
@@ -162,7 +191,17 @@ func Verify(ctx context.Context, r *repository.Repository, opt VerifyOptions) (*
 		err = fmt.Errorf("%w: %w", ErrNotKept, err)
 	}
 	rep.End = r.Now()
-	return rep, errors.Join(rep.err(), err)
+	return rep, errors.Join(rep.err(), incompleteErr(opt.Groups), err)
+}
+
+// incompleteErr fails if one of groups is incomplete.
+func incompleteErr(groups []*points.Group) error {
+	for _, g := range groups {
+		if !g.Complete() {
+			return fmt.Errorf("%w: %s: %s has no point in it; its other points are each as they say", ErrIncompleteGroup, g, g.Missing[0])
+		}
+	}
+	return nil
 }
 
 func (rep *VerifyReport) err() error {
@@ -179,23 +218,13 @@ func (rep *VerifyReport) err() error {
 	case 0:
 		return rep.repositoryErr()
 	case 1:
-		return fmt.Errorf("%w: %s: %v", ErrDamaged, first.Point.Name(), first.Problems[0])
+		return fmt.Errorf("%w: %s: %v", points.ErrDamaged, first.Point.Name(), first.Problems[0])
 	default:
-		return fmt.Errorf("%w: %d of %d recovery points; the first is %s: %v", ErrDamaged, n, len(rep.Points), first.Point.Name(), first.Problems[0])
+		return fmt.Errorf("%w: %d of %d recovery points; the first is %s: %v", points.ErrDamaged, n, len(rep.Points), first.Point.Name(), first.Problems[0])
 	}
 }
 
-// repositoryErr is what is wrong with the repository itself.
-func (rep *VerifyReport) repositoryErr() error {
-	if len(rep.Unreadable) == 0 {
-		return nil
-	}
-	u := rep.Unreadable[0]
-	return fmt.Errorf("%w: pack %s, which holds a part of the list of recovery points, cannot be read (%s), so points may be missing; "+
-		"the points that are listed are whole; put the pack back from a copy of the storage", ErrDamaged, u.Pack, u.Reason)
-}
-
-// damaged tells damage from storage that could not be asked.
+// damaged distinguishes damage from storage that could not be read.
 func damaged(err error) bool {
 	return errors.Is(err, repository.ErrContentMissing) || errors.Is(err, repository.ErrContentCorrupt) ||
 		errors.Is(err, blocktree.ErrMalformed) || errors.Is(err, errDigest)
@@ -241,37 +270,62 @@ func (v *verifier) run(ctx context.Context, rep *VerifyReport) error {
 	return nil
 }
 
-var errRecordMismatch = errors.New("its record does not belong to it")
-
-// pointDamaged also takes what is wrong with a record: it decodes from
-// authenticated bytes, so asking again gives the same.
-func pointDamaged(err error) bool {
-	return damaged(err) || errors.Is(err, errNoRecord) || errors.Is(err, errRecordMismatch)
+// dropDeleted removes points that look damaged because they were deleted during the verify. A
+// lease for each point of the repository, to prevent that, would be too many.
+func (rep *VerifyReport) dropDeleted(ctx context.Context, r *repository.Repository) error {
+	kept := rep.Points[:0]
+	for _, res := range rep.Points {
+		if len(res.Problems) > 0 {
+			err := points.Exists(ctx, r, res.Point)
+			if errors.Is(err, points.ErrNoSuchPoint) {
+				rep.Deleted = append(rep.Deleted, res.Point)
+				continue
+			}
+			if err != nil && !errors.Is(err, points.ErrDamaged) {
+				return err
+			}
+		}
+		kept = append(kept, res)
+	}
+	rep.Points = kept
+	return nil
 }
 
-// open checks a point's directory and record, and tells how to open its disk.
-func (v *verifier) open(ctx context.Context, p *Point) (blocktree.Root, error) {
-	root, err := OpenRoot(ctx, v.repo, p)
+var errRecordMismatch = errors.New("its record does not belong to it")
+
+// pointDamaged includes faults of a record: it is decoded from authenticated bytes, so a
+// retry gives the same.
+func pointDamaged(err error) bool {
+	return damaged(err) || errors.Is(err, points.ErrNoRecord) || errors.Is(err, errRecordMismatch)
+}
+
+// open checks a point's directory and record, and returns the root of its disk.
+func (v *verifier) open(ctx context.Context, p *points.Point) (blocktree.Root, error) {
+	root, err := points.OpenRoot(ctx, v.repo, p)
 	if err != nil || p.Foreign != "" {
 		return root, err
 	}
-	files, err := v.repo.ReadDirectory(ctx, p.root)
+	files, err := v.repo.ReadDirectory(ctx, p.Root)
 	if err != nil {
 		return root, err
+	}
+	name := blocktree.DiskFile
+	if p.Stream {
+		name = blocktree.StreamFile
 	}
 	for _, f := range files {
 		if err := v.present(ctx, f.Object); f.Name == blocktree.RecordFile && err != nil {
 			return root, fmt.Errorf("%s: %w", f.Name, err)
 		}
-		if f.Name == blocktree.DiskFile && (f.Object != root.Object || f.Size != root.Size) {
+		if f.Name == name && (f.Object != root.Object || f.Size != root.Size) {
 			return root, fmt.Errorf("%w: %s is object %v of %d bytes, the record has %v of %d",
 				errRecordMismatch, f.Name, f.Object, f.Size, root.Object, root.Size)
 		}
 	}
-	return root, v.present(ctx, p.root)
+	return root, v.present(ctx, p.Root)
 }
 
-// ReadObject reads an index for the walk; what only a local cache still has does
+// ReadObject reads an index for the walk; an object that only a local cache still has does
 // not count.
 func (v *verifier) ReadObject(ctx context.Context, oid repository.ObjectID) ([]byte, error) {
 	if err := v.present(ctx, oid); err != nil {
@@ -285,9 +339,9 @@ func (v *verifier) ZeroID(ctx context.Context, n int64) (repository.ObjectID, er
 	return v.repo.ZeroID(ctx, n)
 }
 
-// present proves without reading it that a content is in the index and its
-// bytes in storage. One that is marked deleted is read: a collection next to a
-// backup marks too much now and then, and takes it back in its next run.
+// present checks, without reading it, that a content is in the index and its bytes in
+// storage. A content that is marked deleted is read: a collection during a backup sometimes
+// marks too much, and its next run reverts that.
 func (v *verifier) present(ctx context.Context, oid repository.ObjectID) error {
 	st, err := v.repo.StateOf(ctx, oid)
 	if err != nil {
@@ -297,7 +351,7 @@ func (v *verifier) present(ctx context.Context, oid repository.ObjectID) error {
 		return fmt.Errorf("object %v: %w: not in the index", oid, repository.ErrContentMissing)
 	}
 	if size, ok := v.packs.Size(st.Pack); !ok {
-		// It may be younger than the listing.
+		// It may be newer than the listing.
 		if ok, err := v.repo.PackExists(ctx, st.Pack); err != nil {
 			return err
 		} else if !ok {
@@ -317,16 +371,21 @@ func (v *verifier) present(ctx context.Context, oid repository.ObjectID) error {
 	return nil
 }
 
-// visit verifies the blocks of a segment that no other segment had.
+// visit verifies the blocks of a segment that no earlier segment had.
 func (v *verifier) visit(ctx context.Context, t *blocktree.Tree, s *blocktree.Segment) error {
 	v.segments.Add(1)
+	var entries []*blocktree.Entry
 	for i := range s.Entries {
+		if e := &s.Entries[i]; v.firstBlock(e.Object) {
+			entries = append(entries, e)
+		}
+	}
+	for i, e := range entries {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		e := &s.Entries[i]
-		if !v.firstBlock(e.Object) {
-			continue
+		if i%announced == 0 && v.opt.Read >= 1 {
+			v.announce(ctx, entries[i:])
 		}
 		v.blocks.Add(1)
 		err, reading := v.present(ctx, e.Object), false
@@ -344,6 +403,18 @@ func (v *verifier) visit(ctx context.Context, t *blocktree.Tree, s *blocktree.Se
 		v.mu.Unlock()
 	}
 	return nil
+}
+
+// announced is how many blocks are announced to the repository at once.
+const announced = 64
+
+// announce tells the repository which blocks are read next.
+func (v *verifier) announce(ctx context.Context, entries []*blocktree.Entry) {
+	var oids []repository.ObjectID
+	for _, e := range entries[:min(announced, len(entries))] {
+		oids = append(oids, e.Object)
+	}
+	v.repo.ReadSoon(ctx, oids)
 }
 
 func (v *verifier) firstBlock(oid repository.ObjectID) bool {
@@ -374,7 +445,7 @@ func (v *verifier) readBlock(ctx context.Context, t *blocktree.Tree, e *blocktre
 	if e.HasDigest && xxhash.Sum64(p) != e.Digest {
 		return fmt.Errorf("object %v: %w: digest %016x, not %016x", e.Object, errDigest, xxhash.Sum64(p), e.Digest)
 	}
-	if !e.HasDigest && t.IsZero(ctx, e) && !disk.IsZero(p) {
+	if !e.HasDigest && t.IsZero(ctx, e) && !zero.Only(p) {
 		return fmt.Errorf("object %v: %w: a hole that is not zero", e.Object, errDigest)
 	}
 	return nil

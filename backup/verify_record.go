@@ -3,16 +3,16 @@ package backup
 import (
 	"context"
 	"fmt"
-	"log/slog"
 	"time"
 
 	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/plain"
 )
 
-// recall keeps damage from being forgotten by a run that looked less closely than
-// the one that found it: a block whose bytes are wrong looks well until it is read,
-// and a sample of the next night passes it by.
+// recall carries over damage that a more thorough earlier run found: a block whose bytes are
+// wrong looks intact until it is read, and the next night's sample may miss it.
 func (v *verifier) recall(ctx context.Context, rep *VerifyReport) error {
 	if v.opt.Read >= 1 {
 		return nil
@@ -38,17 +38,17 @@ func (v *verifier) recall(ctx context.Context, rep *VerifyReport) error {
 	return nil
 }
 
-// store keeps the results, sets and lifts quarantines, and forgets contents.
+// store stores the results, sets and lifts quarantines, and forgets damaged contents.
 func (v *verifier) store(ctx context.Context, rep *VerifyReport) error {
 	if !v.repo.Writable() {
-		slog.DebugContext(ctx, "connected read-only: the results are not kept")
+		v.repo.Log().DebugContext(ctx, "connected read-only: the results are not kept")
 		return nil
 	}
-	quarantined, err := Quarantined(ctx, v.repo)
+	quarantined, err := points.Quarantined(ctx, v.repo)
 	if err != nil {
 		return err
 	}
-	var mark []Quarantine
+	var mark []points.Quarantine
 	var lift []string
 	var lifted []*PointResult
 	for i := range rep.Points {
@@ -56,7 +56,7 @@ func (v *verifier) store(ctx context.Context, rep *VerifyReport) error {
 		_, marked := quarantined[res.Point.ID]
 		switch {
 		case len(res.Problems) > 0 && v.opt.Quarantine:
-			mark = append(mark, Quarantine{
+			mark = append(mark, points.Quarantine{
 				Point: res.Point.ID, Name: res.Point.Name(), Since: v.repo.Now().UTC(),
 				Reason: fmt.Sprintf("verify: %d problems, the first: %v", len(res.Problems), res.Problems[0]),
 			})
@@ -64,7 +64,7 @@ func (v *verifier) store(ctx context.Context, rep *VerifyReport) error {
 			lift, lifted = append(lift, res.Point.ID), append(lifted, res)
 		}
 	}
-	if err := setQuarantine(ctx, v.repo, mark, lift); err != nil {
+	if err := points.SetQuarantine(ctx, v.repo, mark, lift); err != nil {
 		return err
 	}
 	for _, res := range lifted {
@@ -98,7 +98,7 @@ func (v *verifier) putRecords(ctx context.Context, w *repository.Writer, rep *Ve
 	}
 	byPoint := map[string][]string{}
 	for _, rec := range old {
-		byPoint[rec.Labels[pointLabel]] = append(byPoint[rec.Labels[pointLabel]], rec.ID)
+		byPoint[rec.Labels[points.PointLabel]] = append(byPoint[rec.Labels[points.PointLabel]], rec.ID)
 	}
 	for _, res := range rep.Points {
 		if res.Known != nil {
@@ -115,7 +115,7 @@ func (v *verifier) putRecords(ctx context.Context, w *repository.Writer, rep *Ve
 		for _, p := range res.Problems[:min(len(res.Problems), recordProblems)] {
 			rec.First = append(rec.First, p.String())
 		}
-		if _, err := w.PutRecord(ctx, verifyKind, map[string]string{pointLabel: res.Point.ID}, rec); err != nil {
+		if _, err := w.PutRecord(ctx, verifyKind, map[string]string{points.PointLabel: res.Point.ID}, rec); err != nil {
 			return err
 		}
 		for _, id := range byPoint[res.Point.ID] {
@@ -127,10 +127,10 @@ func (v *verifier) putRecords(ctx context.Context, w *repository.Writer, rep *Ve
 	return nil
 }
 
-// forgetBad marks damaged contents deleted in the index. A backup does not store
-// what the index has, so without this it would build on damage for ever; with it
-// the next backup that meets the same bytes stores them under the same ID, and
-// every point that uses them is whole again.
+// forgetBad marks damaged contents deleted in the index. A backup does not store what the
+// index has, so it would always build on damage. With the mark, the next backup that meets
+// the same bytes stores them under the same ID, and every point that uses them is intact
+// again.
 func (v *verifier) forgetBad(ctx context.Context, w *repository.Writer, rep *VerifyReport) (int, error) {
 	bad := map[repository.ObjectID]bool{}
 	for _, res := range rep.Points {
@@ -164,12 +164,12 @@ func (v *verifier) forget(ctx context.Context, w *repository.Writer, oid reposit
 	return true, nil
 }
 
-// LastVerified returns the last results, by point ID.
+// LastVerified returns the last result about each point, by point ID.
 func LastVerified(ctx context.Context, r *repository.Repository) (map[string]VerifyRecord, error) {
 	return lastVerified(ctx, r, nil)
 }
 
-// lastVerified is LastVerified of the records with some labels.
+// lastVerified is LastVerified for the records with some labels.
 func lastVerified(ctx context.Context, r *repository.Repository, labels map[string]string) (map[string]VerifyRecord, error) {
 	recs, err := r.ListRecords(ctx, verifyKind, labels)
 	if err != nil {
@@ -177,8 +177,7 @@ func lastVerified(ctx context.Context, r *repository.Repository, labels map[stri
 	}
 	out := map[string]VerifyRecord{}
 	for _, rec := range recs {
-		var vr VerifyRecord
-		ok, err := r.LoadRecord(ctx, rec.ID, &vr)
+		vr, ok, err := points.LoadNote[VerifyRecord](ctx, r, rec)
 		if err != nil {
 			return nil, err
 		}
@@ -187,4 +186,19 @@ func lastVerified(ctx context.Context, r *repository.Repository, labels map[stri
 		}
 	}
 	return out, nil
+}
+
+// Of returns the ID of the point.
+func (v *VerifyRecord) Of() string { return v.Point }
+
+// Check rejects a result that no Varve writes, and makes its texts safe to show.
+func (v *VerifyRecord) Check() error {
+	if v.Read < 0 || v.Read > 1 || v.Problems < 0 || !blocktree.ValidTime(v.Time) {
+		return fmt.Errorf("%w: %d problems in a share of %g, in the year %d", points.ErrNote, v.Problems, v.Read, v.Time.Year())
+	}
+	v.First = v.First[:min(len(v.First), recordProblems)]
+	for i := range v.First {
+		v.First[i] = plain.Clip(v.First[i], points.MaxNote)
+	}
+	return nil
 }

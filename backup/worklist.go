@@ -8,8 +8,8 @@ import (
 	"github.com/varve-io/varve/backup/cbt"
 )
 
-// worklist is what a backup has to look at: two bits a block, so that the size
-// of a listing does not matter. Not safe for concurrent use.
+// worklist is what a backup must process: two bits per block, so that the size of a listing
+// does not matter. Not safe for concurrent use.
 type worklist struct {
 	lay  blocktree.Layout
 	read bitmap // to be read and compared
@@ -20,14 +20,14 @@ func newWorklist(lay blocktree.Layout) *worklist {
 	return &worklist{lay: lay, read: newBitmap(lay.Blocks()), zero: newBitmap(lay.Blocks())}
 }
 
-// reset forgets what a source said that then failed.
+// reset drops what a source reported before it failed.
 func (l *worklist) reset() {
 	clear(l.read.words)
 	clear(l.zero.words)
 }
 
-// add marks the blocks that an extent touches. A block is only taken for zero
-// where an extent says so of all its bytes.
+// add marks the blocks that an extent touches. A block counts as zero only if one extent says
+// so of all its bytes.
 func (l *worklist) add(e cbt.Extent) error {
 	if e.Offset < 0 || e.Length <= 0 || e.Offset > l.lay.Size || e.Length > l.lay.Size-e.Offset {
 		return fmt.Errorf("%w: %v of a disk of %d bytes", cbt.ErrOutOfRange, e, l.lay.Size)
@@ -50,8 +50,8 @@ func (l *worklist) add(e cbt.Extent) error {
 	return nil
 }
 
-// addResize marks what a change of size makes different: the block that was
-// the tail, the block that is now, and all that grew.
+// addResize marks what a change of size affects: the old last block, the new one, and all
+// that grew.
 func (l *worklist) addResize(old int64) {
 	if old == l.lay.Size {
 		return
@@ -59,15 +59,15 @@ func (l *worklist) addResize(old int64) {
 	bs, blocks := l.lay.BlockSize, l.lay.Blocks()
 	if old < l.lay.Size {
 		l.read.setRange(old/bs, blocks)
-		// What is known to be zero there stays so.
+		// Known zeroes stay zeroes.
 		l.read.clearWhere(l.zero, old/bs+1, blocks)
 	} else if blocks > 0 {
 		l.read.set(blocks - 1)
-		// The segment of the new tail is cut, so its index is written again.
+		// The new last segment is cut, so its index is written again.
 	}
 }
 
-// zeroRest takes every block that no extent touched for zeroes.
+// zeroRest marks every block that no extent touched as zero.
 func (l *worklist) zeroRest() {
 	for i := range l.zero.words {
 		l.zero.words[i] |= ^l.read.words[i]
@@ -81,15 +81,15 @@ func (l *worklist) all() {
 	clear(l.zero.words)
 }
 
-// knownZero reports whether block i need not be read.
+// knownZero reports whether block i is zero and need not be read.
 func (l *worklist) knownZero(i int64) bool { return l.zero.get(i) && !l.read.get(i) }
 
-// untouched reports whether block i was not reported at all.
+// untouched reports whether block i was not reported.
 func (l *worklist) untouched(i int64) bool { return !l.zero.get(i) && !l.read.get(i) }
 
-// next returns the first block at or behind i that was reported, or the number
-// of blocks. It looks at both sets word by word: one may be empty up to the end of
-// a large disk while the other has the very next block.
+// next returns the first reported block at or after i, or the number of blocks. It scans both
+// sets word by word: one may be empty up to the end of a large disk while the other has the
+// next block.
 func (l *worklist) next(i int64) int64 {
 	for n := l.read.n; i < n; i = (i/64 + 1) * 64 {
 		if w := (l.read.words[i/64] | l.zero.words[i/64]) >> (uint(i) % 64); w != 0 {
@@ -99,7 +99,7 @@ func (l *worklist) next(i int64) int64 {
 	return l.read.n
 }
 
-// toRead counts the blocks of [from, to) that are to be read.
+// toRead counts the blocks of [from, to) to be read.
 func (l *worklist) toRead(from, to int64) (n int64) {
 	for i := l.read.next(from); i < to; i = l.read.next(i + 1) {
 		n++
@@ -149,14 +149,14 @@ func (b *bitmap) clearWhere(other bitmap, from, to int64) {
 	}
 }
 
-// trim clears the bits behind the end.
+// trim clears the bits beyond the end.
 func (b *bitmap) trim() {
 	if tail := uint(b.n) % 64; tail != 0 && len(b.words) > 0 {
 		b.words[len(b.words)-1] &= 1<<tail - 1
 	}
 }
 
-// next returns the first member at or behind i, or n.
+// next returns the first member at or after i, or n.
 func (b *bitmap) next(i int64) int64 {
 	for i < b.n {
 		w := b.words[i/64] >> (uint(i) % 64)

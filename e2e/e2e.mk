@@ -22,10 +22,14 @@ e2e-cluster-down: ## Take it down without a trace
 .PHONY: e2e-nbd
 e2e-nbd: setup ## NBD clients against varve serve, the Linux kernel in a virtual machine too (needs root)
 	@e2e/nbd/setup.sh
-	cd e2e && VARVE_TEST_KERNEL=1 $(GO) test -count=1 -timeout 30m -v -run "$${RUN:-.}" ./nbd
+	cd e2e && CGO_ENABLED=0 VARVE_TEST_KERNEL=1 $(GO) test -count=1 -timeout 30m -v -run "$${RUN:-.}" ./nbd
+
+.PHONY: e2e-vm
+e2e-vm: setup ## Back up and restore a virtual machine under libvirt (needs root)
+	cd e2e && CGO_ENABLED=0 VARVE_TEST_KERNEL=1 $(GO) test -count=1 -timeout 30m -v ./vm
 
 .PHONY: e2e
-e2e: e2e-setup e2e-nbd e2e-prepare e2e-tests ## The end-to-end tests in a cluster of their own (RUN=regexp to choose)
+e2e: e2e-setup e2e-nbd e2e-vm e2e-prepare e2e-tests ## The end-to-end tests in a cluster of their own (RUN=regexp to choose)
 
 .PHONY: e2e-prepare
 e2e-prepare: ## Build the image and the programs of the cluster's tests
@@ -38,7 +42,7 @@ e2e-tests: e2e-setup ## Run the cluster's tests with what e2e-prepare built
 .PHONY: image
 image: ## Build Varve's container image as an OCI archive: bin/image/varve.tar
 	@mkdir -p $(BIN)/image
-	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -tags timetzdata -ldflags '$(LDFLAGS) -buildid=' -o $(BIN)/image/varve ./cmd/varve
+	CGO_ENABLED=0 $(GO) build $(FLAGS) -buildvcs=false -ldflags '$(LDFLAGS) -buildid=' -o $(BIN)/image/varve ./cmd/varve
 	# Dated as the commit, so that it is the same wherever it is built; the tool itself
 	# runs here, whatever GOARCH the binary is for.
 	cd e2e && SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 0)} CGO_ENABLED=0 GOOS= GOARCH= \

@@ -17,8 +17,8 @@ import (
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
 
-// Another user sees nothing of a mount, and with AllowOther what the files'
-// permissions let that user see; the disk itself stays the mounting user's.
+// Another user sees nothing of a mount, and with AllowOther what the files' permissions
+// allow; the disk itself stays reserved for the mounting user.
 func TestAllowOther(t *testing.T) {
 	needFUSE(t)
 	diskfstest.NeedTool(t, "setpriv")
@@ -49,8 +49,8 @@ func TestAllowOther(t *testing.T) {
 	}
 }
 
-// Access lists decide as they do under the kernel's own driver: the group bits of a mode are
-// a list's mask, and one user can be let in or kept out.
+// Access lists decide as under the kernel's own driver: the group bits of a mode are a list's
+// mask, and one user can be allowed or refused.
 func TestAllowOtherByAccessLists(t *testing.T) {
 	needFUSE(t)
 	diskfstest.NeedTool(t, "setpriv")
@@ -93,7 +93,7 @@ func TestAllowOtherByAccessLists(t *testing.T) {
 	}
 }
 
-// readableByOthers tells which files below a directory some users can read.
+// readableByOthers lists the files below a directory that some users can read.
 func readableByOthers(t *testing.T, dir string, names []string) map[string]bool {
 	t.Helper()
 	letPass(t, dir)
@@ -111,7 +111,7 @@ func readableByOthers(t *testing.T, dir string, names []string) map[string]bool 
 	return can
 }
 
-// letPass lets other users get to a directory of a test.
+// letPass gives other users access to a directory of a test.
 func letPass(t *testing.T, dir string) {
 	t.Helper()
 	for d := filepath.Dir(dir); strings.HasPrefix(d, os.TempDir()+"/"); d = filepath.Dir(d) {
@@ -124,14 +124,14 @@ func letPass(t *testing.T, dir string) {
 	}
 }
 
-// What was read once is in the kernel's page cache, which outlives closing the file: a
-// second reader costs nothing, although nothing is kept by this process.
+// What was read once is in the kernel's page cache, which survives closing the file: a second
+// reader costs nothing, although this process keeps nothing.
 func TestPageCacheOutlivesClosing(t *testing.T) {
 	image := newVolume(t, 64*mib, slices.Clone(mkExt4), 3)
 	repo := repotest.New(t).Open(t)
 	save(t, repo, shopDB, image)
 	m := mount(t, repo, fusefs.Options{CacheBytes: 1})
-	// The names above a point are looked up anew after a second; those below it are not, as
+	// The names above a point are looked up again after a second; those below it are not, as
 	// long as it is open.
 	dir, err := os.OpenRoot(m.latest(shopDB, "."))
 	if err != nil {
@@ -146,7 +146,7 @@ func TestPageCacheOutlivesClosing(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			// Without read-ahead, which could still be going on after the read.
+			// Without read-ahead, which could still run after the read.
 			if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_RANDOM); err != nil {
 				t.Fatal(err)
 			}
@@ -166,8 +166,8 @@ func TestPageCacheOutlivesClosing(t *testing.T) {
 		if n := read(false); n == 0 {
 			t.Errorf("%s: the first reader fetched nothing", name)
 		}
-		// What the image read ahead for the first reader may still be coming, and is counted
-		// as the next one's. That has an end; reads that reach this process have none.
+		// What the image read ahead for the first reader may still arrive, and is counted for
+		// the next one. That ends; reads that reach this process do not.
 		var n int64
 		for range 100 {
 			if n = read(false); n == 0 {
@@ -183,7 +183,7 @@ func TestPageCacheOutlivesClosing(t *testing.T) {
 	}
 }
 
-// A directory that is inside itself is an error where it stands; a walk has an end.
+// A directory inside itself is an error at its place; a walk ends.
 func TestDirectoryInsideItself(t *testing.T) {
 	needFUSE(t)
 	diskfstest.NeedTool(t, "debugfs")

@@ -6,13 +6,13 @@ import (
 	"slices"
 	"testing"
 
-	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository/repotest"
 	"github.com/varve-io/varve/fusefs"
 )
 
-// A volume's name without a cluster means this cluster's, else that of the only
-// other cluster that has it, and the link says whose it is.
+// A volume's name without a cluster means this cluster's, else that of the only other cluster
+// that has it, and the link shows whose it is.
 func TestClusters(t *testing.T) {
 	needFUSE(t)
 	repo := repotest.New(t).Open(t)
@@ -22,7 +22,7 @@ func TestClusters(t *testing.T) {
 	}
 	ids := map[string]string{}
 	for _, name := range []string{"alpha:os/root", "alpha:os/both", "test:os/both", "alpha:db/main", "gamma:db/main", "gamma:db/log"} {
-		v, err := backup.ParseVolume(name, "")
+		v, err := points.ParseVolume(name, "")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -40,7 +40,7 @@ func TestClusters(t *testing.T) {
 			}
 			continue
 		}
-		v := backup.Volume{Namespace: filepath.Dir(name), Name: filepath.Base(name)}
+		v := points.Volume{Namespace: filepath.Dir(name), Name: filepath.Base(name)}
 		if got := m.info(t, v).ID; got != ids[want] {
 			t.Errorf("%s is point %s, want that of %s", name, got, want)
 		}

@@ -16,11 +16,11 @@ import (
 
 	"github.com/varve-io/varve/fusefs/browse"
 	"github.com/varve-io/varve/fusefs/diskfs"
-	"github.com/varve-io/varve/fusefs/diskfs/disk"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+	"github.com/varve-io/varve/fusefs/diskfs/volumes"
 )
 
-// copied leaves out what a copy in another file system cannot have.
+// copied ignores what a copy in another file system cannot have.
 var copied = diskfstest.Options{
 	IgnoreIno: true, IgnoreAtime: true, IgnoreCtime: true,
 	IgnoreBlocks: true, IgnoreData: true, // the target has blocks of its own size; see below
@@ -31,7 +31,7 @@ var copied = diskfstest.Options{
 func openVolume(t testing.TB, image string) diskfs.FileSystem {
 	t.Helper()
 	r, size := diskfstest.Open(t, image)
-	d, err := disk.Open(r, size)
+	d, err := volumes.Open(r, size)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,8 +69,8 @@ func TestCopyIsWhatTheKernelShows(t *testing.T) {
 				t.Error("a directory was copied without being asked")
 			}
 
-			// Of the archive GNU tar makes the same tree, but for sockets; with holes if it has
-			// them. Without, the sparse file alone would make it large.
+			// GNU tar restores the same tree from the archive, except sockets; with holes if
+			// the archive has them. Without, the sparse file alone would make it large.
 			for _, sparse := range []bool{true, false} {
 				names, base := []string{"."}, ""
 				if !sparse {
@@ -116,7 +116,8 @@ func TestCopyIsWhatTheKernelShows(t *testing.T) {
 	}
 }
 
-// checkGoReads tells that Go's reader, which is no GNU tar, finds the same content in an archive.
+// checkGoReads checks that Go's reader, which is independent of GNU tar, finds the same
+// content in an archive.
 func checkGoReads(t testing.TB, file, want string) {
 	t.Helper()
 	f, _ := diskfstest.Open(t, file)
@@ -144,7 +145,7 @@ func checkGoReads(t testing.TB, file, want string) {
 	}
 }
 
-// A copy never leaves its target by a link that stands there.
+// A copy never leaves its target through an existing link.
 func TestCopyStaysInItsTarget(t *testing.T) {
 	image := newVolume(t, 64*mib, slices.Clone(mkExt4), 3)
 	fsys := openVolume(t, image)

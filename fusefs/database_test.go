@@ -6,12 +6,16 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/backup/repository/repotest"
 	"github.com/varve-io/varve/fusefs"
@@ -19,7 +23,7 @@ import (
 	"github.com/varve-io/varve/internal/serve"
 )
 
-// An SQLite database is read where it lies in the tree.
+// An SQLite database is read in place in the tree.
 func TestSQLiteFromTheTree(t *testing.T) {
 	needFUSE(t)
 	diskfstest.NeedRoot(t)
@@ -46,14 +50,13 @@ func postgres(t testing.TB, bin string, name string, args ...string) string {
 	return diskfstest.Run(t, "setpriv", append([]string{"--reuid=postgres", "--regid=postgres", "--init-groups", "--", filepath.Join(bin, name)}, args...)...)
 }
 
-// A PostgreSQL that is at work is backed up as of one moment, as an increment; the increment is
-// mounted writable, and PostgreSQL starts on it with every row that it had promised to
-// keep.
+// A running PostgreSQL is backed up at one moment, as an increment; the increment is mounted
+// writable, and PostgreSQL starts on it with every row that it had committed.
 //
-// The moment is that of a power cut. PostgreSQL works on a disk.img that another process
-// serves, and that process is stopped where it stands (SIGSTOP): nothing is frozen, flushed
-// or told. Its overlay then holds what a disk with a volatile cache would: all that was
-// flushed, and of later writes those that happened to be stored.
+// The moment is like a power failure. PostgreSQL works on a disk.img that another process
+// serves, and that process is stopped (SIGSTOP): nothing is frozen, flushed or notified. Its
+// overlay then holds what a disk with a volatile cache would: all that was flushed, and of
+// later writes those that happened to be stored.
 func TestPostgreSQLStartsOnARecoveryPoint(t *testing.T) {
 	needFUSE(t)
 	diskfstest.NeedRoot(t)
@@ -71,7 +74,7 @@ func TestPostgreSQLStartsOnARecoveryPoint(t *testing.T) {
 	if err := os.Chmod(sockets, 0o777); err != nil {
 		t.Fatal(err)
 	}
-	open := func(dir string) { // so that the user postgres gets to the mount
+	open := func(dir string) { // so that the user postgres can reach the mount
 		for d := filepath.Dir(dir); d != os.TempDir() && d != "/"; d = filepath.Dir(d) {
 			if err := os.Chmod(d, 0o755); err != nil {
 				t.Fatal(err)
@@ -87,7 +90,21 @@ func TestPostgreSQLStartsOnARecoveryPoint(t *testing.T) {
 		}()
 		postgres(t, bin, "pg_ctl", "-D", data, "-w", "-t", "120", "-l", filepath.Join(sockets, "log"),
 			"-o", "-c listen_addresses='' -c unix_socket_directories="+sockets+" -c shared_buffers=16MB", "start")
-		return func() { postgres(t, bin, "pg_ctl", "-D", data, "-w", "-m", "fast", "stop") }
+		lock, err := os.ReadFile(filepath.Join(data, "postmaster.pid"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		first, _, _ := strings.Cut(string(lock), "\n")
+		pid, err := strconv.Atoi(first)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return func() {
+			postgres(t, bin, "pg_ctl", "-D", data, "-w", "-m", "fast", "stop")
+			// pg_ctl waits until the lock file is gone. The process ends after that, and stands in the
+			// data directory until then.
+			wait(t, func() bool { return errors.Is(unix.Kill(pid, 0), unix.ESRCH) })
+		}
 	}
 	query := func(sql string) string {
 		return postgres(t, bin, "psql", "-h", sockets, "-d", "postgres", "-qAtc", sql)
@@ -122,7 +139,7 @@ func TestPostgreSQLStartsOnARecoveryPoint(t *testing.T) {
 	for range 5 {
 		query(fmt.Sprintf("insert into orders(name) select 'order '||i from generate_series(1,%d) i", rows/5))
 	}
-	// Work goes on until the disk stops.
+	// PostgreSQL works until the disk stops.
 	writer := exec.Command("setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups", "--", filepath.Join(bin, "psql"), "-h", sockets, "-d", "postgres", "-qAtc",
 		"do $$ begin for i in 1..100000 loop insert into orders(name) values ('late'); commit; end loop; end $$")
 	if err := writer.Start(); err != nil {
@@ -154,8 +171,7 @@ func TestPostgreSQLStartsOnARecoveryPoint(t *testing.T) {
 	m := mount(t, repo, fusefs.Options{Writable: true})
 	back, unmount := diskfstest.Mount(t, m.latest(shopDB, "disk.img"), "")
 	open(back)
-	// The process of the time is not there where a disk is restored; here its number
-	// may still be taken.
+	// On a restored disk the old process does not exist; here its PID may still be in use.
 	if err := os.Remove(filepath.Join(back, "data/postmaster.pid")); err != nil {
 		t.Fatal(err)
 	}
@@ -178,11 +194,11 @@ func TestPostgreSQLStartsOnARecoveryPoint(t *testing.T) {
 }
 
 // commit makes a recovery point of a kept overlay.
-func commit(t testing.TB, repo *repository.Repository, base *backup.Point, dir string) *backup.Point {
+func commit(t testing.TB, repo *repository.Repository, base *points.Point, dir string) *points.Point {
 	t.Helper()
 	cache := image.NewCache(64 << 20)
 	defer cache.Close()
-	written, err := serve.KeptOverlay(t.Context(), repo, cache, base, dir)
+	written, err := serve.KeptOverlay(t.Context(), repo, cache, base, dir, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,14 +11,14 @@ import (
 	"github.com/varve-io/varve/fusefs/diskfs"
 )
 
-// dirHandle is an opened directory inside a volume. Entries are read from the disk as they
-// are asked for, so that a directory of any size takes no memory. go-fuse calls one method
-// of a handle at a time.
+// dirHandle is an open directory inside a volume. Entries are read from the disk on demand,
+// so that a directory of any size takes no memory. go-fuse calls one method of a handle at a
+// time.
 type dirHandle struct {
 	n      *inodeNode
 	next   func() (diskfs.Dirent, error, bool)
 	stop   func()
-	off    uint64        // entries given so far, which is what offsets count
+	off    uint64        // entries returned so far; offsets count entries
 	last   diskfs.Dirent // the last one
 	faults diskfs.Faults
 	ended  bool
@@ -32,7 +32,7 @@ var (
 	_ = (fs.FileReleasedirer)((*dirHandle)(nil))
 )
 
-// OpendirHandle begins to read a directory.
+// OpendirHandle opens a directory.
 func (n *inodeNode) OpendirHandle(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
 	n.vol.point.use()
 	h := &dirHandle{n: n}
@@ -48,8 +48,8 @@ func (h *dirHandle) rewind() {
 	h.off, h.last, h.faults, h.ended = 0, diskfs.Dirent{}, diskfs.Faults{}, false
 }
 
-// Readdirent gives the next entry. What cannot be read is the error at the end, after all
-// that can.
+// Readdirent returns the next entry. What cannot be read is reported as one error after all
+// entries.
 func (h *dirHandle) Readdirent(ctx context.Context) (*fuse.DirEntry, syscall.Errno) {
 	for !h.ended {
 		e, err, ok := h.next()
@@ -68,7 +68,7 @@ func (h *dirHandle) Readdirent(ctx context.Context) (*fuse.DirEntry, syscall.Err
 	return nil, 0
 }
 
-// Seekdir goes to behind the entry with an offset.
+// Seekdir moves to after the entry with an offset.
 func (h *dirHandle) Seekdir(ctx context.Context, off uint64) syscall.Errno {
 	if off < h.off || h.ended {
 		h.rewind()
@@ -81,13 +81,23 @@ func (h *dirHandle) Seekdir(ctx context.Context, off uint64) syscall.Errno {
 	return 0
 }
 
-// Lookup makes the node of the entry that was given last, whose name need not be searched.
+// maxAhead is how many entries of a directory are returned with their metadata. Each such
+// entry is a node of some 2 KiB, which the kernel, and so this process, keeps until it needs
+// the memory, even if no program asks for the metadata.
+const maxAhead = 16 << 10
+
+// Lookup makes the node of the last entry returned, without a search for its name. After
+// maxAhead entries it makes none: by the error the kernel knows that there is no metadata,
+// and asks for it when a program does.
 func (h *dirHandle) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
+	if h.off > maxAhead {
+		return nil, syscall.EAGAIN
+	}
 	if name != h.last.Name {
 		return h.n.Lookup(ctx, name, out)
 	}
 	return h.n.vol.adopt(ctx, &h.n.Inode, h.n.node.Stat().Ino, h.last.Ino, out)
 }
 
-// Releasedir ends the reading.
+// Releasedir closes the directory.
 func (h *dirHandle) Releasedir(context.Context, uint32) { h.stop() }

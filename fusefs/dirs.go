@@ -10,17 +10,17 @@ import (
 	"github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
 
-	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/points"
 )
 
-// The directories above recovery points follow the catalogue: the kernel keeps
-// their names only so long.
+// catalogueTimeout is how long the kernel keeps names above recovery points, which follow the
+// catalogue.
 const catalogueTimeout = time.Second
 
-// foreverTimeout is for what lies in a recovery point and never changes.
+// foreverTimeout is for names and attributes in a recovery point, which never change.
 const foreverTimeout = time.Hour
 
-// dirAttr fills in a made-up directory.
+// dirAttr fills in the attributes of a virtual directory.
 func (f *FS) dirAttr(out *fuse.Attr, t time.Time) {
 	out.Mode = syscall.S_IFDIR | 0o555
 	out.Nlink = 2
@@ -30,23 +30,23 @@ func (f *FS) dirAttr(out *fuse.Attr, t time.Time) {
 
 func setTimes(out *fuse.Attr, t time.Time) { out.SetTimes(&t, &t, &t) }
 
-// everyone is embedded in nodes that all who came this far may enter: who may is
-// decided by the mount's options (and by the kernel where others are let in).
+// everyone is embedded in nodes without permissions of their own: the mount's options (and
+// the kernel, if other users are allowed) decide who gets here.
 type everyone struct{ spaceless }
 
 func (everyone) Access(context.Context, uint32) syscall.Errno { return 0 }
 
-// spaceless is embedded in nodes that are made up, and in disk.img: they have no space of their own.
+// spaceless is embedded in virtual nodes and in disk.img, which have no space of their own.
 type spaceless struct{}
 
-// Statfs tells how long names may be, and the size of a block: programs that reckon with these
+// Statfs reports the length of names and the size of a block: programs that use these
 // (NAME_MAX) do not work with zeroes.
 func (spaceless) Statfs(_ context.Context, out *fuse.StatfsOut) syscall.Errno {
 	out.Bsize, out.Frsize, out.NameLen = madeBlock, madeBlock, maxElement
 	return 0
 }
 
-// madeBlock is the block size of made-up files, in bytes.
+// madeBlock is the block size of virtual files, in bytes.
 const madeBlock = 4096
 
 // catalogDir is the root, a namespace or a volume.
@@ -65,15 +65,15 @@ var (
 	_ = (fs.NodeAccesser)((*catalogDir)(nil))
 )
 
-// child is an entry of a made-up directory.
+// child is an entry of a virtual directory.
 type child struct {
 	name string
-	key  string // what its inode number follows
+	key  string // determines its inode number
 	mode uint32
 	make func() fs.InodeEmbedder
 }
 
-// children lists what the catalogue has here now; false if the directory is gone.
+// children lists the current entries; false if the directory no longer exists.
 func (d *catalogDir) children() ([]child, bool) {
 	v := d.fs.view.Load()
 	var list []child
@@ -132,7 +132,7 @@ func (d *catalogDir) Lookup(ctx context.Context, name string, out *fuse.EntryOut
 	return adopt(ctx, d.fs, &d.Inode, list[i], out, catalogueTimeout)
 }
 
-// adopt makes a child's inode, or finds the one that there is.
+// adopt makes a child's inode, or finds the existing one.
 func adopt(ctx context.Context, f *FS, parent *fs.Inode, c child, out *fuse.EntryOut, timeout time.Duration) (*fs.Inode, syscall.Errno) {
 	node := c.make()
 	inode := parent.NewInode(ctx, node, fs.StableAttr{Mode: c.mode, Ino: f.numbers.path(c.key)})
@@ -170,7 +170,7 @@ func (d *catalogDir) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrO
 	return 0
 }
 
-// newest is the time of the newest point below.
+// newest returns the time of the newest point below.
 func (d *catalogDir) newest() time.Time {
 	var t time.Time
 	for ns, volumes := range d.fs.view.Load().namespaces {
@@ -189,7 +189,7 @@ func (d *catalogDir) newest() time.Time {
 	return t
 }
 
-// linkNode is a symbolic link that is made up.
+// linkNode is a virtual symbolic link.
 type linkNode struct {
 	fs.Inode
 	fs     *FS
@@ -218,7 +218,7 @@ type pointDir struct {
 	fs.Inode
 	everyone
 	fs   *FS
-	info *backup.Point
+	info *points.Point
 }
 
 var (
@@ -229,15 +229,19 @@ var (
 )
 
 const (
-	diskName  = "disk.img"
-	infoName  = "info.json"
-	filesName = "files"
+	diskName   = "disk.img"
+	streamName = "stream" // instead of disk.img and files
+	infoName   = "info.json"
+	filesName  = "files"
 )
 
 func (d *pointDir) Lookup(ctx context.Context, name string, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
 	p := d.fs.point(d.info)
+	if isDisk := name == diskName || name == filesName; isDisk && d.info.Stream || name == streamName && !d.info.Stream {
+		return nil, syscall.ENOENT
+	}
 	switch name {
-	case diskName:
+	case diskName, streamName:
 		return adopt(ctx, d.fs, &d.Inode, child{key: d.info.ID + "/disk.img", mode: syscall.S_IFREG, make: func() fs.InodeEmbedder {
 			return &diskNode{p: p}
 		}}, out, foreverTimeout)
@@ -252,6 +256,12 @@ func (d *pointDir) Lookup(ctx context.Context, name string, out *fuse.EntryOut) 
 }
 
 func (d *pointDir) Readdir(context.Context) (fs.DirStream, syscall.Errno) {
+	if d.info.Stream {
+		return fs.NewListDirStream([]fuse.DirEntry{
+			{Name: infoName, Mode: syscall.S_IFREG, Ino: d.fs.numbers.path(d.info.ID + "/info.json")},
+			{Name: streamName, Mode: syscall.S_IFREG, Ino: d.fs.numbers.path(d.info.ID + "/disk.img")},
+		}), 0
+	}
 	return fs.NewListDirStream([]fuse.DirEntry{
 		{Name: diskName, Mode: syscall.S_IFREG, Ino: d.fs.numbers.path(d.info.ID + "/disk.img")},
 		{Name: filesName, Mode: syscall.S_IFDIR},

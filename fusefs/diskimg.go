@@ -10,10 +10,11 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 
+	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/backup/overlay"
 )
 
-// diskNode is disk.img.
+// diskNode is disk.img, or the stream of a point that holds one, which is read-only.
 type diskNode struct {
 	fs.Inode
 	spaceless
@@ -39,43 +40,50 @@ type bytesOf = overlay.Base
 type openDisk struct {
 	handle
 	bytes bytesOf
-	over  *overlay.Overlay // nil where nothing can be written
+	over  *overlay.Overlay // nil if read-only
 }
 
-// handle counts an opened file of a point: the point stays leased.
-type handle struct{ p *point }
+// handle is an open file of a point: it keeps the point leased.
+type handle struct{ d *disks.Disk }
 
 var _ = (fs.FileReleaser)((*handle)(nil))
 
+// handle returns the handle for a file of the point, whose disk is open.
 func (p *point) handle() handle {
-	p.use()
-	p.handles.Add(1)
-	return handle{p}
+	h := handle{p.held.Load()}
+	if h.d != nil {
+		h.d.Begin()
+	}
+	return h
 }
 
 func (h handle) Release(context.Context) syscall.Errno {
-	h.p.use()
-	h.p.handles.Add(-1)
+	if h.d != nil {
+		h.d.End()
+	}
 	return 0
 }
 
+// writable reports whether the node can be written, to an overlay.
+func (n *diskNode) writable() bool { return n.p.fs.opt.Writable && !n.p.info.Stream }
+
 func (n *diskNode) Open(ctx context.Context, flags uint32) (fs.FileHandle, uint32, syscall.Errno) {
-	if writes(flags) && !n.p.fs.opt.Writable {
+	if writes(flags) && !n.writable() {
 		return nil, 0, syscall.EROFS
 	}
 	h := &openDisk{}
-	if n.p.fs.opt.Writable {
+	if n.writable() {
 		o, err := n.p.overlay(ctx)
 		if err != nil {
 			return nil, 0, n.p.errno(ctx, "open overlay", err)
 		}
 		h.bytes, h.over = o, o
 	} else {
-		img, err := n.p.image(ctx)
+		d, err := n.p.image(ctx)
 		if err != nil {
 			return nil, 0, n.p.errno(ctx, "open disk.img", err)
 		}
-		h.bytes = overlayBase{img}
+		h.bytes = d
 	}
 	h.handle = n.p.handle()
 	return h, fuse.FOPEN_KEEP_CACHE, 0
@@ -84,16 +92,16 @@ func (n *diskNode) Open(ctx context.Context, flags uint32) (fs.FileHandle, uint3
 func (n *diskNode) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
 	f := n.p.fs
 	out.Mode = syscall.S_IFREG | 0o400
-	if f.opt.Writable {
+	if n.writable() {
 		out.Mode |= 0o200
 	}
 	out.Nlink = 1
 	out.Uid, out.Gid = f.uid, f.gid
-	out.Size = uint64(n.p.info.Size) //nolint:gosec // not negative
+	out.Size = uint64(n.p.info.Size)
 	out.Blksize = 128 << 10
-	// How much of the disk is data stands in all its indexes, which are not read for
-	// this. Tools look for holes only in files that have fewer blocks than their
-	// size asks for, so there is one less.
+	// The amount of data is spread over all the disk's indexes, which are not read for this.
+	// Tools look for holes only in files with fewer blocks than their size needs, so there is
+	// one less.
 	if out.Blocks = out.Size / 512; out.Blocks > 0 {
 		out.Blocks--
 	}
@@ -102,13 +110,13 @@ func (n *diskNode) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut
 	return 0
 }
 
-// Setattr takes what changes nothing: a disk cannot be resized, and its times are
-// the recovery point's.
+// Setattr accepts only what changes nothing: a disk cannot be resized, and its times are the
+// recovery point's.
 func (n *diskNode) Setattr(ctx context.Context, f fs.FileHandle, in *fuse.SetAttrIn, out *fuse.AttrOut) syscall.Errno {
-	if !n.p.fs.opt.Writable {
+	if !n.writable() {
 		return syscall.EROFS
 	}
-	if size, ok := in.GetSize(); ok && int64(size) != n.p.info.Size { //nolint:gosec // compared only
+	if size, ok := in.GetSize(); ok && int64(size) != n.p.info.Size {
 		return syscall.EPERM
 	}
 	return n.Getattr(ctx, f, out)
@@ -124,7 +132,11 @@ func (n *diskNode) Read(ctx context.Context, f fs.FileHandle, dest []byte, off i
 		return fuse.ReadResultData(nil), 0
 	}
 	dest = dest[:min(int64(len(dest)), size-off)]
-	if _, err := h.bytes.ReadAt(ctx, dest, off); err != nil && !errors.Is(err, io.EOF) {
+	err := n.p.fs.inTime(ctx, func(ctx context.Context) error {
+		_, err := h.bytes.ReadAt(ctx, dest, off)
+		return err //nolint:wrapcheck // io.EOF must stay itself
+	})
+	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, n.p.errno(ctx, "read disk.img", err)
 	}
 	return fuse.ReadResultData(dest), 0
@@ -137,14 +149,18 @@ func (n *diskNode) Write(ctx context.Context, f fs.FileHandle, data []byte, off 
 	}
 	size := h.over.Size()
 	if off < 0 || off >= size {
-		return 0, syscall.ENOSPC // as a block device says
+		return 0, syscall.ENOSPC // as a block device does
 	}
 	data = data[:min(int64(len(data)), size-off)]
-	written, err := h.over.WriteAt(ctx, data, off)
+	var written int
+	err := n.p.fs.inTime(ctx, func(ctx context.Context) (err error) { // the rest of a block may have to be read
+		written, err = h.over.WriteAt(ctx, data, off)
+		return err //nolint:wrapcheck // passes through
+	})
 	if err != nil {
 		return 0, n.p.errno(ctx, "write disk.img", err)
 	}
-	return uint32(written), 0 //nolint:gosec // at most len(data)
+	return uint32(written), 0
 }
 
 func (n *diskNode) Fsync(ctx context.Context, f fs.FileHandle, _ uint32) syscall.Errno {
@@ -158,22 +174,22 @@ func (n *diskNode) Fsync(ctx context.Context, f fs.FileHandle, _ uint32) syscall
 	return n.p.errno(ctx, "flush overlay", h.over.Flush(ctx))
 }
 
-// Allocate punches holes and zeroes ranges: what a loop device makes of discards.
+// Allocate punches holes and zeroes ranges, as a loop device does for discards.
 func (n *diskNode) Allocate(ctx context.Context, f fs.FileHandle, off, size uint64, mode uint32) syscall.Errno {
 	h, ok := f.(*openDisk)
 	if !ok || h.over == nil {
 		return syscall.EBADF
 	}
-	total := uint64(h.over.Size()) //nolint:gosec // not negative
+	total := uint64(h.over.Size())
 	if off >= total {
 		return syscall.EINVAL
 	}
 	size = min(size, total-off)
 	switch mode {
 	case unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE:
-		return n.p.errno(ctx, "trim disk.img", h.over.Zero(ctx, int64(off), int64(size), false, false)) //nolint:gosec // below total
+		return n.p.errno(ctx, "trim disk.img", h.over.Zero(ctx, int64(off), int64(size), false, false))
 	case unix.FALLOC_FL_ZERO_RANGE, unix.FALLOC_FL_ZERO_RANGE | unix.FALLOC_FL_KEEP_SIZE:
-		return n.p.errno(ctx, "zero disk.img", h.over.Zero(ctx, int64(off), int64(size), true, false)) //nolint:gosec // below total
+		return n.p.errno(ctx, "zero disk.img", h.over.Zero(ctx, int64(off), int64(size), true, false))
 	}
 	return syscall.EOPNOTSUPP
 }
@@ -185,7 +201,7 @@ func (n *diskNode) Lseek(ctx context.Context, f fs.FileHandle, off uint64, whenc
 		return 0, syscall.EBADF
 	}
 	size := h.bytes.Size()
-	if off >= uint64(size) { //nolint:gosec // not negative
+	if off >= uint64(size) {
 		return 0, syscall.ENXIO
 	}
 	var wantZero bool
@@ -197,21 +213,23 @@ func (n *diskNode) Lseek(ctx context.Context, f fs.FileHandle, off uint64, whenc
 		return 0, syscall.EINVAL
 	}
 	at, found := int64(off), false //nolint:gosec // below size
-	err := h.bytes.Extents(ctx, at, size-at, func(length int64, _, zero bool) bool {
-		if zero == wantZero {
-			found = true
-			return false
-		}
-		at += length
-		return true
+	err := n.p.fs.inTime(ctx, func(ctx context.Context) error {
+		return h.bytes.Extents(ctx, at, size-at, func(length int64, _, zero bool) bool { //nolint:wrapcheck // passes through
+			if zero == wantZero {
+				found = true
+				return false
+			}
+			at += length
+			return true
+		})
 	})
 	switch {
 	case err != nil:
 		return 0, n.p.errno(ctx, "seek in disk.img", err)
 	case found:
-		return uint64(at), 0 //nolint:gosec // not negative
+		return uint64(at), 0
 	case wantZero:
-		return uint64(size), 0 //nolint:gosec // the end is a hole
+		return uint64(size), 0
 	}
 	return 0, syscall.ENXIO
 }

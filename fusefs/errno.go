@@ -9,8 +9,7 @@ import (
 	"github.com/varve-io/varve/fusefs/diskfs"
 )
 
-// errno is what a program is told of an error. What an errno cannot say is
-// logged.
+// errno returns the errno of an error, and logs what an errno cannot say.
 func (p *point) errno(ctx context.Context, op string, err error) syscall.Errno {
 	var no syscall.Errno
 	switch {

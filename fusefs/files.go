@@ -10,10 +10,10 @@ import (
 	"github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
 
-	"github.com/varve-io/varve/fusefs/diskfs/disk"
+	"github.com/varve-io/varve/fusefs/diskfs/volumes"
 )
 
-// errorName is the one file in the directory of a volume that cannot be read.
+// errorName is the only file in the directory of a volume that cannot be read.
 const errorName = "ERROR.txt"
 
 // filesRoot makes files/: the root of the file system on a whole disk, or a
@@ -34,9 +34,9 @@ func (p *point) filesRoot(ctx context.Context, parent *fs.Inode, out *fuse.Entry
 
 // volumesDir is the directory of volumes whose names begin with prefix: a logical
 // volume group/volume is two levels deep.
-func (p *point) volumesDir(prefix string, volumes []*disk.Volume) child {
+func (p *point) volumesDir(prefix string, vols []*volumes.Volume) child {
 	dir := &volumesNode{p: p, prefix: prefix}
-	for _, v := range volumes {
+	for _, v := range vols {
 		if rest, ok := strings.CutPrefix(v.Name, prefix); ok && rest != "" {
 			dir.volumes = append(dir.volumes, v)
 			name, _, _ := strings.Cut(rest, "/")
@@ -49,16 +49,16 @@ func (p *point) volumesDir(prefix string, volumes []*disk.Volume) child {
 }
 
 // volumeRoot is the root of one file system.
-func (p *point) volumeRoot(ctx context.Context, parent *fs.Inode, out *fuse.EntryOut, v *disk.Volume) (*fs.Inode, syscall.Errno) {
-	vol, err := p.open(v)
+func (p *point) volumeRoot(ctx context.Context, parent *fs.Inode, out *fuse.EntryOut, v *volumes.Volume) (*fs.Inode, syscall.Errno) {
+	vol, err := p.open(ctx, v)
 	if err != nil {
 		return p.failed(ctx, parent, out, "files/"+v.Name, err)
 	}
 	return vol.adopt(ctx, parent, vol.inodes.Root(), vol.inodes.Root(), out)
 }
 
-// failed is what stands in place of a file system that cannot be read. An error
-// that may pass is not shown so: it would stay in the kernel's memory.
+// failed makes the directory that replaces a file system that cannot be read. A temporary
+// error is returned instead, since the kernel would cache the directory.
 func (p *point) failed(ctx context.Context, parent *fs.Inode, out *fuse.EntryOut, place string, err error) (*fs.Inode, syscall.Errno) {
 	if !lasting(err) {
 		return nil, p.errno(ctx, "open "+place, err)
@@ -76,7 +76,7 @@ type volumesNode struct {
 	everyone
 	p       *point
 	prefix  string
-	volumes []*disk.Volume
+	volumes []*volumes.Volume
 	names   []string
 }
 

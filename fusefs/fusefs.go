@@ -10,44 +10,47 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/backup/overlay"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 )
 
 // Options say what to show and how.
 type Options struct {
 	// Volumes to show; all if empty.
-	Volumes []backup.Volume
+	Volumes []points.Volume
 	// Point, if set, is the only point shown.
-	Point *backup.Point
-	// Foreign shows disk images that other programs wrote as well.
+	Point *points.Point
+	// Foreign also shows disk images that other programs wrote.
 	Foreign bool
-	// Cluster is the one whose namespaces stand without its name in front.
+	// Cluster is the cluster whose namespaces have no cluster in their directory's name.
 	Cluster string
-	// Stale shows file systems whose journal cannot be replayed as they are.
+	// Stale shows file systems whose journal cannot be replayed, without its replay.
 	Stale bool
 	// CacheBytes bounds the decoded blocks in memory; 0 for 256 MiB.
 	CacheBytes int64
-	// Refresh is the time between looks for new points; 0 for 15 s, negative for never.
+	// Refresh is the interval of checks for new points; 0 for 15 s, negative for never.
 	Refresh time.Duration
-	// Writable gives each opened disk.img an overlay that takes what is written.
+	// ReadTimeout bounds the wait for the repository's storage in one read of a disk, or in
+	// opening what is on it; then it fails with EIO. 0 for no bound.
+	ReadTimeout time.Duration
+	// Writable gives each open disk.img an overlay for writes.
 	Writable bool
-	// OverlayDir keeps overlays, each in a directory named by its point, beyond the
-	// mount. If it is empty they lie below overlay.ScratchParent and go when the FS
-	// is closed, or, if this process is killed, when the next one makes an overlay
-	// there.
+	// OverlayDir keeps overlays, each in a directory named by its point, after the mount. If
+	// it is empty, they are below overlay.ScratchParent and are deleted when the FS is
+	// closed, or, if this process is killed, when the next FS makes an overlay there.
 	OverlayDir string
-	// OverlayLimit is the most bytes that each overlay takes; 0 for no limit.
+	// OverlayLimit is the maximum size of each overlay in bytes; 0 for no limit.
 	OverlayLimit int64
-	// AllowOther lets other users in, by the permissions and access lists of the files.
-	// disk.img stays the mounting user's.
+	// AllowOther gives other users access, by the permissions and access lists of the files.
+	// disk.img stays reserved for the mounting user.
 	AllowOther bool
-	// Aside is what MountKernel mounts and unmounts loop devices by; if it is nil this process
-	// does it itself, and must not be killed meanwhile.
+	// Aside mounts and unmounts loop devices for MountKernel; if it is nil this process does
+	// so itself, and must not be killed during that.
 	Aside Aside
-	// Log takes what a program cannot be told by an errno; nil for slog's default.
+	// Log receives what an errno cannot say; nil for no log.
 	Log *slog.Logger
 }
 
@@ -62,6 +65,7 @@ type FS struct {
 	opt   Options
 	log   *slog.Logger
 	cache *image.Cache
+	disks *disks.Disks
 	uid   uint32
 	gid   uint32
 
@@ -69,14 +73,13 @@ type FS struct {
 	mu      sync.Mutex // guards points, scratch, named, closed
 	closed  bool
 	points  map[string]*point
-	scratch *overlay.Scratch // for overlays that are not kept, once there is one
-	named   *overlay.Dir     // the lock on opt.OverlayDir, once there is an overlay
-	fetched fetched
+	scratch *overlay.Scratch // for overlays that are not kept; nil before the first
+	named   *overlay.Dir     // the lock on opt.OverlayDir; nil before the first overlay
 	numbers numbers
 	names   nameBudget
 
 	stop context.CancelFunc
-	done sync.WaitGroup // the refresher, and leases on their way
+	done sync.WaitGroup // the refresher
 	ctx  context.Context
 }
 
@@ -89,36 +92,36 @@ func New(ctx context.Context, repo *repository.Repository, opt Options) (*FS, er
 		opt.Refresh = defaultRefresh
 	}
 	if opt.Log == nil {
-		opt.Log = slog.Default()
+		opt.Log = slog.New(slog.DiscardHandler)
 	}
 	f := &FS{
 		repo: repo, opt: opt, log: opt.Log, points: map[string]*point{},
-		uid: uint32(os.Getuid()), gid: uint32(os.Getgid()), //nolint:gosec // IDs are not negative here
+		uid: uint32(os.Getuid()), gid: uint32(os.Getgid()),
 	}
 	if err := f.load(ctx); err != nil {
 		return nil, err
 	}
 	f.cache = image.NewCache(opt.CacheBytes)
+	f.cache.LimitReads(opt.ReadTimeout)
+	f.disks = disks.New(repo, f.cache, disks.Options{Purpose: "mount", Lease: disks.Idle, Streams: true, Timeout: opt.ReadTimeout, Log: opt.Log, Overlays: &disks.Overlays{
+		Dir: f.overlayDir, Limit: opt.OverlayLimit, Keep: opt.OverlayDir != "",
+	}})
 	f.ctx, f.stop = context.WithCancel(context.WithoutCancel(ctx))
 	f.background(f.run)
 	return f, nil
 }
 
-// Close stops what runs in the background, gives leases back and closes overlays.
-// Nothing may be mounted any more.
+// Close stops background work, releases leases and closes overlays. Unmount before.
 func (f *FS) Close() error {
 	f.mu.Lock()
 	f.closed = true
 	f.mu.Unlock()
 	f.stop()
 	f.done.Wait()
+	errs := []error{f.disks.Close(context.WithoutCancel(f.ctx))}
+	f.cache.Close()
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	var errs []error
-	for _, p := range f.points {
-		errs = append(errs, p.close())
-	}
-	f.cache.Close()
 	if f.scratch != nil {
 		errs = append(errs, f.scratch.Close())
 	}
@@ -138,24 +141,25 @@ func (f *FS) background(fn func()) {
 // Refresh reads the catalogue again.
 func (f *FS) Refresh(ctx context.Context) error {
 	if err := f.repo.Refresh(ctx); err != nil {
-		return err //nolint:wrapcheck // says what failed
+		return err
 	}
 	return f.load(ctx)
 }
 
-// Stats are the counters of the FS's cache.
+// Stats returns the counters of the FS's cache.
 func (f *FS) Stats() image.CacheStats { return f.cache.Stats() }
 
-// Fetched is what reading the tree has cost up to now.
+// Fetched returns what was read from the repository for the tree until now.
 func (f *FS) Fetched() FetchedInfo {
-	return FetchedInfo{Bytes: f.fetched.bytes.Load(), Blocks: f.fetched.reads.Load()}
+	bytes, blocks := f.disks.Fetched()
+	return FetchedInfo{Bytes: bytes, Blocks: blocks}
 }
 
-// Points counts the recovery points that are shown.
+// Points returns the number of recovery points shown.
 func (f *FS) Points() int { return len(f.view.Load().ids) }
 
-// Missing lists the volumes of the options that have no recovery point now.
-func (f *FS) Missing() (list []backup.Volume) {
+// Missing lists the volumes of Options that have no recovery point now.
+func (f *FS) Missing() (list []points.Volume) {
 	for _, v := range f.opt.Volumes {
 		if !f.view.Load().volumes[v] {
 			list = append(list, v)
@@ -164,24 +168,19 @@ func (f *FS) Missing() (list []backup.Volume) {
 	return list
 }
 
-// OpenPoints counts those that were read.
+// OpenPoints returns the number of points that were read.
 func (f *FS) OpenPoints() int { return len(f.open()) }
 
-// Overlays gives the scratch space that overlays take in bytes, and their number.
+// Overlays returns the scratch space of all overlays in bytes, and their number.
 func (f *FS) Overlays() (bytes int64, n int) {
-	for _, p := range f.open() {
-		if o := p.overlayOpen(); o != nil {
-			bytes, n = bytes+o.Used(), n+1
-		}
-	}
-	return bytes, n
+	return f.disks.OverlayBytes()
 }
 
-// load makes the view of the catalogue as the repository is known now.
+// load rebuilds the view from the repository as last refreshed.
 func (f *FS) load(ctx context.Context) error {
-	list := []*backup.Point{f.opt.Point}
+	list := []*points.Point{f.opt.Point}
 	if f.opt.Point == nil {
-		cat, err := backup.List(ctx, f.repo, backup.ListOptions{Foreign: f.opt.Foreign})
+		cat, err := points.List(ctx, f.repo, points.ListOptions{Foreign: f.opt.Foreign})
 		if err != nil {
 			return fmt.Errorf("list recovery points: %w", err)
 		}
@@ -193,11 +192,11 @@ func (f *FS) load(ctx context.Context) error {
 	return nil
 }
 
-// run looks for new points, and gives back leases of points that are idle.
+// run checks for new points, and releases leases of idle points.
 func (f *FS) run() {
 	every := f.opt.Refresh
 	if every < 0 || f.opt.Point != nil {
-		every = leaseIdle
+		every = disks.IdleTime
 	}
 	tick := time.NewTicker(every)
 	defer tick.Stop()
@@ -209,12 +208,10 @@ func (f *FS) run() {
 		}
 		if f.opt.Refresh > 0 && f.opt.Point == nil {
 			if err := f.Refresh(f.ctx); err != nil && f.ctx.Err() == nil {
-				f.log.Warn("cannot look for new recovery points; those known stay", "error", err)
+				f.log.Warn("cannot check for new recovery points; known ones stay", "error", err)
 			}
 		}
-		for _, p := range f.open() {
-			p.releaseIdle()
-		}
+		f.disks.ReleaseIdle(f.ctx)
 	}
 }
 
@@ -228,8 +225,8 @@ func (f *FS) open() []*point {
 	return list
 }
 
-// point gives the open state of a recovery point.
-func (f *FS) point(info *backup.Point) *point {
+// point returns the open state of a recovery point.
+func (f *FS) point(info *points.Point) *point {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	p := f.points[info.ID]
@@ -240,7 +237,7 @@ func (f *FS) point(info *backup.Point) *point {
 	return p
 }
 
-// forget drops the state of points that are gone and that nobody reads.
+// forget drops the state of points that are deleted and not in use.
 func (f *FS) forget(v *view) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -255,7 +252,7 @@ func (f *FS) forget(v *view) {
 	}
 }
 
-// overlayDir is where a point's overlay lies.
+// overlayDir returns the directory for overlays.
 func (f *FS) overlayDir() (string, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -263,7 +260,7 @@ func (f *FS) overlayDir() (string, error) {
 		if f.named == nil {
 			d, err := overlay.TakeDir(f.opt.OverlayDir)
 			if err != nil {
-				return "", err //nolint:wrapcheck // says what failed
+				return "", err
 			}
 			f.named = d
 		}
@@ -272,7 +269,7 @@ func (f *FS) overlayDir() (string, error) {
 	if f.scratch == nil {
 		s, err := overlay.NewScratch(overlay.ScratchParent())
 		if err != nil {
-			return "", err //nolint:wrapcheck // says what failed
+			return "", err
 		}
 		f.scratch = s
 	}

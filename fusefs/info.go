@@ -10,7 +10,7 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 )
 
-// Info is what info.json holds.
+// Info is the content of info.json.
 type Info struct {
 	Name       string       `json:"name"`
 	ID         string       `json:"id"`
@@ -25,7 +25,7 @@ type Info struct {
 	BlockSize  int64        `json:"blockSize,omitempty"`
 	Pins       []string     `json:"pins,omitempty"`
 	Foreign    string       `json:"foreign,omitempty"`
-	Volumes    []VolumeInfo `json:"volumes,omitempty"` // once files/ was looked into
+	Volumes    []VolumeInfo `json:"volumes,omitempty"` // once files/ was opened
 	Fetched    FetchedInfo  `json:"fetched"`
 	Overlay    *OverlayInfo `json:"overlay,omitempty"`
 }
@@ -35,35 +35,40 @@ type VolumeInfo struct {
 	Name    string `json:"name"` // "" for the whole disk
 	Type    string `json:"type,omitempty"`
 	Size    int64  `json:"size"`
-	Note    string `json:"note,omitempty"`    // what to know of the content: that it is one side of a mirror
+	Note    string `json:"note,omitempty"`    // about the content, such as that it is one side of a mirror
 	Journal string `json:"journal,omitempty"` // once the volume was opened
 }
 
-// FetchedInfo is what reading the point through this mount has cost. Blocks that
-// another point brought into the cache cost nothing.
+// FetchedInfo is what was read from the repository for the point through this mount. Blocks
+// that another point brought into the cache are not counted.
 type FetchedInfo struct {
 	Bytes  int64 `json:"bytes"` // decoded
 	Blocks int64 `json:"blocks"`
 }
 
-// OverlayInfo is what was written to disk.img.
+// OverlayInfo describes what was written to disk.img.
 type OverlayInfo struct {
 	Used int64 `json:"used"` // bytes of scratch space
 }
 
-// info is the state of the point now.
+// Info returns the current state of the point.
 func (p *point) Info() Info {
 	i := p.info
 	out := Info{
 		Name: i.Name(), ID: i.ID, Cluster: i.Volume.Cluster, Namespace: i.Volume.Namespace, Volume: i.Volume.Name,
 		Time: i.Time, Size: i.Size, Kind: i.Kind, Generation: i.Generation, Parent: i.Parent,
 		BlockSize: i.BlockSize, Pins: i.Pins, Foreign: i.Foreign,
-		Fetched: FetchedInfo{Bytes: p.store.bytes.Load(), Blocks: p.store.reads.Load()},
+	}
+	if d := p.held.Load(); d != nil {
+		out.Fetched.Bytes, out.Fetched.Blocks = d.Fetched()
+		if o := d.Overlay(); o != nil {
+			out.Overlay = &OverlayInfo{Used: o.Used()}
+		}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.disk != nil {
-		for _, v := range p.disk.Volumes {
+	if p.layout != nil {
+		for _, v := range p.layout.Volumes {
 			vi := VolumeInfo{Name: v.Name, Type: v.Type, Size: v.Size, Note: v.Note}
 			if vol := p.volumes[v]; vol != nil {
 				vi.Journal = vol.inodes.Info().Log.String()
@@ -71,13 +76,10 @@ func (p *point) Info() Info {
 			out.Volumes = append(out.Volumes, vi)
 		}
 	}
-	if p.over != nil {
-		out.Overlay = &OverlayInfo{Used: p.over.Used()}
-	}
 	return out
 }
 
-// infoNode is info.json. Its text is made when it is opened.
+// infoNode is info.json. Its text is made at each open.
 type infoNode struct {
 	fs.Inode
 	everyone
@@ -91,7 +93,7 @@ var (
 	_ = (fs.NodeAccesser)((*infoNode)(nil))
 )
 
-// text is an opened text that was made up.
+// text is an open virtual text file.
 type text struct{ b []byte }
 
 func (n *infoNode) text() []byte {
@@ -117,7 +119,7 @@ func (n *infoNode) Read(_ context.Context, f fs.FileHandle, dest []byte, off int
 	return fuse.ReadResultData(part(t.b, off, len(dest))), 0
 }
 
-// part is the bytes of b at off, at most n.
+// part returns the bytes of b at off, at most n.
 func part(b []byte, off int64, n int) []byte {
 	if off < 0 || off >= int64(len(b)) {
 		return nil
@@ -136,7 +138,7 @@ func (n *infoNode) Getattr(_ context.Context, f fs.FileHandle, out *fuse.AttrOut
 	out.Mode = syscall.S_IFREG | 0o444
 	out.Nlink = 1
 	out.Uid, out.Gid = n.p.fs.uid, n.p.fs.gid
-	out.Size = uint64(size) //nolint:gosec // a length
+	out.Size = uint64(size)
 	setTimes(&out.Attr, n.p.info.Time)
 	return 0
 }

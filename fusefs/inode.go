@@ -23,8 +23,8 @@ type inodeNode struct {
 	vol  *volume
 	node diskfs.Inode
 
-	mu    sync.Mutex        // guards what follows
-	names map[string]uint64 // of a directory that is searched often
+	mu    sync.Mutex        // guards the following
+	names map[string]uint64 // of a directory with many lookups
 	asked int               // lookups without names
 }
 
@@ -47,11 +47,11 @@ var (
 type nameBudget struct{ left atomic.Int64 }
 
 const (
-	maxNames   = 4 << 20 // kept names in all
+	maxNames   = 4 << 20 // names kept, in all directories
 	oftenAsked = 16      // lookups after which a directory's names are kept
 )
 
-// adopt makes the node of an inode that directory dir names, or finds the one that there is.
+// adopt makes the node of an inode that directory dir names, or finds the existing one.
 func (v *volume) adopt(ctx context.Context, parent *fs.Inode, dir, ino uint64, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
 	v.point.use()
 	node, err := v.inodes.Inode(ino)
@@ -68,16 +68,16 @@ func (v *volume) adopt(ctx context.Context, parent *fs.Inode, dir, ino uint64, o
 	}), 0
 }
 
-// attr tells an inode's metadata as the kernel's own driver would.
+// attr fills in an inode's metadata as the kernel's own driver would.
 func (v *volume) attr(out *fuse.Attr, st *diskfs.Stat) {
 	out.Ino = v.numbers.of(st.Ino)
 	out.Mode = st.Mode
 	out.Nlink = st.Nlink
 	out.Uid, out.Gid = st.UID, st.GID
-	out.Rdev = uint32(unix.Mkdev(st.Major, st.Minor)) //nolint:gosec // the kernel's own device numbers have 32 bits
-	out.Size = uint64(st.Size)                        //nolint:gosec // not negative
-	out.Blocks = uint64(st.Blocks)                    //nolint:gosec // not negative
-	out.Blksize = uint32(st.BlockSize)                //nolint:gosec // not negative
+	out.Rdev = uint32(unix.Mkdev(st.Major, st.Minor))
+	out.Size = uint64(st.Size)
+	out.Blocks = uint64(st.Blocks)
+	out.Blksize = uint32(st.BlockSize)
 	out.SetTimes(&st.Atime, &st.Mtime, &st.Ctime)
 }
 
@@ -94,7 +94,7 @@ func (n *inodeNode) Statx(_ context.Context, _ fs.FileHandle, _, _ uint32, out *
 	n.vol.attr(&a, st)
 	out.Mask = unix.STATX_BASIC_STATS
 	out.Blksize, out.Nlink, out.Uid, out.Gid = a.Blksize, a.Nlink, a.Uid, a.Gid
-	out.Mode = uint16(a.Mode) //nolint:gosec // 16 bits
+	out.Mode = uint16(a.Mode)
 	out.Ino, out.Size, out.Blocks = a.Ino, a.Size, a.Blocks
 	out.RdevMajor, out.RdevMinor = st.Major, st.Minor
 	out.Atime = fuse.SxTime{Sec: a.Atime, Nsec: a.Atimensec}
@@ -102,7 +102,7 @@ func (n *inodeNode) Statx(_ context.Context, _ fs.FileHandle, _, _ uint32, out *
 	out.Ctime = fuse.SxTime{Sec: a.Ctime, Nsec: a.Ctimensec}
 	if !st.Btime.IsZero() {
 		out.Mask |= unix.STATX_BTIME
-		out.Btime = fuse.SxTime{Sec: uint64(st.Btime.Unix()), Nsec: uint32(st.Btime.Nanosecond())} //nolint:gosec // as the kernel has it
+		out.Btime = fuse.SxTime{Sec: uint64(st.Btime.Unix()), Nsec: uint32(st.Btime.Nanosecond())}
 	}
 	out.SetTimeout(foreverTimeout)
 	return 0
@@ -117,8 +117,8 @@ func (n *inodeNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut)
 	return n.vol.adopt(ctx, &n.Inode, n.node.Stat().Ino, ino, out)
 }
 
-// find searches a name. Many formats search a directory from its start, so that
-// one which is asked often is listed once and remembered.
+// find searches a name. Many formats search a directory from its start, so a directory with
+// many lookups is listed once and its names kept.
 func (n *inodeNode) find(name string) (uint64, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -127,7 +127,7 @@ func (n *inodeNode) find(name string) (uint64, error) {
 			n.remember()
 		}
 		if n.names == nil {
-			return n.node.Lookup(name) //nolint:wrapcheck // an errno is made of it
+			return n.node.Lookup(name)
 		}
 	}
 	ino, ok := n.names[name]
@@ -137,8 +137,7 @@ func (n *inodeNode) find(name string) (uint64, error) {
 	return ino, nil
 }
 
-// remember keeps a directory's names, if all can be read and the budget of the mount has
-// room for them.
+// remember keeps a directory's names, if all can be read and the mount's budget allows it.
 func (n *inodeNode) remember() {
 	budget := &n.vol.point.fs.names.left
 	names := map[string]uint64{}
@@ -158,7 +157,7 @@ func (n *inodeNode) remember() {
 	n.names = names
 }
 
-// OnForget gives back what the directory had of the budget.
+// OnForget returns the directory's part of the budget.
 func (n *inodeNode) OnForget() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -166,7 +165,7 @@ func (n *inodeNode) OnForget() {
 	n.names = nil
 }
 
-// modeOf gives the type bits of st_mode, 0 where the type is not known.
+// modeOf returns the type bits of st_mode, 0 for an unknown type.
 func modeOf(m iofs.FileMode) uint32 {
 	switch m.Type() {
 	case 0:
@@ -202,7 +201,7 @@ func (n *inodeNode) Getxattr(ctx context.Context, name string, dest []byte) (uin
 			return fill(dest, a.Value)
 		}
 	}
-	if err != nil { // it may be among those that cannot be read
+	if err != nil { // it may be one that cannot be read
 		return 0, n.vol.point.errno(ctx, "read attributes", err)
 	}
 	return 0, syscall.ENODATA
@@ -211,7 +210,7 @@ func (n *inodeNode) Getxattr(ctx context.Context, name string, dest []byte) (uin
 func (n *inodeNode) Listxattr(ctx context.Context, dest []byte) (uint32, syscall.Errno) {
 	attrs, err := n.node.Xattrs()
 	if err != nil {
-		// A list that is not whole has no errno: it is logged.
+		// An incomplete list has no errno: it is logged.
 		if no := n.vol.point.errno(ctx, "list attributes", err); len(attrs) == 0 {
 			return 0, no
 		}
@@ -226,9 +225,9 @@ func (n *inodeNode) Listxattr(ctx context.Context, dest []byte) (uint32, syscall
 // fill answers as getxattr(2): the length, and the bytes if they fit.
 func fill(dest, b []byte) (uint32, syscall.Errno) {
 	if len(dest) < len(b) {
-		return uint32(len(b)), syscall.ERANGE //nolint:gosec // attributes are small
+		return uint32(len(b)), syscall.ERANGE
 	}
-	return uint32(copy(dest, b)), 0 //nolint:gosec // attributes are small
+	return uint32(copy(dest, b)), 0
 }
 
 func (n *inodeNode) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32, syscall.Errno) {
@@ -249,7 +248,7 @@ func (n *inodeNode) Read(ctx context.Context, _ fs.FileHandle, dest []byte, off 
 
 // Lseek finds data and holes by the file's extents.
 func (n *inodeNode) Lseek(ctx context.Context, _ fs.FileHandle, off uint64, whence uint32) (uint64, syscall.Errno) {
-	size := uint64(n.node.Stat().Size) //nolint:gosec // not negative
+	size := uint64(n.node.Stat().Size)
 	if off >= size {
 		return 0, syscall.ENXIO
 	}
@@ -257,7 +256,7 @@ func (n *inodeNode) Lseek(ctx context.Context, _ fs.FileHandle, off uint64, when
 		return 0, syscall.EINVAL
 	}
 	for at := off; ; {
-		e, err := n.node.NextData(int64(at)) //nolint:gosec // below the size
+		e, err := n.node.NextData(int64(at))
 		switch {
 		case errors.Is(err, io.EOF) && whence == unix.SEEK_DATA:
 			return 0, syscall.ENXIO
@@ -266,27 +265,27 @@ func (n *inodeNode) Lseek(ctx context.Context, _ fs.FileHandle, off uint64, when
 		case err != nil:
 			return 0, n.vol.point.errno(ctx, "seek in a file", err)
 		}
-		start := uint64(e.Offset) //nolint:gosec // at or behind off
+		start := uint64(e.Offset)
 		switch {
 		case whence == unix.SEEK_DATA:
 			return start, 0
 		case start > at:
 			return at, 0
 		}
-		if at = start + uint64(e.Length); at >= size { //nolint:gosec // positive
+		if at = start + uint64(e.Length); at >= size {
 			return size, 0
 		}
 	}
 }
 
-// Statfs tells the volume's own size and space.
+// Statfs reports the size and free space of the volume.
 func (n *inodeNode) Statfs(_ context.Context, out *fuse.StatfsOut) syscall.Errno {
 	info := n.vol.inodes.Info()
 	block := max(info.BlockSize, 512)
-	out.Bsize, out.Frsize = uint32(block), uint32(block) //nolint:gosec // at most 64 KiB
-	out.Blocks = uint64(info.Size / block)               //nolint:gosec // not negative
+	out.Bsize, out.Frsize = uint32(block), uint32(block)
+	out.Blocks = uint64(info.Size / block)
 	if info.Free > 0 {
-		out.Bfree = uint64(info.Free / block) //nolint:gosec // positive
+		out.Bfree = uint64(info.Free / block)
 	}
 	out.Files = info.Files
 	out.NameLen = maxElement

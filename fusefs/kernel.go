@@ -7,44 +7,43 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/varve-io/varve/fusefs/diskfs/disk"
+	"github.com/varve-io/varve/blockdev"
+	"github.com/varve-io/varve/fusefs/diskfs/volumes"
 )
 
-// kernelState is where the trees lie that kernel mounts stand on, one directory for
-// each directory that is mounted on.
+// kernelState holds the trees below kernel mounts, one directory for each mounted directory.
 const kernelState = "/run/varve"
 
 // KernelMounted is a file system of one recovery point, mounted by the kernel.
 type KernelMounted struct {
 	Dir    string // absolute
-	by     BlockDevices
+	by     blockdev.Driver
 	aside  Aside
-	tree   *Mounted     // below a loop device
-	device *BlockDevice // else
-	handle handle       // of the point, where there is no tree
+	tree   *Mounted         // with a loop device
+	device *blockdev.Device // otherwise
+	handle handle           // of the point, without a tree
 }
 
-// MountKernel mounts a volume of the FS's only point read-only at dir, with the
-// kernel's own driver: on a device that by makes, or, where by is nil, on a loop device
-// over disk.img in a tree of its own. The journal, if it needs to be, is replayed into
-// the overlay of the disk, so the FS must be writable. volume is a partition's name
-// ("p1"), or empty on a disk without partitions.
+// MountKernel mounts a volume of the FS's only point read-only at dir, with the kernel's own
+// driver: on a device made by by, or, if by is nil, on a loop device over disk.img in a
+// separate tree. A journal is replayed into the overlay of the disk if necessary, so the FS
+// must be writable. volume is a partition's name ("p1"), or empty on a disk without
+// partitions.
 //
-// The device goes with the mount, whoever unmounts. What a killed process left at dir
-// is taken away first.
-func (f *FS) MountKernel(dir, volume string, by BlockDevices) (m *KernelMounted, err error) {
+// The device is removed with the mount, whatever unmounts it. What a killed process left at
+// dir is removed first.
+func (f *FS) MountKernel(dir, volume string, by blockdev.Driver) (m *KernelMounted, err error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("mounting with the kernel needs root; files can be read without by 'varve mount', 'varve ls' and 'varve cp'")
 	}
 	if f.opt.Point == nil || !f.opt.Writable {
-		return nil, errors.New("mount with the kernel: this needs one recovery point and an overlay")
+		return nil, errors.New("mount with the kernel: needs one recovery point and an overlay")
 	}
 	if dir, err = absolute(dir); err != nil {
 		return nil, err
@@ -82,28 +81,10 @@ func (f *FS) MountKernel(dir, volume string, by BlockDevices) (m *KernelMounted,
 	return m, nil
 }
 
-// mountDevice mounts the file system on a device.
-func mountDevice(device, typ, dir string) error {
-	// No programs and devices of a stranger's disk.
-	options := "ro,nosuid,nodev"
-	if typ == "xfs" {
-		options += ",nouuid" // the disk itself may be mounted as well
-	}
-	args := []string{"-o", options, device, dir}
-	if typ != "" {
-		args = append([]string{"-t", typ}, args...)
-	}
-	out, err := exec.Command("mount", args...).CombinedOutput() //nolint:gosec // names checked by diskfs and this package
-	if err != nil {
-		return fmt.Errorf("mount with the kernel: %w: %s", err, strings.Join(strings.Fields(string(out)), " "))
-	}
-	return nil
-}
-
-// diskPath is where disk.img of the FS's only point lies in the tree.
+// diskPath returns the path of disk.img of the FS's only point in the tree.
 func (f *FS) diskPath() string {
-	for ns, volumes := range f.view.Load().namespaces {
-		for name, v := range volumes {
+	for ns, vols := range f.view.Load().namespaces {
+		for name, v := range vols {
 			return filepath.Join(ns, name, v.latest, diskName)
 		}
 	}
@@ -111,7 +92,7 @@ func (f *FS) diskPath() string {
 }
 
 // kernelVolume finds the volume to mount.
-func kernelVolume(d *disk.Disk, name string) (*disk.Volume, error) {
+func kernelVolume(d *volumes.Disk, name string) (*volumes.Volume, error) {
 	var have []string
 	for _, v := range d.Volumes {
 		if err := kernelRefuses(v, name); err != nil {
@@ -135,22 +116,22 @@ func kernelVolume(d *disk.Disk, name string) (*disk.Volume, error) {
 		return nil, fmt.Errorf("this disk has partitions: name one of %s with --partition", strings.Join(have, ", "))
 	}
 	if len(have) == 0 {
-		return nil, fmt.Errorf("there is no partition %s: the disk has none, leave --partition away", name)
+		return nil, fmt.Errorf("there is no partition %s: the disk has none; leave out --partition", name)
 	}
 	return nil, fmt.Errorf("there is no partition %s: there are %s", name, strings.Join(have, ", "))
 }
 
-// kernelRefuses says why a volume that was asked for cannot be mounted through a loop device:
-// logical volumes need the device mapper, and arrays, encrypted volumes and the like hold no
-// file system that can be mounted by itself.
-func kernelRefuses(v *disk.Volume, name string) error {
+// kernelRefuses returns why the named volume cannot be mounted through a loop device: logical
+// volumes need the device mapper, and arrays, encrypted volumes and the like hold no file
+// system that can be mounted by itself.
+func kernelRefuses(v *volumes.Volume, name string) error {
 	if v.Name != name {
 		return nil
 	}
 	logical := v.Partition == nil && v.Name != ""
 	if v.Type != "LVM2_member" {
 		if err := v.Unmountable(); err != nil || !logical {
-			return err //nolint:wrapcheck // says what the volume is, and what to do
+			return err
 		}
 	}
 	what := "is a physical volume of LVM"
@@ -164,8 +145,8 @@ func kernelRefuses(v *disk.Volume, name string) error {
 		"for the kernel's driver attach the disk ('varve attach'), then 'vgchange -ay' and mount", name, what)
 }
 
-// Done is closed when nobody reads through the device any more: the tree below it
-// is not mounted, or the kernel has let go of it.
+// Done is closed when the device is no longer used: the tree below it is unmounted, or the
+// kernel has released it.
 func (m *KernelMounted) Done() <-chan struct{} {
 	if m.device != nil {
 		return m.device.Done
@@ -173,8 +154,8 @@ func (m *KernelMounted) Done() <-chan struct{} {
 	return m.tree.Done()
 }
 
-// Close unmounts, and takes away what is below; where programs have files open, they
-// get errors from then on.
+// Close unmounts, and removes what is below; programs with open files get errors from then
+// on.
 func (m *KernelMounted) Close() error {
 	if m.device != nil {
 		return m.closeDevice()
@@ -195,20 +176,20 @@ func (m *KernelMounted) Close() error {
 	return errors.Join(err, m.tree.Close(), removeTree(m.Dir))
 }
 
-// kernelTree is the directory of the tree under a kernel mount.
+// kernelTree returns the directory of the tree below a kernel mount.
 func kernelTree(dir string) string {
 	sum := sha256.Sum256([]byte(dir))
 	return filepath.Join(kernelState, "kernel-"+hex.EncodeToString(sum[:8]))
 }
 
 func removeTree(dir string) error {
-	if err := os.Remove(kernelTree(dir)); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EBUSY) { // busy: another's
+	if err := os.Remove(kernelTree(dir)); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EBUSY) { // busy: used by another process
 		return fmt.Errorf("clean up: %w", err)
 	}
 	return nil
 }
 
-// IsKernelMount reports whether a kernel mount of ours, served or not, is at dir.
+// IsKernelMount reports whether a kernel mount of Varve's, served or not, is at dir.
 func IsKernelMount(dir string) bool {
 	dir, err := absolute(dir)
 	if err != nil {
@@ -218,9 +199,9 @@ func IsKernelMount(dir string) bool {
 	return err == nil || dead(err)
 }
 
-// UnmountKernel unmounts what MountKernel mounted; its process ends by itself. by is as
-// it was there, or any that can tell its devices. Errors: ErrBusy.
-func UnmountKernel(dir string, lazy bool, by BlockDevices) error {
+// UnmountKernel unmounts what MountKernel mounted; that process then ends. by is the same, or
+// any driver that knows its devices. Errors: ErrBusy.
+func UnmountKernel(dir string, lazy bool, by blockdev.Driver) error {
 	dir, err := absolute(dir)
 	if err != nil {
 		return err
@@ -231,17 +212,17 @@ func UnmountKernel(dir string, lazy bool, by BlockDevices) error {
 	return clearKernel(dir, by)
 }
 
-// clearKernel takes away what was below a mount: a tree, or a device.
-func clearKernel(dir string, by BlockDevices) error {
+// clearKernel removes what was below a mount: a tree, or a device.
+func clearKernel(dir string, by blockdev.Driver) error {
 	if err := Unmount(kernelTree(dir), true); err != nil && !errors.Is(err, ErrNotMounted) {
 		return err
 	}
 	return errors.Join(detachDevice(dir, by), removeTree(dir))
 }
 
-// unmountKernel takes the kernel's mount away, and with it the device.
-func unmountKernel(dir string, lazy bool, by BlockDevices) error {
-	ours, err := loopsOver(kernelTree(dir))
+// unmountKernel removes the kernel's mount, and with it the device.
+func unmountKernel(dir string, lazy bool, by blockdev.Driver) error {
+	ours, err := blockdev.LoopsOver(kernelTree(dir), diskName)
 	if err != nil {
 		return err
 	}
@@ -267,15 +248,15 @@ func unmountKernel(dir string, lazy bool, by BlockDevices) error {
 	return nil
 }
 
-// CleanKernel takes away what a killed process left of a mount at dir. A mount that
-// is being served is an error.
-func CleanKernel(dir string, by BlockDevices) error {
+// CleanKernel removes what a killed process left of a mount at dir. It fails if the mount is
+// being served.
+func CleanKernel(dir string, by blockdev.Driver) error {
 	dir, err := absolute(dir)
 	if err != nil {
 		return err
 	}
 	if !IsKernelMount(dir) {
-		return nil // nothing of ours was ever here
+		return nil // no mount of Varve's
 	}
 	tree := kernelTree(dir)
 	served, err := isServed(dir)

@@ -8,22 +8,22 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository/repotest"
 	"github.com/varve-io/varve/fusefs"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
 
-// The kernel mounts a point whose journal is dirty, sees what a mount of the disk
-// would, and leaves neither mounts nor loop devices.
+// The kernel mounts a point with a dirty journal, shows what a mount of the disk would, and
+// leaves neither mounts nor loop devices.
 func TestKernelMountOfADirtyJournal(t *testing.T) {
 	for name, mkfs := range map[string][]string{"ext4": mkExt4, "xfs": mkXFS} {
 		t.Run(name, func(t *testing.T) {
 			needFUSE(t)
 			image := crash(t, newVolume(t, 320*mib, slices.Clone(mkfs), 20))
 			repo := repotest.New(t).Open(t)
-			// A name of its own: loop devices are the whole machine's.
-			p := save(t, repo, backup.Volume{Namespace: "shop", Name: fmt.Sprintf("%s-%d", name, os.Getpid()), Cluster: "test"}, image)
+			// A separate name: loop devices belong to the whole machine.
+			p := save(t, repo, points.Volume{Namespace: "shop", Name: fmt.Sprintf("%s-%d", name, os.Getpid()), Cluster: "test"}, image)
 			tree, err := fusefs.New(t.Context(), repo, fusefs.Options{Point: p, Writable: true})
 			if err != nil {
 				t.Fatal(err)

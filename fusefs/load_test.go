@@ -18,8 +18,8 @@ import (
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
 
-// The tree can be unmounted while many read from it: it is gone from the
-// directory, and nobody hangs.
+// The tree can be unmounted while many programs read it: it disappears from the directory,
+// and no reader hangs.
 func TestUnmountUnderLoad(t *testing.T) {
 	image := newVolume(t, 64*mib, slices.Clone(mkExt4), 50)
 	repo := repotest.New(t).Open(t)
@@ -72,7 +72,7 @@ func TestUnmountUnderLoad(t *testing.T) {
 	<-m.Done()
 }
 
-// A killed process leaves no mount where fusermount3 can see to it.
+// A killed process leaves no mount if fusermount3 can remove it.
 func TestKilledProcessIsUnmounted(t *testing.T) {
 	needFUSE(t)
 	r := repotest.New(t)
@@ -92,7 +92,7 @@ func TestKilledProcessIsUnmounted(t *testing.T) {
 	}
 }
 
-// Where nobody unmounted, the next mount takes the dead one away.
+// If it cannot, the next mount removes the dead one.
 func TestDeadMountIsTakenAway(t *testing.T) {
 	diskfstest.NeedRoot(t)
 	needFUSE(t)
@@ -101,7 +101,7 @@ func TestDeadMountIsTakenAway(t *testing.T) {
 	save(t, repo, shopDB, diskfstest.NewImage(t, mib))
 	dir := t.TempDir()
 	child := startChild(t, r, dir, "PATH=/nonexistent") // no fusermount3: root mounts directly
-	if _, err := os.Stat(dir); err != nil {             // which the kernel remembers for a second
+	if _, err := os.Stat(dir); err != nil {             // which the kernel caches for a second
 		t.Fatal(err)
 	}
 	if err := child.Process.Kill(); err != nil {
@@ -134,10 +134,10 @@ func TestDeadMountIsTakenAway(t *testing.T) {
 	}
 }
 
-// fio writes a writable disk.img and reads every byte back, and the recovery point
-// stays what it was.
+// fio writes a writable disk.img and reads every byte back, and the recovery point does not
+// change.
 func TestWritableDisk(t *testing.T) {
-	t.Setenv("TMPDIR", "") // which would decide where overlays lie
+	t.Setenv("TMPDIR", "") // it would change the place of overlays
 	needFUSE(t)
 	diskfstest.NeedTool(t, "fio")
 	image := newVolume(t, 64*mib, slices.Clone(mkExt4), 5)

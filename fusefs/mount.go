@@ -21,7 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrNoFUSE means that this machine or container has no FUSE for us.
+// ErrNoFUSE means that FUSE does not work on this machine or in this container.
 var ErrNoFUSE = errors.New("FUSE cannot be used here")
 
 const noFUSEAdvice = "files can be read without a mount by 'varve ls', 'varve cat' and 'varve cp', disks over NBD by 'varve serve'"
@@ -32,19 +32,19 @@ const (
 
 	requestSize = 1 << 20 // most bytes of one read or write
 	readAhead   = 1 << 20 // of the kernel
-	background  = 64      // read-ahead requests at once
+	background  = 64      // concurrent read-ahead requests
 )
 
 // Mounted is an FS attached to a directory.
 type Mounted struct {
 	Dir    string // absolute
 	server *fuse.Server
-	helper *helper // nil where the kernel was asked directly
+	helper *helper // nil if mounted directly
 	served chan struct{}
 }
 
-// Mount attaches the tree to an empty directory. What a killed process left there
-// is taken away first.
+// Mount mounts the tree on an empty directory. What a killed process left there is removed
+// first.
 func (f *FS) Mount(dir string) (*Mounted, error) {
 	dir, err := mountPoint(dir)
 	if err != nil {
@@ -66,7 +66,7 @@ func (f *FS) Mount(dir string) (*Mounted, error) {
 			FsName: "varve", Name: "varve",
 			MaxWrite: requestSize, MaxReadAhead: readAhead, MaxBackground: background,
 			EnableSymlinkCaching: true,
-			EnableAcl:            f.opt.AllowOther, // whoever asks for it gets default_permissions as well
+			EnableAcl:            f.opt.AllowOther, // it implies default_permissions
 			Logger:               log.New(logWriter{f.log}, "", 0),
 		},
 	}
@@ -91,28 +91,27 @@ func (f *FS) Mount(dir string) (*Mounted, error) {
 	return m, nil
 }
 
-var errNoACLs = errors.New("this kernel does not check access lists of FUSE mounts (Linux 4.9 and newer do): other users could read what a list forbids them, so they are not let in")
+var errNoACLs = errors.New("this kernel does not check access lists of FUSE mounts (Linux 4.9 and newer do): other users could read what a list forbids them, so they get no access")
 
-// checksACLs reports whether the kernel decides by access lists, for which it reads
-// system.posix_acl_access. The mode of a file that has a list does not tell enough to do
-// without: its group bits are the list's mask, and a refusal to one user is not in it.
+// checksACLs reports whether the kernel checks access lists, for which it reads
+// system.posix_acl_access. The mode of a file with a list is not enough: its group bits are
+// the list's mask, and it does not show that one user is refused.
 func checksACLs(kernel *fuse.InitIn) bool { return kernel.Flags64()&fuse.CAP_POSIX_ACL != 0 }
 
-// refusePolls has the kernel ask once whether files can be polled, and learn that
-// they cannot. Go's runtime adds files that this process opens to epoll without
-// giving its processor away: the answer could then come never. The FUSE
-// library answers for a file of this name, and does this itself only for mounts
-// that it made.
+// refusePolls makes the kernel ask once whether files can be polled, and learn that they
+// cannot. Go's runtime adds files that this process opens to epoll without releasing its
+// processor: the reply might never come. The FUSE library replies for a file of this name,
+// and does this itself only for mounts that it made.
 func refusePolls(dir string) error {
 	fd, err := unix.Open(filepath.Join(dir, ".go-fuse-epoll-hack"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open the first file: %w", err)
 	}
-	_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0) //nolint:gosec // a descriptor
+	_, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
 	return errors.Join(err, unix.Close(fd))
 }
 
-// mountOptions are in the words of mount(8).
+// mountOptions returns the options in the form of mount(8).
 func (f *FS) mountOptions() []string {
 	opt := []string{"nosuid", "nodev", fmt.Sprintf("max_read=%d", requestSize)}
 	if !f.opt.Writable {
@@ -124,15 +123,14 @@ func (f *FS) mountOptions() []string {
 	return opt
 }
 
-// Done is closed when the tree is not mounted any more and all answers are given.
+// Done is closed when the tree is unmounted and all replies are sent.
 func (m *Mounted) Done() <-chan struct{} { return m.served }
 
-// closeGrace is how long Close waits for programs that still read.
+// closeGrace is how long Close waits for open files.
 const closeGrace = 5 * time.Second
 
-// Close unmounts. Where programs have files open the tree disappears from the
-// directory all the same; their reads are answered for a few seconds more, then
-// by the end of this process.
+// Close unmounts. If programs have files open, the tree still disappears from the directory;
+// their reads are served for a few seconds more, then until this process ends.
 func (m *Mounted) Close() error {
 	err := unmountAt(m.Dir, false)
 	if err != nil && !errors.Is(err, ErrNotMounted) {
@@ -151,7 +149,7 @@ func (m *Mounted) Close() error {
 func haveFUSE() error {
 	switch f, err := os.OpenFile(fuseDevice, os.O_RDWR, 0); {
 	case err == nil:
-		return f.Close() //nolint:wrapcheck // nothing was written
+		return f.Close()
 	case errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("%w: %s does not exist. Load it with 'modprobe fuse', or give it to the container (docker run --device %s --cap-add SYS_ADMIN); %s",
 			ErrNoFUSE, fuseDevice, fuseDevice, noFUSEAdvice)
@@ -168,7 +166,7 @@ type helper struct {
 	err  error
 }
 
-// stop lets the helper go and waits for it. It unmounts if nobody has.
+// stop ends the helper and waits for it. The helper unmounts if that has not been done.
 func (h *helper) stop() error {
 	if h == nil {
 		return nil
@@ -177,8 +175,8 @@ func (h *helper) stop() error {
 	return h.err
 }
 
-// attach mounts and gives the descriptor on which requests come: by fusermount3,
-// which needs no root and stays to clean up after a crash, else as root directly.
+// attach mounts and returns the descriptor for requests: by fusermount3, which needs no root
+// and stays to clean up after a crash, else directly as root.
 func attach(dir string, options []string) (*helper, int, error) {
 	program, err := exec.LookPath("fusermount3")
 	if err == nil {
@@ -196,11 +194,11 @@ func attachByHelper(program, dir string, options []string) (h *helper, fd int, e
 	if err != nil {
 		return nil, -1, fmt.Errorf("mount %s: %w", dir, err)
 	}
-	ours, theirs := os.NewFile(uintptr(pair[0]), "fusermount3"), os.NewFile(uintptr(pair[1]), "fusermount3") //nolint:gosec // descriptors
+	ours, theirs := os.NewFile(uintptr(pair[0]), "fusermount3"), os.NewFile(uintptr(pair[1]), "fusermount3")
 	options = append(options, "auto_unmount", "fsname=varve", "subtype=varve")
 	var stderr bytes.Buffer
-	// Descriptors of a child begin at 3 behind the standard ones.
-	cmd := exec.Command(program, "-o", strings.Join(options, ","), "--", dir) //nolint:gosec // found in PATH by its name
+	// A child's extra descriptors begin at 3.
+	cmd := exec.Command(program, "-o", strings.Join(options, ","), "--", dir)
 	cmd.Env = append(os.Environ(), "_FUSE_COMMFD=3")
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.Stderr = &stderr
@@ -221,7 +219,7 @@ func attachByHelper(program, dir string, options []string) (h *helper, fd int, e
 	return h, fd, nil
 }
 
-// receive takes the one descriptor that fusermount3 sends.
+// receive receives the descriptor that fusermount3 sends.
 func receive(f *os.File) (int, error) {
 	conn, err := net.FileConn(f)
 	if err != nil {
@@ -273,7 +271,7 @@ func attachDirectly(dir string, options []string) (int, error) {
 	return fd, nil
 }
 
-// logWriter passes the FUSE library's messages on.
+// logWriter logs the FUSE library's messages.
 type logWriter struct{ log *slog.Logger }
 
 func (w logWriter) Write(b []byte) (int, error) {

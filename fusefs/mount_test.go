@@ -13,13 +13,14 @@ import (
 
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/disk"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/backup/repository/repotest"
 	"github.com/varve-io/varve/fusefs"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
 
-// needFUSE skips a test where nothing can be mounted.
+// needFUSE skips a test if nothing can be mounted.
 func needFUSE(t testing.TB) {
 	t.Helper()
 	f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
@@ -30,10 +31,10 @@ func needFUSE(t testing.TB) {
 	diskfstest.NeedTool(t, "fusermount3")
 }
 
-var shopDB = backup.Volume{Namespace: "shop", Name: "db", Cluster: "test"}
+var shopDB = points.Volume{Namespace: "shop", Name: "db", Cluster: "test"}
 
 // save makes a recovery point of an image file.
-func save(t testing.TB, repo *repository.Repository, v backup.Volume, image string) *backup.Point {
+func save(t testing.TB, repo *repository.Repository, v points.Volume, image string) *points.Point {
 	t.Helper()
 	d, err := disk.Open(image, disk.Options{Live: true})
 	if err != nil {
@@ -53,7 +54,7 @@ type mounted struct {
 	tree *fusefs.FS
 }
 
-// mount shows a repository at a directory until the test ends.
+// mount mounts a repository at a directory until the test ends.
 func mount(t testing.TB, repo *repository.Repository, opt fusefs.Options) *mounted {
 	t.Helper()
 	needFUSE(t)
@@ -82,12 +83,12 @@ func mount(t testing.TB, repo *repository.Repository, opt fusefs.Options) *mount
 	return &mounted{m, tree}
 }
 
-// latest is a path in the newest point of a volume.
-func (m *mounted) latest(v backup.Volume, name string) string {
+// latest returns a path in the newest point of a volume.
+func (m *mounted) latest(v points.Volume, name string) string {
 	return filepath.Join(m.Dir, v.Namespace, v.Name, "latest", name)
 }
 
-func (m *mounted) info(t testing.TB, v backup.Volume) fusefs.Info {
+func (m *mounted) info(t testing.TB, v points.Volume) fusefs.Info {
 	t.Helper()
 	b, err := os.ReadFile(m.latest(v, "info.json"))
 	if err != nil {

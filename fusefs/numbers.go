@@ -9,13 +9,13 @@ import (
 // Inode numbers of the mount, 64 bits:
 //
 //	1                          the root
-//	1 | hash of a path (63)    directories and files that are made up
+//	1 | hash of a path (63)    virtual directories and files
 //	0 | volume (23) | file (40) files inside a volume, by their own numbers
 //
-// volume is a hash of the recovery point and the volume's name, so the numbers are
-// the same after the next mount; where two would meet, the later one takes the
-// next free. Files with numbers over 39 bits, on file systems of hundreds of TiB,
-// get numbers as they are met, with the highest of the 40 bits set.
+// volume is a hash of the recovery point and the volume's name, so the numbers are the same
+// after the next mount; if two collide, the later one takes the next free. Files with numbers
+// over 39 bits, on file systems of hundreds of TiB, get numbers in order of use, with the
+// highest of the 40 bits set.
 const (
 	fileBits   = 40
 	volumeBits = 23
@@ -23,14 +23,14 @@ const (
 	madeUp     = uint64(1) << 63
 )
 
-// numbers gives numbers that are unique within one mount.
+// numbers allocates numbers that are unique within one mount.
 type numbers struct {
 	mu      sync.Mutex
 	made    map[uint64]string
 	volumes map[uint64]string
 }
 
-// path gives the number of a made-up file by what identifies it.
+// path returns the number of a virtual file with a key.
 func (n *numbers) path(key string) uint64 {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -40,7 +40,7 @@ func (n *numbers) path(key string) uint64 {
 	return madeUp | claim(n.made, key, madeUp-1)
 }
 
-// volume gives the range of numbers of a volume.
+// volume returns the range of numbers of a volume.
 func (n *numbers) volume(key string) uint64 {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -50,8 +50,8 @@ func (n *numbers) volume(key string) uint64 {
 	return claim(n.volumes, key, 1<<volumeBits-1) << fileBits
 }
 
-// claim takes the first number at or after the key's hash that is free or the key's.
-// 0 is left to the root.
+// claim returns the first number, from the key's hash on, that is free or already the key's.
+// 0 is for the root.
 func claim(taken map[uint64]string, key string, mask uint64) uint64 {
 	for h := xxhash.Sum64String(key) & mask; ; h = (h + 1) & mask {
 		if other, ok := taken[h]; h != 0 && (!ok || other == key) {
@@ -61,7 +61,7 @@ func claim(taken map[uint64]string, key string, mask uint64) uint64 {
 	}
 }
 
-// fileNumbers gives the numbers of one volume's files.
+// fileNumbers allocates the numbers of one volume's files.
 type fileNumbers struct {
 	base uint64
 	mu   sync.Mutex

@@ -3,42 +3,28 @@ package fusefs
 import (
 	"context"
 	"errors"
-	"fmt"
-	"path/filepath"
-	"strconv"
 	"sync"
 	"sync/atomic"
-	"time"
 
-	"github.com/varve-io/varve/backup"
-	"github.com/varve-io/varve/backup/blocktree"
-	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/backup/overlay"
-	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/fusefs/browse"
 	"github.com/varve-io/varve/fusefs/diskfs"
-	"github.com/varve-io/varve/fusefs/diskfs/disk"
+	"github.com/varve-io/varve/fusefs/diskfs/volumes"
 )
-
-// leaseIdle is how long a point keeps its lease after its last use.
-const leaseIdle = 10 * time.Minute
 
 // point is the open state of a recovery point.
 type point struct {
-	fs    *FS
-	info  *backup.Point
-	store countingStore
+	fs   *FS
+	info *points.Point
 
-	used    atomic.Int64 // when last, in Unix nanoseconds
-	handles atomic.Int64 // open files
-	leased  atomic.Bool  // a lease is held or on its way
+	held atomic.Pointer[disks.Disk] // nil before the first read
 
-	mu      sync.Mutex // guards what follows, and is held while it is opened
-	img     *image.Image
-	over    *overlay.Overlay
-	disk    *disk.Disk
-	volumes map[*disk.Volume]*volume
-	lease   *backup.Lease
+	mu      sync.Mutex // guards the following
+	attempt *attempt   // to open something of the point; nil for none
+	layout  *volumes.Disk
+	volumes map[*volumes.Volume]*volume
 }
 
 // volume is an open file system of a point.
@@ -48,222 +34,131 @@ type volume struct {
 	numbers fileNumbers
 }
 
-func newPoint(f *FS, info *backup.Point) *point {
-	return &point{fs: f, info: info, store: countingStore{store: f.repo, sum: &f.fetched}, volumes: map[*disk.Volume]*volume{}}
+func newPoint(f *FS, info *points.Point) *point {
+	return &point{fs: f, info: info, volumes: map[*volumes.Volume]*volume{}}
 }
 
-// countingStore counts what a point's readers had to fetch. Blocks that another
-// point brought into the cache are not counted again.
-type countingStore struct {
-	store blocktree.Store
-	bytes atomic.Int64
-	reads atomic.Int64
-	sum   *fetched // of all points
-}
-
-// fetched counts what all points' readers had to fetch.
-type fetched struct{ bytes, reads atomic.Int64 }
-
-func (c *countingStore) ReadObject(ctx context.Context, oid repository.ObjectID) ([]byte, error) {
-	b, err := c.store.ReadObject(ctx, oid)
-	c.bytes.Add(int64(len(b)))
-	c.reads.Add(1)
-	c.sum.bytes.Add(int64(len(b)))
-	c.sum.reads.Add(1)
-	return b, err //nolint:wrapcheck // passes through
-}
-
-func (c *countingStore) ZeroID(ctx context.Context, n int64) (repository.ObjectID, error) {
-	return c.store.ZeroID(ctx, n) //nolint:wrapcheck // passes through
-}
-
-// use notes that the point is being read, and sees that it has a lease.
+// use records that the point is being read.
 func (p *point) use() {
-	p.used.Store(time.Now().UnixNano())
-	if p.leased.Load() || !p.fs.repo.Writable() || p.leased.Swap(true) {
-		return
+	if d := p.held.Load(); d != nil {
+		d.Use()
 	}
-	// Not waited for: a lease is written to the storage, and readers would wait
-	// for nothing. What is deleted in that moment fails to read, as it would have
-	// a moment later.
-	p.fs.background(func() {
-		l, err := backup.AcquireLease(p.fs.ctx, p.fs.repo, p.info, "mount")
-		if err != nil {
-			if p.fs.ctx.Err() == nil {
-				p.fs.log.Warn("the recovery point could be pruned while it is read", "point", p.info.Name(), "error", err)
-			}
-			return
-		}
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		p.lease = l
-	})
 }
 
 func (p *point) inUse() bool {
-	return p.handles.Load() > 0 || time.Since(time.Unix(0, p.used.Load())) < leaseIdle
+	d := p.held.Load()
+	return d != nil && !d.Idle()
 }
 
-// releaseIdle gives the lease back when the point was not used for some time.
-func (p *point) releaseIdle() {
-	if p.inUse() {
-		return
-	}
-	p.mu.Lock()
-	l := p.lease
-	p.lease = nil
-	p.mu.Unlock()
-	if l == nil {
-		p.leased.Store(false) // one that could not be had is tried again
-		return
-	}
-	if err := l.Close(p.fs.ctx); err != nil && p.fs.ctx.Err() == nil {
-		p.fs.log.Warn("cannot give a lease back; it runs out by itself", "point", p.info.Name(), "error", err)
-	}
-	p.leased.Store(false)
-}
-
-// close gives back what the point holds.
+// close closes the point's disk.
 func (p *point) close() error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	var errs []error
-	if p.over != nil {
-		errs = append(errs, p.over.Close())
-		p.over = nil
+	if d := p.held.Swap(nil); d != nil {
+		return d.Discard(p.fs.ctx)
 	}
-	if p.lease != nil {
-		errs = append(errs, p.lease.Close(p.fs.ctx))
-		p.lease = nil
-	}
-	return errors.Join(errs...)
+	return nil
 }
 
-// image opens the point's disk. Nothing but the point's record is read.
-func (p *point) image(ctx context.Context) (*image.Image, error) {
-	p.use()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.imageLocked(ctx)
-}
-
-func (p *point) imageLocked(ctx context.Context) (*image.Image, error) {
-	if p.img != nil {
-		return p.img, nil
-	}
-	root, err := backup.OpenRoot(ctx, p.fs.repo, p.info)
-	if err != nil {
-		return nil, err //nolint:wrapcheck // names the point
-	}
-	p.img, err = image.Open(&p.store, p.fs.cache, root, p.info.Generation)
-	return p.img, err //nolint:wrapcheck // says what failed
-}
-
-// overlay opens the layer that takes what is written to the point's disk.
-func (p *point) overlay(ctx context.Context) (*overlay.Overlay, error) {
-	dir, err := p.fs.overlayDir()
-	if err != nil {
-		return nil, err
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.over != nil {
-		return p.over, nil
-	}
-	img, err := p.imageLocked(ctx)
-	if err != nil {
-		return nil, err
-	}
-	p.over, err = overlay.Open(overlayBase{img}, overlay.Options{
-		Dir: filepath.Join(dir, element(p.info.ID)),
-		// As 'varve serve' has it, so that 'varve commit' takes either's overlays.
-		BaseID: p.info.ID + ":" + strconv.FormatInt(img.Size(), 10),
-		Limit:  p.fs.opt.OverlayLimit, Keep: p.fs.opt.OverlayDir != "",
+// image opens the point's disk. It reads only the point's record.
+func (p *point) image(ctx context.Context) (d *disks.Disk, err error) {
+	err = p.opening(ctx, func(ctx context.Context) (err error) {
+		d, err = p.imageInTurn(ctx)
+		return err
 	})
-	if err != nil {
-		p.over = nil
-		return nil, fmt.Errorf("open overlay: %w", err)
+	return d, err
+}
+
+// imageInTurn is image for a caller whose turn it is.
+func (p *point) imageInTurn(ctx context.Context) (*disks.Disk, error) {
+	if d := p.held.Load(); d != nil {
+		d.Use()
+		return d, nil
 	}
-	return p.over, nil
-}
-
-// overlayOpen gives the overlay, nil if there is none.
-func (p *point) overlayOpen() *overlay.Overlay {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.over
-}
-
-// overlayBase is an image as an overlay wants it.
-type overlayBase struct{ img *image.Image }
-
-func (b overlayBase) Size() int64 { return b.img.Size() }
-
-func (b overlayBase) ReadAt(ctx context.Context, buf []byte, off int64) (int, error) {
-	return b.img.ReadContext(ctx, buf, off) //nolint:wrapcheck // passes through
-}
-
-func (b overlayBase) Extents(ctx context.Context, off, length int64, yield func(length int64, hole, zero bool) bool) error {
-	err := b.img.Extents(ctx, off, length, func(e image.Extent) error {
-		if !yield(e.Length, e.Zero, e.Zero) {
-			return errEnough
-		}
-		return nil
-	})
-	if errors.Is(err, errEnough) {
-		return nil
+	d, err := p.fs.disks.Hold(ctx, p.info)
+	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+		return nil, &readTimeout{p.fs.opt.ReadTimeout}
 	}
-	return err //nolint:wrapcheck // passes through
-}
-
-// errEnough ends a walk over extents early.
-var errEnough = errors.New("enough")
-
-// partitions reads what the disk holds. An error that lies in the image stays as it
-// is; one of the storage may pass, and the next call tries again.
-func (p *point) partitions(ctx context.Context) (*disk.Disk, error) {
-	p.use()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.disk != nil {
-		return p.disk, nil
-	}
-	img, err := p.imageLocked(ctx)
 	if err != nil {
 		return nil, err
 	}
-	d, err := disk.Open(browse.Damageable(img), img.Size())
-	if err != nil {
-		return nil, err //nolint:wrapcheck // says what is wrong
-	}
-	p.disk = d
+	d.Use()
+	p.held.Store(d)
 	return d, nil
 }
 
-// open opens a file system of the disk.
-func (p *point) open(v *disk.Volume) (*volume, error) {
+// overlay opens the overlay of the point's disk.
+func (p *point) overlay(ctx context.Context) (*overlay.Overlay, error) {
+	d, err := p.image(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return d.OpenOverlay()
+}
+
+// partitions reads what the disk holds. The result is kept; after an error the next call
+// tries again.
+func (p *point) partitions(ctx context.Context) (d *volumes.Disk, err error) {
+	if err := p.info.NeedDisk(); err != nil {
+		return nil, err
+	}
 	p.use()
+	err = p.opening(ctx, func(ctx context.Context) (err error) {
+		p.mu.Lock()
+		d = p.layout
+		p.mu.Unlock()
+		if d != nil {
+			return nil
+		}
+		held, err := p.imageInTurn(ctx)
+		if err != nil {
+			return err
+		}
+		if d, err = volumes.Open(browse.Damageable(timedImage{p.fs, held.Image()}), held.Size()); err != nil {
+			return err //nolint:wrapcheck // says what failed
+		}
+		p.mu.Lock()
+		p.layout = d
+		p.mu.Unlock()
+		return nil
+	})
+	return d, err
+}
+
+// open opens a file system of the disk.
+func (p *point) open(ctx context.Context, v *volumes.Volume) (vol *volume, err error) {
+	p.use()
+	err = p.opening(ctx, func(context.Context) error {
+		vol, err = p.openInTurn(v)
+		return err
+	})
+	return vol, err
+}
+
+// openInTurn is open for a caller whose turn it is.
+func (p *point) openInTurn(v *volumes.Volume) (*volume, error) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if vol := p.volumes[v]; vol != nil {
+	vol := p.volumes[v]
+	p.mu.Unlock()
+	if vol != nil {
 		return vol, nil
 	}
 	fsys, err := v.Open(diskfs.Options{Stale: p.fs.opt.Stale})
 	if err != nil {
-		return nil, err //nolint:wrapcheck // says what is wrong
+		return nil, err
 	}
 	if v.Note != "" {
 		p.fs.log.Warn("this volume is "+v.Note, "point", p.info.Name(), "volume", v.Name)
 	}
-	vol := &volume{
+	vol = &volume{
 		point: p, inodes: fsys.Inodes(),
 		numbers: fileNumbers{base: p.fs.numbers.volume(p.info.ID + "/" + v.Name)},
 	}
+	p.mu.Lock()
 	p.volumes[v] = vol
+	p.mu.Unlock()
 	return vol, nil
 }
 
-// lasting reports whether an error lies in the image itself.
+// lasting reports whether an error is a property of the image, and not temporary.
 func lasting(err error) bool {
 	return errors.Is(err, diskfs.ErrCorrupt) || errors.Is(err, diskfs.ErrUnsupported) ||
 		errors.Is(err, diskfs.ErrNotRecognised) || errors.Is(err, diskfs.ErrDirtyLog)

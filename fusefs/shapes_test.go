@@ -16,12 +16,12 @@ import (
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
 
-// mkXFSShapes has blocks of 1 KiB, with which the forms of large directories and files
-// come early.
+// mkXFSShapes uses blocks of 1 KiB, with which directories and files take their large forms
+// early.
 var mkXFSShapes = []string{"mkfs.xfs", "-q", "-b", "size=1024", "-m", "reflink=1", "-i", "size=512"}
 
-// shapeXFS fills a mounted XFS with directories of every form, files whose extents need
-// a tree, and files that share blocks; and asserts, by xfs_db, that it did.
+// shapeXFS fills a mounted XFS with directories of every form, files whose extents need a
+// tree, and files that share blocks; and checks that by xfs_db.
 func shapeXFS(t testing.TB, image string) {
 	t.Helper()
 	diskfstest.NeedTool(t, "xfs_db")
@@ -45,7 +45,7 @@ func shapeXFS(t testing.TB, image string) {
 	fill("dir-leaf", 300, 20)
 	fill("dir-node", 1500, 20)
 	must(os.Mkdir(p("dir-btree"), 0o755), os.Mkdir(p("other"), 0o755))
-	for i := range 1000 { // by turns, so that neither gets blocks in a row
+	for i := range 1000 { // alternating, so that neither file gets consecutive blocks
 		for _, d := range []string{"dir-btree", "other"} {
 			must(os.Symlink("t", p(fmt.Sprintf("%s/%06d%s", d, i, strings.Repeat("y", 230)))))
 		}
@@ -91,7 +91,7 @@ func shapeXFS(t testing.TB, image string) {
 	}
 }
 
-// A disk with sectors of 4 KiB has its GPT elsewhere, and counts in them.
+// A disk with sectors of 4 KiB has its GPT at another offset, and counts in such sectors.
 func TestGPTWithLargeSectors(t *testing.T) {
 	needFUSE(t)
 	diskfstest.NeedTool(t, "sfdisk")

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository/repotest"
 	"github.com/varve-io/varve/fusefs"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
@@ -24,7 +25,7 @@ import (
 
 const mib = 1 << 20
 
-// acl lets the user 1000 read, besides what the mode says; see acl(5) and posix_acl_xattr.h.
+// acl allows the user 1000 to read, besides the mode; see acl(5) and posix_acl_xattr.h.
 var acl = []byte("\x02\x00\x00\x00" +
 	"\x01\x00\x06\x00\xff\xff\xff\xff" + "\x02\x00\x04\x00\xe8\x03\x00\x00" + "\x04\x00\x00\x00\xff\xff\xff\xff" +
 	"\x10\x00\x04\x00\xff\xff\xff\xff" + "\x20\x00\x00\x00\xff\xff\xff\xff")
@@ -90,8 +91,8 @@ func newVolume(t testing.TB, size int64, mkfs []string, files int) string {
 	return image
 }
 
-// crash gives a copy of the image as it is in the middle of work: with a journal
-// that must be replayed.
+// crash returns a copy of the image in the middle of work: with a journal that must be
+// replayed.
 func crash(t testing.TB, image string) string {
 	t.Helper()
 	dir, unmount := diskfstest.Mount(t, image, "")
@@ -107,7 +108,7 @@ func crash(t testing.TB, image string) string {
 			}
 		}
 	}
-	// fsync writes the journal, and leaves the places themselves for later.
+	// fsync writes the journal, and the blocks in place only later.
 	f, err := os.OpenFile(filepath.Join(dir, "many/late-001"), os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -123,11 +124,11 @@ var (
 	mkXFS  = []string{"mkfs.xfs", "-q"}
 )
 
-// through leaves out what FUSE cannot show as the volume's own driver does.
+// through ignores what FUSE cannot show as the volume's own driver does.
 var through = diskfstest.Options{
-	IgnoreIno:   true, // they are of the whole tree
+	IgnoreIno:   true, // numbers of the whole tree
 	IgnoreAtime: true, // reading the kernel's mount changes it there
-	IgnoreCtime: true, // creation: FUSE tells it to new kernels only
+	IgnoreCtime: true, // creation: FUSE reports it to
 }
 
 func TestFilesAsTheKernelShowsThem(t *testing.T) {
@@ -163,7 +164,7 @@ func TestFilesAsTheKernelShowsThem(t *testing.T) {
 			repo := repotest.New(t).Open(t)
 			save(t, repo, shopDB, image)
 			m := mount(t, repo, fusefs.Options{})
-			if c.big == 0 { // the other disks are smaller, and as telling
+			if c.big == 0 { // the other disks are smaller and test the same
 				checkDisk(t, m.latest(shopDB, "disk.img"), image)
 			}
 
@@ -217,7 +218,7 @@ func checkDisk(t testing.TB, got, image string) {
 	if _, err := io.Copy(a, struct{ io.Reader }{io.NewSectionReader(want, 0, size)}); err != nil {
 		t.Fatal(err)
 	}
-	// Holes as SEEK_DATA tells them, zeroes for what lies between.
+	// Holes as SEEK_DATA reports them, zeroes between.
 	data := int64(0)
 	for off := int64(0); off < size; {
 		start, err := unix.Seek(int(f.Fd()), off, unix.SEEK_DATA)
@@ -264,7 +265,7 @@ func (zeroes) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// checkNumbers tells that hard links have one inode number and others have not.
+// checkNumbers checks that hard links share an inode number and other files do not.
 func checkNumbers(t testing.TB, dir string) {
 	t.Helper()
 	number := func(name string) uint64 {
@@ -330,7 +331,7 @@ func TestPartitions(t *testing.T) {
 		want, _ := diskfstest.Mount(t, c.image, "ro")
 		diskfstest.CompareDirs(t, m.latest(shopDB, c.name), want, through)
 	}
-	// Also what is made up has a length of names and a size of blocks.
+	// Virtual files also have a length of names and a size of blocks.
 	for _, name := range []string{"..", ".", "disk.img", "info.json", "files", "files/p3", "files/p3/ERROR.txt", "files/p1"} {
 		var st unix.Statfs_t
 		if err := unix.Statfs(m.latest(shopDB, name), &st); err != nil || st.Namelen != 255 || st.Bsize == 0 || st.Frsize == 0 {
@@ -349,8 +350,8 @@ func TestPartitions(t *testing.T) {
 	}
 }
 
-// An MBR with a logical partition, and an LVM2 group whose volume lies in two pieces, are
-// read in the tree as the kernel reads what is on them.
+// An MBR with a logical partition, and an LVM2 group with a volume in two pieces, are read in
+// the tree as the kernel reads them.
 func TestLogicalPartitionsAndVolumes(t *testing.T) {
 	needFUSE(t)
 	diskfstest.NeedTool(t, "sfdisk")
@@ -416,7 +417,7 @@ func TestPointsComeAndGo(t *testing.T) {
 		t.Fatal(err)
 	}
 	wait(t, func() bool { return len(names(t, dir)) == 2 })
-	// What was open and is wanted again has a lease, and stays.
+	// What was open and is used again has a lease, and stays.
 	if _, err := os.ReadFile(filepath.Join(dir, "latest/disk.img")); err != nil {
 		t.Fatal(err)
 	}
@@ -424,10 +425,10 @@ func TestPointsComeAndGo(t *testing.T) {
 		if err := other.Refresh(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		leases, err := backup.Leases(t.Context(), other)
+		leases, err := points.Leases(t.Context(), other)
 		return err == nil && len(leases[second.ID]) == 1
 	})
-	if _, err := backup.Forget(t.Context(), other, backup.ForgetOptions{Names: []string{second.ID}, Cluster: "test"}); !errors.Is(err, backup.ErrLeased) {
+	if _, err := backup.Forget(t.Context(), other, backup.ForgetOptions{Names: []string{second.ID}, Cluster: "test"}); !errors.Is(err, points.ErrLeased) {
 		t.Errorf("a point that is being read could be forgotten: %v", err)
 	}
 }
@@ -445,7 +446,7 @@ func names(t testing.TB, dir string) []string {
 	return out
 }
 
-// wait polls until a condition holds; the test's own time limit ends it otherwise.
+// wait polls until a condition holds; otherwise the test's time limit ends it.
 func wait(t testing.TB, cond func() bool) {
 	t.Helper()
 	for !cond() {
@@ -457,7 +458,7 @@ func wait(t testing.TB, cond func() bool) {
 	}
 }
 
-// A file system of 1 TiB is listed from what a listing needs, not from the disk.
+// A file system of 1 TiB is listed by reading only what a listing needs.
 func TestFirstListingOfALargeVolume(t *testing.T) {
 	needFUSE(t)
 	diskfstest.NeedTool(t, "mkfs.xfs")

@@ -14,14 +14,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrNotMounted is Unmount's answer for a directory with no mount of ours.
+// ErrNotMounted means that no mount of Varve's is on the directory.
 var ErrNotMounted = errors.New("no recovery points are mounted here")
 
-// ErrBusy is Unmount's answer where programs use the mount.
+// ErrBusy means that programs use the mount.
 var ErrBusy = errors.New("in use")
 
-// mountPoint checks the directory to mount on, and takes away what a killed process
-// left there.
+// mountPoint checks the directory to mount on, and removes what a killed process left there.
 func mountPoint(dir string) (string, error) {
 	dir, err := absolute(dir)
 	if err != nil {
@@ -34,7 +33,7 @@ func mountPoint(dir string) (string, error) {
 			return "", fmt.Errorf("recovery points are mounted on %s already; unmount them first: varve umount %s", dir, dir)
 		}
 		if err := Unmount(dir, true); err != nil {
-			return "", fmt.Errorf("take away the dead mount on %s: %w", dir, err)
+			return "", fmt.Errorf("remove the dead mount on %s: %w", dir, err)
 		}
 	}
 	st, err := os.Stat(dir)
@@ -47,23 +46,23 @@ func mountPoint(dir string) (string, error) {
 	return dir, nil
 }
 
-// answers asks whoever serves the tree on a directory. Opening does so always: what stat(2)
-// tells may come out of the kernel's memory, for a second after nobody serves any more.
+// answers sends a request to the server of the tree on a directory. Opening always does; the
+// kernel may answer stat(2) from its cache, up to a second after the server has died.
 func answers(dir string) error {
 	f, err := os.Open(dir)
 	if err != nil {
-		return err //nolint:wrapcheck // looked at by dead
+		return err
 	}
-	return f.Close() //nolint:wrapcheck // nothing was written
+	return f.Close()
 }
 
-// dead reports whether an error says that nobody serves a FUSE mount.
+// dead reports whether an error means that the server of a FUSE mount has died.
 func dead(err error) bool {
 	return errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED)
 }
 
-// absolute resolves dir as far as it can be: a dead mount's last element cannot be
-// looked into.
+// absolute resolves dir as far as possible: the last element of a dead mount cannot be
+// resolved.
 func absolute(dir string) (string, error) {
 	full, err := filepath.Abs(dir)
 	if err != nil {
@@ -80,9 +79,8 @@ func absolute(dir string) (string, error) {
 	return full, nil
 }
 
-// Unmount takes a mount of ours away. A lazy one disappears from the directory at
-// once, and ends when the last program closes its files. Errors: ErrNotMounted,
-// ErrBusy.
+// Unmount removes a mount of Varve's. A lazy unmount removes it from the directory at once;
+// it ends when the last program closes its files. Errors: ErrNotMounted, ErrBusy.
 func Unmount(dir string, lazy bool) error {
 	dir, err := absolute(dir)
 	if err != nil {
@@ -91,9 +89,9 @@ func Unmount(dir string, lazy bool) error {
 	return unmountAt(dir, lazy)
 }
 
-// unmountAt is Unmount of a directory whose path is resolved. It asks the tree nothing, which
-// the process that serves it must not do while it can be killed: a thread that waits for its
-// own process's answer keeps that process, and the mount, for ever.
+// unmountAt is Unmount of a resolved path. It sends no request to the tree, which a process
+// that serves it and may be killed must not do: a thread that waits for its own process's
+// reply keeps that process, and the mount, for ever.
 func unmountAt(dir string, lazy bool) error {
 	if typ, err := mountType(dir); err != nil {
 		return err
@@ -109,7 +107,7 @@ func unmountAt(dir string, lazy bool) error {
 		switch {
 		case errors.Is(err, unix.EBUSY):
 			return fmt.Errorf("%s: %w", dir, ErrBusy)
-		case errors.Is(err, unix.EINVAL): // unmounted meanwhile
+		case errors.Is(err, unix.EINVAL): // unmounted by another process
 			return nil
 		case err != nil:
 			return fmt.Errorf("unmount %s: %w", dir, err)
@@ -133,14 +131,14 @@ func unmountAt(dir string, lazy bool) error {
 	return nil
 }
 
-// mountType gives the file system type of the uppermost mount on a directory, ""
-// if there is none.
+// mountType returns the file system type of the topmost mount on a directory, "" if there is
+// none.
 func mountType(dir string) (string, error) {
 	typ, _, err := mountAt(dir)
 	return typ, err
 }
 
-// mountSource gives what is mounted uppermost on a directory, such as a device.
+// mountSource returns the source of the topmost mount on a directory, such as a device.
 func mountSource(dir string) (string, error) {
 	_, source, err := mountAt(dir)
 	return source, err
@@ -166,7 +164,7 @@ func mountAt(dir string) (typ, source string, err error) {
 	return typ, source, nil
 }
 
-// unescapeMount undoes the octal escapes of mountinfo.
+// unescapeMount decodes the octal escapes of mountinfo.
 func unescapeMount(s string) string {
 	var out []byte
 	for i := 0; i < len(s); i++ {
@@ -182,7 +180,7 @@ func unescapeMount(s string) string {
 	return string(out)
 }
 
-// noMountpoint is the error about a directory to mount on that cannot be looked at.
+// noMountpoint returns the error about a directory to mount on that cannot be read.
 func noMountpoint(dir string, err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("mount: %w: make the directory first: mkdir -p %s", err, dir)

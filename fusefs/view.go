@@ -5,34 +5,34 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/fusefs/diskfs"
 )
 
 // view is the catalogue as directories. It is immutable.
 type view struct {
 	namespaces map[string]map[string]*volumeView
-	// links stand for volumes of the only other cluster that has them: by
-	// namespace and name, the way to them from there.
+	// links are for volumes of the only other cluster that has them: by namespace and name,
+	// their relative paths.
 	links   map[string]map[string]string
 	ids     map[string]bool
-	volumes map[backup.Volume]bool // that have points
+	volumes map[points.Volume]bool // with points
 }
 
-// volumeView is the points of one volume under the names they have in the tree.
+// volumeView holds the points of one volume by their names in the tree.
 type volumeView struct {
-	points map[string]*backup.Point
+	points map[string]*points.Point
 	latest string
 }
 
-// newView sorts points, which come by volume and generation, into directories.
-func newView(points []*backup.Point, opt Options) *view {
+// newView arranges points, sorted by volume and generation, in directories.
+func newView(pts []*points.Point, opt Options) *view {
 	v := &view{
 		namespaces: map[string]map[string]*volumeView{}, links: map[string]map[string]string{},
-		ids: map[string]bool{}, volumes: map[backup.Volume]bool{},
+		ids: map[string]bool{}, volumes: map[points.Volume]bool{},
 	}
-	clusters := map[string][]string{} // that have a volume, by its name
-	for _, p := range points {
+	clusters := map[string][]string{} // by the name of a volume, the clusters that have it
+	for _, p := range pts {
 		if !shown(p, opt) {
 			continue
 		}
@@ -51,7 +51,7 @@ func newView(points []*backup.Point, opt Options) *view {
 		}
 		vol := volumes[element(p.Volume.Name)]
 		if vol == nil {
-			vol = &volumeView{points: map[string]*backup.Point{}}
+			vol = &volumeView{points: map[string]*points.Point{}}
 			volumes[element(p.Volume.Name)] = vol
 		}
 		name := pointTime(p)
@@ -71,7 +71,7 @@ func newView(points []*backup.Point, opt Options) *view {
 
 func (v *view) link(namespace, name, target string) {
 	if v.namespaces[namespace][name] != nil {
-		return // two names that are one as directories
+		return // two names with one directory name
 	}
 	if v.links[namespace] == nil {
 		v.links[namespace] = map[string]string{}
@@ -79,18 +79,18 @@ func (v *view) link(namespace, name, target string) {
 	v.links[namespace][name] = target
 }
 
-func shown(p *backup.Point, opt Options) bool {
+func shown(p *points.Point, opt Options) bool {
 	return len(opt.Volumes) == 0 || slices.Contains(opt.Volumes, p.Volume)
 }
 
-// pointTime is the time in the point's own name.
-func pointTime(p *backup.Point) string {
+// pointTime returns the time in the point's name.
+func pointTime(p *points.Point) string {
 	name := p.Name()
 	return element(name[strings.LastIndexByte(name, '@')+1:])
 }
 
-// element makes one directory name of what another program may have written:
-// what cannot be one is escaped as in URLs.
+// element makes one directory name of text that another program may have written: an invalid
+// name is escaped as in URLs.
 func element(s string) string {
 	if diskfs.ValidName(s) && len(s) <= maxElement {
 		return s

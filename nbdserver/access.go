@@ -10,8 +10,8 @@ import (
 	"github.com/varve-io/varve/nbdserver/proto"
 )
 
-// AccessRule lets clients open exports. Both patterns may hold '*', which
-// stands for any characters, '/' included.
+// AccessRule lets clients open exports. In both patterns '*' matches any characters,
+// including '/'.
 type AccessRule struct {
 	// Client is matched against the names of a verified client certificate.
 	// The lone pattern "*" matches every client, certificate or not.
@@ -76,8 +76,8 @@ func (r *restricted) Resolve(ctx context.Context, name string, client Client) (s
 }
 
 func (r *restricted) Open(ctx context.Context, name string, client Client) (*Opened, error) {
-	// The rule is asked before the export is opened: a refusal takes no longer
-	// than an unknown name and leaves no trace in the store.
+	// The rule is checked before the export is opened: a refusal takes no longer than an
+	// unknown name and leaves no trace in the store.
 	if _, err := r.Resolve(ctx, name, client); err != nil {
 		return nil, err
 	}
@@ -85,14 +85,14 @@ func (r *restricted) Open(ctx context.Context, name string, client Client) (*Ope
 	if err != nil {
 		return nil, err
 	}
-	if !r.allows(client, o.Name) { // an alias moved in between
+	if !r.allows(client, o.Name) { // an alias changed in between
 		o.close()
 		return nil, ErrUnknownExport
 	}
 	return r.hideContexts(o, client), nil
 }
 
-// hideContexts takes the dirty bitmaps of hidden exports from an open one.
+// hideContexts removes the dirty bitmaps of hidden exports from an open one.
 func (r *restricted) hideContexts(o *Opened, client Client) *Opened {
 	s, ok := o.Export.(Statuser)
 	if !ok {
@@ -117,8 +117,7 @@ func (r *restricted) hideContexts(o *Opened, client Client) *Opened {
 	return &shown
 }
 
-// restrictedExport is an export with the metadata contexts that a client may
-// know of.
+// restrictedExport is an export with the metadata contexts that a client may see.
 type restrictedExport struct {
 	Export
 	all    Statuser
@@ -138,8 +137,8 @@ func (e *restrictedExport) Contexts(ctx context.Context) ([]string, error) {
 	}), err
 }
 
-// canonical is a context by the canonical name of its export, so that what is
-// asked about an alias is told of the very export that the rules allow.
+// canonical returns a context by the canonical name of its export, so that the answer about
+// an alias is about the export that the rules allow.
 func (e *restrictedExport) canonical(ctx context.Context, name string) (string, error) {
 	base, dirty := strings.CutPrefix(name, proto.ContextDirtyBitmap)
 	if !dirty {
@@ -149,7 +148,7 @@ func (e *restrictedExport) canonical(ctx context.Context, name string) (string, 
 	return proto.ContextDirtyBitmap + target, err
 }
 
-// HasContext knows no context of an export that the client may not open.
+// HasContext hides the contexts of exports that the client may not open.
 func (e *restrictedExport) HasContext(ctx context.Context, name string) bool {
 	name, err := e.canonical(ctx, name)
 	return err == nil && e.all.HasContext(ctx, name)
@@ -171,7 +170,7 @@ func (e *restrictedExport) ContextName(ctx context.Context, name string) string 
 	return lasting
 }
 
-// Status tells flags of a context that was allowed when it was selected, or is.
+// Status reports flags of a context that was allowed when it was selected, or is.
 func (e *restrictedExport) Status(ctx context.Context, name string, off, length int64, yield func(int64, uint32) bool) error {
 	e.mu.Lock()
 	allowed := e.allowed[name]

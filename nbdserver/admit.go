@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// admit registers a connection. If there are too many, one that is idle makes room.
+// admit registers a connection. If there are too many, an idle one is closed for it.
 func (s *Server) admit(nc net.Conn, local bool) (*conn, bool) {
 	c := newConn(s, nc, local)
 	s.mu.Lock()
@@ -29,7 +29,7 @@ func (s *Server) admit(nc net.Conn, local bool) (*conn, bool) {
 	return c, true
 }
 
-// remove takes a connection out of those that count. The lock is held.
+// remove removes a connection from those that count. The lock is held.
 func (s *Server) remove(c *conn) {
 	if _, ok := s.conns[c]; !ok {
 		return
@@ -46,10 +46,10 @@ func (s *Server) forget(c *conn) {
 	s.remove(c)
 }
 
-// idlest is the connection that makes room for a new one: of the client with the most
-// connections the one that has been without a request the longest, unless the new
-// one's client would then have the most; else any that has been for IdleWhenFull. The
-// lock is held.
+// idlest returns the connection to close for a new one: of the client with the most
+// connections, the one without a request for the longest time, unless the new connection's
+// client would then have the most; else any that has been idle for IdleWhenFull. The lock is
+// held.
 func (s *Server) idlest(newcomer *conn) *conn {
 	most := ""
 	for owner, n := range s.owners {
@@ -73,8 +73,8 @@ func (s *Server) idlest(newcomer *conn) *conn {
 	return found
 }
 
-// idleSince tells since when a connection has had nothing to do; false for one that has.
-// One that still negotiates counts if that is asked for.
+// idleSince reports since when a connection has been idle; false for a busy one. One in
+// negotiation counts if negotiating is set.
 func (c *conn) idleSince(negotiating bool) (time.Time, bool) {
 	c.deadlines.Lock()
 	defer c.deadlines.Unlock()

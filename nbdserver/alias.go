@@ -10,14 +10,13 @@ import (
 // AliasGrace is how long an alias stays bound after its last connection.
 const AliasGrace = 60 * time.Second
 
-// Aliases is a Catalog that keeps an alias on one disk: the first connection
-// to it resolves it, and it stays bound while any connection to it lives and
-// AliasGrace longer, so that a client with several connections, or one that
-// reconnects, never mixes two disks. An alias of a writable export is bound
-// for good once a client stays: its overlay belongs to that disk.
+// Aliases is a Catalog that binds an alias to one disk: its first connection resolves it, and
+// it stays bound while it has a connection and AliasGrace longer, so that a client that
+// reconnects, or has several connections, never mixes two disks. An alias of a writable
+// export is bound for good once a client stays: its overlay belongs to that disk.
 //
-// Bindings are for all clients together, so the catalogue beneath has to answer
-// all alike: Restrict goes around this, not beneath it.
+// Bindings are common to all clients, so the catalogue below has to answer all alike:
+// Restrict wraps this, not the reverse.
 type Aliases struct {
 	Resolver
 	grace time.Duration
@@ -30,7 +29,7 @@ type Aliases struct {
 
 type binding struct {
 	target  string
-	users   int       // connections, and Opens under way
+	users   int       // connections, and Opens in progress
 	idle    time.Time // when users fell to 0
 	forever bool
 }
@@ -43,7 +42,7 @@ func NewAliases(r Resolver, grace time.Duration, now func() time.Time) *Aliases 
 	return &Aliases{Resolver: r, grace: grace, now: now, bound: map[string]*binding{}}
 }
 
-// Resolve tells what an Open of the name would open now.
+// Resolve reports what an Open of the name would open now.
 func (a *Aliases) Resolve(ctx context.Context, name string, client Client) (string, error) {
 	a.mu.Lock()
 	if b := a.bound[name]; b != nil && a.holds(b) {
@@ -107,13 +106,13 @@ func (a *Aliases) Open(ctx context.Context, name string, client Client) (*Opened
 	return &c, nil
 }
 
-// holds tells whether a binding is still in force. The lock is held.
+// holds reports whether a binding is still in force. The lock is held.
 func (a *Aliases) holds(b *binding) bool {
 	return b.forever || b.users > 0 || a.now().Sub(b.idle) < a.grace
 }
 
-// release ends one use. gone: the target is no longer there, so that nothing
-// can be mixed with it once the last user has left.
+// release ends one use. gone means that the target no longer exists, so that nothing can be
+// mixed with it after the last user.
 func (a *Aliases) release(name string, b *binding, gone bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -127,7 +126,7 @@ func (a *Aliases) release(name string, b *binding, gone bool) {
 	}
 }
 
-// sweep forgets expired bindings now and then. The lock is held.
+// sweep drops expired bindings from time to time. The lock is held.
 func (a *Aliases) sweep() {
 	if a.opened++; a.opened < 256 {
 		return

@@ -49,7 +49,7 @@ func (b *Backend) WriteAt(p []byte, off int64) (int, error) {
 	return w.WriteAt(b.ctx, p, off)
 }
 
-// Size is the export's length in bytes.
+// Size returns the export's size in bytes.
 func (b *Backend) Size() (int64, error) { return b.export.Size(), nil }
 
 // Sync makes what was written durable.

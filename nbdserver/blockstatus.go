@@ -10,11 +10,11 @@ import (
 )
 
 const (
-	// maxStatusExtents is how many extents one reply tells, over all contexts.
-	// The protocol's own limit, 2^20 for each context, would cost 16 MiB a
-	// request; a client asks on from where a reply ends.
+	// maxStatusExtents is how many extents one reply has, over all contexts. The protocol's
+	// own limit, 2^20 per context, would cost 16 MiB per request; a client continues where a
+	// reply ends.
 	maxStatusExtents = 128 << 10
-	// statusMemory is what a block status request is charged: its extents.
+	// statusMemory is the memory of a block status request: its extents.
 	statusMemory = maxStatusExtents * 16
 )
 
@@ -30,8 +30,8 @@ func (c *conn) checkStatusPayload(r *request) (proto.Errno, string) {
 	return 0, ""
 }
 
-// filterStatus reads the payload of a BLOCK_STATUS: the range's length and the
-// contexts to tell, each at most once.
+// filterStatus reads the payload of a BLOCK_STATUS: the range's length and the contexts to
+// report, each at most once.
 func (c *conn) filterStatus(r *request) bool {
 	p := r.data.b
 	r.length = binary.BigEndian.Uint64(p)
@@ -142,7 +142,7 @@ func (c *conn) contextRuns(ctx context.Context, name string, off, length int64, 
 	if err != nil && len(runs) == 0 {
 		return nil, err
 	}
-	if len(runs) == 0 { // an export that knows nothing: all is data
+	if len(runs) == 0 { // an export without information: all is data
 		add(length, 0)
 	}
 	return runs, nil

@@ -14,7 +14,7 @@ const (
 
 // buffer is a pooled payload buffer.
 type buffer struct {
-	b     []byte // length as asked, capacity of its class
+	b     []byte // requested length, capacity of its class
 	class int
 }
 
@@ -28,7 +28,7 @@ func bufferClass(n int) int {
 	return bits.Len(uint(n-1)) - minBufferBits
 }
 
-// bufferCost returns the bytes a buffer for n bytes really takes.
+// bufferCost returns the real size of a buffer for n bytes.
 func bufferCost(n int) int64 { return 1 << (bufferClass(n) + minBufferBits) }
 
 // getBuffer returns a buffer of n bytes, at most MaxPayload, with old content.
@@ -42,7 +42,7 @@ func getBuffer(n int) *buffer {
 	return &buffer{b: make([]byte, n, 1<<(class+minBufferBits)), class: class}
 }
 
-// Release gives the buffer back.
+// Release returns the buffer to the pool.
 func (b *buffer) Release() { bufferPools[b.class].Put(b) }
 
 var _ Releaser = (*buffer)(nil)

@@ -17,7 +17,7 @@ import (
 	"github.com/varve-io/varve/nbdserver/proto"
 )
 
-// cursed is an export whose methods panic where they are told to.
+// cursed is an export whose methods panic on request.
 type cursed struct {
 	nbdserver.Export
 	nbdserver.Writer
@@ -131,7 +131,7 @@ func TestPanicEndsOneConnection(t *testing.T) {
 	}
 }
 
-// At the limit, a new client takes the place of an idle one of whoever has the most, and
+// At the limit, a new client replaces an idle one of the client with the most, and
 // one that has work keeps its own.
 func TestIdleClientsMakeRoom(t *testing.T) {
 	g := newGated(0)
@@ -221,7 +221,7 @@ func isTimeout(err error) bool {
 	return ok && ne.Timeout()
 }
 
-// Strangers who come and go do not fill the log, whatever they do.
+// Untrusted clients cannot fill the log, whatever they send.
 func TestStrangersDoNotFillTheLog(t *testing.T) {
 	var log lines
 	_, path := serve(t, nbdserver.Config{

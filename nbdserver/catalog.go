@@ -25,7 +25,7 @@ func NewStatic(exports ...Opened) *Static {
 	return s
 }
 
-// Add puts an export into the catalogue, replacing one of the same name.
+// Add adds an export, replacing one of the same name.
 func (s *Static) Add(e Opened) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -36,7 +36,7 @@ func (s *Static) Add(e Opened) {
 	s.exports[e.Name] = e
 }
 
-// Remove takes an export out; new connections to it are refused.
+// Remove removes an export; new connections to it are refused.
 func (s *Static) Remove(name string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -46,7 +46,7 @@ func (s *Static) Remove(name string) {
 	}
 }
 
-// List tells the exports in the order of their names.
+// List reports the exports in the order of their names.
 func (s *Static) List(_ context.Context, _ Client, yield func(Listing) bool) error {
 	s.mu.RLock()
 	names := slices.Clone(s.names)

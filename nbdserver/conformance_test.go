@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"net"
-	"path/filepath"
 	"testing"
 	"time"
 
@@ -12,27 +11,10 @@ import (
 	"github.com/varve-io/varve/nbdserver/nbdtest"
 )
 
-// serve runs a server on a unix socket for the test and returns its address.
+// serve is nbdtest.Serve.
 func serve(t testing.TB, cfg nbdserver.Config) (*nbdserver.Server, string) {
 	t.Helper()
-	srv, err := nbdserver.New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	path := filepath.Join(t.TempDir(), "nbd")
-	l, err := nbdserver.Listen("unix:" + path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	served := make(chan error, 1)
-	go func() { served <- srv.Serve(l) }()
-	t.Cleanup(func() {
-		srv.Close()
-		if err := <-served; err != nbdserver.ErrServerClosed {
-			t.Errorf("Serve returned %v", err)
-		}
-	})
-	return srv, path
+	return nbdtest.Serve(t, cfg)
 }
 
 func dialUnix(t testing.TB, path string) net.Conn {

@@ -19,7 +19,7 @@ import (
 // readBuffer holds the requests a client has sent ahead: about 580 of them.
 const readBuffer = 16 << 10
 
-// headerStyle is how transmission messages look.
+// headerStyle is the form of transmission messages.
 type headerStyle uint8
 
 const (
@@ -28,8 +28,7 @@ const (
 	styleExtended
 )
 
-// selectedContext is a metadata context by its lasting name, with the ID that the client
-// knows it by.
+// selectedContext is a metadata context by its lasting name, with the client's ID for it.
 type selectedContext struct {
 	id   uint32
 	name string
@@ -39,7 +38,7 @@ type selectedContext struct {
 type conn struct {
 	srv    *Server
 	socket net.Conn // as accepted
-	nc     net.Conn // what is spoken on: socket, or TLS over it
+	nc     net.Conn // socket, or TLS over it
 	br     *bufio.Reader
 	client Client
 	local  bool
@@ -47,6 +46,8 @@ type conn struct {
 
 	ctx    context.Context
 	cancel context.CancelCauseFunc
+
+	joined bool // counted among the server's users
 
 	// Set by negotiation.
 	noZeroes    bool
@@ -75,7 +76,7 @@ type conn struct {
 	changes changes  // to a writable export
 	writes  writesTo // guarded by Server.mu
 
-	admittedAs string // whose it counts as among the connections
+	admittedAs string // the client that the connection counts for
 
 	deadlines sync.Mutex // orders read deadlines with shutdown
 	closing   atomic.Bool
@@ -83,7 +84,7 @@ type conn struct {
 	since     time.Time // of the phase; guarded by deadlines
 }
 
-// phase is what the connection's goroutine does.
+// phase is the state of the connection's goroutine.
 type phase uint8
 
 const (
@@ -95,7 +96,7 @@ const (
 func newConn(s *Server, nc net.Conn, local bool) *conn {
 	c := &conn{srv: s, socket: nc, nc: nc, local: local}
 	addr := nc.RemoteAddr().String()
-	if addr == "" || addr == "@" { // an unnamed unix socket: name ours
+	if addr == "" || addr == "@" { // an unnamed unix socket: use the listener's
 		addr = nc.LocalAddr().String()
 	}
 	c.client.Addr = addr
@@ -108,7 +109,7 @@ func newConn(s *Server, nc net.Conn, local bool) *conn {
 	return c
 }
 
-// errDone ends a connection the way the protocol means it to end.
+// errDone ends a connection as the protocol intends.
 var errDone = errors.New("connection done")
 
 // errClosing ends a connection at shutdown, after its last request was answered.
@@ -135,8 +136,25 @@ func (c *conn) serve() {
 	}
 }
 
-// talk is the conversation with the client.
+// join counts the client among the users of an export, before it gets the reply, so that it
+// cannot be missed when another leaves.
+func (c *conn) join() {
+	if !c.joined {
+		c.joined = true
+		c.srv.users.Add(1)
+	}
+}
+
+// leave reverts join.
+func (c *conn) leave() {
+	if c.joined && c.srv.users.Add(-1) == 0 && c.srv.cfg.LastLeft != nil {
+		c.srv.cfg.LastLeft()
+	}
+}
+
+// talk serves the client.
 func (c *conn) talk() error {
+	defer c.leave()
 	c.setReadDeadline(time.Now().Add(c.srv.cfg.NegotiationTimeout))
 	_ = c.socket.SetWriteDeadline(time.Now().Add(c.srv.cfg.NegotiationTimeout))
 	if err := c.negotiate(); err != nil {
@@ -150,7 +168,7 @@ func (c *conn) talk() error {
 	return err
 }
 
-// setReadDeadline sets when a read gives up, unless shutdown has done so.
+// setReadDeadline sets when a read times out, unless shutdown has done so.
 func (c *conn) setReadDeadline(t time.Time) {
 	c.deadlines.Lock()
 	defer c.deadlines.Unlock()
@@ -159,8 +177,7 @@ func (c *conn) setReadDeadline(t time.Time) {
 	}
 }
 
-// enterPhase notes what the connection's goroutine does now; false if it is to end
-// rather than go on with that.
+// enterPhase records the goroutine's new state; false if the connection must end instead.
 func (c *conn) enterPhase(p phase) bool {
 	c.deadlines.Lock()
 	defer c.deadlines.Unlock()
@@ -170,15 +187,15 @@ func (c *conn) enterPhase(p phase) bool {
 	return !c.closing.Load()
 }
 
-// shutdown makes the connection end: no further request is read, what is in flight is
-// answered, then it is closed. A client takes that for a lost connection, and may go on
-// with a server that is started again. It does not wait.
+// shutdown ends the connection: no further request is read, those in flight are answered,
+// then it is closed. For the client the connection is lost, and it may continue with a
+// restarted server. shutdown does not wait.
 func (c *conn) shutdown() {
 	c.deadlines.Lock()
 	defer c.deadlines.Unlock()
 	c.closing.Store(true)
 	switch c.phase {
-	case phaseNegotiating: // let an option under way be answered
+	case phaseNegotiating: // let the current option be answered
 		_ = c.socket.SetReadDeadline(time.Now().Add(time.Second))
 	case phaseWaiting:
 		_ = c.socket.SetReadDeadline(time.Unix(1, 0))
@@ -229,7 +246,7 @@ func (c *conn) closeExport() {
 
 // startTLS upgrades the connection and drops what was negotiated in the clear.
 func (c *conn) startTLS() error {
-	// Bytes sent ahead in the clear would be taken for protected ones.
+	// Bytes sent before in the clear would be treated as protected.
 	if c.br.Buffered() > 0 {
 		return errors.New("client sent data before the TLS handshake")
 	}
@@ -250,5 +267,5 @@ func (c *conn) startTLS() error {
 	return nil
 }
 
-// timedOut tells whether a read ended by its deadline.
+// timedOut reports whether a read ended by its deadline.
 func timedOut(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) }

@@ -18,8 +18,8 @@ func (e *panicError) Error() string { return fmt.Sprintf("panic: %v", e.value) }
 // panicked makes an error of what recover returned.
 func panicked(value any) error { return &panicError{value: value, stack: debug.Stack()} }
 
-// guard runs f. A panic, of the export most likely, becomes an error and ends this
-// connection: others may have nothing to do with it.
+// guard runs f. A panic, most likely of the export, becomes an error and ends this connection
+// only.
 func (c *conn) guard(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -30,13 +30,13 @@ func (c *conn) guard(f func() error) (err error) {
 	return f()
 }
 
-// drop ends the connection without an answer to what is in flight.
+// drop ends the connection without a reply to requests in flight.
 func (c *conn) drop(err error) {
 	c.cancel(err)
 	_ = c.socket.Close()
 }
 
-// logPanic tells the log of a panic that ended the connection, if one did.
+// logPanic logs the panic that ended the connection, if one did.
 func (c *conn) logPanic() {
 	var p *panicError
 	if errors.As(context.Cause(c.ctx), &p) {

@@ -30,7 +30,7 @@ func resources(t testing.TB) (goroutines, files int) {
 // settled waits until goroutines and descriptors are back to what they were.
 func settled(t *testing.T, goroutines, files int) {
 	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(nbdtest.Timeout)
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for ; ; <-tick.C {
@@ -171,7 +171,7 @@ func TestIdleTimeout(t *testing.T) {
 	r.Go("disk")
 	r.Request(proto.CmdRead, 0, 1, 0, 512)
 	<-g.entered
-	for range 2 { // one that came later is idle for so long meanwhile
+	for range 2 { // a later one is idle for that long
 		later := s.DialOptions(t, nbdtest.Fixed)
 		later.Go("disk")
 		later.WantClosed()
@@ -277,7 +277,7 @@ func TestSlowReader(t *testing.T) {
 }
 
 // waitHangup waits until the server has closed its end, by writing, which
-// blocks once the socket is full: reading would let the server go on.
+// blocks once the socket is full: reading would let the server continue.
 func waitHangup(t *testing.T, r *nbdtest.Raw) {
 	t.Helper()
 	for {
@@ -287,8 +287,7 @@ func waitHangup(t *testing.T, r *nbdtest.Raw) {
 	}
 }
 
-// A flood of requests that cost nothing is held up by the replies that nobody
-// reads, not stored.
+// A flood of cheap requests is blocked by its unread replies, not stored.
 func TestFlood(t *testing.T) {
 	for _, export := range []nbdserver.Export{plain{nbdtest.NewDisk(nbdtest.Image()).ReadOnly()}, nbdtest.NewDisk(nbdtest.Image()).Writable()} {
 		_, s := image(t, nbdserver.Config{Catalog: single(export), StallTimeout: 300 * time.Millisecond})
@@ -342,7 +341,7 @@ func converse(t *testing.T, srv *nbdserver.Server, b []byte) {
 		_, _ = client.Write(b)
 		_ = client.CloseWrite()
 	}()
-	_ = client.SetReadDeadline(time.Now().Add(20 * time.Second))
+	_ = client.SetReadDeadline(time.Now().Add(nbdtest.Timeout))
 	_, err := io.Copy(io.Discard, client)
 	if ne, ok := err.(net.Error); ok && ne.Timeout() {
 		t.Error("server hangs")

@@ -29,7 +29,7 @@ func tool(t *testing.T, name string) string {
 // run runs a program and returns what it prints.
 func run(t *testing.T, name string, args ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), nbdtest.Timeout)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, tool(t, name), args...)
 	// Debian's Python modules belong to Debian's Python.

@@ -12,11 +12,10 @@ import (
 	"syscall"
 )
 
-// Listen opens a listener for an address as users write it: "unix:/path",
-// "unix:@name" (abstract), "tcp:host:port", "host:port" or "host" (port 10809);
-// "//" after the colon of unix and tcp changes nothing.
-// A stale unix socket, on which nobody listens, is replaced; the socket is
-// readable and writable by its owner only.
+// Listen opens a listener for a user's address: "unix:/path", "unix:@name" (abstract),
+// "tcp:host:port", "host:port" or "host" (port 10809); "//" after the colon of unix and tcp
+// is ignored. A stale unix socket, without a listener, is replaced; only the socket's owner
+// can read and write it.
 func Listen(address string) (net.Listener, error) {
 	if path, ok := strings.CutPrefix(address, "unix:"); ok {
 		return listenUnix(strings.TrimPrefix(path, "//"))
@@ -32,8 +31,8 @@ func Listen(address string) (net.Listener, error) {
 	return l, nil
 }
 
-// maxSocketPath is the longest path of a unix socket, in bytes (unix(7): sun_path without
-// the NUL behind it).
+// maxSocketPath is the longest path of a unix socket, in bytes (unix(7): sun_path without the
+// final NUL).
 const maxSocketPath = 107
 
 func listenUnix(path string) (net.Listener, error) {
@@ -75,7 +74,7 @@ func Activated() ([]net.Listener, error) {
 		return nil, nil
 	}
 	if p, err := strconv.Atoi(pid); err != nil || p != os.Getpid() {
-		return nil, nil //nolint:nilerr // meant for another process
+		return nil, nil //nolint:nilerr // for another process
 	}
 	n, err := strconv.Atoi(fds)
 	if err != nil || n < 1 || n > 1024 {
@@ -98,8 +97,8 @@ func Activated() ([]net.Listener, error) {
 	return ls, nil
 }
 
-// Stdio makes a connection of a process's standard input and output, as
-// nbdkit -s and libnbd's "command" connections use them.
+// Stdio makes a connection from a process's standard input and output, as nbdkit -s and
+// libnbd's "command" connections use them.
 func Stdio(in, out *os.File) (net.Conn, error) {
 	if c, err := net.FileConn(in); err == nil { // both ends of one socket
 		return c, nil
@@ -116,7 +115,7 @@ func Stdio(in, out *os.File) (net.Conn, error) {
 	return &stdioConn{in: rd, out: wr}, nil
 }
 
-// pollable returns a copy of a file that takes deadlines, if its kind can.
+// pollable returns a copy of a file with deadlines, if its kind supports them.
 func pollable(f *os.File) (*os.File, error) {
 	fd, err := syscall.Dup(int(f.Fd()))
 	if err != nil {
@@ -130,7 +129,7 @@ func pollable(f *os.File) (*os.File, error) {
 	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
-// IsLocal tells whether an address can be reached from this machine only.
+// IsLocal reports whether an address can be reached from this machine only.
 func IsLocal(a net.Addr) bool {
 	switch a := a.(type) {
 	case *net.UnixAddr:

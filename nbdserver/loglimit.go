@@ -14,9 +14,8 @@ const (
 	logEvery = time.Minute
 )
 
-// LimitLog is a handler for messages that strangers cause: of each message, 20 are
-// written and then one a minute, which tells how many were left out. Debug messages
-// pass.
+// LimitLog returns a handler for messages that untrusted clients cause: of each message, 20
+// are written and then one a minute, with the number skipped. Debug messages pass.
 func LimitLog(h slog.Handler) slog.Handler {
 	return &limitedLog{next: h, counts: &logCounts{now: time.Now, of: map[string]*logCount{}}}
 }
@@ -34,12 +33,12 @@ type logCounts struct {
 }
 
 type logCount struct {
-	lines   int       // that may be written now
+	lines   int       // may be written now
 	since   time.Time // of the last line that was added to these
 	dropped int
 }
 
-// pass tells whether a message may be written, and how many were not before it.
+// pass reports whether a message may be written, and how many were skipped before it.
 func (c *logCounts) pass(message string) (dropped int, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -9,24 +9,23 @@ const (
 	// minRequestCost is charged for any request, so that floods of tiny ones
 	// are bounded as well.
 	minRequestCost = 512
-	// smallPiece is how much of a long request is handled at a time while
-	// memory is short, and largePiece while it is not.
+	// smallPiece is how much of a long request is processed at a time while memory is short,
+	// and largePiece otherwise.
 	smallPiece = 256 << 10
 	largePiece = 1 << 20
-	// connReserve is what a connection may use when the server's memory is
-	// taken: one small piece and some tiny requests. Other clients, even stalled
-	// ones, cannot stop it altogether.
+	// connReserve is what a connection may use when the server's memory is used up: one small
+	// piece and some tiny requests. Other clients, even stalled ones, cannot stop it
+	// completely.
 	connReserve = smallPiece + 64*minRequestCost
 )
 
-// memory is what all requests may take, from reading them until their replies
-// have been handed to the kernel. It is shared by clients, and a client's part by
-// its connections, so that those who hold much, and give nothing back, leave room
-// for the next one: a client may hold half as much as it leaves free, and a
-// connection an eighth of what it leaves of its client's part (dynamic thresholds,
-// as Choudhury and Hahne describe them for switches, IEEE/ACM Transactions on
-// Networking 6:2, 1998). One that needs more than is left to it waits, or works by
-// pieces with its reserve.
+// memory is the memory of all requests, from reading them until their replies are handed to
+// the kernel. Clients share it, and a client's connections share its part, so that those who
+// hold much for long leave room for the next: a client may hold half as much as it leaves
+// free, and a connection an eighth of what it leaves of its client's part (dynamic
+// thresholds, as Choudhury and Hahne describe them for switches, IEEE/ACM Transactions on
+// Networking 6:2, 1998). A connection that needs more waits, or works in pieces with its
+// reserve.
 type memory struct {
 	total int64
 
@@ -34,8 +33,8 @@ type memory struct {
 	used    int64 // from total
 	clients map[string]*share
 	waiting []*waiter // in order of arrival, at most one for each connection
-	loan    *budget   // whose request is beyond total; nil for none
-	lastTo  *share    // who had the last loan
+	loan    *budget   // holder of memory beyond total; nil for none
+	lastTo  *share    // holder of the last loan
 }
 
 // share is the memory of one client, over all its connections.
@@ -57,7 +56,7 @@ type budget struct {
 	memory *memory
 	share  *share
 	limit  int64         // most bytes, whatever is free
-	turn   chan struct{} // held by the one who waits
+	turn   chan struct{} // held while waiting
 
 	// Guarded by memory.mu.
 	used     int64 // from the total
@@ -66,7 +65,7 @@ type budget struct {
 	closed   bool
 }
 
-// source is where a grant came from.
+// source is the origin of a grant.
 type source uint8
 
 const (
@@ -98,7 +97,7 @@ func (m *memory) join(client string, limit int64) *budget {
 	return &budget{memory: m, share: s, limit: limit, turn: make(chan struct{}, 1)}
 }
 
-// leave gives back all that a connection still holds.
+// leave releases all memory of a connection.
 func (b *budget) leave() {
 	m := b.memory
 	m.mu.Lock()
@@ -165,7 +164,7 @@ func (b *budget) acquire(ctx context.Context, n int64) (grant, error) {
 	return grant{}, ctx.Err()
 }
 
-// fits tells whether n more bytes leave enough to others. The lock is held.
+// fits reports whether n more bytes leave enough to others. The lock is held.
 func (b *budget) fits(n int64) bool {
 	m := b.memory
 	others := m.used - b.share.used
@@ -190,8 +189,8 @@ func (b *budget) take(n int64) (grant, bool) {
 	return grant{}, false
 }
 
-// borrow takes memory beyond the total: what a request that cannot be handled by
-// pieces gets, one after another, when it would not fit otherwise. The lock is held.
+// borrow takes memory beyond the total, for a request that cannot be processed in pieces and
+// would not fit otherwise, one at a time. The lock is held.
 func (b *budget) borrow(n int64) (grant, bool) {
 	if b.memory.loan != nil || b.used+b.reserved+b.lent > 0 {
 		return grant{}, false
@@ -201,7 +200,7 @@ func (b *budget) borrow(n int64) (grant, bool) {
 	return grant{n, fromLoan}, true
 }
 
-// release gives memory back.
+// release releases memory.
 func (b *budget) release(g grant) {
 	if g.n == 0 {
 		return
@@ -230,7 +229,7 @@ func (b *budget) giveBack(g grant) {
 	m.serve()
 }
 
-// serve gives memory to those who wait and whom it suffices for. The lock is held.
+// serve grants memory to the waiters for whom it suffices. The lock is held.
 func (m *memory) serve() {
 	left := m.waiting[:0]
 	for _, w := range m.waiting {
@@ -245,7 +244,7 @@ func (m *memory) serve() {
 	if m.loan != nil {
 		return
 	}
-	// Another client than last time goes first.
+	// Another client than the last goes first.
 	for _, again := range []bool{false, true} {
 		for _, w := range m.waiting {
 			if (w.b.share == m.lastTo) != again {
@@ -260,7 +259,7 @@ func (m *memory) serve() {
 	}
 }
 
-// remove takes a waiter out of the queue. The lock is held.
+// remove removes a waiter from the queue. The lock is held.
 func (m *memory) remove(w *waiter) {
 	for i, x := range m.waiting {
 		if x == w {

@@ -84,8 +84,8 @@ func parseQueries(data []byte) ([]string, bool) {
 	return queries, len(data) == 0
 }
 
-// listContexts returns the contexts that match the queries: all without any. A
-// query that ends in ':' is a wildcard for what begins with it.
+// listContexts returns the contexts that match the queries; without queries all. A query that
+// ends in ':' is a wildcard for its prefix.
 func (n *negotiator) listContexts(o *Opened, queries []string) ([]string, error) {
 	all := []string{proto.ContextAllocation}
 	if s, ok := o.Export.(Statuser); ok {
@@ -113,7 +113,7 @@ func (n *negotiator) listContexts(o *Opened, queries []string) ([]string, error)
 			}
 		}
 	}
-	// Names the export knows without listing them, such as aliases.
+	// Names that the export accepts without listing them, such as aliases.
 	if s, ok := o.Export.(Statuser); ok {
 		for _, q := range queries {
 			if !listed[q] && isContextName(q) && s.HasContext(n.ctx, q) {
@@ -125,8 +125,8 @@ func (n *negotiator) listContexts(o *Opened, queries []string) ([]string, error)
 	return match, nil
 }
 
-// selectContexts returns the contexts the queries name, each once; what does
-// not name one exactly is ignored.
+// selectContexts returns the contexts that the queries name exactly, each once; other queries
+// are ignored.
 func (n *negotiator) selectContexts(o *Opened, queries []string) []string {
 	s, _ := o.Export.(Statuser)
 	var names []string
@@ -143,7 +143,7 @@ func (n *negotiator) selectContexts(o *Opened, queries []string) []string {
 	return names
 }
 
-// isContextName tells whether a query could name one context: a namespace, a
+// isContextName reports whether a query could name one context: a namespace, a
 // colon and a leaf that is no wildcard.
 func isContextName(q string) bool {
 	ns, leaf, ok := strings.Cut(q, ":")

@@ -6,8 +6,8 @@ import (
 	"github.com/varve-io/varve/nbdserver/proto"
 )
 
-// Metrics is told what the server does. Its methods are called from many
-// goroutines and must not block.
+// Metrics counts what the server does. Its methods are called concurrently and must not
+// block.
 type Metrics interface {
 	// Connected is called when a client enters transmission on an export.
 	Connected(export string) ExportMetrics

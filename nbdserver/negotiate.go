@@ -20,8 +20,8 @@ const (
 	// maxOptionSkip is the longest option skipped to stay in step; a longer
 	// one ends the connection.
 	maxOptionSkip = 32 << 20
-	// maxOptions bounds the options of one negotiation. A client that looks at
-	// each of many exports needs one or two for each.
+	// maxOptions bounds the options of one negotiation. A client that asks about each of many
+	// exports needs one or two for each.
 	maxOptions = 1 << 20
 )
 
@@ -117,12 +117,12 @@ func (n *negotiator) skip(length uint32) error {
 	return err
 }
 
-// needsTLS tells whether the client must start TLS before anything else.
+// needsTLS reports whether the client must start TLS before anything else.
 func (n *negotiator) needsTLS() bool {
 	return n.srv.cfg.TLS != nil && !n.client.TLS && !(n.srv.cfg.PlainLocal && n.local)
 }
 
-// orTLS hides an answer from a client that has to start TLS first.
+// orTLS hides a reply from a client that must start TLS first.
 func (n *negotiator) orTLS(r proto.Reply) proto.Reply {
 	if n.needsTLS() {
 		return proto.RepErrTLSRequired
@@ -130,7 +130,7 @@ func (n *negotiator) orTLS(r proto.Reply) proto.Reply {
 	return r
 }
 
-// plainOption answers options without data; length is of what came with it.
+// plainOption answers options without data; length is the length of the data that came.
 func (n *negotiator) plainOption(length uint32) (bool, error) {
 	if n.opt == proto.OptAbort {
 		if err := n.reply(proto.RepAck, nil); err != nil {
@@ -215,7 +215,7 @@ func (n *negotiator) list() error {
 	return n.reply(proto.RepAck, nil)
 }
 
-// exportName answers OPT_EXPORT_NAME, which cannot be refused but by closing.
+// exportName answers OPT_EXPORT_NAME, which can be refused only by closing.
 func (n *negotiator) exportName(length uint32) (bool, error) {
 	if length > proto.MaxString {
 		return false, fmt.Errorf("client asks for an export name of %d bytes", length)
@@ -290,7 +290,7 @@ func (n *negotiator) info(name string, rest []byte) (bool, error) {
 	if err := n.reply(proto.RepInfo, info); err != nil {
 		return false, err
 	}
-	var sent uint64 // a type asked for twice is told once
+	var sent uint64 // each type is sent once
 	for req := rest[2:]; len(req) > 0; req = req[2:] {
 		t := binary.BigEndian.Uint16(req)
 		if t == proto.InfoExport || t > 63 || sent&(1<<t) != 0 {
@@ -324,8 +324,8 @@ func (n *negotiator) info(name string, rest []byte) (bool, error) {
 	return n.opt == proto.OptGo, n.reply(proto.RepAck, nil)
 }
 
-// blockSizes returns the minimum and preferred block size as the protocol
-// wants them: powers of two, at most 64 KiB and at least 512 respectively.
+// blockSizes returns the minimum and preferred block size in the protocol's limits: powers of
+// two, at most 64 KiB and at least 512 respectively.
 func blockSizes(o *Opened) (lo, pref uint32) {
 	lo, pref = o.MinimumBlock, o.PreferredBlock
 	if lo == 0 || lo&(lo-1) != 0 || lo > 1<<16 || o.Size()%int64(lo) != 0 {
@@ -337,12 +337,12 @@ func blockSizes(o *Opened) (lo, pref uint32) {
 	return lo, pref
 }
 
-// transmissionFlags tells what the export can do for this client.
+// transmissionFlags returns what the export can do for this client.
 func (n *negotiator) transmissionFlags(o *Opened, name string) proto.TransmissionFlags {
 	f := proto.FlagHasFlags | proto.FlagSendCache
-	// The Linux kernel, which knows simple replies only, resends what a lost
-	// connection left unanswered on any other: on a writable export it gets just one,
-	// so that the server knows which one the next takes the place of.
+	// The Linux kernel, which has simple replies only, resends unanswered requests of a lost
+	// connection on any other: for a writable export it gets just one, so that the server
+	// knows which connection the next one replaces.
 	if o.writer() == nil || n.style != styleSimple {
 		f |= proto.FlagCanMultiConn
 	}
@@ -361,7 +361,7 @@ func (n *negotiator) transmissionFlags(o *Opened, name string) proto.Transmissio
 	return f
 }
 
-// stay opens what a client needs that stays with an export.
+// stay opens what a client that stays with an export needs.
 func (n *negotiator) stay(o *Opened, name string) error {
 	var contexts []string
 	if n.contextsFor == name && n.style != styleSimple {
@@ -372,6 +372,7 @@ func (n *negotiator) stay(o *Opened, name string) error {
 	if err := o.begin(n.ctx, contexts); err != nil {
 		return err
 	}
+	n.join()
 	return n.succeed(o)
 }
 
@@ -418,7 +419,7 @@ func (n *negotiator) refuse(r proto.Reply, text string) error {
 	return n.reply(r, []byte(cutString(text)))
 }
 
-// cutLengthString takes a 32-bit length and that many bytes off data.
+// cutLengthString reads a 32-bit length and that many bytes from data.
 func cutLengthString(data []byte) (s string, rest []byte, ok bool) {
 	if len(data) < 4 {
 		return "", nil, false

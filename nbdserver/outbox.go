@@ -12,8 +12,8 @@ import (
 // an OFFSET_HOLE chunk.
 const maxReplyHeader = 44
 
-// outgoing is one reply or chunk: a fixed part, perhaps data, and what to give
-// back when both have been handed to the kernel.
+// outgoing is one reply or chunk: a fixed part, perhaps data, and what to release when both
+// have been handed to the kernel.
 type outgoing struct {
 	header  [maxReplyHeader]byte
 	hlen    uint8
@@ -24,10 +24,9 @@ type outgoing struct {
 
 func (e *outgoing) size() int { return int(e.hlen) + len(e.data) }
 
-// outbox is a connection's queue of replies. Replies are only appended by
-// push; flush writes them. At most one goroutine writes at a time: whoever
-// flushes tries once without blocking, and what the socket does not take is
-// left to a goroutine that waits for the client.
+// outbox is a connection's queue of replies. push appends replies; flush writes them. At most
+// one goroutine writes at a time: a caller of flush tries once without blocking, and leaves
+// what the socket does not accept to a goroutine that waits for the client.
 type outbox struct {
 	conn  net.Conn
 	raw   syscall.RawConn // nil with TLS or a stream that has no descriptor
@@ -42,7 +41,7 @@ type outbox struct {
 	writing bool
 	err     error
 
-	// Owned by whoever set writing.
+	// Owned by the goroutine that set writing.
 	batch []outgoing
 	pos   int // first entry of batch not fully written
 	skip  int // bytes of batch[pos] already written
@@ -74,7 +73,7 @@ func (o *outbox) push(entries ...outgoing) {
 	o.mu.Unlock()
 }
 
-// flush starts writing what is queued. It does not wait for a slow client.
+// flush starts writing the queue. It does not wait for a slow client.
 func (o *outbox) flush() {
 	o.mu.Lock()
 	if o.writing || len(o.queue) == 0 {
@@ -107,8 +106,7 @@ func (o *outbox) flush() {
 	o.stopped()
 }
 
-// drain writes until nothing is left, waiting for the client, which must keep its
-// pace.
+// drain writes until the queue is empty, waiting for the client, which must keep its pace.
 func (o *outbox) drain() {
 	defer o.rescue()
 	pace := o.pace()
@@ -166,8 +164,8 @@ func (o *outbox) stopped() {
 	o.mu.Unlock()
 }
 
-// writeOnce hands as many entries as one writev takes to the socket and
-// returns the bytes written: 0 if it would block and wait is false.
+// writeOnce hands as many entries as one writev accepts to the socket and returns the bytes
+// written: 0 if it would block and wait is false.
 func (o *outbox) writeOnce(wait bool) (int, error) {
 	o.vec.reset()
 	skip := o.skip
@@ -195,7 +193,7 @@ func (o *outbox) writeOnce(wait bool) (int, error) {
 	return n, err
 }
 
-// advance releases the entries that n further bytes complete.
+// advance releases the entries that n more bytes complete.
 func (o *outbox) advance(n int) {
 	n += o.skip
 	for o.pos < len(o.batch) {
@@ -210,8 +208,8 @@ func (o *outbox) advance(n int) {
 	o.skip = n
 }
 
-// maxBuffered is the most bytes of one write without writev, so that a client's pace
-// is seen in between.
+// maxBuffered is the most bytes of one write without writev, so that a client's pace is
+// measured in between.
 const maxBuffered = 64 << 10
 
 // writeBuffered writes one entry, and the buffer at the end of the batch.
@@ -244,7 +242,7 @@ func (o *outbox) writeBuffered(pace *pace) error {
 	return o.wait(pace, func() (int, error) { return 0, o.bw.Flush() })
 }
 
-// finish gives back what an entry held.
+// finish releases what an entry held.
 func (o *outbox) finish(e *outgoing) {
 	if e.owner != nil {
 		e.owner.Release()
@@ -269,8 +267,8 @@ func (o *outbox) broken(err error) {
 	o.fail(err)
 }
 
-// rescue ends writing after a panic, which is one of the export that was to take back
-// what it had lent.
+// rescue ends writing after a panic, most likely of the export when it released what it had
+// lent.
 func (o *outbox) rescue() {
 	p := recover()
 	if p == nil {
@@ -279,12 +277,12 @@ func (o *outbox) rescue() {
 	err := panicked(p)
 	o.mu.Lock()
 	o.err = err
-	o.queue, o.batch = nil, nil // their memory comes back with the connection's
+	o.queue, o.batch = nil, nil // their memory is released with the connection's
 	o.stopped()
 	o.fail(err)
 }
 
-// sending tells whether replies are still to be written.
+// sending reports whether replies are still to be written.
 func (o *outbox) sending() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -4,10 +4,10 @@ import (
 	"context"
 )
 
-// Pad rounds an export's size up to a multiple of align bytes with zeroes, for
-// clients that count in sectors (the Linux kernel drops a partial last one).
-// The result is read-only, as the padding has no place to be written to: pad a
-// disk below its overlay. An export of fitting size is returned as it is.
+// Pad rounds an export's size up to a multiple of align bytes with zeroes, for clients that
+// count in sectors (the Linux kernel drops a partial last one). The result is read-only,
+// since the padding cannot be written: pad a disk below its overlay. An export of fitting
+// size is returned unchanged.
 func Pad(e Export, align int64) Export {
 	size := e.Size()
 	padded := (size + align - 1) / align * align
@@ -55,8 +55,7 @@ func (p *paddedExport) Extents(ctx context.Context, off, length int64, yield fun
 	return nil
 }
 
-// Contexts and HasContext pass on what the inner export knows; the padding has no
-// flags.
+// Contexts and HasContext pass on those of the inner export; the padding has no flags.
 func (p *paddedExport) Contexts(ctx context.Context) ([]string, error) {
 	if s, ok := p.inner.(Statuser); ok {
 		return s.Contexts(ctx)
@@ -74,7 +73,7 @@ func (p *paddedExport) ContextName(ctx context.Context, name string) string {
 	return contextName(ctx, p.inner, name)
 }
 
-// Status passes on what the inner export tells.
+// Status passes on the inner export's flags.
 func (p *paddedExport) Status(ctx context.Context, name string, off, length int64, yield func(int64, uint32) bool) error {
 	in := min(max(p.size-off, 0), length)
 	if in > 0 {

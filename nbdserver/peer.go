@@ -5,9 +5,8 @@ import (
 	"net/netip"
 )
 
-// owner names whom a connection counts for where something is shared by client:
-// the name that a certificate proves, else the host, else the process of this
-// machine.
+// owner returns the client that a connection counts for where something is shared by client:
+// the name in its certificate, else the host, else the process on this machine.
 func (c *conn) owner() string {
 	if len(c.client.Names) > 0 {
 		return "name:" + c.client.Names[0]
@@ -18,8 +17,8 @@ func (c *conn) owner() string {
 	return hostOf(c.socket.RemoteAddr())
 }
 
-// hostOf is an address without its port. Addresses of one IPv6 network of 64 bits
-// are one host's: whoever has one of them has all.
+// hostOf returns an address without its port. Addresses of one IPv6 network of 64 bits are
+// one host: its owner can use all of them.
 func hostOf(a net.Addr) string {
 	t, ok := a.(*net.TCPAddr)
 	if !ok {

@@ -7,7 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// peerProcess names the process that connected to a unix socket.
+// peerProcess returns the process that connected to a unix socket.
 func peerProcess(c *net.UnixConn) string {
 	raw, err := c.SyscallConn()
 	if err != nil {
@@ -22,8 +22,8 @@ func peerProcess(c *net.UnixConn) string {
 	return name
 }
 
-// peerLeft tells whether the peer of a socket will send nothing more, even if bytes
-// that it sent before are still unread.
+// peerLeft reports whether the peer of a socket will send nothing more, even if bytes that it
+// sent are still unread.
 func peerLeft(c net.Conn) bool {
 	raw := rawSocket(c)
 	if raw == nil {

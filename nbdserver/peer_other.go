@@ -8,6 +8,6 @@ import "net"
 // known here.
 func peerProcess(*net.UnixConn) string { return "unix" }
 
-// peerLeft tells whether the peer of a socket will send nothing more, which is seen
+// peerLeft reports whether the peer of a socket will send nothing more, which is seen
 // by reading only here.
 func peerLeft(net.Conn) bool { return false }

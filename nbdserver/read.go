@@ -1,17 +1,17 @@
 package nbdserver
 
 import (
-	"bytes"
 	"context"
 	"errors"
 
+	"github.com/varve-io/varve/internal/zero"
 	"github.com/varve-io/varve/nbdserver/proto"
 )
 
 // minHole is the shortest run of zeroes worth a chunk of its own.
 const minHole = 4096
 
-// zeroPage stands for zeroes that must be sent as data.
+// zeroPage holds zeroes that must be sent as data.
 var zeroPage [64 << 10]byte
 
 // readLent answers a read at once if the export lends all its bytes without
@@ -50,11 +50,11 @@ func (c *conn) read(r *request) {
 	c.sendPieces(r, pieces, err, nil)
 }
 
-// readByPieces answers a read with a chunk or more for each of its pieces, as
-// memory for them is to be had.
+// readByPieces answers a read with one or more chunks for each of its pieces, as memory
+// becomes free.
 func (c *conn) readByPieces(r *request) {
 	if p, ok := c.opened.Export.(Prefetcher); ok {
-		_ = p.Prefetch(c.ctx, int64(r.offset), int64(r.length)) // a failure shows when it is read
+		_ = p.Prefetch(c.ctx, int64(r.offset), int64(r.length)) // a failure will show in the read
 	}
 	off, end := int64(r.offset), int64(r.offset+r.length)
 	for n := int64(r.piece); ; {
@@ -87,8 +87,8 @@ func (c *conn) gatherInTime(off int64, n int) ([]Piece, error) {
 	return pieces, c.late(ctx, err, off)
 }
 
-// gather gets the bytes of a range, lent by the export or read. With an error the
-// pieces are what there is before it.
+// gather gets the bytes of a range, lent by the export or read. With an error it returns the
+// pieces before it.
 func (c *conn) gather(ctx context.Context, off int64, n int) ([]Piece, error) {
 	if c.lender != nil {
 		pieces, err := c.lender.Lend(ctx, nil, off, n, true)
@@ -111,8 +111,8 @@ func (c *conn) gather(ctx context.Context, off int64, n int) ([]Piece, error) {
 	return pieces, err
 }
 
-// fill reads a range into buf and tells which parts of it are zeroes. With an error
-// the pieces are what was read before it.
+// fill reads a range into buf and reports which parts of it are zeroes. With an error it
+// returns the pieces before it.
 func (c *conn) fill(ctx context.Context, off int64, buf *buffer) ([]Piece, error) {
 	if len(buf.b) > 64<<10 {
 		if pieces, ok := c.fillByExtents(ctx, off, buf.b); ok {
@@ -127,14 +127,14 @@ func (c *conn) fill(ctx context.Context, off int64, buf *buffer) ([]Piece, error
 		}
 		return []Piece{{Data: buf.b[:n]}}, at(err, off+int64(n))
 	}
-	if isZero(buf.b) {
+	if zero.Only(buf.b) {
 		return []Piece{{Zeroes: len(buf.b)}}, nil
 	}
 	return []Piece{{Data: buf.b}}, nil
 }
 
-// fillByExtents reads only what is not known to be zero. It gives up, for a
-// plain read to tell what is wrong, on any error.
+// fillByExtents reads only what is not known to be zero. On any error it gives up, and a
+// plain read will report it.
 func (c *conn) fillByExtents(ctx context.Context, off int64, b []byte) ([]Piece, bool) {
 	var pieces []Piece
 	pos := 0
@@ -171,7 +171,7 @@ func (c *conn) fillByExtents(ctx context.Context, off int64, b []byte) ([]Piece,
 	return pieces, true
 }
 
-// at says where an error happened, unless it says so itself.
+// at adds the offset to an error, unless it has one.
 func at(err error, off int64) error {
 	var oe *OffsetError
 	if errors.As(err, &oe) {
@@ -180,19 +180,8 @@ func at(err error, off int64) error {
 	return &OffsetError{Offset: off, Err: err}
 }
 
-// isZero tells whether b holds zeroes only.
-func isZero(b []byte) bool {
-	for len(b) > len(zeroPage) {
-		if !bytes.Equal(b[:len(zeroPage)], zeroPage[:]) {
-			return false
-		}
-		b = b[len(zeroPage):]
-	}
-	return bytes.Equal(b, zeroPage[:len(b)])
-}
-
-// sendPieces answers a read with what the export gave, in order; err is what
-// went wrong after the last piece. scratch is reused for the replies.
+// sendPieces answers a read with the export's pieces, in order; err is the error after the
+// last piece. scratch is reused for the replies.
 func (c *conn) sendPieces(r *request, pieces []Piece, err error, scratch []outgoing) []outgoing {
 	switch {
 	case c.style == styleSimple && err != nil:
@@ -222,7 +211,7 @@ func release(pieces []Piece) {
 	}
 }
 
-// simpleRead is a header and all bytes.
+// simpleRead returns a header and all bytes.
 func (c *conn) simpleRead(r *request, pieces []Piece, out []outgoing) []outgoing {
 	out = append(out, outgoing{})
 	putSimple(&out[0], 0, r.cookie)
@@ -258,10 +247,10 @@ func appendData(out []outgoing, b []byte) []outgoing {
 	return append(out, outgoing{data: b})
 }
 
-// structuredRead is a chunk for each run of data and each hole, from pos. last says
+// structuredRead returns a chunk for each run of data and each hole, from pos. last means
 // that the reply ends with them.
 func (c *conn) structuredRead(r *request, pos uint64, pieces []Piece, err error, last bool, out []outgoing) []outgoing {
-	head := 0 // where the current chunk begins in out
+	head := 0 // start of the current chunk in out
 	// Don't fragment: one chunk, zeroes written out.
 	whole := r.flags&proto.CmdFlagDF != 0 && len(pieces) > 1
 	isHole := func(p Piece) bool {

@@ -13,7 +13,7 @@ func (e *readTimeout) Error() string {
 	return fmt.Sprintf("the data did not arrive within %v, the limit of this server (--read-timeout)", e.limit)
 }
 
-// readContext is the context of one read of the export.
+// readContext returns the context of one read of the export.
 func (c *conn) readContext() (context.Context, context.CancelFunc) {
 	limit := c.srv.cfg.ReadTimeout
 	if limit <= 0 {
@@ -22,8 +22,7 @@ func (c *conn) readContext() (context.Context, context.CancelFunc) {
 	return context.WithTimeoutCause(c.ctx, limit, &readTimeout{limit})
 }
 
-// late makes an error that came when the time of a read was over say so, whatever
-// noticed it first.
+// late replaces an error that came after the time of a read was over, whatever failed first.
 func (c *conn) late(ctx context.Context, err error, off int64) error {
 	if err == nil || ctx.Err() == nil || c.ctx.Err() != nil {
 		return err

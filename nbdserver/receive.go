@@ -10,9 +10,9 @@ import (
 	"github.com/varve-io/varve/nbdserver/proto"
 )
 
-// takeMemory waits until the memory of a request without payload is free. While it
-// is short, requests that can be handled by pieces get that of the first one.
-// Replies that hold some are sent before waiting.
+// takeMemory waits until the memory of a request without payload is free. While it is short,
+// requests that can be processed in pieces get that of the first one. Replies that hold
+// memory are sent before waiting.
 func (c *conn) takeMemory(r *request) error {
 	n := int64(minRequestCost)
 	piece := 0
@@ -21,13 +21,13 @@ func (c *conn) takeMemory(r *request) error {
 		if r.length > 0 {
 			n += bufferCost(int(r.length))
 		}
-		// A simple reply, or one that must not be in fragments, is whole.
+		// A simple reply, or one without fragments, is sent as a whole.
 		if r.length > smallPiece && c.style != styleSimple && r.flags&proto.CmdFlagDF == 0 {
 			piece = smallPiece
 		}
 	case proto.CmdBlockStatus:
 		n += statusMemory
-		piece = smallPiece // a reply may tell less
+		piece = smallPiece // a reply may report less
 	}
 	n = min(n, c.srv.cfg.ConnectionMemory, c.srv.cfg.TotalMemory)
 	if g, ok := c.mem.try(n); ok {
@@ -46,7 +46,7 @@ func (c *conn) takeMemoryFor(r *request, n int64) error {
 	return err
 }
 
-// waitMemory takes memory, for which replies that hold some are sent.
+// waitMemory waits for memory, and sends replies that hold some.
 func (c *conn) waitMemory(n int64) (grant, error) {
 	if g, ok := c.mem.try(n); ok {
 		return g, nil
@@ -71,14 +71,14 @@ func (c *conn) takePiece(n int) (int, grant, error) {
 // holds memory for bytes that it only announced.
 type writing struct {
 	r    request
-	left atomic.Int64 // pieces under way, and one while the payload is read
+	left atomic.Int64 // pieces in progress, and one while the payload is read
 
 	mu  sync.Mutex
 	err error // the first one of the disk
 	at  int64 // where
 }
 
-// receiveWrite reads the payload of a WRITE and has it written.
+// receiveWrite reads the payload of a WRITE and writes it in pieces.
 func (c *conn) receiveWrite(r *request) error {
 	if err := c.takeMemoryFor(r, minRequestCost); err != nil {
 		return err
@@ -91,7 +91,7 @@ func (c *conn) receiveWrite(r *request) error {
 		if err := c.awaitPayload(&pace); err != nil {
 			return err
 		}
-		// Pieces end where those of other requests would.
+		// Pieces are aligned like those of other requests.
 		n := min(end-off, largePiece-off%largePiece)
 		size, g, err := c.takePiece(int(n))
 		if err != nil {
@@ -134,7 +134,7 @@ func (c *conn) writePiece(w *writing, buf *buffer, g grant, off int64) {
 	}
 }
 
-// wrote answers a WRITE all of whose pieces are done.
+// wrote answers a WRITE whose pieces are all done.
 func (c *conn) wrote(w *writing) {
 	if w.err != nil {
 		c.exportError(&w.r, w.err, w.at)
@@ -181,7 +181,7 @@ func (c *conn) readFull(p []byte, pace *pace) error {
 	return nil
 }
 
-// midMessage is an error of reading, in the middle of a message.
+// midMessage returns the error of a read in the middle of a message.
 func midMessage(err error) error {
 	switch {
 	case errors.Is(err, io.EOF):
@@ -194,7 +194,7 @@ func midMessage(err error) error {
 
 var errStalled = errors.New("client stopped in the middle of a message, or was too slow")
 
-// discardPayload reads a payload that nobody wants.
+// discardPayload reads and drops a payload.
 func (c *conn) discardPayload(n uint64) error {
 	pace := c.srv.newPace()
 	b := getBuffer(64 << 10)

@@ -19,8 +19,8 @@ func putSimple(e *outgoing, errno proto.Errno, cookie uint64) {
 	e.hlen = proto.SimpleReplySize
 }
 
-// putChunk writes the header of a chunk whose payload is n bytes and returns
-// where its fixed payload goes.
+// putChunk writes the header of a chunk whose payload is n bytes and returns the space for
+// its fixed payload.
 func (c *conn) putChunk(e *outgoing, r *request, typ uint16, n int) []byte {
 	h := e.header[:]
 	binary.BigEndian.PutUint16(h[4:], 0)
@@ -42,14 +42,14 @@ func (c *conn) putChunk(e *outgoing, r *request, typ uint16, n int) []byte {
 // setDone marks a chunk as its reply's last.
 func setDone(e *outgoing) { binary.BigEndian.PutUint16(e.header[4:], proto.ReplyFlagDone) }
 
-// putData is the head of an OFFSET_DATA chunk of n bytes at pos.
+// putData writes the head of an OFFSET_DATA chunk of n bytes at pos.
 func (c *conn) putData(e *outgoing, r *request, pos uint64, n int) {
 	p := c.putChunk(e, r, proto.ChunkOffsetData, 8+n)
 	binary.BigEndian.PutUint64(p, pos)
 	e.hlen += 8
 }
 
-// putHole is an OFFSET_HOLE chunk.
+// putHole writes an OFFSET_HOLE chunk.
 func (c *conn) putHole(e *outgoing, r *request, pos uint64, n uint32) {
 	p := c.putChunk(e, r, proto.ChunkOffsetHole, 12)
 	binary.BigEndian.PutUint64(p, pos)
@@ -71,8 +71,8 @@ func (c *conn) sendDone(r *request) {
 	c.out.push(e)
 }
 
-// exportError answers with an error of the export, and logs it. A connection that ends
-// answers no more: what it failed to do, the client may do on the next one.
+// exportError answers with an error of the export, and logs it. A connection that is ending
+// sends no answer: the client may repeat the request on the next one.
 func (c *conn) exportError(r *request, err error, off int64) {
 	if c.ctx.Err() != nil {
 		c.mem.release(r.mem)
@@ -89,9 +89,9 @@ func (c *conn) exportError(r *request, err error, off int64) {
 	c.sendError(r, errno, err.Error(), off)
 }
 
-// loggedFailures is how many failed requests of a connection are logged. A tool that
-// salvages what it can asks for each sector of a lost block, and a client may write to
-// a full overlay for ever: neither is to fill the server's disk.
+// loggedFailures is how many failed requests of a connection are logged. A salvage tool may
+// read each sector of a lost block, and a client may write to a full overlay forever: neither
+// must fill the server's disk.
 const loggedFailures = 20
 
 func (c *conn) logFailure(r *request, err error, off int64) {
@@ -106,7 +106,7 @@ func (c *conn) logFailure(r *request, err error, off int64) {
 	}
 }
 
-// sendError answers with an error. off < 0: it has no place.
+// sendError answers with an error. off < 0: it has no offset.
 func (c *conn) sendError(r *request, errno proto.Errno, text string, off int64) {
 	var e outgoing
 	if c.style == styleSimple {
@@ -119,7 +119,7 @@ func (c *conn) sendError(r *request, errno proto.Errno, text string, off int64) 
 	c.out.push(e)
 }
 
-// errorChunk is the last chunk of a failed reply, with a text for people.
+// errorChunk returns the last chunk of a failed reply, with a text for people.
 func (c *conn) errorChunk(r *request, errno proto.Errno, text string, off int64) outgoing {
 	var e outgoing
 	text = cutString(text)

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/varve-io/varve/internal/bytesize"
 	"github.com/varve-io/varve/nbdserver/proto"
 )
 
@@ -26,8 +27,7 @@ const (
 	DefaultMinRate            = 32 << 10
 )
 
-// Config says what a Server serves and within which limits. Zero limits mean
-// the defaults above.
+// Config says what a Server serves, and its limits. Zero limits mean the defaults above.
 type Config struct {
 	Catalog Catalog
 
@@ -35,39 +35,38 @@ type Config struct {
 	// PlainLocal lets those of unix sockets and loopback addresses choose.
 	TLS        *tls.Config
 	PlainLocal bool
-	// Insecure allows to listen beyond the machine without TLS.
+	// Insecure allows listening beyond the machine without TLS.
 	Insecure bool
 
 	// ConnectionMemory and TotalMemory bound the bytes of requests in flight,
 	// per connection (at least one request of 32 MiB) and in all.
 	ConnectionMemory int64
 	TotalMemory      int64
-	// MaxConnections is the number of clients served at once. A further one takes the
-	// place of an idle one of the client that has the most, or of any that has had no
-	// request for IdleWhenFull; where there is none, it is closed.
+	// MaxConnections is the number of clients served at once. Another one replaces an idle
+	// connection of the client with the most, or any that has had no request for
+	// IdleWhenFull; if there is none, it is closed.
 	MaxConnections int
 	IdleWhenFull   time.Duration
-	// MaxRequests is the number of requests of one connection that wait for
-	// the export at once.
+	// MaxRequests is the number of requests of one connection that the export processes at
+	// once.
 	MaxRequests int
 
 	// NegotiationTimeout bounds the time from connecting to transmission.
 	NegotiationTimeout time.Duration
-	// StallTimeout ends a connection whose client takes no replies, or stops
-	// in the middle of a message, for that long.
+	// StallTimeout ends a connection whose client accepts no replies, or stops in the middle
+	// of a message, for that long.
 	StallTimeout time.Duration
-	// MinRate is the bytes a second that a client takes of replies, or sends of a
-	// payload, at the least: the time by which it is slower may add up to
-	// StallTimeout.
+	// MinRate is the lowest rate, in bytes per second, at which a client must accept replies
+	// or send a payload: the time by which it is slower may add up to StallTimeout.
 	MinRate int64
-	// ReadTimeout is how long one read of an export may take, or of its extents; then
-	// it fails with EIO. Zero means no bound.
+	// ReadTimeout bounds one read of an export, or of its extents; then it fails with EIO.
+	// Zero means no bound.
 	ReadTimeout time.Duration
 	// IdleTimeout ends a connection without requests; zero means never.
 	IdleTimeout time.Duration
 
-	// LastLeft is called when the last client that uses an export has left, each time.
-	// It must not block. It may be nil.
+	// LastLeft is called whenever the last client that uses an export has left. It must not
+	// block. It may be nil.
 	LastLeft func()
 
 	Metrics Metrics // may be nil
@@ -94,10 +93,10 @@ type Server struct {
 	users atomic.Int64 // connections that use an export
 }
 
-// ErrServerClosed is what Serve returns after Shutdown or Close.
+// ErrServerClosed is the result of Serve after Shutdown or Close.
 var ErrServerClosed = errors.New("NBD server closed")
 
-// ErrNeedsTLS is the refusal to listen beyond the machine in the clear.
+// ErrNeedsTLS means that the server would listen beyond the machine in the clear.
 var ErrNeedsTLS = errors.New("serving disks beyond this machine needs TLS: give a certificate and key, or allow it in the clear with --insecure")
 
 // New checks the configuration and returns a server; it holds no resources
@@ -118,7 +117,7 @@ func New(cfg Config) (*Server, error) {
 		return nil, errors.New("the least rate of clients must not be negative")
 	}
 	if cfg.ConnectionMemory < proto.MaxPayload || cfg.TotalMemory < proto.MaxPayload {
-		return nil, fmt.Errorf("the memory limits must allow one request of %d MiB", proto.MaxPayload>>20)
+		return nil, fmt.Errorf("the memory limits must allow one request of %s", bytesize.Format(proto.MaxPayload))
 	}
 	if cfg.MaxConnections == 0 {
 		cfg.MaxConnections = DefaultMaxConnections
@@ -208,8 +207,8 @@ func (s *Server) Serve(l net.Listener) error {
 	}
 }
 
-// ServeConn serves one connection, such as Stdio's, until it ends. local says
-// whether it counts as one from this machine.
+// ServeConn serves one connection, such as Stdio's, until it ends. local means that it counts
+// as one from this machine.
 func (s *Server) ServeConn(nc net.Conn, local bool) error {
 	if s.cfg.TLS == nil && !s.cfg.Insecure && !local {
 		_ = nc.Close()
@@ -225,16 +224,16 @@ func (s *Server) ServeConn(nc net.Conn, local bool) error {
 	return nil
 }
 
-// Connections returns the number of clients connected now.
+// Connections returns the current number of clients.
 func (s *Server) Connections() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return len(s.conns)
 }
 
-// Shutdown stops accepting clients and reading requests, answers those in flight
-// and closes each connection after its last one. If ctx ends first, what is left is
-// cut off and ctx's error returned.
+// Shutdown stops accepting clients and reading requests, answers those in flight and closes
+// each connection after its last one. If ctx ends first, the rest is cut off and ctx's error
+// returned.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.stop()
 	idle := make(chan struct{})
@@ -259,7 +258,7 @@ func (s *Server) Close() {
 	s.done.Wait()
 }
 
-// stop ends accepting and tells the connections.
+// stop stops accepting and shuts the connections down.
 func (s *Server) stop() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -15,7 +15,7 @@ import (
 	"github.com/varve-io/varve/nbdserver/proto"
 )
 
-// watched is a writable disk that tells of each write, and holds those of one place.
+// watched is a writable disk that reports each write, and blocks those at one offset.
 type watched struct {
 	nbdserver.Export
 	nbdserver.Writer
@@ -61,7 +61,7 @@ func TestShutdown(t *testing.T) {
 	go func() { stopped <- srv.Shutdown(ctx(t)) }()
 	idle.WantClosed()
 	_ = idle.Close()
-	srv.Connections() // waits until all connections have been told
+	srv.Connections() // waits until all connections are shutting down
 	slow.Request(proto.CmdRead, 0, 2, 4096, 512)
 	if _, err := haggling.Info("disk"); err == nil || !strings.Contains(err.Error(), "SHUTDOWN") {
 		t.Errorf("option at shutdown: %v", err)
@@ -91,7 +91,7 @@ func TestShutdown(t *testing.T) {
 	}
 }
 
-// Requests that nobody reads any more do not cost a client the replies on their way.
+// Requests that are no longer read do not cost a client the replies already sent.
 func TestShutdownLosesNoReply(t *testing.T) {
 	const size = 32 << 20 // more than sockets hold
 	content := bytes.Repeat(nbdtest.Image(), size/nbdtest.ImageSize)

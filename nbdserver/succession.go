@@ -7,19 +7,18 @@ import (
 	"time"
 )
 
-// A client that loses its connection sends what was not answered again on the next
-// one. Were the first copy still to be carried out, it would undo what the client
-// wrote after the second. So a connection to a writable export begins only when
-// nothing of an earlier one of the same client can come any more.
+// A client that loses its connection sends unanswered requests again on the next one. If the
+// first copy of a write were still carried out, it would undo what the client wrote after the
+// second. So a connection to a writable export begins only when nothing of an earlier one of
+// the same client can run any more.
 
-// errSucceeded ends a connection in whose place another one came.
+// errSucceeded ends a connection that another one replaces.
 var errSucceeded = errors.New("another connection of the client took its place")
 
-// errStillWriting refuses a connection while an earlier one has writes under way.
+// errStillWriting refuses a connection while an earlier one has writes in progress.
 var errStillWriting = errors.New("writes of an earlier connection of this client are still being carried out: try again")
 
-// changes are the requests of a connection that change its export and are being
-// carried out.
+// changes are the running requests of a connection that change its export.
 type changes struct {
 	mu      sync.Mutex
 	running map[*change]struct{}
@@ -28,7 +27,7 @@ type changes struct {
 
 type change struct{ done chan struct{} }
 
-// begin notes a change, unless no more may begin.
+// begin records a change, unless no more may start.
 func (s *changes) begin() (*change, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -50,7 +49,7 @@ func (s *changes) end(c *change) {
 	close(c.done)
 }
 
-// now returns the changes that run now. With end no more begin after them.
+// now returns the running changes. With end no more start after them.
 func (s *changes) now(end bool) []*change {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -62,18 +61,18 @@ func (s *changes) now(end bool) []*change {
 	return all
 }
 
-// writesTo is what a connection to a writable export is known by to its successors.
+// writesTo identifies a connection to a writable export for its successors.
 type writesTo struct {
 	export string
 	client string
-	// single says that the client takes the connection for its only one, as
-	// CAN_MULTI_CONN was not offered to it.
+	// single means that this is the client's only connection, since CAN_MULTI_CONN was not
+	// offered to it.
 	single bool
 }
 
-// succeed waits until no earlier connection of the client can change the export any
-// more by what it has sent: those that the client has left, and the one that this one
-// replaces, are ended; what others have in flight is waited for.
+// succeed waits until no earlier connection of the client can change the export any more:
+// those that the client has left, and the one that this one replaces, are ended; requests of
+// others in flight are waited for.
 func (c *conn) succeed(o *Opened) error {
 	if o.writer() == nil {
 		return nil
@@ -118,8 +117,8 @@ func (c *conn) succeed(o *Opened) error {
 	return nil
 }
 
-// machine names where a connection comes from, which stays the same when a client
-// connects again, or is started again: a name that a certificate proves, or a host.
+// machine returns where a connection comes from, which stays the same when a client
+// reconnects or is restarted: a name in its certificate, or a host.
 func (c *conn) machine() string {
 	if len(c.client.Names) > 0 {
 		return "name:" + c.client.Names[0]

@@ -21,9 +21,9 @@ type TLSFiles struct {
 	AllowTLS12 bool
 }
 
-// LoadTLS makes the configuration for Config.TLS. The certificate is read
-// again when its file changes, so that it can be renewed under a running
-// server. There are no pre-shared keys: Go's TLS has none.
+// LoadTLS makes the configuration for Config.TLS. The certificate is read again when its file
+// changes, so that it can be renewed while the server runs. There are no pre-shared keys:
+// Go's TLS does not support them.
 func LoadTLS(f TLSFiles) (*tls.Config, error) {
 	if f.Certificate == "" || f.Key == "" {
 		return nil, errors.New("TLS needs both a certificate and its key")
@@ -80,14 +80,13 @@ func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	return c.loaded, nil
 }
 
-// namelessAuthorities is a configuration that verifies client certificates as the
-// given one does, but asks for them without naming the authorities. GnuTLS (libnbd,
-// qemu) looks for a certificate of a named authority whose key fits the signatures
-// asked for, and takes RSA keys to fit PKCS #1 v1.5 only, which TLS 1.3 does not
-// sign with: it would send no certificate at all. Without names it sends the only
-// one it has. It returns nil for a configuration that has nothing to change.
+// namelessAuthorities returns a configuration that verifies client certificates like cfg, but
+// requests them without naming the authorities. GnuTLS (libnbd, qemu) looks for a certificate
+// of a named authority whose key fits the requested signatures, and assumes that RSA keys fit
+// PKCS #1 v1.5 only, which TLS 1.3 does not sign with: it would send no certificate. Without
+// names it sends the only one it has. It returns nil if cfg needs no change.
 func namelessAuthorities(cfg *tls.Config) *tls.Config {
-	// One that is chosen for each client would not verify what this one does.
+	// A configuration chosen per client would not verify what this one does.
 	if cfg == nil || cfg.ClientAuth < tls.VerifyClientCertIfGiven || cfg.GetConfigForClient != nil {
 		return nil
 	}
@@ -110,7 +109,7 @@ func namelessAuthorities(cfg *tls.Config) *tls.Config {
 	return c
 }
 
-// verifyClient checks what a client sent as crypto/tls would.
+// verifyClient verifies a client's certificates as crypto/tls would.
 func verifyClient(cfg *tls.Config, sent []*x509.Certificate) error {
 	if len(sent) == 0 {
 		return nil // allowed here, or refused before
@@ -131,8 +130,8 @@ func verifyClient(cfg *tls.Config, sent []*x509.Certificate) error {
 	return nil
 }
 
-// clientNames returns the names a verified client certificate proves. verified says
-// that all certificates of s are, by verifyClient.
+// clientNames returns the names in a verified client certificate. verified means that
+// verifyClient has verified all certificates of s.
 func clientNames(s tls.ConnectionState, verified bool) []string {
 	var leaf *x509.Certificate
 	switch {

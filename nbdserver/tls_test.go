@@ -134,7 +134,7 @@ func TestConformanceTLS(t *testing.T) {
 }
 
 // afterTLS upgrades a connection and then plays the server's greeting again,
-// so that a client that knows no TLS can go on.
+// so that a client without TLS can continue.
 type afterTLS struct {
 	net.Conn
 	config *tls.Config
@@ -163,11 +163,11 @@ func (a *afterTLS) Write(p []byte) (int, error) {
 	}
 	r := nbdtest.StartTLSRequest()
 	if _, err := a.Conn.Write(r); err != nil {
-		return len(p), nil //nolint:nilerr // the server hung up on the flags: the reader will see
+		return len(p), nil // the server hung up on the flags: the reader will see
 	}
 	reply := make([]byte, 20)
 	if _, err := a.Conn.Read(reply); err != nil {
-		return len(p), nil //nolint:nilerr // the server hung up on the flags: the reader will see
+		return len(p), nil // the server hung up on the flags: the reader will see
 	}
 	a.tls = tls.Client(a.Conn, a.config)
 	if err := a.tls.Handshake(); err != nil {
@@ -176,7 +176,7 @@ func (a *afterTLS) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// In forced mode nothing is told without TLS.
+// In forced mode nothing is revealed without TLS.
 func TestForcedTLS(t *testing.T) {
 	p := newPKI(t)
 	_, path := serve(t, nbdserver.Config{TLS: p.config(false), Catalog: single(nbdtest.NewDisk(nbdtest.Image()).ReadOnly())})
@@ -196,7 +196,7 @@ func TestForcedTLS(t *testing.T) {
 	r = target.DialOptions(t, nbdtest.Fixed)
 	r.Option(proto.OptExportName, []byte("disk"))
 	r.WantClosed()
-	// Bytes sent behind STARTTLS in the clear are not taken for protected ones.
+	// Bytes sent in the clear after STARTTLS are not treated as protected.
 	r = target.DialOptions(t, nbdtest.Fixed)
 	r.Send(nbdtest.StartTLSRequest(), nbdtest.StartTLSRequest())
 	r.Want(proto.OptStartTLS, proto.RepAck)
@@ -432,7 +432,7 @@ func (m *movable) Resolve(ctx context.Context, name string, c nbdserver.Client) 
 	return m.Static.Resolve(ctx, name, c)
 }
 
-// An alias stays on one disk while anybody uses it, and for a while longer.
+// An alias stays bound to one disk while it is in use, and for a while longer.
 func TestAliases(t *testing.T) {
 	now := time.Unix(0, 0)
 	m := &movable{Static: nbdserver.NewStatic(), latest: "a"}

@@ -24,15 +24,9 @@ type request struct {
 	piece  int   // bytes to handle at a time; 0 for all at once
 }
 
-// transmit reads requests until the client leaves. Replies under way are sent
-// before it returns.
+// transmit reads requests until the client leaves. Replies in progress are sent before it
+// returns.
 func (c *conn) transmit() error {
-	c.srv.users.Add(1)
-	defer func() {
-		if c.srv.users.Add(-1) == 0 && c.srv.cfg.LastLeft != nil {
-			c.srv.cfg.LastLeft()
-		}
-	}()
 	c.mem = c.srv.memory.join(c.owner(), c.srv.cfg.ConnectionMemory)
 	defer c.mem.leave()
 	c.out = newOutbox(c.nc, c.srv.newPace, c.mem, func(err error) {
@@ -47,7 +41,7 @@ func (c *conn) transmit() error {
 	_ = c.socket.SetReadDeadline(time.Time{})
 	err := c.guard(c.readRequests)
 	if !errors.Is(err, errDone) && !errors.Is(err, errClosing) && !errors.Is(err, io.EOF) && !timedOut(err) {
-		c.cancel(err) // what is in flight has nobody to answer to
+		c.cancel(err) // no client reads replies to requests in flight
 	}
 	c.workers.Wait()
 	c.out.close()
@@ -145,7 +139,7 @@ func (c *conn) nextHeader(size int) ([]byte, error) {
 	}
 }
 
-// hasPayload tells whether the client sends r.length bytes with the request.
+// hasPayload reports whether the client sends r.length bytes with the request.
 func (c *conn) hasPayload(r *request) bool {
 	if c.style == styleExtended {
 		return r.flags&proto.CmdFlagPayloadLen != 0
@@ -158,8 +152,8 @@ func (c *conn) hasPayload(r *request) bool {
 func (c *conn) handle(r *request) error {
 	payload := c.hasPayload(r)
 	if payload && r.length > proto.MaxPayload {
-		// Stay in step with a client that is a little off, but do not swallow
-		// gigabytes for it; with extended headers the protocol says hang up.
+		// Stay in step with a client that is slightly wrong, but do not read gigabytes for
+		// it; with extended headers the protocol says to hang up.
 		if c.style == styleExtended || r.length > 4*proto.MaxPayload {
 			return fmt.Errorf("client sends a payload of %d bytes", r.length)
 		}
@@ -251,7 +245,7 @@ func (c *conn) check(r *request, payload bool) (proto.Errno, string) {
 	return c.checkRange(r)
 }
 
-// checkRange validates where a request points.
+// checkRange validates the range of a request.
 func (c *conn) checkRange(r *request) (proto.Errno, string) {
 	switch r.cmd {
 	case proto.CmdFlush:

@@ -42,17 +42,17 @@ func (c *conn) dispatch(work func()) error {
 // dispatchChange is dispatch for work that changes the export.
 func (c *conn) dispatchChange(work func()) error {
 	return c.dispatch(func() {
-		// Asked here, as the wait for a worker may have been long.
+		// Checked here, since the wait for a worker may have been long.
 		ch, ok := c.changes.begin()
 		if !ok {
-			return // nobody waits for the answer
+			return // no client waits for the answer
 		}
 		defer c.changes.end(ch)
 		work()
 	})
 }
 
-// work carries out a request that may wait for the export.
+// work runs a request that may wait for the export.
 func (c *conn) work(r *request) {
 	off, length := int64(r.offset), int64(r.length)
 	var err error
@@ -88,7 +88,7 @@ func (c *conn) work(r *request) {
 	c.finish(r)
 }
 
-// finish answers a request without data that succeeded, after what FUA asks for.
+// finish answers a successful request without data, after a flush if FUA is set.
 func (c *conn) finish(r *request) {
 	if r.flags&proto.CmdFlagFUA != 0 && c.writer != nil && r.cmd != proto.CmdFlush {
 		if err := c.writer.Flush(c.ctx); err != nil {

@@ -13,7 +13,7 @@ import (
 // (IOV_MAX) is 1024.
 const maxVector = 512
 
-// vector gathers segments for writev, reusing its memory.
+// vector collects segments for writev, reusing its memory.
 type vector struct {
 	iov []unix.Iovec
 	// The result of the last write, kept here so that the callback given to
@@ -37,8 +37,8 @@ func (v *vector) add(b []byte) {
 	v.iov = append(v.iov, e)
 }
 
-// write hands the segments to the socket. It returns 0 and nil if the socket
-// takes nothing now and wait is false.
+// write hands the segments to the socket. It returns 0 and nil if the socket accepts nothing
+// now and wait is false.
 func (v *vector) write(raw syscall.RawConn, wait bool) (int, error) {
 	if len(v.iov) == 0 {
 		return 0, nil

@@ -3,6 +3,7 @@ package populator_test
 import (
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -12,9 +13,11 @@ import (
 	"github.com/varve-io/varve/populator/claims"
 	"github.com/varve-io/varve/populator/metrics"
 	"github.com/varve-io/varve/populator/queue"
+	"github.com/varve-io/varve/populator/replace"
+	"github.com/varve-io/varve/populator/restores"
 )
 
-// docs/kubernetes.md says of each reason, step and metric what it means.
+// docs/kubernetes.md explains each reason, step and metric.
 func TestDocumentIsComplete(t *testing.T) {
 	text, err := os.ReadFile("../docs/kubernetes.md")
 	if err != nil {
@@ -45,18 +48,49 @@ func TestDocumentIsComplete(t *testing.T) {
 	for _, r := range reasons {
 		has("reason", r[1])
 	}
-	for _, l := range []interface{ Names() []string }{backups.Backup, backups.Abandon} {
-		for _, step := range l.Names() {
-			has("step", step)
-		}
-	}
-	for _, l := range claims.Lists() {
-		for _, step := range l.Names() {
+	for _, names := range steps() {
+		for _, step := range names {
 			has("step", step)
 		}
 	}
 	for _, name := range metricNames(t) {
 		has("metric", name)
+	}
+}
+
+// steps are the names in all lists, as status.step has them, by the kind of object.
+func steps() map[string][]string {
+	all := map[string][]string{"VolumeBackup": slices.Concat(backups.Backup.Names(), backups.Abandon.Names())}
+	for _, l := range claims.Lists() {
+		all["VolumePopulation"] = append(all["VolumePopulation"], l.Names()...)
+	}
+	for _, l := range replace.Lists() {
+		all["VolumeReplacement"] = append(all["VolumeReplacement"], l.Names()...)
+	}
+	for _, l := range restores.Lists() {
+		all["VolumeRestore"] = append(all["VolumeRestore"], l.Names()...)
+	}
+	return all
+}
+
+// TestStepsLookAlike: users read status.step beside phases and reasons, which have the same
+// form, and a name must identify one step of one list.
+func TestStepsLookAlike(t *testing.T) {
+	style := regexp.MustCompile(`^([A-Z][a-z]+){1,3}$`)
+	for kind, names := range steps() {
+		seen := map[string]bool{}
+		for _, name := range names {
+			if !style.MatchString(name) {
+				t.Errorf("step %q of a %s is not one to three words written LikeThis", name, kind)
+			}
+			if seen[name] {
+				t.Errorf("two lists of a %s have a step %s", kind, name)
+			}
+			seen[name] = true
+		}
+		if len(seen) < 5 {
+			t.Errorf("a %s has only %d steps", kind, len(seen))
+		}
 	}
 }
 
@@ -73,11 +107,10 @@ func metricNames(t *testing.T) []string {
 	if len(r.names) < 11 {
 		t.Errorf("only %d metrics: %v", len(r.names), r.names)
 	}
-
 	return r.names
 }
 
-// described notes the names of what is registered.
+// described records the names of registered metrics.
 type described struct {
 	prometheus.Registerer
 	names []string
@@ -92,6 +125,5 @@ func (d *described) Register(c prometheus.Collector) error {
 			d.names = append(d.names, m[1])
 		}
 	}
-
 	return nil
 }

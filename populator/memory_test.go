@@ -1,6 +1,6 @@
 //go:build !race
 
-// The race detector takes several times the memory that is measured here.
+// The race detector uses several times the memory measured here.
 
 package populator_test
 
@@ -40,22 +40,21 @@ import (
 	"github.com/varve-io/varve/populator/queue"
 	"github.com/varve-io/varve/populator/report"
 	"github.com/varve-io/varve/populator/store"
-	"github.com/varve-io/varve/populator/stores"
+	"github.com/varve-io/varve/populator/storekeeper"
 )
 
-// crowd is how much there is for the controller to do when it starts.
+// crowd is how much work the controller has when it starts.
 type crowd struct{ stores, claims, runs int }
 
-// The controller stays small whatever waits for it: what it opens is shared, and one key is
-// derived at a time. Each case is a process of its own, whose kernel tells its peak.
+// The controller stays small with any amount of work: connections are shared, and one key
+// is derived at a time. Each case runs in its own process, and the kernel reports its peak.
 func TestMemory(t *testing.T) {
 	if c, ok := os.LookupEnv(crowdVariable); ok {
 		work(t, c)
-
 		return
 	}
 	// Two repositories, copied: making 50 would take most of the time. Keys are derived one
-	// after the other, so that a few that cost memory tell as much as all would.
+	// after the other, so a few that cost memory show as much as all would.
 	const derived = 8
 	costly, cheap := repotest.NewScrypt(t).Dir, repotest.New(t).Dir
 	for _, row := range []struct {
@@ -102,8 +101,8 @@ const crowdVariable = "VARVE_TEST_CROWD"
 
 var peakLine = regexp.MustCompile(`VmHWM:\s+(\d+) kB`)
 
-// work is the process that is measured: each kind's workers go through its objects, all kinds
-// at once, as they do when the controller starts.
+// work is the measured process: each kind's workers reconcile its objects, all kinds at once,
+// as when the controller starts.
 func work(t *testing.T, text string) {
 	var c crowd
 	if _, err := fmt.Sscan(text, &c.stores, &c.claims, &c.runs); err != nil {
@@ -120,7 +119,7 @@ func work(t *testing.T, text string) {
 	}
 	events := report.NewEvents(&record.FakeRecorder{})
 	pods := mover.Pods{Namespace: "varve", Image: "varve"}
-	keeper := &stores.Keeper{Client: cl, Live: cl, Stores: st, Pods: pods, Events: events, Metrics: count, MaintainEvery: 6 * time.Hour}
+	keeper := &storekeeper.Keeper{Client: cl, Live: cl, Stores: st, Pods: pods, Events: events, Metrics: count, MaintainEvery: 6 * time.Hour}
 	runs := &backups.Reconciler{Client: cl, Live: cl, Stores: st, Pods: pods, Queue: queue.New(16, nil), Events: events, Metrics: count}
 	pending := &claims.Claims{Deps: claims.Deps{Client: cl, Live: cl, Namespace: "varve", Points: claims.StorePoints{Stores: st}, Events: events, Metrics: count, Now: time.Now}}
 
@@ -150,17 +149,14 @@ func work(t *testing.T, text string) {
 	}
 	each(2, c.stores, func(i int) error {
 		_, err := keeper.Reconcile(t.Context(), store.Key{Kind: v1alpha1.StoreKindBackupStore, Name: fmt.Sprint("s", i)})
-
 		return err
 	})
 	each(1, c.runs, func(i int) error {
 		_, err := runs.Reconcile(t.Context(), reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "shop", Name: fmt.Sprint("run", i)}})
-
 		return err
 	})
 	each(1, c.claims, func(i int) error {
 		_, err := pending.Reconcile(t.Context(), reconcile.Request{NamespacedName: types.NamespacedName{Namespace: "shop", Name: fmt.Sprint("pending", i)}})
-
 		return err
 	})
 	all.Wait()
@@ -176,7 +172,7 @@ func work(t *testing.T, text string) {
 	}
 }
 
-// check says whether the work was done that is measured.
+// check reports whether the measured work was done.
 func check(t *testing.T, cl client.Client, c crowd) {
 	t.Helper()
 	for i := range c.stores {
@@ -206,8 +202,8 @@ func check(t *testing.T, cl client.Client, c crowd) {
 	}
 }
 
-// cluster has stores on directories, claims that wait for a point that is not there, and runs
-// that are about to ask the repository.
+// cluster has stores on directories, claims that wait for a missing point, and runs that are
+// about to read the repository.
 func cluster(t *testing.T, c crowd) client.Client {
 	t.Helper()
 	s := runtime.NewScheme()
@@ -265,7 +261,6 @@ func cluster(t *testing.T, c crowd) client.Client {
 			},
 		})
 	}
-
 	return fake.NewClientBuilder().WithScheme(s).
 		WithStatusSubresource(&v1alpha1.VolumeBackup{}, &v1alpha1.BackupStore{}, &v1alpha1.RecoverySource{}, &v1alpha1.ProtectedVolume{}).
 		WithObjects(objects...).Build()

@@ -21,22 +21,25 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// One object that the API server has and Go cannot decode keeps every list of its kind from
-// the controller, for all namespaces. So what a definition admits must decode; and once
-// encoded again must still be admitted, as fields of policies go into their runs.
+// One stored object that Go cannot decode makes every list of its kind fail in the
+// controller, for all namespaces. So what a definition admits must decode, and must still
+// be admitted once encoded again, since fields of policies are copied to their runs.
 
-// samples are objects with the least that is required.
+// samples are objects with only the required fields.
 var samples = map[string]string{
-	"BackupPolicy":     "{storeRef: {name: main}, schedule: {cron: '@daily'}}",
-	"BackupStore":      "{storage: {s3: {bucket: b}}, credentialsSecretRef: {name: s}, clusterName: c}",
-	"ProtectedVolume":  "{claimName: c, storeRef: {name: main}}",
-	"RecoverySource":   "{storeRef: {name: main}}",
-	"Repository":       "{storage: {s3: {bucket: b}}, credentialsSecretRef: {name: s}, clusterName: c}",
-	"VolumeBackup":     "{claimName: c, storeRef: {name: main}}",
-	"VolumePopulation": "{claim: {namespace: shop, name: c, uid: u}, storeRef: {name: main}, volumeMode: Block}",
+	"BackupPolicy":      "{storeRef: {name: main}, schedule: {cron: '@daily'}}",
+	"BackupStore":       "{storage: {s3: {bucket: b}}, credentialsSecretRef: {name: s}, clusterName: c}",
+	"DumpRestore":       "{storeRef: {name: main}, from: {volume: data.sql}, into: {command: psql, podSelector: {}}}",
+	"ProtectedVolume":   "{claimName: c, storeRef: {name: main}}",
+	"RecoverySource":    "{storeRef: {name: main}}",
+	"Repository":        "{storage: {s3: {bucket: b}}, credentialsSecretRef: {name: s}, clusterName: c}",
+	"VolumeBackup":      "{claimName: c, storeRef: {name: main}}",
+	"VolumePopulation":  "{claim: {namespace: shop, name: c, uid: u}, storeRef: {name: main}, volumeMode: Block}",
+	"VolumeReplacement": "{volumes: [{claim: {namespace: shop, name: c, uid: u}, volume: v, old: '{}', new: '{}', oldPolicy: Delete, newPolicy: Delete, source: s}]}",
+	"VolumeRestore":     "{claimName: c, storeRef: {name: main}}",
 }
 
-// definition is what the API server holds objects of a kind to.
+// definition is the definition by which the API server validates objects of a kind.
 type definition struct {
 	kind       string
 	spec       schema.Structural
@@ -56,7 +59,6 @@ func definitions(t *testing.T) map[string]*definition {
 		d := define(t, file)
 		out[d.kind] = d
 	}
-
 	return out
 }
 
@@ -77,7 +79,7 @@ func define(t *testing.T, file string) *definition {
 	if err := apiextensionsv1.Convert_v1_CustomResourceDefinition_To_apiextensions_CustomResourceDefinition(&crd, &internal, nil); err != nil {
 		t.Fatalf("%s: %v", file, err)
 	}
-	// That rules compile, and cost no more than the API server has for them.
+	// Rules must compile, and cost no more than the API server's budget.
 	if errs := crdvalidation.ValidateCustomResourceDefinition(t.Context(), &internal); len(errs) > 0 {
 		t.Fatalf("%s: %v", file, errs.ToAggregate())
 	}
@@ -91,11 +93,10 @@ func define(t *testing.T, file string) *definition {
 	}
 	d.rules = cel.NewValidator(d.structural, true, celconfig.PerCallLimit)
 	d.spec = d.structural.Properties["spec"]
-
 	return d
 }
 
-// refuses says why the API server would not have an object; nil if it would.
+// refuses returns why the API server would reject an object; nil if it would not.
 func (d *definition) refuses(t *testing.T, o map[string]any) error {
 	t.Helper()
 	errs := validation.ValidateCustomResource(nil, o, d.values)
@@ -103,11 +104,10 @@ func (d *definition) refuses(t *testing.T, o map[string]any) error {
 		more, _ := d.rules.Validate(t.Context(), nil, d.structural, o, nil, celconfig.RuntimeCELCostBudget)
 		errs = append(errs, more...)
 	}
-
 	return errs.ToAggregate()
 }
 
-// with is the kind's sample with one field of the spec set to a value, which is JSON.
+// with returns the kind's sample with one field of the spec set to a value, which is JSON.
 func (d *definition) with(t *testing.T, path []string, value string) map[string]any {
 	t.Helper()
 	var spec map[string]any
@@ -127,11 +127,10 @@ func (d *definition) with(t *testing.T, path []string, value string) map[string]
 		t.Fatalf("%s: %v", value, err)
 	}
 	at[path[len(path)-1]] = v
-
 	return o
 }
 
-// decodes holds an admitted object to what is said above.
+// decodes checks the rule above for an admitted object.
 func (d *definition) decodes(t *testing.T, what string, o map[string]any) {
 	t.Helper()
 	s := runtime.NewScheme()
@@ -148,12 +147,10 @@ func (d *definition) decodes(t *testing.T, what string, o map[string]any) {
 	}
 	if err := json.Unmarshal(text, typed); err != nil {
 		t.Errorf("%s is admitted and cannot be decoded: %v", what, err)
-
 		return
 	}
 	if text, err = json.Marshal(typed); err != nil {
 		t.Errorf("%s is admitted and cannot be encoded again: %v", what, err)
-
 		return
 	}
 	var again map[string]any
@@ -165,7 +162,7 @@ func (d *definition) decodes(t *testing.T, what string, o map[string]any) {
 	}
 }
 
-// fields are the paths to all fields below a schema.
+// fields returns the paths of all fields below a schema.
 func fields(s schema.Structural, at ...string) [][]string {
 	var out [][]string
 	for name, p := range s.Properties {
@@ -173,7 +170,6 @@ func fields(s schema.Structural, at ...string) [][]string {
 		out = append(append(out, path), fields(p, path...)...)
 	}
 	slices.SortFunc(out, slices.Compare)
-
 	return out
 }
 
@@ -201,7 +197,7 @@ func TestWhatIsAdmittedDecodes(t *testing.T) {
 	}
 }
 
-// text is what is decoded by code of its own.
+// text is what is decoded by special code.
 type text struct {
 	kind string
 	path string
@@ -221,14 +217,14 @@ var (
 	}
 )
 
-// What users write is admitted, and what they try first is refused with a hint.
+// Usual values are admitted, and likely mistakes are refused with a hint.
 func TestValuesOfUsers(t *testing.T) {
 	all := definitions(t)
 	someTime := slices.Concat(durations, positive)
 	for _, tc := range []struct {
 		of    []text
 		value string
-		wrong string // what the refusal says; empty if it is admitted
+		wrong string // text of the refusal; empty if it is admitted
 	}{
 		{someTime, `"720h"`, ""}, {someTime, `"30m"`, ""}, {someTime, `"1h30m"`, ""}, {someTime, `"1h0m0s"`, ""}, {someTime, `"1.5h"`, ""}, {someTime, `"90s"`, ""},
 		{someTime, `"500ms"`, ""}, {someTime, `"876000h"`, ""}, {someTime, `"1.5s"`, ""},
@@ -260,7 +256,7 @@ func TestValuesOfUsers(t *testing.T) {
 	}
 }
 
-// Values put together from pieces, good ones and others.
+// Values composed of pieces, valid and invalid.
 func TestWhatIsAdmittedOfAnyPiecesDecodes(t *testing.T) {
 	numbers := []string{"", "0", "1", "30", "999999", "999999999999", "-1", "+2"}
 	fractions := []string{"", "", ".", ".5", ".0001", ",5"}
@@ -300,12 +296,12 @@ func TestWhatIsAdmittedOfAnyPiecesDecodes(t *testing.T) {
 	}
 }
 
-// One of a list's objects, or a field that needs another, in the API's words.
+// One of a list's objects, or a field that needs another, in the API's form.
 func TestObjectsOfUsers(t *testing.T) {
 	all := definitions(t)
 	for _, tc := range []struct {
 		kind, path, value string
-		wrong             string // what the refusal says; empty if it is admitted
+		wrong             string // text of the refusal; empty if it is admitted
 	}{
 		{"BackupStore", "retentionFloor", `{"points": 3, "age": "168h"}`, ""},
 		{"BackupStore", "retentionFloor", `{"points": 3}`, ""},
@@ -315,6 +311,9 @@ func TestObjectsOfUsers(t *testing.T) {
 		{"BackupStore", "pins", `[{"id": "3f1c9a7be2d04c51", "reason": "case 1234"}, {"id": "3f1c9a7b"}]`, ""},
 		{"BackupStore", "pins", `[{"id": "../../etc"}]`, "should match"},
 		{"BackupStore", "pins", `[{"id": "3f1c9a7b", "reason": "two\nlines"}]`, "should match"},
+		{"Repository", "storage", `{"volume": {"claimName": "shelf"}}`, "a claim as storage is for BackupStores only"},
+		{"Repository", "storage", `{"rclone": {"remotePath": "a:b"}}`, "rclone is for BackupStores only"},
+		{"Repository", "serviceAccountName", `"varve-mover"`, "service account of Varve's namespace is for BackupStores only"},
 	} {
 		d := all[tc.kind]
 		o := d.with(t, strings.Split(tc.path, "."), tc.value)
@@ -329,6 +328,23 @@ func TestObjectsOfUsers(t *testing.T) {
 			t.Errorf("%s is admitted", what)
 		case !strings.Contains(err.Error(), tc.wrong):
 			t.Errorf("%s: %v, which does not say %q", what, err, tc.wrong)
+		case strings.Contains(err.Error(), "<nil>"):
+			t.Errorf("%s: %v, which names no field", what, err)
 		}
+	}
+}
+
+// The API server names no field in the message of a rule about the whole object: it begins
+// with "<nil>: Invalid value".
+func TestRulesNameAField(t *testing.T) {
+	rules := 0
+	for kind, d := range definitions(t) {
+		if n := len(d.structural.XValidations); n > 0 {
+			t.Errorf("%s has %d rules for the whole object; put them at its spec", kind, n)
+		}
+		rules += len(d.spec.XValidations)
+	}
+	if rules == 0 {
+		t.Error("no spec has a rule")
 	}
 }

@@ -6,14 +6,16 @@ const (
 	ConditionMaintained    = "Maintained"    // BackupStore, Repository: how the last maintenance ended
 	ConditionPinned        = "Pinned"        // BackupStore: whether its pins are on the points
 	ConditionProtected     = "Protected"     // ProtectedVolume
-	ConditionComplete      = "Complete"      // VolumeBackup, VolumePopulation
-	ConditionFailed        = "Failed"        // VolumeBackup
+	ConditionComplete      = "Complete"      // runs of all kinds: Unknown until the end
+	ConditionFailed        = "Failed"        // runs of all kinds: set once it failed
+	ConditionInconsistent  = "Inconsistent"  // VolumeRestore: the claim's volume is half written
 	ConditionRetrying      = "Retrying"      // VolumeBackup: since when its step meets errors
-	ConditionChangedBlocks = "ChangedBlocks" // VolumeBackup: whether the driver told them, and why not
+	ConditionChangedBlocks = "ChangedBlocks" // VolumeBackup: whether the driver reported them, and why not
+	ConditionConsistent    = "Consistent"    // VolumeBackup: whether its hooks held the applications still
 )
 
-// Reasons of conditions and of events. docs/kubernetes.md says for each what it means
-// and what to do.
+// Reasons of conditions and of events. docs/kubernetes.md says for each what it means and
+// what to do.
 const (
 	// Of stores.
 	ReasonConnected             = "Connected"
@@ -23,6 +25,7 @@ const (
 	ReasonOtherRepository       = "OtherRepository"
 	ReasonInvalidSpec           = "InvalidSpec"
 	ReasonStoreNotReady         = "StoreNotReady"
+	ReasonLeftBehind            = "LeftBehind"
 	ReasonStoreNotFound         = "StoreNotFound"
 	ReasonNamespaceNotAllowed   = "NamespaceNotAllowed"
 	ReasonReadOnly              = "ReadOnly"
@@ -60,6 +63,18 @@ const (
 	ReasonAllocated         = "Allocated"
 	ReasonFallback          = "Fallback"
 
+	// Of hooks.
+	ReasonFreezing      = "Freezing"
+	ReasonHeld          = "Held"
+	ReasonHookFailed    = "HookFailed"
+	ReasonHookForbidden = "HookForbidden"
+	ReasonNoPod         = "NoPod"
+	ReasonHoldLost      = "HoldLost"
+	ReasonThawFailed    = "ThawFailed"
+	ReasonGroupFailed   = "GroupFailed"
+	ReasonGroupMembers  = "GroupMembers"
+	ReasonGroupSnapshot = "GroupSnapshot"
+
 	// Of restores.
 	ReasonWaitingForConsumer   = "WaitingForFirstConsumer"
 	ReasonSourceNotFound       = "SourceNotFound"
@@ -78,6 +93,31 @@ const (
 	ReasonMoverWaits           = "MoverWaits"
 	ReasonNoStorageClass       = "NoStorageClass"
 	ReasonProvisioning         = "Provisioning"
-	ReasonStartingAnew         = "StartingAnew"
+	ReasonStartingAgain        = "StartingAgain"
 	ReasonHandingOver          = "HandingOver"
+
+	// Of restores into claims that have data.
+	ReasonClaimInUse       = "ClaimInUse"
+	ReasonOtherRestore     = "OtherRestore"
+	ReasonNoGroup          = "NoGroup"
+	ReasonReplacing        = "ReplacingVolume"
+	ReasonReplaced         = "ReplacedVolume"
+	ReasonPutBack          = "PutBack"
+	ReasonVolumeChanged    = "VolumeChanged"
+	ReasonUndone           = "Undone"
+	ReasonNothingToUndo    = "NothingToUndo"
+	ReasonScaledDown       = "ScaledDown"
+	ReasonScaledUp         = "ScaledUp"
+	ReasonScaleForbidden   = "ScaleForbidden"
+	ReasonNotScalable      = "NotScalable"
+	ReasonScaleFought      = "ScaleFought"
+	ReasonWritingInPlace   = "WritingInPlace"
+	ReasonConsistent       = "Consistent"
+	ReasonSafetySnapshot   = "SafetySnapshot"
+	ReasonOldVolumeExpired = "OldVolumeExpired"
+
+	// Of DumpRestores.
+	ReasonFed        = "Fed"
+	ReasonFeedFailed = "FeedFailed"
+	ReasonFeedLost   = "FeedLost"
 )

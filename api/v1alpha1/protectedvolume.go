@@ -15,12 +15,12 @@ type ProtectedVolumeSpec struct {
 	// +kubebuilder:validation:MaxLength=253
 	// +kubebuilder:validation:XValidation:rule="self == oldSelf",message="cannot be changed"
 	ClaimName string `json:"claimName"`
-	// StoreRef is where its points are kept. Example: {name: main}
+	// StoreRef is the store of its points. Example: {name: main}
 	// +kubebuilder:validation:XValidation:rule="self == oldSelf",message="cannot be changed"
 	StoreRef StoreReference `json:"storeRef"`
 }
 
-// PointSummary is a recovery point as an object shows it.
+// PointSummary is a recovery point as shown in an object.
 type PointSummary struct {
 	// ID of the point, 32 hexadecimal digits.
 	ID string `json:"id"`
@@ -33,12 +33,16 @@ type PointSummary struct {
 	// Source of the changed blocks: csi-delta, csi-allocated or compare.
 	// +optional
 	Source string `json:"source,omitempty"`
-	// Fallbacks are the reasons for which better sources were passed over, such
-	// as csi-delta: FailedPrecondition.
+	// Fallbacks are the reasons why better sources were not used, such as csi-delta:
+	// FailedPrecondition.
 	// +optional
 	// +listType=atomic
 	Fallbacks []string `json:"fallbacks,omitempty"`
-	// ReadBytes of the disk and StoredBytes in the repository by this point.
+	// Consistent says whether the applications were held still while it was taken; not set
+	// without hooks.
+	// +optional
+	Consistent *bool `json:"consistent,omitempty"`
+	// ReadBytes were read from the disk and StoredBytes stored in the repository for this point.
 	// +optional
 	ReadBytes int64 `json:"readBytes,omitempty"`
 	// +optional
@@ -59,23 +63,28 @@ type BaseSnapshot struct {
 	Name string `json:"name"`
 	// Content is its VolumeSnapshotContent.
 	Content string `json:"content"`
-	// Handle is what the driver calls the snapshot.
+	// Handle is the driver's name of the snapshot.
 	Handle string `json:"handle"`
-	// ChangeID is what a delta takes as its base; with most drivers the handle.
+	// ChangeID identifies the base of a delta; with most drivers the handle.
 	// +optional
 	ChangeID string `json:"changeID,omitempty"`
-	// PointID of the recovery point that was made of it.
+	// PointID of the recovery point made from it.
 	PointID string `json:"pointID"`
 	// Time it was taken.
 	Time metav1.Time `json:"time"`
+	// Group is the UID of the run that took the group snapshot of which this is a member. The
+	// storage deletes a group snapshot as a whole: it stays while it is the base of any of its
+	// claims.
+	// +optional
+	Group types.UID `json:"group,omitempty"`
 }
 
-// ProtectedVolumeStatus is what is known of a claim's recovery points in a store.
+// ProtectedVolumeStatus is the state of a claim's recovery points in a store.
 type ProtectedVolumeStatus struct {
 	// ClaimUID of the claim that the last run saw.
 	// +optional
 	ClaimUID types.UID `json:"claimUID,omitempty"`
-	// Points, newest first; the repository knows them all.
+	// Points, newest first; the repository lists all.
 	// +optional
 	// +listType=atomic
 	// +kubebuilder:validation:MaxItems=20
@@ -83,13 +92,17 @@ type ProtectedVolumeStatus struct {
 	// PointCount in the repository when it was last listed.
 	// +optional
 	PointCount int64 `json:"pointCount,omitempty"`
-	// LastSuccess is the time of the newest point: how much work would be lost.
+	// LastSuccess is the time of the newest point: later changes would be lost.
 	// +optional
 	LastSuccess *metav1.Time `json:"lastSuccess,omitempty"`
+	// LastConsistent is the time of the newest point whose applications were held still.
+	// LastSuccess, not this, shows what would be lost.
+	// +optional
+	LastConsistent *metav1.Time `json:"lastConsistent,omitempty"`
 	// LastFull is the time of the newest full one.
 	// +optional
 	LastFull *metav1.Time `json:"lastFull,omitempty"`
-	// LastScheduled is the time of the schedule that was last acted on.
+	// LastScheduled is the scheduled time last acted on.
 	// +optional
 	LastScheduled *metav1.Time `json:"lastScheduled,omitempty"`
 	// NextRun is when the next run is due.
@@ -108,7 +121,7 @@ type ProtectedVolumeStatus struct {
 	Conditions []metav1.Condition `json:"conditions,omitempty"`
 }
 
-// ProtectedVolume is a claim's recovery points in one store. Varve makes it; deleting
+// ProtectedVolume shows a claim's recovery points in one store. Varve makes it; deleting
 // it deletes no recovery point.
 //
 // +kubebuilder:object:root=true
@@ -119,6 +132,7 @@ type ProtectedVolumeStatus struct {
 // +kubebuilder:printcolumn:name="Protected",type=string,JSONPath=`.status.conditions[?(@.type=="Protected")].status`
 // +kubebuilder:printcolumn:name="Points",type=integer,JSONPath=`.status.pointCount`
 // +kubebuilder:printcolumn:name="Last",type=date,JSONPath=`.status.lastSuccess`
+// +kubebuilder:printcolumn:name="Consistent",type=date,JSONPath=`.status.lastConsistent`
 // +kubebuilder:printcolumn:name="Next",type=string,format=date-time,JSONPath=`.status.nextRun`
 type ProtectedVolume struct {
 	metav1.TypeMeta   `json:",inline"`

@@ -5,33 +5,33 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// IfNone says what becomes of a claim for which there is no recovery point.
+// IfNone says what happens to a claim without a recovery point.
 //
 // +kubebuilder:validation:Enum=Fail;Wait;Empty
 type IfNone string
 
-// What becomes of a claim without a recovery point.
+// What happens to a claim without a recovery point.
 const (
 	IfNoneFail  IfNone = "Fail"  // the claim stays pending, with an event
 	IfNoneWait  IfNone = "Wait"  // until there is one
-	IfNoneEmpty IfNone = "Empty" // it gets an empty volume: for a first installation
+	IfNoneEmpty IfNone = "Empty" // it gets an empty volume, for a first installation
 )
 
-// RecoverySourceSpec says which recovery point fills a claim. It is resolved for
-// each claim when that is first seen, so one source serves all claims of a
-// StatefulSet and can stay in version control.
+// RecoverySourceSpec says which recovery point fills a claim. It is resolved for each
+// claim when the claim is first seen, so one source serves all claims of a StatefulSet
+// and can stay in version control.
 type RecoverySourceSpec struct {
-	// StoreRef is where from. Example: {name: main}
+	// StoreRef is the store of the point. Example: {name: main}
 	StoreRef StoreReference `json:"storeRef"`
 	// From names the volume. Example: {namespace: shop, volume: data-postgres-0}
 	// +optional
 	From RecoveryFrom `json:"from,omitempty"`
-	// At is which of its points; the latest if not set.
+	// At selects one of its points; the latest if not set.
 	// Example: {time: "2026-11-20T10:00:00Z"}
 	// +optional
 	At RecoveryAt `json:"at,omitempty"`
-	// IfNone: Fail, Wait or Empty. Only a repository that could be read and holds
-	// no point of the volume at all counts as none.
+	// IfNone: Fail, Wait or Empty. These apply only if the repository could be read and
+	// holds no point of the volume at all.
 	// +optional
 	// +kubebuilder:default=Fail
 	IfNone IfNone `json:"ifNone,omitempty"`
@@ -39,11 +39,11 @@ type RecoverySourceSpec struct {
 
 // RecoveryFrom names a volume in a repository.
 type RecoveryFrom struct {
-	// Cluster whose points; the store's own if not set. Example: prod-us
+	// Cluster of the points; the store's own if not set. Example: prod-us
 	// +optional
 	// +kubebuilder:validation:MaxLength=63
 	Cluster string `json:"cluster,omitempty"`
-	// Namespace that was backed up; the claim's own if not set. Another than the
+	// Namespace that was backed up; the claim's own if not set. Any other than the
 	// claim's needs a grant of the store. Example: shop
 	// +optional
 	// +kubebuilder:validation:MaxLength=63
@@ -59,7 +59,7 @@ type RecoveryFrom struct {
 //
 // +kubebuilder:validation:XValidation:rule="!(has(self.time) && has(self.id))",message="a time or an ID, not both"
 type RecoveryAt struct {
-	// Time: the newest point that is not younger. Example: "2026-11-20T10:00:00Z"
+	// Time selects the newest point not later than this. Example: "2026-11-20T10:00:00Z"
 	// +optional
 	// +kubebuilder:validation:Type=string
 	// +kubebuilder:validation:Pattern=`^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$`
@@ -71,18 +71,18 @@ type RecoveryAt struct {
 	ID string `json:"id,omitempty"`
 }
 
-// ResolvedClaim is the point that a claim is filled from.
+// ResolvedClaim is the point from which a claim is filled.
 type ResolvedClaim struct {
 	// Claim that was resolved.
 	Claim string `json:"claim"`
 	// UID of it.
 	UID types.UID `json:"uid"`
-	// PointID and PointTime it was resolved to.
+	// PointID and PointTime to which it was resolved.
 	PointID   string      `json:"pointID"`
 	PointTime metav1.Time `json:"pointTime"`
 }
 
-// RecoverySourceStatus is what claims were resolved to.
+// RecoverySourceStatus shows to what claims were resolved.
 type RecoverySourceStatus struct {
 	// Resolved claims, the newest last; at most 64 are shown.
 	// +optional
@@ -97,8 +97,8 @@ type RecoverySourceStatus struct {
 	Conditions []metav1.Condition `json:"conditions,omitempty"`
 }
 
-// RecoverySource is what the dataSourceRef of a claim names to be filled from a
-// recovery point.
+// RecoverySource is named by the dataSourceRef of a claim to be filled from a recovery
+// point.
 //
 // +kubebuilder:object:root=true
 // +kubebuilder:subresource:status

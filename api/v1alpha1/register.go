@@ -9,7 +9,7 @@ import (
 // GroupVersion of the objects of this package.
 var GroupVersion = schema.GroupVersion{Group: "varve.io", Version: "v1alpha1"}
 
-// AddToScheme makes the objects of this package known to a scheme.
+// AddToScheme adds the objects of this package to a scheme.
 func AddToScheme(s *runtime.Scheme) error {
 	s.AddKnownTypes(GroupVersion,
 		&BackupStore{}, &BackupStoreList{},
@@ -19,8 +19,10 @@ func AddToScheme(s *runtime.Scheme) error {
 		&VolumeBackup{}, &VolumeBackupList{},
 		&RecoverySource{}, &RecoverySourceList{},
 		&VolumePopulation{}, &VolumePopulationList{},
+		&VolumeReplacement{}, &VolumeReplacementList{},
+		&VolumeRestore{}, &VolumeRestoreList{},
+		&DumpRestore{}, &DumpRestoreList{},
 	)
 	metav1.AddToGroupVersion(s, GroupVersion)
-
 	return nil
 }

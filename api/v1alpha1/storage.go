@@ -2,14 +2,13 @@ package v1alpha1
 
 import "k8s.io/apimachinery/pkg/api/resource"
 
-// Storage is where a repository's blobs are kept: exactly one of its members. What
-// is secret comes from the store's credentials Secret, never from here.
+// Storage is where a repository's blobs are kept: exactly one of its members. Secrets
+// come from the store's credentials Secret, never from here.
 //
 // +kubebuilder:validation:XValidation:rule="[has(self.s3), has(self.gcs), has(self.azure), has(self.b2), has(self.sftp), has(self.webdav), has(self.rclone), has(self.volume)].filter(x, x).size() == 1",message="name exactly one storage"
 type Storage struct {
-	// S3 bucket of any maker. Credentials: accessKeyID, secretAccessKey,
-	// sessionToken (optional); a BackupStore may have none, to use the service
-	// account's role.
+	// S3 bucket of any provider. Credentials: accessKeyID, secretAccessKey, sessionToken
+	// (optional); a BackupStore may have none, to use the service account's role.
 	// Example: {bucket: backups, endpoint: "s3.example.com", region: eu-1}
 	// +optional
 	S3 *S3Storage `json:"s3,omitempty"`
@@ -40,8 +39,8 @@ type Storage struct {
 	// Example: {remotePath: "box:varve"}
 	// +optional
 	Rclone *RcloneStorage `json:"rclone,omitempty"`
-	// Volume is a claim in Varve's namespace that all nodes can mount (an NFS
-	// export, say) and that is not itself protected by this store.
+	// Volume is a claim in Varve's namespace that all nodes can mount (such as an NFS
+	// export) and that this store does not protect.
 	// Example: {claimName: varve-nfs, path: cluster-a}
 	// +optional
 	Volume *VolumeStorage `json:"volume,omitempty"`
@@ -66,8 +65,7 @@ type S3Storage struct {
 	// +optional
 	// +kubebuilder:validation:MaxLength=64
 	Region string `json:"region,omitempty"`
-	// DisableTLS speaks plain HTTP: only for a server inside the cluster.
-	// Example: true
+	// DisableTLS uses plain HTTP: only for a server inside the cluster. Example: true
 	// +optional
 	DisableTLS bool `json:"disableTLS,omitempty"`
 }
@@ -182,17 +180,17 @@ type Limits struct {
 	// +optional
 	// +kubebuilder:validation:XValidation:rule="type(self) == int ? self >= 0 : isQuantity(self) && !quantity(self).isLessThan(quantity('0'))",message="a quantity such as 50Mi or 1G, not below 0"
 	UploadPerSecond *resource.Quantity `json:"uploadPerSecond,omitempty"`
-	// DownloadPerSecond in bytes, of each mover. Each pack that is read is first taken for
-	// one of 20 MB: much less than that makes it slower than it says. Example: 200Mi
+	// DownloadPerSecond in bytes, of each mover. Each pack counts as 20 MB at first: with
+	// a limit much below that, reading is slower than the limit. Example: 200Mi
 	// +optional
 	// +kubebuilder:validation:XValidation:rule="type(self) == int ? self >= 0 : isQuantity(self) && !quantity(self).isLessThan(quantity('0'))",message="a quantity such as 50Mi or 1G, not below 0"
 	DownloadPerSecond *resource.Quantity `json:"downloadPerSecond,omitempty"`
-	// Backups at once; 4 if not set. Example: 8
+	// Backups is the number of concurrent backups; 4 if not set. Example: 8
 	// +optional
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=1000
 	Backups int32 `json:"backups,omitempty"`
-	// Restores at once; 8 if not set. Example: 16
+	// Restores is the number of concurrent restores; 8 if not set. Example: 16
 	// +optional
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=1000

@@ -5,12 +5,12 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// Access is what may be done to a store.
+// Access says which operations a store allows.
 //
 // +kubebuilder:validation:Enum=ReadWrite;ReadOnly
 type Access string
 
-// What may be done to a store.
+// Operations that a store allows.
 const (
 	AccessReadWrite Access = "ReadWrite"
 	AccessReadOnly  Access = "ReadOnly"
@@ -18,30 +18,29 @@ const (
 
 // RepositorySpec is what a BackupStore and a Repository have in common.
 //
-// +kubebuilder:validation:XValidation:rule="self.clusterName == oldSelf.clusterName",message="clusterName is how this cluster's points are told from another's and cannot be changed"
+// +kubebuilder:validation:XValidation:rule="self.clusterName == oldSelf.clusterName",message="clusterName distinguishes this cluster's points from another's and cannot be changed"
 type RepositorySpec struct {
-	// Storage of the Kopia repository. It is made there if there is none and
-	// access is ReadWrite.
-	// Example: {s3: {bucket: backups, endpoint: "s3.example.com", region: eu-1}}
+	// Storage of the Kopia repository. If there is none and access is ReadWrite, it is
+	// created. Example: {s3: {bucket: backups, endpoint: "s3.example.com", region: eu-1}}
 	Storage Storage `json:"storage"`
 	// CredentialsSecretRef names the Secret with the repository's password (key
 	// password) and the storage's credentials (keys as each storage says): in
 	// Varve's namespace for a BackupStore, in its own for a Repository.
 	// Example: {name: varve-store}
 	CredentialsSecretRef corev1.LocalObjectReference `json:"credentialsSecretRef"`
-	// CABundle is trusted for the storage besides the usual authorities: PEM. For S3
-	// only. Example: "-----BEGIN CERTIFICATE-----\n..."
+	// CABundle is trusted for the storage in addition to the system's authorities: PEM.
+	// For S3 only. Example: "-----BEGIN CERTIFICATE-----\n..."
 	// +optional
 	// +kubebuilder:validation:MaxLength=262144
 	CABundle string `json:"caBundle,omitempty"`
-	// Proxy for HTTPS to the storage, of movers. The controller opens the repository,
-	// too, through the proxy of its own environment (HTTPS_PROXY; controller.env of the
-	// chart), and movers take that if this is not set.
+	// Proxy for HTTPS to the storage, of movers. The controller also opens the
+	// repository, through the proxy of its own environment (HTTPS_PROXY; controller.env
+	// of the chart), and movers use that if this is not set.
 	// Example: http://proxy.example.com:3128
 	// +optional
 	// +kubebuilder:validation:MaxLength=2048
 	Proxy string `json:"proxy,omitempty"`
-	// ClusterName tells this cluster's recovery points from those of others in
+	// ClusterName distinguishes this cluster's recovery points from others in
 	// the same repository (it is the host of their Kopia snapshots). Points of
 	// another cluster are read and never pruned. Example: prod-eu
 	// +kubebuilder:validation:Pattern=`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`
@@ -55,25 +54,25 @@ type RepositorySpec struct {
 	// Example: {uploadPerSecond: 50Mi, backups: 8}
 	// +optional
 	Limits *Limits `json:"limits,omitempty"`
-	// ServiceAccountName that movers of this store run as, in the namespace they
-	// run in, for storages that take its identity (IRSA, workload identity); the
-	// mover's own if not set. Bind it to the Role varve-mover of Varve's namespace, by
-	// which storages let it ask for changed blocks, and to nothing else. For
-	// BackupStores only. Example: varve-mover-prod
+	// ServiceAccountName of this store's movers, in the namespace they run in, for
+	// storages that use its identity (IRSA, workload identity); the mover's own if not
+	// set. Bind it only to the Role varve-mover of Varve's namespace, which lets it
+	// request changed blocks from storages. For BackupStores only.
+	// Example: varve-mover-prod
 	// +optional
 	// +kubebuilder:validation:MaxLength=253
 	ServiceAccountName string `json:"serviceAccountName,omitempty"`
 }
 
-// NamespaceIdentity says what makes two namespaces the same.
+// NamespaceIdentity says when two namespaces are the same.
 //
 // +kubebuilder:validation:Enum=Name;UID
 type NamespaceIdentity string
 
-// What makes two namespaces the same.
+// When two namespaces are the same.
 const (
 	NamespaceIdentityName NamespaceIdentity = "Name"
-	NamespaceIdentityUID  NamespaceIdentity = "UID" // one that was deleted and made again is another
+	NamespaceIdentityUID  NamespaceIdentity = "UID" // one that was deleted and created again is another
 )
 
 // BackupStoreSpec says where a cluster's recovery points are kept.
@@ -96,19 +95,18 @@ type BackupStoreSpec struct {
 	// +listType=atomic
 	// +kubebuilder:validation:MaxItems=256
 	RestoreGrants []RestoreGrant `json:"restoreGrants,omitempty"`
-	// AllowVolumeModeChange lets points of Block volumes be restored to
-	// Filesystem claims. A tenant could have the kernel mount a file system that
-	// was made to harm it: KEP-3141. Example: true
+	// AllowVolumeModeChange lets points of Block volumes be restored to Filesystem
+	// claims. A tenant could make the kernel mount a malicious file system: KEP-3141.
+	// Example: true
 	// +optional
 	AllowVolumeModeChange bool `json:"allowVolumeModeChange,omitempty"`
-	// RetentionFloor is what the retention of a policy or a run does not go below. It
-	// counts for movers that start after it was set.
-	// Example: {points: 3, age: 168h}
+	// RetentionFloor is the minimum for the retention of every policy and run. It applies
+	// to movers that start after it was set. Example: {points: 3, age: 168h}
 	// +optional
 	RetentionFloor *RetentionFloor `json:"retentionFloor,omitempty"`
-	// Pins keep recovery points from being removed until they are taken out of this list.
-	// They are pins of the repository: "varve list" shows them, and stock Kopia heeds them.
-	// Condition Pinned says whether all are in place.
+	// Pins keep recovery points from being deleted until they are removed from this list.
+	// They are pins of the repository: "varve list" shows them, and stock Kopia respects
+	// them. Condition Pinned says whether all are set.
 	// Example: [{id: 3f1c9a7be2d04c51, reason: case 1234}]
 	// +optional
 	// +listType=map
@@ -117,17 +115,17 @@ type BackupStoreSpec struct {
 	Pins []PointPin `json:"pins,omitempty"`
 }
 
-// RetentionFloor keeps points that a retention would remove. A point stays if either rule
-// keeps it.
+// RetentionFloor keeps points that a retention would delete. A point is kept if either
+// rule keeps it.
 //
 // +kubebuilder:validation:XValidation:rule="has(self.points) || has(self.age)",message="points, age, or both"
 type RetentionFloor struct {
-	// Points is how many of the newest of each volume stay. Example: 3
+	// Points is how many of the newest of each volume are kept. Example: 3
 	// +optional
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=100000
 	Points int32 `json:"points,omitempty"`
-	// Age that a point has to have before it is removed, counted from the newest of its
+	// Age that a point must have before it is deleted, counted from the newest of its
 	// volume. Example: 168h
 	// +optional
 	// +kubebuilder:validation:Type=string
@@ -150,7 +148,7 @@ type PointPin struct {
 
 // RestoreGrant lets namespaces restore another's recovery points.
 type RestoreGrant struct {
-	// FromCluster whose points they are; this one if not set. Example: prod-us
+	// FromCluster is the cluster of the points; this one if not set. Example: prod-us
 	// +optional
 	// +kubebuilder:validation:MaxLength=63
 	FromCluster string `json:"fromCluster,omitempty"`
@@ -164,14 +162,14 @@ type RestoreGrant struct {
 	// +kubebuilder:validation:MaxItems=64
 	// +kubebuilder:validation:items:MaxLength=63
 	To []string `json:"to"`
-	// FromUID is the UID of the namespace that was backed up, where one of that name was
-	// deleted and created again; all if not set.
+	// FromUID is the UID of the namespace that was backed up, in case one of that name
+	// was deleted and created again; all if not set.
 	// Example: 0b0c1b73-c27f-3d54-6502-b79bd5b4ddb4
 	// +optional
 	// +kubebuilder:validation:MaxLength=64
 	FromUID string `json:"fromUID,omitempty"`
-	// ToUIDs are the UIDs that the namespaces in To must have, so that one of the same
-	// name that is created later has no part in the grant; any if not set.
+	// ToUIDs are the UIDs that the namespaces in To must have, so that the grant does not
+	// apply to a namespace of the same name created later; any if not set.
 	// Example: [5d2f0f4e-7f0e-4d0c-9c1a-8d7a40b0d1d2]
 	// +optional
 	// +listType=set
@@ -180,9 +178,9 @@ type RestoreGrant struct {
 	ToUIDs []string `json:"toUIDs,omitempty"`
 }
 
-// RepositoryStatus is what is known of a repository.
+// RepositoryStatus is the state of a repository.
 type RepositoryStatus struct {
-	// ObservedGeneration is the generation that the conditions are about.
+	// ObservedGeneration is the generation of the conditions.
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 	// UniqueID of the Kopia repository, hexadecimal. A store that shows another
@@ -200,13 +198,14 @@ type RepositoryStatus struct {
 	// LastMaintenance is when maintenance last succeeded.
 	// +optional
 	LastMaintenance *metav1.Time `json:"lastMaintenance,omitempty"`
-	// RetryMaintenance is when maintenance that failed is tried again.
+	// RetryMaintenance is when failed maintenance is retried.
 	// +optional
 	RetryMaintenance *metav1.Time `json:"retryMaintenance,omitempty"`
-	// Pinned are the IDs of the points that the spec's pins are on.
+	// Pinned are the IDs of the points with pins of the spec: those named, and all of their
+	// groups.
 	// +optional
 	// +listType=atomic
-	// +kubebuilder:validation:MaxItems=512
+	// +kubebuilder:validation:MaxItems=8192
 	Pinned []string `json:"pinned,omitempty"`
 	// Conditions: Ready, Maintained, Pinned.
 	// +optional
@@ -246,7 +245,7 @@ type BackupStoreList struct {
 	Items           []BackupStore `json:"items"`
 }
 
-// Repository is a tenant's own: a BackupStore of one namespace.
+// Repository is a tenant's own BackupStore, for one namespace.
 //
 // +kubebuilder:object:root=true
 // +kubebuilder:subresource:status
@@ -258,13 +257,13 @@ type BackupStoreList struct {
 // +kubebuilder:printcolumn:name="Points",type=integer,JSONPath=`.status.points`
 // +kubebuilder:printcolumn:name="Contact",type=date,JSONPath=`.status.lastContact`
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
-// +kubebuilder:validation:XValidation:rule="!has(self.spec.storage.volume)",message="a claim as storage is for BackupStores only"
-// +kubebuilder:validation:XValidation:rule="!has(self.spec.storage.rclone)",message="rclone is for BackupStores only"
-// +kubebuilder:validation:XValidation:rule="!has(self.spec.serviceAccountName)",message="a service account of Varve's namespace is for BackupStores only"
 type Repository struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata,omitempty"`
 
+	// +kubebuilder:validation:XValidation:rule="!has(self.storage.volume)",message="a claim as storage is for BackupStores only"
+	// +kubebuilder:validation:XValidation:rule="!has(self.storage.rclone)",message="rclone is for BackupStores only"
+	// +kubebuilder:validation:XValidation:rule="!has(self.serviceAccountName)",message="a service account of Varve's namespace is for BackupStores only"
 	Spec RepositorySpec `json:"spec"`
 	// +optional
 	Status RepositoryStatus `json:"status,omitempty"`
@@ -296,7 +295,7 @@ type StoreReference struct {
 	// +optional
 	// +kubebuilder:default=BackupStore
 	Kind StoreKind `json:"kind,omitempty"`
-	// Name of it. Example: main
+	// Name of the store. Example: main
 	// +kubebuilder:validation:MinLength=1
 	// +kubebuilder:validation:MaxLength=253
 	Name string `json:"name"`

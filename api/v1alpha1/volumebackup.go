@@ -6,18 +6,18 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// BackupType asks for a kind of backup.
+// BackupType is a kind of backup.
 //
 // +kubebuilder:validation:Enum=Auto;Full
 type BackupType string
 
-// Kinds of backup that can be asked for.
+// Kinds of backup that can be requested.
 const (
-	BackupTypeAuto BackupType = "Auto" // an increment where there is a point to build on
+	BackupTypeAuto BackupType = "Auto" // an increment if there is a point to build on
 	BackupTypeFull BackupType = "Full"
 )
 
-// VolumeBackupSpec asks for one backup of one claim.
+// VolumeBackupSpec requests one backup of one claim.
 //
 // +kubebuilder:validation:XValidation:rule="self == oldSelf",message="a run cannot be changed; make another"
 type VolumeBackupSpec struct {
@@ -25,7 +25,7 @@ type VolumeBackupSpec struct {
 	// +kubebuilder:validation:MinLength=1
 	// +kubebuilder:validation:MaxLength=253
 	ClaimName string `json:"claimName"`
-	// StoreRef is where to. Example: {name: main}
+	// StoreRef is the store of the point. Example: {name: main}
 	StoreRef StoreReference `json:"storeRef"`
 	// Type: Auto or Full.
 	// +optional
@@ -40,15 +40,27 @@ type VolumeBackupSpec struct {
 	// +optional
 	// +kubebuilder:default=Auto
 	RetainBase RetainBase `json:"retainBase,omitempty"`
-	// BackupVolume overrides what the volume that is read from is made with.
+	// BackupVolume overrides settings of the volume that is read.
 	// Example: {storageClassName: rbd-read-only-clone}
 	// +optional
 	BackupVolume *BackupVolume `json:"backupVolume,omitempty"`
-	// Retention that is applied to the claim's points in the store once this one is
-	// made; without it none is deleted. Example: {daily: 7, weekly: 5}
+	// Group lists the runs whose snapshots are taken together; policies set it.
+	// Example: {name: shop, id: 0123456789abcdef0123456789abcdef, time: "2026-11-21T06:00:00Z", members:
+	// [{claimName: a, run: a-1}, {claimName: b, run: b-1}]}
+	// +optional
+	Group *RunGroup `json:"group,omitempty"`
+	// Hooks hold applications still while a snapshot is taken. Only users who may exec in the
+	// namespace's pods may set them. Example: [{name: postgres, recipe: PostgreSQL}]
+	// +optional
+	// +listType=map
+	// +listMapKey=name
+	// +kubebuilder:validation:MaxItems=8
+	Hooks []Hook `json:"hooks,omitempty"`
+	// Retention is applied to the claim's points in the store once this one is made;
+	// without it none is deleted. Example: {daily: 7, weekly: 5}
 	// +optional
 	Retention *Retention `json:"retention,omitempty"`
-	// StartBefore gives the run up if it could not start until then.
+	// StartBefore gives up the run if it could not start by then.
 	// Example: "2026-11-21T06:00:00Z"
 	// +optional
 	// +kubebuilder:validation:Type=string
@@ -64,7 +76,83 @@ type VolumeBackupSpec struct {
 	TTL *metav1.Duration `json:"ttl,omitempty"`
 }
 
-// BackupPhase is where a run stands, for people.
+// RunGroup lists the runs of a group. It is the same in each of them.
+type RunGroup struct {
+	// Name of the group: that of the policy. Example: shop
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=253
+	Name string `json:"name"`
+	// ID of the group of recovery points, 32 hexadecimal digits.
+	// Example: 0123456789abcdef0123456789abcdef
+	// +kubebuilder:validation:Pattern=`^[0-9a-f]{32}$`
+	ID string `json:"id"`
+	// Time of the group. Example: "2026-11-21T06:00:00Z"
+	Time metav1.Time `json:"time"`
+	// Method: Auto, GroupSnapshot or Hold, as in the policy.
+	// +optional
+	Method GroupMethod `json:"method,omitempty"`
+	// Members in order; the run of the first takes the snapshots.
+	// Example: [{claimName: a, run: a-1}, {claimName: b, run: b-1}]
+	// +listType=map
+	// +listMapKey=claimName
+	// +kubebuilder:validation:MinItems=2
+	// +kubebuilder:validation:MaxItems=32
+	Members []GroupMember `json:"members"`
+}
+
+// GroupMember is one run of a group.
+type GroupMember struct {
+	// ClaimName of the run. Example: data-postgres-0
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=253
+	ClaimName string `json:"claimName"`
+	// Run is the name of its VolumeBackup. Example: data-postgres-0-1795000000
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=253
+	Run string `json:"run"`
+}
+
+// GroupStatus is how the snapshots of a run's group are taken.
+type GroupStatus struct {
+	// Method: GroupSnapshot, by one VolumeGroupSnapshot; or Hold, by a VolumeSnapshot of each
+	// claim while the hooks hold the applications.
+	Method GroupMethod `json:"method"`
+	// Message is the reason for that method.
+	// +optional
+	Message string `json:"message,omitempty"`
+	// UID of the run that takes the snapshots. The group snapshot's objects are named after it.
+	// +optional
+	UID types.UID `json:"uid,omitempty"`
+	// ClassName of the VolumeGroupSnapshot.
+	// +optional
+	ClassName string `json:"className,omitempty"`
+	// Content is the VolumeGroupSnapshotContent with which the driver made the group
+	// snapshot, until Varve's has replaced it.
+	// +optional
+	Content string `json:"content,omitempty"`
+	// Handle is the driver's name of the group snapshot.
+	// +optional
+	Handle string `json:"handle,omitempty"`
+	// Members are the snapshots that were taken, in the order of the group.
+	// +optional
+	// +listType=map
+	// +listMapKey=claimName
+	// +kubebuilder:validation:MaxItems=32
+	Members []TakenSnapshot `json:"members,omitempty"`
+}
+
+// TakenSnapshot is the snapshot of one claim of a group.
+type TakenSnapshot struct {
+	ClaimName string `json:"claimName"`
+	// Handle is the driver's name of the snapshot, if it is a member of a group snapshot.
+	// +optional
+	Handle string `json:"handle,omitempty"`
+	// Time when it was taken, as the driver reports it.
+	// +optional
+	Time *metav1.MicroTime `json:"time,omitempty"`
+}
+
+// BackupPhase is the state of a run, for display.
 //
 // +kubebuilder:validation:Enum=Pending;Snapshotting;Reading;CleaningUp;Succeeded;Failed
 type BackupPhase string
@@ -79,12 +167,11 @@ const (
 	BackupFailed       BackupPhase = "Failed"
 )
 
-// ClaimSummary is what is known of a claim when its backup begins. A restore is held
-// to it.
+// ClaimSummary describes a claim when its backup begins. A restore is checked against it.
 type ClaimSummary struct {
 	// VolumeMode: Block or Filesystem.
 	VolumeMode corev1.PersistentVolumeMode `json:"volumeMode"`
-	// RequestBytes that the claim asked for, and CapacityBytes of its volume.
+	// RequestBytes is the size requested by the claim, and CapacityBytes that of its volume.
 	RequestBytes  int64 `json:"requestBytes"`
 	CapacityBytes int64 `json:"capacityBytes"`
 	// +optional
@@ -94,13 +181,13 @@ type ClaimSummary struct {
 	AccessModes []corev1.PersistentVolumeAccessMode `json:"accessModes,omitempty"`
 }
 
-// VolumeBackupStatus is the state of a run. What is needed to go on after a
-// controller was killed is here, written before the step that needs it.
+// VolumeBackupStatus is the state of a run. It has what is needed to continue after the
+// controller was killed, written before the step that needs it.
 type VolumeBackupStatus struct {
 	// Phase of the run.
 	// +optional
 	Phase BackupPhase `json:"phase,omitempty"`
-	// Step that is being worked on, as docs/kubernetes.md lists them.
+	// Step in progress; docs/kubernetes.md lists the steps.
 	// +optional
 	Step string `json:"step,omitempty"`
 	// ClaimUID of the claim that is backed up.
@@ -109,7 +196,7 @@ type VolumeBackupStatus struct {
 	// NamespaceUID of the claim's namespace.
 	// +optional
 	NamespaceUID types.UID `json:"namespaceUID,omitempty"`
-	// VolumeHandle is what the driver calls the volume.
+	// VolumeHandle is the driver's name of the volume.
 	// +optional
 	VolumeHandle string `json:"volumeHandle,omitempty"`
 	// Driver of the volume.
@@ -121,61 +208,77 @@ type VolumeBackupStatus struct {
 	// SnapshotClassName of the snapshot.
 	// +optional
 	SnapshotClassName string `json:"snapshotClassName,omitempty"`
-	// OriginContent is the VolumeSnapshotContent that the driver made the snapshot
-	// with, until the one in Varve's namespace has taken its place.
+	// OriginContent is the VolumeSnapshotContent with which the driver made the snapshot,
+	// until the one in Varve's namespace has replaced it.
 	// +optional
 	OriginContent string `json:"originContent,omitempty"`
 	// SnapshotBytes is the size of a volume made from the snapshot.
 	// +optional
 	SnapshotBytes int64 `json:"snapshotBytes,omitempty"`
-	// SnapshotHandle is what the driver calls the snapshot that is read.
+	// SnapshotHandle is the driver's name of the snapshot that is read.
 	// +optional
 	SnapshotHandle string `json:"snapshotHandle,omitempty"`
 	// SnapshotTime is when it was taken: the time of the recovery point.
 	// +optional
 	SnapshotTime *metav1.Time `json:"snapshotTime,omitempty"`
+	// Dumps are what the hooks with dump stored.
+	// +optional
+	// +listType=map
+	// +listMapKey=hook
+	// +kubebuilder:validation:MaxItems=8
+	Dumps []DumpStatus `json:"dumps,omitempty"`
+	// Hold is what the hooks held still.
+	// +optional
+	Hold *HoldStatus `json:"hold,omitempty"`
+	// Group says how the snapshots of the run's group are taken, and when each was.
+	// +optional
+	Group *GroupStatus `json:"group,omitempty"`
+	// SnapshotsTaken is when the snapshots of the run's group were taken.
+	// +optional
+	SnapshotsTaken *metav1.Time `json:"snapshotsTaken,omitempty"`
 	// Point that was made.
 	// +optional
 	Point *PointSummary `json:"point,omitempty"`
-	// ChangeID that the next delta takes as its base.
+	// ChangeID of the next delta's base.
 	// +optional
 	ChangeID string `json:"changeID,omitempty"`
-	// Points that the claim has in the store, newest first, and how many there are.
+	// Points of the claim in the store, newest first, and their number.
 	// +optional
 	// +listType=atomic
 	// +kubebuilder:validation:MaxItems=20
 	Points []ListedPoint `json:"points,omitempty"`
 	// +optional
 	PointCount int64 `json:"pointCount,omitempty"`
-	// PrunedAt is when retention was applied, if the run has one and that went well.
+	// PrunedAt is when the run's retention, if any, was successfully applied.
 	// +optional
 	PrunedAt *metav1.Time `json:"prunedAt,omitempty"`
-	// Progress of the reading, in percent.
+	// Progress of reading, in percent.
 	// +optional
 	Progress *int32 `json:"progress,omitempty"`
 	// Attempts of the mover.
 	// +optional
 	Attempts int32 `json:"attempts,omitempty"`
-	// Clones that were made of the snapshot: one more when a node was lost with the
-	// last.
+	// Clones made from the snapshot: one more if a node was lost with the last.
 	// +optional
 	Clones int32 `json:"clones,omitempty"`
-	// BaseRetained says that the snapshot was kept as the base of the next run.
+	// BaseRetained says that the snapshot is kept as the base of the next run.
 	// +optional
 	BaseRetained bool `json:"baseRetained,omitempty"`
 	// +optional
 	StartTime *metav1.Time `json:"startTime,omitempty"`
 	// +optional
 	CompletionTime *metav1.Time `json:"completionTime,omitempty"`
-	// Conditions: Complete, Failed, ChangedBlocks.
+	// Conditions: Complete is Unknown until the run ends, then True if it made its recovery
+	// point and False if it failed; Failed is True as soon as it failed; Retrying is set
+	// while a step meets errors; ChangedBlocks; Consistent, if the run has hooks.
 	// +optional
 	// +listType=map
 	// +listMapKey=type
 	Conditions []metav1.Condition `json:"conditions,omitempty"`
 }
 
-// VolumeBackup is one run. A run is not the recovery point: deleting it deletes
-// nothing in the repository. While it lives, a dataSourceRef may name it.
+// VolumeBackup is one run. A run is not the recovery point: deleting it deletes nothing
+// in the repository. While it exists, a dataSourceRef may name it.
 //
 // +kubebuilder:object:root=true
 // +kubebuilder:subresource:status
@@ -186,6 +289,7 @@ type VolumeBackupStatus struct {
 // +kubebuilder:printcolumn:name="Progress",type=integer,JSONPath=`.status.progress`
 // +kubebuilder:printcolumn:name="Kind",type=string,JSONPath=`.status.point.kind`
 // +kubebuilder:printcolumn:name="Source",type=string,JSONPath=`.status.point.source`
+// +kubebuilder:printcolumn:name="Consistent",type=string,JSONPath=`.status.conditions[?(@.type=="Consistent")].status`
 // +kubebuilder:printcolumn:name="Point",type=string,priority=1,JSONPath=`.status.point.id`
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 type VolumeBackup struct {

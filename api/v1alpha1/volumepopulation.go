@@ -6,7 +6,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// ClaimReference names one claim for good.
+// ClaimReference names one claim permanently.
 type ClaimReference struct {
 	// Namespace, Name and UID of the claim.
 	Namespace string    `json:"namespace"`
@@ -20,7 +20,7 @@ type ClaimReference struct {
 type VolumePopulationSpec struct {
 	// Claim that is filled.
 	Claim ClaimReference `json:"claim"`
-	// StoreRef is where from; a Repository is in StoreNamespace.
+	// StoreRef is the store of the point; a Repository is in StoreNamespace.
 	StoreRef StoreReference `json:"storeRef"`
 	// +optional
 	StoreNamespace string `json:"storeNamespace,omitempty"`
@@ -41,46 +41,66 @@ type VolumePopulationSpec struct {
 	// StorageClassName of the claim.
 	// +optional
 	StorageClassName string `json:"storageClassName,omitempty"`
+	// Restore is set if the claim has a volume already: the VolumeRestore that uses the
+	// written volume, or lets the claim's own volume be written.
+	// +optional
+	Restore *RestoreReference `json:"restore,omitempty"`
+}
+
+// RestoreReference names one VolumeRestore, in the claim's namespace.
+type RestoreReference struct {
+	Name string    `json:"name"`
+	UID  types.UID `json:"uid"`
+	// Member is the index of the claim in its group: 0 for the one that the VolumeRestore names.
+	// +optional
+	Member int32 `json:"member,omitempty"`
+	// InPlace is the claim's PersistentVolume if that is written; empty if a new volume
+	// is.
+	// +optional
+	InPlace string `json:"inPlace,omitempty"`
 }
 
 // VolumePopulationStatus is the state of a filling. It is written before every step,
 // so that the handle of the volume is in the API at each instant.
 type VolumePopulationStatus struct {
-	// Step that is being worked on, as docs/kubernetes.md lists them.
+	// Step in progress; docs/kubernetes.md lists the steps.
 	// +optional
 	Step string `json:"step,omitempty"`
-	// SelectedNode that the volume was made for, with WaitForFirstConsumer.
+	// SelectedNode for which the volume was made, with WaitForFirstConsumer.
 	// +optional
 	SelectedNode string `json:"selectedNode,omitempty"`
-	// RequestBytes is how large a volume is asked for, once that is more than the
-	// claim asks for: the point's disk did not fit on a shorter device.
+	// Placements counts the nodes that Varve chose itself.
+	// +optional
+	Placements int32 `json:"placements,omitempty"`
+	// RequestBytes is the size of the requested volume, if larger than the claim
+	// requests: the point's disk did not fit on a shorter device.
 	// +optional
 	RequestBytes int64 `json:"requestBytes,omitempty"`
-	// VolumeHandle is what the driver calls the volume.
+	// VolumeHandle is the driver's name of the volume.
 	// +optional
 	VolumeHandle string `json:"volumeHandle,omitempty"`
-	// PrimeVolume is the PV that was written, NewVolume the one that is handed over.
+	// PrimeVolume is the PV that was written, NewVolume the PV that is handed over.
 	// +optional
 	PrimeVolume string `json:"primeVolume,omitempty"`
 	// +optional
 	NewVolume string `json:"newVolume,omitempty"`
-	// ReclaimPolicy that the class gave PrimeVolume and NewVolume gets at the end.
+	// ReclaimPolicy that PrimeVolume had from its class and NewVolume gets at the end.
 	// +optional
 	ReclaimPolicy corev1.PersistentVolumeReclaimPolicy `json:"reclaimPolicy,omitempty"`
-	// FileSystem that was found in the written image.
+	// FileSystem found in the written image.
 	// +optional
 	FileSystem string `json:"fileSystem,omitempty"`
 	// VerifiedBytes were read back and compared.
 	// +optional
 	VerifiedBytes int64 `json:"verifiedBytes,omitempty"`
-	// Progress of the writing, in percent.
+	// Progress of writing, in percent.
 	// +optional
 	Progress *int32 `json:"progress,omitempty"`
 	// Attempts of the mover: the number of its Job.
 	// +optional
 	Attempts int32 `json:"attempts,omitempty"`
-	// Failures among them that were not the repository's absence. It is given up
-	// after the fifth.
+	// Failures counts failed attempts, except those because the repository was
+	// unreachable. The filling is given up after the fifth.
 	// +optional
 	Failures int32 `json:"failures,omitempty"`
 	// RetryAfter is when the next attempt may begin.
@@ -90,15 +110,16 @@ type VolumePopulationStatus struct {
 	StartTime *metav1.Time `json:"startTime,omitempty"`
 	// +optional
 	CompletionTime *metav1.Time `json:"completionTime,omitempty"`
-	// Conditions: Complete.
+	// Conditions: Complete is Unknown until the claim has its volume, and False if the
+	// filling was given up; Failed is True then.
 	// +optional
 	// +listType=map
 	// +listMapKey=type
 	Conditions []metav1.Condition `json:"conditions,omitempty"`
 }
 
-// VolumePopulation is the filling of one claim. It lives in Varve's namespace and is
-// Varve's own.
+// VolumePopulation is the filling of one claim. It is in Varve's namespace, for Varve's
+// own use.
 //
 // +kubebuilder:object:root=true
 // +kubebuilder:subresource:status

@@ -8,29 +8,28 @@ import (
 	"github.com/varve-io/varve/backup/repository"
 )
 
-// Sink is what a tree is written to. repository.Writer is one; calls come
-// concurrently.
+// Sink is where a tree is written; repository.Writer is one. Calls are concurrent.
 type Sink interface {
 	WriteBlock(ctx context.Context, p []byte) (repository.ObjectID, error)
 	WriteIndex(ctx context.Context, p []byte) (repository.ObjectID, error)
 }
 
-// Builder writes a tree: a full one, or one that shares what it does not touch
-// with a parent of the same block size. Segments may be set concurrently and in
-// any order; those never set are the parent's, or holes where it has none.
+// Builder writes a tree: a full one, or one that shares what it does not change with a parent
+// of the same block size. Segments may be set concurrently and in any order; those not set
+// are the parent's, or holes if it has none.
 type Builder struct {
 	sink   Sink
-	own    Store // reads back what was written here
+	own    Store // reads what was written here
 	lay    Layout
 	parent *Tree // nil for a full
 
 	mu        sync.Mutex
 	segs      map[int64]repository.ObjectID
-	forgotten map[int64]bool                // segments not to be taken from the parent
+	forgotten map[int64]bool                // segments not taken from the parent
 	zero      map[int64]repository.ObjectID // hole by length
 	zeroSeg   map[int64]repository.ObjectID // hole segment by length
-	chunks    map[int64]chunkPiece          // written by an earlier Root, still valid
-	newRoot   bool                          // no piece of the parent's root is to be taken
+	chunks    map[int64]chunkPiece          // of an earlier Root, still valid
+	newRoot   bool                          // no piece of the parent's root is reused
 }
 
 type chunkPiece struct {
@@ -38,9 +37,8 @@ type chunkPiece struct {
 	len int64 // bytes of JSON
 }
 
-// NewBuilder starts a tree over lay. A parent's own short tail must be set by
-// the caller where it is no longer the tail. own reads what was written to
-// sink.
+// NewBuilder starts a tree over lay. The caller must set a parent's short tail if it is no
+// longer the tail. own reads what was written to sink.
 func NewBuilder(sink Sink, own Store, lay Layout, parent *Tree) (*Builder, error) {
 	if err := lay.Check(); err != nil {
 		return nil, err
@@ -79,9 +77,9 @@ func (b *Builder) zeroBlockLocked(ctx context.Context, n int64) (repository.Obje
 	return id, nil
 }
 
-// Base returns the entries that segment n starts from: the parent's where it
-// has that segment, resized to this disk, holes elsewhere. The caller owns the
-// slice. Entries from the parent keep their generation.
+// Base returns the entries that segment n starts from: the parent's if it has that segment,
+// resized to this disk, else holes. The caller owns the slice. Entries from the parent keep
+// their generation.
 func (b *Builder) Base(ctx context.Context, n int64) ([]Entry, error) {
 	count := b.lay.SegmentBlocks(n)
 	entries := make([]Entry, count)
@@ -143,8 +141,7 @@ func (b *Builder) Written(n int64) bool {
 	return ok
 }
 
-// Changed reports whether segment n is not simply the parent's any more: set here, or
-// forgotten.
+// Changed reports whether segment n is no longer the parent's: it was set here, or forgotten.
 func (b *Builder) Changed(n int64) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -162,8 +159,7 @@ func (b *Builder) Forget(n int64) {
 	b.forgotten[n] = true
 }
 
-// ForgetZero drops what is known of holes of n bytes, so that they are written
-// again.
+// ForgetZero forgets the holes of n bytes, so that they are written again.
 func (b *Builder) ForgetZero(n int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -180,8 +176,8 @@ func (b *Builder) ForgetRoot() {
 	b.newRoot = true
 }
 
-// ForgetHoles makes the next Root write again what stands for holes, and the
-// root index over it, because some of it was lost.
+// ForgetHoles makes the next Root write the objects of holes again, and the root index over
+// them, because one was lost.
 func (b *Builder) ForgetHoles() {
 	b.ForgetRoot()
 	b.mu.Lock()
@@ -202,13 +198,6 @@ func (b *Builder) segmentID(ctx context.Context, n int64) (repository.ObjectID, 
 		return b.parent.SegmentID(ctx, n)
 	}
 	return b.zeroSegmentLocked(ctx, b.lay.SegmentLen(n))
-}
-
-// ZeroSegment returns the object of a whole segment of holes.
-func (b *Builder) ZeroSegment(ctx context.Context) (repository.ObjectID, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.zeroSegmentLocked(ctx, SegmentSize)
 }
 
 func (b *Builder) zeroSegmentLocked(ctx context.Context, length int64) (repository.ObjectID, error) {
@@ -233,9 +222,9 @@ func (b *Builder) zeroSegmentLocked(ctx context.Context, length int64) (reposito
 	return id, nil
 }
 
-// Root writes the root index over what was set so far and returns how to open
-// the tree. It may be called again after more segments were set: a checkpoint
-// is a root over the work done until then.
+// Root writes the root index over what was set so far and returns how to open the tree. It
+// may be called again after more segments were set: a checkpoint is the root of the work done
+// until then.
 func (b *Builder) Root(ctx context.Context) (Root, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -316,8 +305,8 @@ func (b *Builder) writeChunk(ctx context.Context, n int64) (chunkPiece, error) {
 	return p, nil
 }
 
-// parentChunk returns the parent's piece n where this tree's is the same: the
-// same segments, none of them set here, and the same place in the document.
+// parentChunk returns the parent's piece n if this tree's is the same: the same segments,
+// none of them set here, at the same place in the document.
 func (b *Builder) parentChunk(ctx context.Context, n, first, end int64) (chunkPiece, bool) {
 	t := b.parent
 	if t == nil || b.newRoot || n >= t.lay.chunks() || t.lay.chunks() == 1 || b.lay.chunks() == 1 {
@@ -337,7 +326,7 @@ func (b *Builder) parentChunk(ctx context.Context, n, first, end int64) (chunkPi
 	defer t.mu.Unlock()
 	ids, err := t.loadChunkIDs(ctx)
 	if err != nil {
-		return chunkPiece{}, false // reading the segments one by one will tell
+		return chunkPiece{}, false // reading the segments one by one will report the error
 	}
 	return chunkPiece{id: ids[n].Object, len: ids[n].Length}, true
 }

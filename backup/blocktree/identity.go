@@ -6,16 +6,16 @@ import (
 	"strings"
 )
 
-// DiskIdentity is what tells a disk from another one of the same name.
+// DiskIdentity is what distinguishes a disk from another one of the same name.
 type DiskIdentity struct {
 	// TableID is the partition table's own ID: "gpt GUID" or "mbr 1a2b3c4d".
 	TableID string `json:"tableID,omitempty"`
-	// Signatures of the disk, or of its partitions, by partition. Swap space is left
-	// out: it is made anew without anything being lost.
+	// Signatures of the disk, or of its partitions, by partition, without swap space, which
+	// is remade without loss.
 	Signatures []DiskSignature `json:"signatures,omitempty"`
-	// Serial is what the hardware calls the disk: a WWN or a serial number.
+	// Serial is the hardware's name of the disk: a WWN or a serial number.
 	Serial string `json:"serial,omitempty"`
-	// Blank says that there was no signature, and zeroes at both ends of the disk.
+	// Blank means that there was no signature, and zeroes at both ends of the disk.
 	Blank bool `json:"blank,omitempty"`
 }
 
@@ -45,7 +45,7 @@ func (d *DiskIdentity) has(s DiskSignature) bool {
 	return slices.ContainsFunc(d.Signatures, s.sameContent)
 }
 
-// String says in a few words what the disk holds.
+// String describes in a few words what the disk holds.
 func (d *DiskIdentity) String() string {
 	switch {
 	case len(d.Signatures) > 0:
@@ -66,9 +66,9 @@ func (d *DiskIdentity) String() string {
 	return "no file system that is known"
 }
 
-// Differs says why now cannot be the disk d, and is empty if it may be. It goes by
-// what is on the disk: one that was copied to other hardware, or is read through a
-// snapshot, is the same. Where nothing on it has a name, the serials decide.
+// Differs returns why now cannot be the disk d, or "" if it may be. What is on the disk
+// decides: a copy on other hardware, or read through a snapshot, is the same disk. If nothing
+// on it has an identity, the serials decide.
 func (d *DiskIdentity) Differs(now *DiskIdentity) string {
 	const held = "it held %s, and holds %s now"
 	same := true
@@ -78,7 +78,7 @@ func (d *DiskIdentity) Differs(now *DiskIdentity) string {
 	case d.TableID != "":
 		same = d.TableID == now.TableID
 	case d.Blank:
-		// Nothing was on it: the first file system is no loss.
+		// It was empty: the first file system loses nothing.
 	case now.Blank || now.TableID != "" || len(now.Signatures) > 0:
 		same = false
 	case d.Serial != "" && now.Serial != "" && d.Serial != now.Serial:
@@ -94,8 +94,8 @@ func (d *DiskIdentity) Differs(now *DiskIdentity) string {
 	return text
 }
 
-// Recognises reports whether now is known to be the disk d: they share a signature
-// with a UUID, a partition table, or, where neither has either, a serial.
+// Recognises reports whether now is known to be the disk d: they share a signature with a
+// UUID, a partition table, or, if neither has either, a serial.
 func (d *DiskIdentity) Recognises(now *DiskIdentity) bool {
 	if d.Differs(now) != "" {
 		return false

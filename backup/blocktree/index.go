@@ -40,7 +40,7 @@ func (s *Segment) Find(off int64) int {
 	})
 }
 
-// MemoryBytes estimates what the decoded index takes in memory.
+// MemoryBytes estimates the memory of the decoded index.
 func (s *Segment) MemoryBytes() int64 { return 64 + int64(len(s.Entries))*80 }
 
 // An index is Kopia's indirect object (kopia repo/object/indirect.go),
@@ -197,22 +197,51 @@ func parseCanonical(p []byte) (entries []Entry, ok bool) {
 // parseEntries reads canonical entries that follow one another.
 func parseEntries(p []byte) (entries []Entry, ok bool) {
 	entries = make([]Entry, 0, len(p)/64+1)
-	for len(p) > 0 {
-		if len(entries) > 0 {
-			if p, ok = cut(p, entrySep); !ok {
-				return nil, false
-			}
-		}
-		var e Entry
-		if p, ok = parseEntry(p, &e); !ok {
-			return nil, false
-		}
-		entries = append(entries, e)
+	if !eachEntry(p, func(e *Entry) { entries = append(entries, *e) }) {
+		return nil, false
 	}
 	return entries, true
 }
 
-func parseEntry(p []byte, e *Entry) (rest []byte, ok bool) {
+// eachEntry calls do with canonical entries that follow one another; the entry is valid
+// during the call. ok is false, maybe after some calls, if they are not canonical.
+func eachEntry(p []byte, do func(*Entry)) (ok bool) {
+	var last objectText
+	var e Entry
+	for first := true; len(p) > 0; first = false {
+		if !first {
+			if p, ok = cut(p, entrySep); !ok {
+				return false
+			}
+		}
+		e = Entry{}
+		if p, ok = parseEntry(p, &e, &last); !ok {
+			return false
+		}
+		do(&e)
+	}
+	return true
+}
+
+// objectText is the object parsed last: a segment with holes names one again and again.
+type objectText struct {
+	text   []byte
+	object repository.ObjectID
+}
+
+func (t *objectText) parse(p []byte) (repository.ObjectID, bool) {
+	if len(p) > 0 && bytes.Equal(p, t.text) {
+		return t.object, true
+	}
+	oid, err := repository.ParseObjectID(string(p))
+	if err != nil {
+		return oid, false
+	}
+	t.text, t.object = p, oid
+	return oid, true
+}
+
+func parseEntry(p []byte, e *Entry, last *objectText) (rest []byte, ok bool) {
 	if p, ok = cut(p, "{"); !ok {
 		return nil, false
 	}
@@ -237,11 +266,10 @@ func parseEntry(p []byte, e *Entry) (rest []byte, ok bool) {
 	if end < 0 {
 		return nil, false
 	}
-	oid, err := repository.ParseObjectID(string(p[:end]))
-	if err != nil {
+	if e.Object, ok = last.parse(p[:end]); !ok {
 		return nil, false
 	}
-	e.Object, p = oid, p[end+1:]
+	p = p[end+1:]
 	if q, has := cut(p, `,"g":`); has {
 		if e.Gen, p, ok = cutInt(q); !ok {
 			return nil, false

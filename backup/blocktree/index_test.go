@@ -7,10 +7,13 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/plain"
 )
 
 func objectID(t testing.TB, text string) repository.ObjectID {
@@ -27,9 +30,12 @@ func TestIndexRoundTrip(t *testing.T) {
 	for _, n := range []int{1, 2, 3, 512, 1000} {
 		var entries []Entry
 		start := int64(0)
-		for range n {
+		for i := range n {
 			e := Entry{Start: start, Length: 1 + rng.Int64N(1<<40)}
 			e.Object = objectID(t, fmt.Sprintf("%032x", rng.Uint64()))
+			if i > 0 && rng.IntN(2) == 0 { // as holes have
+				e.Object = entries[i-1].Object
+			}
 			if rng.IntN(2) == 0 {
 				e.Gen = 1 + rng.Int64N(1<<50)
 				e.Digest, e.HasDigest = rng.Uint64(), true
@@ -50,6 +56,10 @@ func TestIndexRoundTrip(t *testing.T) {
 		}
 		if !reflect.DeepEqual(s.Entries, entries) || s.Len != start {
 			t.Fatalf("%d entries came back different", n)
+		}
+		objects, ok := PieceObjects(p)
+		if !ok || !slices.EqualFunc(objects, entries, func(o repository.ObjectID, e Entry) bool { return o == e.Object }) {
+			t.Fatalf("%d objects came back different", n)
 		}
 		for i := range entries {
 			e := &entries[i]
@@ -108,8 +118,8 @@ func TestDecodeIndexOfStockKopia(t *testing.T) {
 	}
 }
 
-// FuzzDecodeIndex holds the fast parser against encoding/json: what it
-// accepts, both must read alike, and what decodes must keep the invariants.
+// FuzzDecodeIndex compares the fast parser with encoding/json: they must agree on what the
+// fast one accepts, and what decodes must keep the invariants.
 func FuzzDecodeIndex(f *testing.F) {
 	oid := objectID(f, "000102030405060708090a0b0c0d0e0f")
 	f.Add(EncodeIndex([]Entry{{Length: 131072, Object: oid, Gen: 3, Digest: 7, HasDigest: true}, {Start: 131072, Length: 5, Object: oid}}))
@@ -157,6 +167,12 @@ func FuzzDecodeRecord(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(p)
+	r.Group = &Group{ID: r.ID, Name: "shop/vm", Members: []string{"shop/vm-a", "shop/vm-b"}}
+	r.Consistency = &Consistency{Level: ApplicationConsistent, Method: "hold", Holds: []Hold{{Name: "postgresql", Duration: 1, Proven: true}}}
+	if p, err = r.Encode(); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(p)
 	f.Add(bytes.Replace(p, []byte("varve/1.0"), []byte("varve/2.0"), 1))
 	f.Fuzz(func(t *testing.T, p []byte) {
 		rec, err := DecodeRecord(p)
@@ -178,7 +194,8 @@ func FuzzDecodeRecord(f *testing.F) {
 	})
 }
 
-// TestRecordWithHostileIDs: what is no ID, such as a path, is refused wherever a record has one.
+// TestRecordWithHostileIDs: an invalid ID, such as a path, is rejected everywhere in a
+// record.
 func TestRecordWithHostileIDs(t *testing.T) {
 	const good = `{"format":"varve/1.0","id":"a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1","parent":"b2b2b2b2b2b2b2b2b2b2b2b2b2b2b2b2",` +
 		`"lineage":"c3c3c3c3c3c3c3c3c3c3c3c3c3c3c3c3","generation":2,"kind":"incremental","size":1048576,"blockSize":65536}`
@@ -190,6 +207,121 @@ func TestRecordWithHostileIDs(t *testing.T) {
 			if _, err := DecodeRecord([]byte(strings.Replace(good, id, hostile, 1))); err == nil {
 				t.Errorf("%q in place of %q is accepted", hostile, id)
 			}
+		}
+	}
+}
+
+// TestRecordWithHostileFields: any writer to the repository can write a record. Numbers and
+// codes that no Varve writes are rejected, and texts are safe to show.
+func TestRecordWithHostileFields(t *testing.T) {
+	const good = `{"format":"varve/1.0","id":"a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1","generation":2,"kind":"full",` +
+		`"size":1048576,"blockSize":65536,"time":"2026-11-20T10:00:00Z"%s}`
+	for _, refused := range []string{
+		`"generation":0`, `"generation":-1`, `"generation":9223372036854775807`,
+		`"kind":"other"`, `"kind":""`, `"kind":"full\u001b[2J"`,
+		`"size":-1`, `"size":9223372036854775807`, `"blockSize":0`, `"blockSize":65537`, `"blockSize":9223372036854775807`,
+		`"time":"9999-12-31T23:59:59-12:00"`, `"start":"0000-01-01T00:00:00+14:00"`, `"end":"9999-12-31T23:59:59-12:00"`,
+		`"readErrors":[{"offset":-1,"length":1}]`, `"readErrors":[{"offset":0,"length":-1}]`,
+		`"readErrors":[{"offset":1048576,"length":1}]`, `"readErrors":[{"offset":1,"length":9223372036854775807}]`,
+		`"readErrors":[{"offset":0,"length":9},{"offset":8,"length":1}]`,
+		`"claim":{"volumeMode":"../Block"}`, `"claim":{"requestBytes":-1}`, `"claim":{"capacity":-1}`,
+		`"parent":"../../x"`, `"lineage":"../../x"`,
+		`"group":{}`, `"group":{"id":"../../x","name":"shop/vm","members":["shop/vm-a"]}`,
+		group("../../x", "shop/vm-a"), group("shop/vm"), group("shop/vm", "shop/vm-b", "shop/vm-a"), group("shop/vm", "shop/vm-a", "shop/vm-a"),
+		group("shop/vm", "shop/../x"), group("shop/vm", "a/b/c"), group("shop/vm", "vm-a"), group("shop/vm\\u001b[2J", "shop/vm-a"),
+		group("shop/vm", many(MaxGroupMembers+1)...),
+		`"content":"tape"`, `"content":"stream"`, `"content":"stream","blockSize":0,"size":-1`, `"content":"stream","blockSize":0,"size":9223372036854775807`,
+		`"content":"stream","blockSize":0,"kind":"incremental"`, `"content":"stream","blockSize":0,"readErrors":[{"offset":0,"length":1}]`,
+		`"consistency":{"time":"9999-12-31T23:59:59-12:00"}`, `"consistency":{"holds":[{"durationNs":-1}]}`,
+		`"consistency":{"holds":[{"start":"0000-01-01T00:00:00+14:00"}]}`, `"consistency":{"holds":[` + strings.Repeat(`{},`, MaxHolds) + `{}]}`,
+	} {
+		if _, err := DecodeRecord(fmt.Appendf(nil, good, ","+refused)); err == nil {
+			t.Errorf("%s is accepted", refused)
+		} else if !plain.Is(err.Error()) || len(err.Error()) > 1000 {
+			t.Errorf("%s: error %q", refused, err)
+		}
+	}
+
+	const bad = `\u001b]0;x\u0007\u202e\n`
+	long := strings.Repeat("x", 1<<16)
+	var fields strings.Builder
+	for _, f := range []string{
+		"namespace", "name", "cluster", "root", "zeroBlock", "zeroSegment", "source", "changeID", "snapshotHandle", "volumeHandle",
+		"run", "lineageReason", "fileSystem", "toolVersion",
+	} {
+		fmt.Fprintf(&fields, `,%q:"%s%s"`, f, bad, long)
+	}
+	fmt.Fprintf(&fields, `,"notes":["%[1]s%[2]s"],"fallbacks":[{"from":"%[1]s","to":"a b","reason":"%[2]s","detail":"%[1]s%[2]s"}],`+
+		`"spotCheck":{"limit":"%[1]s%[2]s"},"disk":{"tableID":"%[1]s%[2]s","serial":"%[1]s%[2]s","signatures":[{"type":"%[1]s%[2]s","uuid":"%[1]s%[2]s"}]},`+
+		`"notCrashConsistent":true,"consistency":{"level":"crash-consistent","method":"%[1]s","detail":"%[1]s%[2]s","holds":[{"name":"%[1]s%[2]s","target":"%[1]s%[2]s","detail":"%[1]s%[2]s"}]},`+
+		`"group":{"id":"a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1","name":"shop/vm","members":["shop/vm-a"],"description":"%[1]s%[2]s"},`+
+		`"claim":{"uid":"%[1]s%[2]s","namespaceUID":"%[1]s%[2]s","volumeMode":"Block","storageClass":"%[1]s%[2]s","driver":"%[1]s%[2]s","accessModes":["%[1]s%[2]s"]}`, bad, long)
+	rec, err := DecodeRecord(fmt.Appendf(nil, good, fields.String()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	texts := 0
+	walkStrings(reflect.ValueOf(rec).Elem(), func(s string) {
+		texts++
+		if !plain.Is(s) || len(s) > maxText {
+			t.Errorf("%.60q of %d bytes is left as it was", s, len(s))
+		}
+	})
+	if texts < 30 {
+		t.Errorf("only %d texts were looked at", texts)
+	}
+	for _, code := range []string{rec.Source, rec.Fallbacks[0].From, rec.Fallbacks[0].To, rec.Fallbacks[0].Reason, rec.Consistency.Method} {
+		if code != unknownToken {
+			t.Errorf("the code %.60q is left as it was", code)
+		}
+	}
+	if rec.Consistency.Level != NotConsistent {
+		t.Errorf("a disk that was written to while it was read is %s", rec.Consistency.Level)
+	}
+	if rec, err := DecodeRecord(fmt.Appendf(nil, good, `,"content":"stream","blockSize":0`)); err != nil || !rec.IsStream() || rec.File() != StreamFile {
+		t.Error(rec, err)
+	}
+	if _, err := DecodeRecord(fmt.Appendf(nil, good, ","+group("shop/vm", many(MaxGroupMembers)...))); err != nil {
+		t.Error(err)
+	}
+}
+
+// group returns the field of a record that names the members of its group.
+func group(name string, members ...string) string {
+	list, _ := json.Marshal(members)
+	return fmt.Sprintf(`"group":{"id":"a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1","name":"%s","members":%s}`, name, list)
+}
+
+// many returns names of n volumes, in order.
+func many(n int) (out []string) {
+	for i := range n {
+		out = append(out, fmt.Sprintf("shop/vm-%06d", i))
+	}
+	return out
+}
+
+// walkStrings visits every string of a value, also in fields added later.
+func walkStrings(v reflect.Value, visit func(string)) {
+	switch v.Kind() {
+	case reflect.String:
+		visit(v.String())
+	case reflect.Pointer:
+		if !v.IsNil() {
+			walkStrings(v.Elem(), visit)
+		}
+	case reflect.Struct:
+		if v.Type() == reflect.TypeFor[time.Time]() {
+			return
+		}
+		for i := range v.NumField() {
+			walkStrings(v.Field(i), visit)
+		}
+	case reflect.Slice:
+		if v.Type().Elem().Kind() == reflect.Uint8 {
+			return
+		}
+		for i := range v.Len() {
+			walkStrings(v.Index(i), visit)
 		}
 	}
 }

@@ -1,8 +1,7 @@
-// Package blocktree is Varve's on-disk format and nothing else: how a disk is
-// cut into blocks and segments, how the tree of Kopia indirect objects over
-// them is written and read, and the record beside it (docs/format.md). A tree
-// is immutable; an increment shares every segment and every chunk of the root
-// that it did not touch with its parent.
+// Package blocktree is Varve's on-disk format and nothing else: how a disk is cut into blocks
+// and segments, how the tree of Kopia indirect objects over them is written and read, and the
+// record beside it (docs/format.md). A tree is immutable; an increment shares with its parent
+// every segment and every chunk of the root that it does not change.
 package blocktree
 
 import (
@@ -26,8 +25,7 @@ const (
 	largeVolume      = 16 << 40 // bytes
 	maxBlocks        = 16 << 20 // the default keeps a volume within this many
 
-	// MaxSize bounds a disk, in bytes: 1 EiB. Sums of offsets stay clear of
-	// the sign bit.
+	// MaxSize bounds a disk, in bytes: 1 EiB. Sums of offsets cannot overflow.
 	MaxSize = 1 << 60
 
 	// chunkEntries is how many segments one chunk of the root index lists.
@@ -58,7 +56,7 @@ func DefaultBlockSize(size int64) int64 {
 	return bs
 }
 
-// Check reports whether the layout is one the format allows.
+// Check rejects a layout that the format does not allow.
 func (l Layout) Check() error {
 	if l.Size < 0 || l.Size > MaxSize {
 		return fmt.Errorf("%w: disk of %d bytes", ErrMalformed, l.Size)

@@ -6,25 +6,26 @@ import (
 	"github.com/varve-io/varve/backup/repository"
 )
 
-// PieceObjects returns the objects that an index names, or a piece that a large
-// index was cut into at an entry's boundary, in order. ok is false for anything
-// else; a foreign index that was cut anywhere has to be put together first.
+// PieceObjects returns the objects in an index, or in a piece of a large index that was cut
+// between entries, in order. ok is false for anything else; a foreign index cut elsewhere
+// must be joined first.
 func PieceObjects(p []byte) (objects []repository.ObjectID, ok bool) {
 	body, first := cut(p, indexHead)
 	if !first {
 		body, _ = cut(body, entrySep)
 	}
 	body, _ = bytes.CutSuffix(body, []byte(indexTail))
-	entries, ok := parseEntries(body)
-	if !ok || len(entries) == 0 {
-		var err error
-		if entries, err = parseJSON(p); err != nil {
-			return nil, false
-		}
+	objects = make([]repository.ObjectID, 0, len(body)/64+1)
+	if eachEntry(body, func(e *Entry) { objects = append(objects, e.Object) }) && len(objects) > 0 {
+		return objects, true
 	}
-	objects = make([]repository.ObjectID, len(entries))
+	entries, err := parseJSON(p)
+	if err != nil {
+		return nil, false
+	}
+	objects = objects[:0]
 	for i := range entries {
-		objects[i] = entries[i].Object
+		objects = append(objects, entries[i].Object)
 	}
 	return objects, true
 }

@@ -12,11 +12,14 @@ import (
 	"time"
 
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/plain"
 )
 
 const (
 	// DiskFile is the name of the disk in a point's directory.
 	DiskFile = "disk.img"
+	// StreamFile is its name if the point holds a stream.
+	StreamFile = "stream"
 	// RecordFile is the name of the record beside it.
 	RecordFile = "varve.json"
 
@@ -29,8 +32,8 @@ const (
 	MaxRecordBytes = 16 << 20
 )
 
-// ErrNewerFormat means that a newer version of Varve wrote a record in a way
-// that this one cannot read.
+// ErrNewerFormat means that a newer version of Varve wrote a record that this one cannot
+// read.
 var ErrNewerFormat = errors.New("written by a newer version of Varve; upgrade to read it")
 
 // Kinds of recovery point.
@@ -39,9 +42,12 @@ const (
 	KindIncremental = "incremental"
 )
 
-// Record is varve.json: all that is known of a recovery point beside its bytes.
-// It is authoritative; the manifest's tags only repeat what lists need. Fields
-// that a reader does not know are kept by Extra.
+// ContentStream is the content of a point that holds a stream of bytes, such as the output of
+// a program: of any length, cut by Kopia's splitter, without blocks.
+const ContentStream = "stream"
+
+// Record is varve.json: all metadata of a recovery point. It is authoritative; the manifest's
+// tags only repeat what lists need. Extra keeps fields that a reader does not know.
 type Record struct {
 	Format     string    `json:"format"` // "varve/MAJOR.MINOR"
 	ID         string    `json:"id"`     // 128 random bits in hexadecimal, of the point itself
@@ -55,27 +61,36 @@ type Record struct {
 	Start      time.Time `json:"start"` // of the run
 	End        time.Time `json:"end"`
 
-	Size        int64  `json:"size"`      // bytes of the disk
-	BlockSize   int64  `json:"blockSize"` // bytes
+	// Content is what the bytes are: empty for a disk, ContentStream for a stream.
+	Content     string `json:"content,omitempty"`
+	Size        int64  `json:"size"`      // bytes of the disk, or of the stream
+	BlockSize   int64  `json:"blockSize"` // bytes; 0 for a stream
 	Root        string `json:"root"`      // object of disk.img
 	ZeroBlock   string `json:"zeroBlock,omitempty"`
 	ZeroSegment string `json:"zeroSegment,omitempty"`
 	Source      string `json:"source,omitempty"` // where changed blocks came from: full, compare, extents, ...
 	ChangeID    string `json:"changeID,omitempty"`
-	// SnapshotHandle is what the storage calls the snapshot that was read. For most
-	// storages the change ID is the same.
+	// SnapshotHandle is the storage's name of the snapshot that was read. For most storages
+	// the change ID is the same.
 	SnapshotHandle string `json:"snapshotHandle,omitempty"`
 	VolumeHandle   string `json:"volumeHandle,omitempty"`
+	// Run names the run that made the point, if that may be repeated: another attempt finds by it
+	// what an earlier one made.
+	Run string `json:"run,omitempty"`
 
-	// NotCrashConsistent is set when the disk was mounted read-write while it
-	// was read: the point mixes moments.
+	// NotCrashConsistent means that the disk was mounted read-write while it was read: the
+	// point mixes moments.
 	NotCrashConsistent bool `json:"notCrashConsistent,omitempty"`
+	// Consistency is how the moment was made; nil if unknown.
+	Consistency *Consistency `json:"consistency,omitempty"`
+	// Group is the group of the point; nil for none.
+	Group *Group `json:"group,omitempty"`
 	// ReadErrors are ranges that could not be read and were stored as zeroes.
 	ReadErrors []Range `json:"readErrors,omitempty"`
-	// Disk is what identified the disk that was read; nil in points of older versions.
+	// Disk is the identity of the disk that was read; nil in points of older versions.
 	Disk *DiskIdentity `json:"disk,omitempty"`
-	// Lineage is the ID of the point with which the points of this disk begin; empty
-	// for the first disk that the volume had. LineageReason says, in that point, why.
+	// Lineage is the ID of the first point of this disk; empty for the volume's first disk.
+	// LineageReason, in that point, is why the lineage began.
 	Lineage       string `json:"lineage,omitempty"`
 	LineageReason string `json:"lineageReason,omitempty"`
 	// FileSystem is the type found in the superblock, if any.
@@ -85,8 +100,8 @@ type Record struct {
 
 	Stats     Stats      `json:"stats"`
 	SpotCheck *SpotCheck `json:"spotCheck,omitempty"`
-	// Fallbacks are the steps from the source of changed blocks that was wanted to
-	// the one that answered, in order.
+	// Fallbacks are the steps from the requested source of changed blocks to the one that
+	// answered, in order.
 	Fallbacks   []Fallback `json:"fallbacks,omitempty"`
 	Notes       []string   `json:"notes,omitempty"`
 	ToolVersion string     `json:"toolVersion,omitempty"`
@@ -95,13 +110,13 @@ type Record struct {
 	Extra map[string]json.RawMessage `json:"-"`
 }
 
-// Claim is what a restore wants to know of the PersistentVolumeClaim that a point was
-// made of. Its name and namespace are the volume's.
+// Claim is what a restore needs to know of the PersistentVolumeClaim of a point. Its name and
+// namespace are the volume's.
 type Claim struct {
 	UID          string   `json:"uid,omitempty"`
-	NamespaceUID string   `json:"namespaceUID,omitempty"` // of its namespace: one that is made again has another
+	NamespaceUID string   `json:"namespaceUID,omitempty"` // of its namespace: a new namespace of the same name has another
 	VolumeMode   string   `json:"volumeMode"`             // Block or Filesystem
-	RequestBytes int64    `json:"requestBytes"`           // what the claim asked for
+	RequestBytes int64    `json:"requestBytes"`           // requested by the claim
 	Capacity     int64    `json:"capacity"`               // of its PersistentVolume, in bytes
 	StorageClass string   `json:"storageClass,omitempty"`
 	Driver       string   `json:"driver,omitempty"`
@@ -114,7 +129,10 @@ type Range struct {
 	Length int64 `json:"length"`
 }
 
-// Stats is what a run cost.
+// End is the offset of the first byte after the range.
+func (r Range) End() int64 { return r.Offset + r.Length }
+
+// Stats is what a run processed.
 type Stats struct {
 	Reported   int64         `json:"reported"`   // bytes named by the source of changed blocks
 	Read       int64         `json:"read"`       // bytes read from the disk
@@ -135,18 +153,29 @@ type Fallback struct {
 	Detail string `json:"detail,omitempty"` // for people
 }
 
-// SpotCheck tells how far the source of changed blocks was tested.
+// SpotCheck is how far the source of changed blocks was tested.
 type SpotCheck struct {
-	Blocks      int64   `json:"blocks"`          // reported unchanged, read and compared
+	Blocks      int64   `json:"blocks"`          // blocks reported unchanged, read and compared
 	Bytes       int64   `json:"bytes,omitempty"` // of those
 	Candidates  int64   `json:"candidates"`      // blocks reported unchanged
-	Probability float64 `json:"probability"`     // of detecting a lie about one block in a thousand of them
+	Probability float64 `json:"probability"`     // of detecting changes in one of a thousand of them
 	Stripe      int64   `json:"stripe"`          // which stripe of the rotation was read
 	Stripes     int64   `json:"stripes"`         // how many runs cover the whole disk
-	Limit       string  `json:"limit,omitempty"` // what kept the sample below the share that was asked for: bytes or time
+	Limit       string  `json:"limit,omitempty"` // what limited the sample below the requested share: bytes or time
 }
 
-// OpenRoot tells how to open the point's tree.
+// IsStream reports whether the point holds a stream rather than a disk.
+func (r *Record) IsStream() bool { return r.Content == ContentStream }
+
+// File returns the name of the disk, or stream, in the point's directory.
+func (r *Record) File() string {
+	if r.IsStream() {
+		return StreamFile
+	}
+	return DiskFile
+}
+
+// OpenRoot returns the root of the point's tree.
 func (r *Record) OpenRoot() (Root, error) {
 	root := Root{Size: r.Size, Block: r.BlockSize}
 	var err error
@@ -214,10 +243,10 @@ func DecodeRecord(p []byte) (*Record, error) {
 	major, _, _ = strings.Cut(major, ".")
 	n, err := strconv.Atoi(major)
 	if !ok || err != nil || n < 1 {
-		return nil, fmt.Errorf("record: format %q is not Varve's", head.Format)
+		return nil, fmt.Errorf("record: format %q is not Varve's", plain.Clip(head.Format, maxLabel))
 	}
 	if n > FormatMajor {
-		return nil, fmt.Errorf("record of format %q: %w", head.Format, ErrNewerFormat)
+		return nil, fmt.Errorf("record of format %q: %w", plain.Clip(head.Format, maxLabel), ErrNewerFormat)
 	}
 	type plain Record
 	var r plain
@@ -228,27 +257,10 @@ func DecodeRecord(p []byte) (*Record, error) {
 	if err := rec.keepExtra(p); err != nil {
 		return nil, err
 	}
-	switch {
-	case !ValidID(rec.ID):
-		return nil, fmt.Errorf("record: %q is not the ID of a recovery point", rec.ID)
-	case rec.Parent != "" && !ValidID(rec.Parent):
-		return nil, fmt.Errorf("record of %s: its parent %q is not the ID of a recovery point", rec.ID, rec.Parent)
-	case rec.Lineage != "" && !ValidID(rec.Lineage):
-		return nil, fmt.Errorf("record of %s: its lineage %q is not the ID of a recovery point", rec.ID, rec.Lineage)
-	case rec.Generation < 1:
-		return nil, fmt.Errorf("record of %s: generation %d", rec.ID, rec.Generation)
-	}
-	if err := (Layout{Size: rec.Size, BlockSize: rec.BlockSize}).Check(); err != nil {
-		return nil, fmt.Errorf("record of %s: %w", rec.ID, err)
+	if err := rec.Check(); err != nil {
+		return nil, err
 	}
 	return rec, nil
-}
-
-// ValidID reports whether s is the ID of a recovery point: 32 lower-case hexadecimal
-// digits. IDs name directories, exports and records, and others may write what stands for
-// one in a repository.
-func ValidID(s string) bool {
-	return len(s) == 32 && strings.Trim(s, "0123456789abcdef") == ""
 }
 
 func (r *Record) keepExtra(p []byte) error {
@@ -281,8 +293,8 @@ func (r *Record) keepExtra(p []byte) error {
 // field.
 func optionalField(k string) bool {
 	switch k {
-	case "parent", "zeroBlock", "zeroSegment", "source", "changeID", "volumeHandle",
-		"snapshotHandle", "notCrashConsistent", "readErrors", "disk", "lineage", "lineageReason", "fileSystem", "claim", "spotCheck", "fallbacks", "notes", "toolVersion":
+	case "parent", "content", "zeroBlock", "zeroSegment", "source", "changeID", "volumeHandle",
+		"snapshotHandle", "run", "notCrashConsistent", "consistency", "group", "readErrors", "disk", "lineage", "lineageReason", "fileSystem", "claim", "spotCheck", "fallbacks", "notes", "toolVersion":
 		return true
 	}
 	return false

@@ -10,7 +10,7 @@ import (
 	"github.com/varve-io/varve/backup/repository"
 )
 
-// Store is what a tree reads from. repository.Repository is one.
+// Store is where a tree is read from; repository.Repository is one.
 type Store interface {
 	// ReadObject returns the bytes of a direct object, or of a whole index.
 	ReadObject(ctx context.Context, oid repository.ObjectID) ([]byte, error)
@@ -18,16 +18,25 @@ type Store interface {
 	ZeroID(ctx context.Context, n int64) (repository.ObjectID, error)
 }
 
-// SegmentCache keeps decoded indexes by object ID. Points of a chain share
-// most segments, so one cache serves them all. Implementations are safe for
-// concurrent use.
+// ReadSoon announces to a store which objects will be read, nearly in this order. It is a
+// hint, and returns at once. It reports whether the store uses hints; without objects it does
+// nothing else.
+func ReadSoon(ctx context.Context, store Store, oids []repository.ObjectID) bool {
+	s, ok := store.(interface {
+		ReadSoon(ctx context.Context, oids []repository.ObjectID) bool
+	})
+	return ok && s.ReadSoon(ctx, oids)
+}
+
+// SegmentCache keeps decoded indexes by object ID. Points of a chain share most segments, so
+// one cache serves them all. It must be safe for concurrent use.
 type SegmentCache interface {
 	// Segment returns the decoded index of oid, calling load on a miss.
 	Segment(ctx context.Context, oid repository.ObjectID, load func(context.Context) (*Segment, error)) (*Segment, error)
 }
 
-// Root is all that is needed to open a tree: a part of a recovery point's
-// record, or just an object and a size for a file that Varve did not write.
+// Root is what is needed to open a tree: a part of a recovery point's record, or an object
+// and a size for a file that Varve did not write.
 type Root struct {
 	Object  repository.ObjectID
 	Size    int64               // bytes of the disk
@@ -51,7 +60,7 @@ type Tree struct {
 
 	mu       sync.Mutex
 	chunkIDs []Entry            // pieces of the root index, nil until loaded
-	chunks   map[int64]*Segment // loaded chunks of the root, where there is no cache
+	chunks   map[int64]*Segment // loaded chunks of the root, without a cache
 	foreign  *Segment           // top index of a foreign object
 }
 
@@ -105,10 +114,9 @@ func (t *Tree) IsZeroSegment(ctx context.Context, n int64) (bool, error) {
 	return t.root.ZeroSeg != (repository.ObjectID{}) && id == t.root.ZeroSeg, nil
 }
 
-// loadZeroes finds the IDs of zero blocks for the lengths that can be holes:
-// a whole block and the tail, or in a foreign object its longest entry (a
-// splitter cuts zeroes at its maximum) and the last. It returns nil where the
-// object could not be read now.
+// loadZeroes finds the IDs of zero blocks for the lengths that can be holes: a whole block
+// and the tail, or in a foreign object its longest entry (a splitter cuts zeroes at its
+// maximum) and the last. It returns nil if the object cannot be read now.
 func (t *Tree) loadZeroes(ctx context.Context) *map[int64]repository.ObjectID {
 	known := map[int64]repository.ObjectID{}
 	var lens []int64
@@ -197,8 +205,7 @@ func (t *Tree) SegmentID(ctx context.Context, n int64) (repository.ObjectID, err
 	return c.Entries[n%chunkEntries].Object, nil
 }
 
-// RootObjects returns the direct objects that the root index is stored in. It
-// reads one of them at most.
+// RootObjects returns the direct objects of the root index. It reads one of them at most.
 func (t *Tree) RootObjects(ctx context.Context) ([]repository.ObjectID, error) {
 	if !t.own || t.root.Size == 0 {
 		return []repository.ObjectID{t.root.Object}, nil
@@ -249,8 +256,8 @@ func (t *Tree) chunk(ctx context.Context, n int64) (*Segment, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Another tree may have put it there, so check that it fits here as well:
-	// its entries follow one another, so the ends tell.
+	// Another tree may have cached it, so check that it also fits here: its entries are
+	// contiguous, so its ends are enough.
 	first, last := n*chunkEntries, min((n+1)*chunkEntries, t.lay.Segments())-1
 	if len(c.Entries) == 0 || int64(len(c.Entries)) != last-first+1 || c.Entries[0].Start != first*SegmentSize ||
 		c.Entries[len(c.Entries)-1].Length != t.lay.SegmentLen(last) {
@@ -341,8 +348,7 @@ func (t *Tree) decodeChunk(n int64, p []byte) (*Segment, error) {
 	return &Segment{Entries: entries, Len: entries[len(entries)-1].Start + entries[len(entries)-1].Length, nested: true}, nil
 }
 
-// loadIndex returns the decoded index of an indirect object, from the cache if
-// it is there.
+// loadIndex returns the decoded index of an indirect object, from the cache if possible.
 func (t *Tree) loadIndex(ctx context.Context, oid repository.ObjectID) (*Segment, error) {
 	load := func(ctx context.Context) (*Segment, error) { return ReadIndex(ctx, t.store, oid) }
 	if t.cache != nil {
@@ -351,7 +357,7 @@ func (t *Tree) loadIndex(ctx context.Context, oid repository.ObjectID) (*Segment
 	if oid != t.root.ZeroSeg {
 		return load(ctx)
 	}
-	// Without a cache, too, the index that most of a sparse disk shares is read once.
+	// Even without a cache, the index that most of a sparse disk shares is read once.
 	if s := t.holes.Load(); s != nil {
 		return s, nil
 	}

@@ -161,7 +161,7 @@ func TestRootInChunks(t *testing.T) {
 	}
 }
 
-// TestMalformedTrees damages what trees consist of.
+// TestMalformedTrees damages the parts of trees.
 func TestMalformedTrees(t *testing.T) {
 	ctx := context.Background()
 	var s blocktreetest.Store
@@ -214,8 +214,8 @@ func TestMalformedTrees(t *testing.T) {
 	check("lost segment", p.Root, repository.ErrContentMissing)
 }
 
-// TestHolesAfterCancelledRead makes sure that a reader who gave up does not
-// leave a foreign tree that takes holes for data.
+// TestHolesAfterCancelledRead: a cancelled reader must not leave a foreign tree that takes
+// holes for data.
 func TestHolesAfterCancelledRead(t *testing.T) {
 	var s blocktreetest.Store
 	zero, err := s.WriteBlock(t.Context(), make([]byte, mib))
@@ -238,8 +238,7 @@ func TestHolesAfterCancelledRead(t *testing.T) {
 	}
 }
 
-// TestGolden pins the bytes of the format: a change here breaks every
-// repository that exists.
+// TestGolden pins the bytes of the format: a change here breaks every existing repository.
 func TestGolden(t *testing.T) {
 	var s blocktreetest.Store
 	d := blocktreetest.NewDisk(64*mib+64*kib+512, 4*mib)

@@ -10,15 +10,15 @@ import (
 	"github.com/varve-io/varve/backup/repository"
 )
 
-// Walker visits what trees reach. Indexes that trees share are visited once, so
-// a chain of points costs its unique indexes. Use it from one goroutine.
+// Walker visits what trees reach. Shared indexes are visited once, so a chain of points costs
+// its unique indexes. Use it from one goroutine.
 type Walker struct {
 	Store Store
-	// Visit is called once for each distinct segment, concurrently. tree is one
-	// that has it. An error ends the walk.
+	// Visit is called once for each distinct segment, concurrently, with a tree that has it.
+	// An error ends the walk.
 	Visit func(ctx context.Context, tree *Tree, s *Segment) error
-	// Damaged tells errors about what is stored, which are kept and walked
-	// around, from others, which end the walk.
+	// Damaged reports whether an error is about stored data: the walk records it and
+	// continues. Others end the walk.
 	Damaged func(error) bool
 	// Workers is how many segments are visited at once.
 	Workers int
@@ -29,7 +29,7 @@ type Walker struct {
 	located map[repository.ObjectID][]Problem // by index, offsets from its start
 }
 
-// Problem is a part of a disk that cannot be had.
+// Problem is a part of a disk that cannot be read.
 type Problem struct {
 	Offset int64 // bytes; from the start of the disk
 	Length int64
@@ -55,7 +55,7 @@ func (w *Walker) first(oid repository.ObjectID) bool {
 	return true
 }
 
-// fail keeps an error about what is stored; any other it returns.
+// fail records an error about stored data and returns any other.
 func (w *Walker) fail(oid repository.ObjectID, err error) error {
 	if !w.Damaged(err) {
 		return err
@@ -73,7 +73,7 @@ func (w *Walker) Bad() int {
 	return len(w.bad)
 }
 
-// Walk visits what of a tree was not visited before.
+// Walk visits what was not visited before of a tree.
 func (w *Walker) Walk(ctx context.Context, t *Tree) error {
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(max(1, w.Workers))
@@ -133,12 +133,12 @@ func (w *Walker) each(ctx context.Context, t *Tree, visit func(repository.Object
 	return nil
 }
 
-// emptySegment stands for the single content of an empty disk.
+// emptySegment replaces the single content of an empty disk.
 func emptySegment(t *Tree) *Segment {
 	return &Segment{Entries: []Entry{{Object: t.root.Object}}}
 }
 
-// forget drops a loaded chunk, so that a walk over a large disk holds one.
+// forget drops a loaded chunk, so that a walk over a large disk holds only one.
 func (t *Tree) forget(n int64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -176,9 +176,9 @@ func nested(s *Segment) bool {
 	return false
 }
 
-// Locate returns where on a tree's disk the damage lies that Walk and its Visit
-// found, in order. badBlock returns what is wrong with a block, or nil. Indexes
-// are read again, those that trees share once.
+// Locate returns where on a tree's disk the damage is that Walk and its Visit found, in
+// order. badBlock returns the fault of a block, or nil. Indexes are read again, shared ones
+// once.
 func (w *Walker) Locate(ctx context.Context, t *Tree, badBlock func(repository.ObjectID) error) ([]Problem, error) {
 	if w.located == nil {
 		w.located = map[repository.ObjectID][]Problem{}

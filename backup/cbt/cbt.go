@@ -27,36 +27,34 @@ type Extent struct {
 	// size of the target. Neither needs any alignment.
 	Offset, Length int64
 
-	// Zero says that the range reads as zeroes in the target (discarded or never
-	// written), so that it need not be read.
+	// Zero means that the range reads as zeroes in the target (discarded or never written),
+	// so that it need not be read.
 	Zero bool
 }
 
-// End is the offset of the first byte behind the extent.
+// End returns the offset of the first byte after the extent.
 func (e Extent) End() int64 { return e.Offset + e.Length }
 
 func (e Extent) String() string {
 	if e.Zero {
 		return fmt.Sprintf("[%d, %d) zero", e.Offset, e.End())
 	}
-
 	return fmt.Sprintf("[%d, %d)", e.Offset, e.End())
 }
 
-// Base is the recovery point that an increment builds on, as it was recorded when
-// that point was made.
+// Base is the recovery point that an increment builds on, as recorded with that point.
 type Base struct {
 	// PointID is Varve's identity of the recovery point, for messages only.
 	PointID string
 
-	// ChangeID is what the storage calls the base: a snapshot handle, a bitmap or
-	// checkpoint name. Empty if the point was made without one; then only a
-	// source that needs no base (Compare) can serve it.
+	// ChangeID is the storage's name of the base: a snapshot handle, a bitmap or checkpoint
+	// name. Empty if the point has none; then only a source that needs no base (Compare) can
+	// serve it.
 	ChangeID string
 
-	// SnapshotHandle is the handle of the snapshot that the base was read from, where
-	// the storage has such a thing. Most storages compare by it, and then ChangeID is
-	// the same; empty if unknown.
+	// SnapshotHandle is the handle of the snapshot that the base was read from, if the
+	// storage has one. Most storages compare by it, and then ChangeID is the same; empty if
+	// unknown.
 	SnapshotHandle string
 
 	// VolumeHandle is the storage's name of the volume; empty if unknown.
@@ -67,7 +65,7 @@ type Base struct {
 	Size int64
 }
 
-// Request asks for the ranges of a disk that must be looked at.
+// Request asks for the ranges of a disk that a backup must read.
 type Request struct {
 	// Base is the point to compare with; nil asks for a full listing.
 	Base *Base
@@ -86,26 +84,25 @@ type Report struct {
 	// point and is the base of the next increment. Empty if the source has none.
 	BaseChangeID, TargetChangeID string
 
-	// VolumeHandle is the storage's name of the volume, SnapshotHandle that of the
-	// snapshot which is being read, both to be recorded with the new point; empty if
-	// the source does not know them.
+	// VolumeHandle is the storage's name of the volume, SnapshotHandle that of the snapshot
+	// being read, both recorded with the new point; empty if the source does not know them.
 	VolumeHandle, SnapshotHandle string
 
 	// Size of the target; always the request's, a source refuses any other.
 	Size int64
 
-	// Exact is false if the listing carries no knowledge, and everything must be
-	// read and compared with the base by content (compare).
+	// Exact is false if the listing has no knowledge, and everything must be read and
+	// compared with the base (compare).
 	Exact bool
 
 	// Reported is the sum of the lengths of the emitted extents, in bytes. It
 	// counts zero extents too, and each byte once.
 	Reported int64
 
-	// Allocated says that the listing names the allocated ranges of the target,
-	// not a difference: whatever was not emitted reads as zeroes. Always set by an
-	// exact full listing. A source asked for a difference may answer so too, if
-	// its storage can do no better; what is listed is then compared by content.
+	// Allocated means that the listing names the allocated ranges of the target, not a
+	// difference: what was not emitted reads as zeroes. Always set by an exact full listing.
+	// A source asked for a difference may also answer so, if its storage can do no better;
+	// what is listed is then compared by content.
 	Allocated bool
 }
 
@@ -122,7 +119,7 @@ type Report struct {
 // A nil error is the signal that the listing is complete, and the only one: extents
 // emitted before an error are worthless, the engine drops them and may ask another
 // source. Errors wrap one of the Err values of this package where a caller decides
-// by it. An error of emit ends the listing and is returned as it is or wrapped; a
+// by it. An error of emit ends the listing and is returned, perhaps wrapped; a
 // cancelled context does the same with its error. All calls of emit have returned
 // when Changes returns.
 //
@@ -141,28 +138,27 @@ var (
 	ErrVolumeMismatch = errors.New("the listing is of another volume")
 	// ErrSizeMismatch: the listing is of a disk of another size.
 	ErrSizeMismatch = errors.New("the listing is of a disk of another size")
-	// ErrOutOfRange: an extent is empty, negative, overflows or ends behind the disk.
+	// ErrOutOfRange: an extent is empty, negative, overflows or ends beyond the disk.
 	ErrOutOfRange = errors.New("extent out of range")
 	// ErrOverlap: two extents have bytes in common.
 	ErrOverlap = errors.New("extents overlap")
 	// ErrTruncated: the listing ended before it was proved complete.
 	ErrTruncated = errors.New("the listing is cut off")
-	// ErrFormat: the listing cannot be understood.
+	// ErrFormat: the listing cannot be parsed.
 	ErrFormat = errors.New("malformed listing")
 	// ErrTooScattered: the listing is out of order and in too many pieces to be
 	// checked in bounded memory.
 	ErrTooScattered = errors.New("the listing is unsorted and in too many pieces")
-	// ErrConsumed: the stream behind the source has been read already.
+	// ErrConsumed: the stream of the source has been read already.
 	ErrConsumed = errors.New("the listing has been read already")
-	// ErrUnavailable: this source cannot answer this request, but another one
-	// (allocated ranges, then compare) can take its place. It is in the chain of every
-	// *Error that has a Reason.
+	// ErrUnavailable: this source cannot answer this request, but another one (allocated
+	// ranges, then compare) can. It is in the chain of every *Error that has a Reason.
 	ErrUnavailable = errors.New("changed blocks are not available")
-	// ErrNoBase: the source lists differences only, and the request has no base. The
-	// next source is asked, and nobody is told: a full backup is no fallback.
+	// ErrNoBase: the source lists differences only, and the request has no base. The next
+	// source is asked, and no fallback is reported: a full backup is none.
 	ErrNoBase = errors.New("a difference needs a base")
-	// ErrDenied: the storage refused our credentials. Never a reason to ask another
-	// source: somebody has to grant something.
+	// ErrDenied: the storage refused the credentials. Never a reason to ask another source: a
+	// user has to grant a right.
 	ErrDenied = errors.New("the storage refused the credentials")
 )
 
@@ -174,8 +170,8 @@ type Error struct {
 	Line int64
 	// Kind is one of this package's Err values.
 	Kind error
-	// Reason, if not empty, says that another source may take this one's place, and
-	// why. An error without one ends the backup.
+	// Reason, if not empty, is why another source may be asked instead. An error without one
+	// ends the backup.
 	Reason Reason
 	// Detail says what was found and what to do next.
 	Detail string
@@ -197,11 +193,10 @@ func (e *Error) Error() string {
 	if e.Cause != nil {
 		text += ": " + e.Cause.Error()
 	}
-
 	return text
 }
 
-// Unwrap gives the kind, ErrUnavailable if there is a Reason, and the cause.
+// Unwrap returns the kind, ErrUnavailable if there is a Reason, and the cause.
 func (e *Error) Unwrap() []error {
 	chain := []error{e.Kind}
 	if e.Reason != "" {
@@ -211,6 +206,5 @@ func (e *Error) Unwrap() []error {
 	if e.Cause != nil {
 		chain = append(chain, e.Cause)
 	}
-
 	return chain
 }

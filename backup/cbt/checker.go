@@ -3,11 +3,13 @@ package cbt
 import (
 	"fmt"
 	"slices"
+
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
-// Bounds of a Checker's memory: 16 bytes a piece (64 MiB at most) and 24 bytes for
-// each extent of a batch. A 10 TiB disk whose every second MiB changed has 5 Mi
-// pieces: such a list has to be sorted, which costs no memory at all here.
+// Bounds of a Checker's memory: 16 bytes per piece (64 MiB at most) and 24 bytes for each
+// extent of a batch. A 10 TiB disk whose every second MiB changed has 5 Mi pieces: such a
+// list has to be sorted, which needs no memory here.
 const (
 	maxPieces = 4 << 20
 	batchSize = 64 << 10
@@ -34,7 +36,7 @@ type Checker struct {
 	maxPieces int
 
 	last      Extent // the extent with the highest end so far
-	streaming bool   // pieces were given up: order is required
+	streaming bool   // pieces were dropped: order is required
 	reported  int64
 	count     int64
 }
@@ -59,9 +61,8 @@ func (c *Checker) Reported() int64 { return c.reported }
 // Count is the number of extents added.
 func (c *Checker) Count() int64 { return c.count }
 
-// Add takes the next extent. line is where it stands in the listing, for errors; 0
-// if that has no lines. The errors are *Error of kind ErrOutOfRange, ErrOverlap and
-// ErrTooScattered.
+// Add checks the next extent. line is its line in the listing, for errors; 0 if that has no
+// lines. The errors are *Error of kind ErrOutOfRange, ErrOverlap and ErrTooScattered.
 func (c *Checker) Add(e Extent, line int64) error {
 	if err := c.checkRange(e, line); err != nil {
 		return err
@@ -86,7 +87,6 @@ func (c *Checker) Add(e Extent, line int64) error {
 		if e.End() > c.last.Offset {
 			return c.fail(ErrOverlap, line, fmt.Sprintf("%v has bytes in common with %v", e, c.last))
 		}
-
 		return c.scattered(line)
 	}
 
@@ -94,11 +94,10 @@ func (c *Checker) Add(e Extent, line int64) error {
 	if len(c.batch) < batchSize {
 		return nil
 	}
-
 	return c.mergeBatch()
 }
 
-// Close ends the listing and reports an overlap that was not found yet.
+// Close ends the listing and reports an overlap not found before.
 func (c *Checker) Close() error { return c.mergeBatch() }
 
 func (c *Checker) checkRange(e Extent, line int64) error {
@@ -109,12 +108,11 @@ func (c *Checker) checkRange(e Extent, line int64) error {
 		return c.fail(ErrOutOfRange, line, fmt.Sprintf("the extent at offset %d is empty", e.Offset))
 	case e.Offset > c.size || e.Length > c.size-e.Offset: // without computing the end, which may overflow
 		return c.fail(ErrOutOfRange, line,
-			fmt.Sprintf("offset %d, length %d ends behind the disk, which has %d bytes", e.Offset, e.Length, c.size))
+			fmt.Sprintf("offset %d, length %d ends beyond the disk, which has %s", e.Offset, e.Length, bytesize.Exact(c.size)))
 	case e.Length > c.size-c.reported:
 		// More bytes than the disk has: some overlap, and the sum stays in bounds.
-		return c.fail(ErrOverlap, line, fmt.Sprintf("with %v the extents add up to more than the disk, which has %d bytes", e, c.size))
+		return c.fail(ErrOverlap, line, fmt.Sprintf("with %v the extents add up to more than the disk, which has %s", e, bytesize.Exact(c.size)))
 	}
-
 	return nil
 }
 
@@ -130,7 +128,6 @@ func (c *Checker) appendPiece(e Extent) error {
 	}
 
 	c.pieces = append(c.pieces, piece{e.Offset, e.End()})
-
 	return nil
 }
 
@@ -193,7 +190,6 @@ func (c *Checker) mergeBatch() error {
 	if len(c.pieces) > c.maxPieces {
 		return c.scattered(line)
 	}
-
 	return nil
 }
 
@@ -206,7 +202,6 @@ func (c *Checker) overlap(a, b batchExtent) error {
 	}
 
 	common := piece{max(a.start, b.start), min(a.end, b.end)}
-
 	return c.fail(ErrOverlap, line, fmt.Sprintf("bytes [%d, %d) were listed already, in [%d, %d)",
 		common.start, common.end, with.start, with.end))
 }

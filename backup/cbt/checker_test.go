@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// TestCheckerAgainstAModel adds random extents in random order and holds the verdict
-// against a plain array of bytes, with batches and piece limits small and large.
+// TestCheckerAgainstAModel adds random extents in random order and compares the verdict with
+// a plain array of bytes, with small and large batches and piece limits.
 func TestCheckerAgainstAModel(t *testing.T) {
 	const size = 2000
 

@@ -29,6 +29,5 @@ func (Compare) Changes(ctx context.Context, req Request, emit func(Extent) error
 		report.BaseChangeID = req.Base.ChangeID
 		report.VolumeHandle = req.Base.VolumeHandle
 	}
-
 	return report, nil
 }

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"strconv"
+
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
 // ExtentsFormat is the value of the header's "format".
@@ -17,7 +19,7 @@ const ExtentsFormat = "varve-extents/1"
 // carry long change IDs.
 const maxLine = 64 << 10
 
-// cancelEvery is how many lines are read between two looks at the context.
+// cancelEvery is how many lines are read between two checks of the context.
 const cancelEvery = 4096
 
 // Extents reads a list of changed or allocated extents from a stream of JSON lines,
@@ -29,7 +31,7 @@ const cancelEvery = 4096
 //	{"end":true,"count":2}
 //
 // Memory is bounded by the Checker's bounds and one line. A blocked read is not
-// interrupted by the context, which is looked at between lines: close the stream for
+// interrupted by the context, which is checked between lines: close the stream for
 // that.
 type Extents struct {
 	r        *bufio.Reader
@@ -100,11 +102,10 @@ func (x *Extents) Changes(ctx context.Context, req Request, emit func(Extent) er
 			report.VolumeHandle = req.Base.VolumeHandle
 		}
 	}
-
 	return report, nil
 }
 
-// list reads the lines behind the header, up to the end of the stream.
+// list reads the lines after the header, up to the end of the stream.
 func (x *Extents) list(ctx context.Context, lines *lineReader, head header, checker *Checker, emit func(Extent) error) error {
 	ended := false
 
@@ -125,7 +126,6 @@ func (x *Extents) list(ctx context.Context, lines *lineReader, head header, chec
 						checker.Count(), checker.Count()),
 				}
 			}
-
 			return nil
 		}
 
@@ -165,7 +165,7 @@ func (x *Extents) list(ctx context.Context, lines *lineReader, head header, chec
 	}
 }
 
-// check refuses a list that does not answer the request.
+// check rejects a list that does not answer the request.
 func (h header) check(req Request, line int64) error {
 	refuse := func(kind error, format string, args ...any) error {
 		return &Error{Source: extentsName, Line: line, Kind: kind, Detail: fmt.Sprintf(format, args...)}
@@ -173,8 +173,8 @@ func (h header) check(req Request, line int64) error {
 
 	switch {
 	case h.Size != req.Size:
-		return refuse(ErrSizeMismatch, "the list says %d bytes, the disk has %d; make the list anew for the disk that is being backed up",
-			h.Size, req.Size)
+		return refuse(ErrSizeMismatch, "the list is of a disk of %s, and this disk has %s; make a list of the disk that is being backed up",
+			bytesize.Exact(h.Size), bytesize.Exact(req.Size))
 	case req.Base == nil && h.Base != "":
 		return refuse(ErrBaseMismatch, `the list is relative to %s, but a full backup is being made; `+
 			`give a list with "base":null that names all allocated ranges, or none`, quote(h.Base))
@@ -193,29 +193,27 @@ func (h header) check(req Request, line int64) error {
 		return refuse(ErrVolumeMismatch, "the list is of volume %s, but the parent point %s is of %s",
 			quote(h.Volume), quote(req.Base.PointID), quote(req.Base.VolumeHandle))
 	}
-
 	return nil
 }
 
-// quote shows an untrusted name: printable and not too long.
+// quote makes an untrusted name printable and not too long.
 func quote(s string) string {
 	const most = 128
 	if len(s) > most {
 		s = s[:most] + "..."
 	}
-
 	return strconv.Quote(s)
 }
 
-// lineReader gives the non-blank lines of a stream, each bounded by maxLine.
+// lineReader returns the non-blank lines of a stream, each bounded by maxLine.
 type lineReader struct {
 	r      *bufio.Reader
 	number int64 // of the line last returned, from 1
 	cut    bool  // the line last returned had no newline
 }
 
-// next gives the next line that is not blank, without the space around it. It is
-// valid until the next call. At the end it is io.EOF.
+// next returns the next line that is not blank, without surrounding space. It is valid until
+// the next call. At the end the error is io.EOF.
 func (l *lineReader) next() ([]byte, error) {
 	for {
 		line, err := l.r.ReadSlice('\n')
@@ -243,12 +241,11 @@ func (l *lineReader) next() ([]byte, error) {
 	}
 }
 
-// malformed is the error for the line last returned. One that ends with the stream
-// instead of a newline was most likely cut off there.
+// malformed returns the error for the line last returned. If that ends with the stream
+// instead of a newline it was probably cut off.
 func (l *lineReader) malformed(cause error) error {
 	if l.cut {
 		return &Error{Source: extentsName, Line: l.number, Kind: ErrTruncated, Detail: "it ends within a line", Cause: cause}
 	}
-
 	return &Error{Source: extentsName, Line: l.number, Kind: ErrFormat, Cause: cause}
 }

@@ -20,14 +20,14 @@ type header struct {
 	Trailer *bool  `json:"trailer,omitempty"`
 }
 
-// trailer says whether the list has to end with a trailer.
+// trailer reports whether the list must end with a trailer.
 func (h header) trailer() bool { return h.Trailer == nil || *h.Trailer }
 
-// headerFields are the names that a header's fields have.
+// headerFields are the names of the header's fields.
 var headerFields = []string{"format", "base", "target", "size", "volume", "trailer", "offset"}
 
-// checkHeaderFields refuses what encoding/json lets pass: a field given twice, and a known
-// one in other letter case, which another reader of the list would take for unknown.
+// checkHeaderFields rejects what encoding/json accepts: a repeated field, and a known one in
+// other letter case, which another reader of the list would not know.
 func checkHeaderFields(line []byte) error {
 	dec := json.NewDecoder(bytes.NewReader(line))
 	if start, err := dec.Token(); err != nil || start != json.Delim('{') {
@@ -60,21 +60,19 @@ func checkHeaderFields(line []byte) error {
 			return err
 		}
 	}
-
 	return nil
 }
 
-// byteOrderMarks are what editors and shells put before a text, by encoding.
+// byteOrderMarks are the marks that editors and shells put before a text, by encoding.
 var byteOrderMarks = map[string]string{"UTF-8": "\xef\xbb\xbf", "UTF-16": "\xff\xfe", "UTF-16, big-endian": "\xfe\xff"}
 
-// checkEncoding refuses a list that starts with a byte order mark, by name.
+// checkEncoding rejects a list that starts with a byte order mark, and names the encoding.
 func checkEncoding(line []byte) error {
 	for encoding, mark := range byteOrderMarks {
 		if bytes.HasPrefix(line, []byte(mark)) {
 			return fmt.Errorf("the list starts with the byte order mark of %s; write it as UTF-8 without one", encoding)
 		}
 	}
-
 	return nil
 }
 
@@ -97,9 +95,9 @@ func parseHeader(line []byte) (header, error) {
 
 	switch {
 	case bytes.HasPrefix(line, []byte("Offset ")):
-		return header{}, errors.New("this is the table of rbd diff, which nothing ends; use rbd diff --format json")
+		return header{}, errors.New("the table of rbd diff has no end mark; use rbd diff --format json")
 	case line[0] >= '0' && line[0] <= '9':
-		return header{}, errors.New("this looks like the table of nbdinfo --map, which nothing ends; use nbdinfo --map --json")
+		return header{}, errors.New("the table of nbdinfo --map has no end mark; use nbdinfo --map --json")
 	}
 
 	if err := json.Unmarshal(line, &h); err != nil {
@@ -120,8 +118,8 @@ func parseHeader(line []byte) (header, error) {
 	case required.Offset != nil:
 		return header{}, errors.New("the list starts with an extent; it needs a header line with base, target and size")
 	case required.Base == nil:
-		// A forgotten base must not turn a difference into a list of all that is
-		// allocated, in which unlisted ranges read as zeroes.
+		// A forgotten base must not turn a difference into a list of all allocated ranges, in
+		// which unlisted ranges read as zeroes.
 		return header{}, errors.New(`the header has no "base": give the base's change ID, or null for a list of all allocated ranges`)
 	case required.Target == nil || *required.Target == "":
 		return header{}, errors.New(`the header has no "target": give the change ID of the state that was listed`)
@@ -134,18 +132,17 @@ func parseHeader(line []byte) (header, error) {
 	case h.Base == h.Target:
 		return header{}, fmt.Errorf("base and target are the same, %s: a change ID names one state of the volume", quote(h.Base))
 	}
-
 	return h, nil
 }
 
-// entry is a line behind the header: an extent or the trailer.
+// entry is a line after the header: an extent or the trailer.
 type entry struct {
 	extent Extent
 	end    bool
 	count  int64
 }
 
-// The fields of an entry, as bits of what was seen.
+// The fields of an entry, as bits of a set.
 const (
 	seenOffset = 1 << iota
 	seenLength
@@ -227,14 +224,13 @@ func parseLine(line []byte) (entry, error) {
 		if !e.end {
 			return e, errors.New(`"end" must be true`)
 		}
-
 		return e, nil
 	default:
 		return e, errors.New(`neither an extent {"offset":BYTES,"length":BYTES} nor the last line {"end":true,"count":EXTENTS}`)
 	}
 }
 
-// lineParser takes tokens off a line.
+// lineParser reads tokens from a line.
 type lineParser struct{ rest []byte }
 
 func (p *lineParser) space() {
@@ -246,7 +242,7 @@ func (p *lineParser) space() {
 	p.rest = p.rest[i:]
 }
 
-// take takes c, after any space, if it comes next.
+// take reads c, after any space, if it is next.
 func (p *lineParser) take(c byte) bool {
 	p.space()
 
@@ -255,12 +251,11 @@ func (p *lineParser) take(c byte) bool {
 	}
 
 	p.rest = p.rest[1:]
-
 	return true
 }
 
-// name takes a field's name and the colon. No known name needs an escape, so one
-// with a backslash is returned as it stands and will be unknown.
+// name reads a field's name and the colon. No known name needs an escape, so a name with a
+// backslash is returned unchanged and will be unknown.
 func (p *lineParser) name() ([]byte, error) {
 	if !p.take('"') {
 		return nil, errors.New("expected a field name")
@@ -277,7 +272,6 @@ func (p *lineParser) name() ([]byte, error) {
 	if !p.take(':') {
 		return nil, errors.New(`expected ":" after a field name`)
 	}
-
 	return name, nil
 }
 
@@ -319,7 +313,6 @@ func (p *lineParser) integer() (int64, error) {
 	if negative {
 		value = -value
 	}
-
 	return value, nil
 }
 
@@ -332,6 +325,5 @@ func (p *lineParser) boolean() (bool, error) {
 			return word == "true", nil
 		}
 	}
-
 	return false, errors.New("expected true or false")
 }

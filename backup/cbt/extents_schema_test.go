@@ -10,8 +10,8 @@ import (
 	"github.com/varve-io/varve/backup/cbt"
 )
 
-// What the schema says of a line is what the parser says of it, where a schema can tell: it sees
-// one line, not a field given twice nor whether a whole number was written as 1.0.
+// The schema and the parser agree on each line, as far as a schema can tell: it does not see
+// a repeated field, nor whether a whole number was written as 1.0.
 func TestExtentsSchema(t *testing.T) {
 	schema, err := jsonschema.NewCompiler().Compile("../../docs/cbt-extents.schema.json")
 	if err != nil {

@@ -45,7 +45,6 @@ func TestExtentsConforms(t *testing.T) {
 			lines := bytes.SplitAfter(list.Bytes(), []byte("\n"))
 			list = *bytes.NewBuffer(bytes.Join(lines[:1+l.CutAfter], nil))
 		}
-
 		return cbt.NewExtents(iotest.HalfReader(&list))
 	})
 }
@@ -67,7 +66,6 @@ func list(t *testing.T, text string) ([]cbt.Extent, cbt.Report, error) {
 			got = append(got, e)
 			return nil
 		})
-
 	return got, report, err
 }
 
@@ -220,8 +218,7 @@ func TestExtentsWriterNeedsATarget(t *testing.T) {
 	}
 }
 
-// FuzzExtents holds the line parser against encoding/json, and the listing against
-// its own promises.
+// FuzzExtents compares the line parser with encoding/json, and checks the listing's promises.
 func FuzzExtents(f *testing.F) {
 	f.Add([]byte(goodHeader + goodExtent + goodEnd))
 	f.Add([]byte(goodHeader + `{"offset":500,"length":500,"zero":true}` + "\n" + goodExtent + `{"end":true,"count":2}`))

@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"strings"
+
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
 // ExtentsTool is a program whose own JSON output is accepted as a list of extents.
@@ -25,9 +27,9 @@ const (
 	QEMUImg ExtentsTool = "qemu-img"
 )
 
-// ToolExtents reads what a tool printed: one JSON array, the closing bracket of which says
-// that it is complete. Such a list names no states, so the caller does. Memory is bounded
-// by the Checker's bounds and one element.
+// ToolExtents reads the output of a tool: one JSON array, whose closing bracket proves it
+// complete. Such a list names no states, so the caller does. Memory is bounded by the
+// Checker's bounds and one element.
 type ToolExtents struct {
 	// Tool wrote the list.
 	Tool ExtentsTool
@@ -42,8 +44,8 @@ type ToolExtents struct {
 
 var _ Source = (*ToolExtents)(nil)
 
-// DetectExtents looks at the beginning of a list, and returns the tool that wrote it, or
-// "" for a list in Varve's own form (or in none), and a reader that has all of it.
+// DetectExtents reads the beginning of a list, and returns the tool that wrote it, or "" for
+// a list in Varve's own form (or in none), and a reader of the whole list.
 func DetectExtents(list io.Reader) (ExtentsTool, io.Reader) {
 	r := bufio.NewReaderSize(list, maxLine)
 	head, _ := r.Peek(4 << 10) // short at the end of the list
@@ -61,8 +63,7 @@ func DetectExtents(list io.Reader) (ExtentsTool, io.Reader) {
 	case bytes.Contains(first, []byte(`"start"`)):
 		return QEMUImg, r
 	}
-
-	return RBDDiff, r // the only one that lists what changed, so an empty list is one of no changes
+	return RBDDiff, r // the only tool that lists changes, so an empty list means no changes
 }
 
 // toolElement has the fields of all tools.
@@ -78,8 +79,8 @@ type toolElement struct {
 	Present     *bool  `json:"present"`
 }
 
-// Changes reads the list. It refuses one that does not answer the request, is cut off, or
-// is not of the tool, with an *Error.
+// Changes reads the list. It rejects, with an *Error, a list that does not answer the
+// request, is cut off, or is not of the tool.
 func (x *ToolExtents) Changes(ctx context.Context, req Request, emit func(Extent) error) (Report, error) {
 	refuse := func(kind error, format string, args ...any) (Report, error) {
 		return Report{}, &Error{Source: extentsName, Kind: kind, Detail: fmt.Sprintf(format, args...)}
@@ -110,9 +111,9 @@ func (x *ToolExtents) Changes(ctx context.Context, req Request, emit func(Extent
 		return Report{}, err
 	}
 
-	// These list the whole disk, so the end of the list is the size of what was listed.
+	// These list the whole disk, so the end of the list is the size of the disk.
 	if x.Tool != RBDDiff && end != req.Size {
-		return refuse(ErrSizeMismatch, "the list ends at %d bytes, the disk has %d; make the list anew for the disk that is being backed up", end, req.Size)
+		return refuse(ErrSizeMismatch, "the list ends at %s, and this disk has %s; make a list of the disk that is being backed up", bytesize.Exact(end), bytesize.Exact(req.Size))
 	}
 
 	if err := checker.Close(); err != nil {
@@ -126,7 +127,6 @@ func (x *ToolExtents) Changes(ctx context.Context, req Request, emit func(Extent
 	if req.Base != nil {
 		report.BaseChangeID, report.VolumeHandle = req.Base.ChangeID, req.Base.VolumeHandle
 	}
-
 	return report, nil
 }
 
@@ -140,7 +140,6 @@ func (x *ToolExtents) list(ctx context.Context, checker *Checker, emit func(Exte
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 			kind, err = ErrTruncated, errors.New("it ends before the closing bracket; make the list again")
 		}
-
 		return &Error{Source: extentsName, Kind: kind, Detail: fmt.Sprintf("output of %s, element %d", x.Tool, checker.Count()+1), Cause: err}
 	}
 
@@ -194,16 +193,15 @@ func (x *ToolExtents) list(ctx context.Context, checker *Checker, emit func(Exte
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return 0, broken(errors.New("something follows the list; give one list at a time"))
 	}
-
 	return end, nil
 }
 
-// extent is the range of an element, and whether it changed (or, without a base, is
+// extent returns the range of an element, and whether it changed (or, without a base, is
 // allocated).
 func (x *ToolExtents) extent(e toolElement) (extent Extent, report bool, err error) {
 	offset := e.Offset
 	if x.Tool == QEMUImg {
-		offset = e.Start // its "offset" is a place in the file
+		offset = e.Start // its "offset" is one in the file
 	}
 
 	if offset == nil || e.Length == nil {
@@ -221,7 +219,6 @@ func (x *ToolExtents) extent(e toolElement) (extent Extent, report bool, err err
 		default:
 			return extent, false, errors.New(`it lacks "exists"; use "rbd diff --format json"`)
 		}
-
 		return extent, true, nil
 	case NBDInfo:
 		return x.nbdExtent(extent, e)
@@ -235,10 +232,8 @@ func (x *ToolExtents) extent(e toolElement) (extent Extent, report bool, err err
 		}
 
 		extent.Zero = *e.Zero
-
 		return extent, true, nil
 	}
-
 	return extent, false, fmt.Errorf("%q is no tool whose output is accepted", x.Tool)
 }
 
@@ -264,11 +259,10 @@ func (x *ToolExtents) nbdExtent(extent Extent, e toolElement) (Extent, bool, err
 		extent.Zero = *e.Type&2 != 0
 		return extent, true, nil
 	}
-
 	return extent, false, fmt.Errorf("the context of %s is neither a dirty bitmap nor base:allocation", quote(e.Description))
 }
 
-// elementLimit ends a list that goes on for maxLine bytes without the end of an element.
+// elementLimit ends a list that continues for maxLine bytes without the end of an element.
 type elementLimit struct {
 	r       io.Reader
 	without int
@@ -281,6 +275,5 @@ func (l *elementLimit) Read(p []byte) (int, error) {
 	} else if l.without += n; l.without > maxLine {
 		return 0, fmt.Errorf("an element is longer than %d bytes", maxLine)
 	}
-
 	return n, err
 }

@@ -27,7 +27,6 @@ func toolList(t testing.TB, text, base string) (tool cbt.ExtentsTool, got []cbt.
 		got = append(got, e)
 		return nil
 	})
-
 	return tool, got, report, err
 }
 
@@ -115,7 +114,7 @@ func TestToolExtentsRefused(t *testing.T) {
 	}
 }
 
-// A list of one's own stays as it is: whatever was looked at is still read.
+// A list in Varve's own form is read completely after detection.
 func TestDetectExtentsKeepsTheList(t *testing.T) {
 	text := goodHeader + goodExtent + goodEnd
 
@@ -138,7 +137,6 @@ func FuzzToolExtents(f *testing.F) {
 			if !errors.As(err, &detailed) {
 				t.Fatalf("%v is not a *cbt.Error", err)
 			}
-
 			return
 		}
 

@@ -9,7 +9,7 @@ import (
 	"strconv"
 )
 
-// ExtentsHeader is what a list is about; see docs/cbt-extents.md.
+// ExtentsHeader describes a list; see docs/cbt-extents.md.
 type ExtentsHeader struct {
 	// Base is the change ID that the list is relative to; empty for a list of all
 	// allocated ranges. Target is the change ID of the listed state, required.
@@ -54,7 +54,6 @@ func NewExtentsWriter(w io.Writer, h ExtentsHeader) (*ExtentsWriter, error) {
 	if err := x.writeLine(line); err != nil {
 		return nil, err
 	}
-
 	return x, nil
 }
 
@@ -71,7 +70,6 @@ func (x *ExtentsWriter) Add(e Extent) error {
 
 	x.line = append(line, '}')
 	x.count++
-
 	return x.writeLine(x.line)
 }
 
@@ -91,7 +89,6 @@ func (x *ExtentsWriter) Close() error {
 	if err := x.w.Flush(); err != nil {
 		return fmt.Errorf("write extents: %w", err)
 	}
-
 	return nil
 }
 
@@ -103,6 +100,5 @@ func (x *ExtentsWriter) writeLine(line []byte) error {
 	if err := x.w.WriteByte('\n'); err != nil {
 		return fmt.Errorf("write extents: %w", err)
 	}
-
 	return nil
 }

@@ -2,8 +2,8 @@ package cbt
 
 import "errors"
 
-// Reason is why a source was given up for the next one: a stable code for records,
-// events and the label of a metric. The text of the error is for people.
+// Reason is why the next source was used instead: a stable code for records, events and the
+// label of a metric. The text of the error is for people.
 type Reason string
 
 // Reasons, most of them named after what a CSI driver or its metadata sidecar
@@ -11,17 +11,17 @@ type Reason string
 const (
 	// ReasonNoService: the driver has no SnapshotMetadata service.
 	ReasonNoService Reason = "NoService"
-	// ReasonNoChangeID: the parent was recorded without a change ID, so that no
-	// difference to it can be asked for.
+	// ReasonNoChangeID: the parent was recorded without a change ID, so that no difference to
+	// it can be requested.
 	ReasonNoChangeID Reason = "NoChangeID"
 	// ReasonBaseMismatch: the snapshot kept as the base is not the one that the parent
 	// was made from.
 	ReasonBaseMismatch Reason = "BaseMismatch"
-	// ReasonVolumeMismatch: the parent was made from another volume: the claim was
-	// deleted and made anew, or restored.
+	// ReasonVolumeMismatch: the parent was made from another volume: the claim was deleted
+	// and made again, or restored.
 	ReasonVolumeMismatch Reason = "VolumeMismatch"
-	// ReasonSizeMismatch: the storage speaks of a disk larger than the one being read,
-	// so that its offsets cannot be trusted to be ours (encryption headers).
+	// ReasonSizeMismatch: the storage reports a larger disk than the one being read, so that
+	// its offsets may differ (encryption headers).
 	ReasonSizeMismatch Reason = "SizeMismatch"
 
 	// ReasonFailedPrecondition: the driver does not track this volume or snapshot.
@@ -30,7 +30,7 @@ const (
 	ReasonNotFound Reason = "NotFound"
 	// ReasonUnimplemented: the driver has no such call.
 	ReasonUnimplemented Reason = "Unimplemented"
-	// ReasonOutOfRange: the driver refused an offset to go on from.
+	// ReasonOutOfRange: the driver refused an offset to continue from.
 	ReasonOutOfRange Reason = "OutOfRange"
 	// ReasonInvalidArgument: the driver cannot compare these two snapshots.
 	ReasonInvalidArgument Reason = "InvalidArgument"
@@ -39,18 +39,17 @@ const (
 	// connection that its own certificate authority vouches for.
 	ReasonConnectionFailed Reason = "ConnectionFailed"
 	// ReasonUnavailable, ReasonInternal, ReasonDeadlineExceeded, ReasonResourceExhausted,
-	// ReasonAborted and ReasonUnknown: the answer of this code came again and again.
+	// ReasonAborted and ReasonUnknown: the service answered with this code repeatedly.
 	ReasonUnavailable       Reason = "Unavailable"
 	ReasonInternal          Reason = "Internal"
 	ReasonDeadlineExceeded  Reason = "DeadlineExceeded"
 	ReasonResourceExhausted Reason = "ResourceExhausted"
 	ReasonAborted           Reason = "Aborted"
 	ReasonUnknown           Reason = "Unknown"
-	// ReasonStalled: the service took the call and then said nothing.
+	// ReasonStalled: the service accepted the call and then sent nothing.
 	ReasonStalled Reason = "Stalled"
 
-	// ReasonTruncated: the driver ended its listing early, as if it were complete, too
-	// often.
+	// ReasonTruncated: the driver ended its listing early, as if complete, too often.
 	ReasonTruncated Reason = "Truncated"
 	// ReasonMalformed: the listing breaks the rules: offsets that do not increase, a
 	// capacity or type that changes, ranges outside of the volume.
@@ -59,7 +58,7 @@ const (
 	ReasonSpotCheck Reason = "SpotCheckFailed"
 )
 
-// Reasons are all of them: what the label of a metric can be.
+// Reasons are all reasons: the values of a metric's label.
 var Reasons = []Reason{
 	ReasonNoService, ReasonNoChangeID, ReasonBaseMismatch, ReasonVolumeMismatch, ReasonSizeMismatch,
 	ReasonFailedPrecondition, ReasonNotFound, ReasonUnimplemented, ReasonOutOfRange, ReasonInvalidArgument,
@@ -67,13 +66,12 @@ var Reasons = []Reason{
 	ReasonAborted, ReasonUnknown, ReasonStalled, ReasonTruncated, ReasonMalformed, ReasonSpotCheck,
 }
 
-// FallbackReason is the reason of an error after which another source may be asked. It
-// is false for every other error: that one ends the backup.
+// FallbackReason returns the reason of an error after which another source may be asked. It
+// returns false for every other error: that ends the backup.
 func FallbackReason(err error) (Reason, bool) {
 	var e *Error
 	if !errors.As(err, &e) || e.Reason == "" {
 		return "", false
 	}
-
 	return e.Reason, true
 }

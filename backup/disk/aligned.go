@@ -10,7 +10,6 @@ import (
 func AlignedBuffer(n int) []byte {
 	b := make([]byte, n+pageSize-1)
 	skip := int(-uintptr(unsafe.Pointer(unsafe.SliceData(b))) & (pageSize - 1))
-
 	return b[skip : skip+n : skip+n]
 }
 
@@ -18,8 +17,8 @@ func aligned(p []byte) bool {
 	return uintptr(unsafe.Pointer(unsafe.SliceData(p)))&(pageSize-1) == 0
 }
 
-// bounceSize is the size of the buffers through which unaligned memory is read and
-// written; larger requests take several turns. It is a multiple of every block size.
+// bounceSize is the size of the buffers for unaligned memory, a multiple of every block size;
+// larger requests are split.
 const bounceSize = 1 << 20
 
 var bouncePool = sync.Pool{New: func() any {
@@ -31,6 +30,5 @@ var bouncePool = sync.Pool{New: func() any {
 func withBounce(use func(buffer []byte) error) error {
 	b := bouncePool.Get().(*[]byte)
 	defer bouncePool.Put(b)
-
 	return use(*b)
 }

@@ -14,13 +14,14 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/varve-io/varve/internal/mounttest"
 )
 
-// random is n bytes that hardly repeat.
+// random returns n bytes that hardly repeat.
 func random(n int64, seed uint64) []byte {
 	p := make([]byte, n)
 	_, _ = rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), byte(seed >> 16), byte(seed >> 24), 1}).Read(p) // never fails
-
 	return p
 }
 
@@ -31,7 +32,6 @@ func tempFile(t *testing.T, content []byte) string {
 	if err := os.WriteFile(path, content, 0o600); err != nil {
 		t.Fatal(err)
 	}
-
 	return path
 }
 
@@ -53,7 +53,6 @@ func loop(t *testing.T, file string, options ...string) string {
 			t.Errorf("losetup -d %s: %v: %s", device, err, out)
 		}
 	})
-
 	return device
 }
 
@@ -118,8 +117,7 @@ func mountAt(t *testing.T, device string, options ...string) string {
 	}
 
 	run(t, "mount", append(options, device, point)...)
-	t.Cleanup(func() { run(t, "umount", point) })
-
+	t.Cleanup(func() { mounttest.Unmount(t, point) })
 	return point
 }
 
@@ -136,7 +134,6 @@ func openSource(t *testing.T, path string, o Options) *Source {
 			t.Error(err)
 		}
 	})
-
 	return s
 }
 
@@ -153,11 +150,10 @@ func openTarget(t *testing.T, path string, o TargetOptions) *Target {
 			t.Error(err)
 		}
 	})
-
 	return target
 }
 
-// checkReads holds ReadAt against the content, whole and in random pieces.
+// checkReads compares ReadAt with the content, whole and in random pieces.
 func checkReads(t *testing.T, r io.ReaderAt, want []byte) {
 	t.Helper()
 
@@ -201,7 +197,7 @@ var sectorSizes = []int64{512, 4096}
 
 func sectorOption(size int64) string { return "--sector-size=" + strconv.FormatInt(size, 10) }
 
-// resident says whether any page of a file is in the page cache.
+// resident reports whether any page of a file is in the page cache.
 func resident(t *testing.T, path string) bool {
 	t.Helper()
 
@@ -242,6 +238,5 @@ func resident(t *testing.T, path string) bool {
 			return true
 		}
 	}
-
 	return false
 }

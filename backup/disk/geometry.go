@@ -15,7 +15,7 @@ import (
 // also is the grain of the page cache on most machines.
 const pageSize = 4096
 
-// geometry is what a disk is like.
+// geometry describes a disk.
 type geometry struct {
 	device bool
 	number uint64 // st_rdev of a device
@@ -23,11 +23,11 @@ type geometry struct {
 	// block is the logical block size of a device, in bytes; for a file, the
 	// alignment that direct I/O needs, or pageSize.
 	block int64
-	// direct says that direct I/O may work.
+	// direct means that direct I/O may work.
 	direct bool
 }
 
-// measure looks at an open disk.
+// measure returns the geometry of an open disk.
 func measure(f *os.File) (geometry, error) {
 	var st unix.Stat_t
 	if err := control(f, func(fd int) error { return unix.Fstat(fd, &st) }); err != nil {
@@ -38,7 +38,6 @@ func measure(f *os.File) (geometry, error) {
 	case unix.S_IFREG:
 		g := geometry{size: st.Size, block: pageSize, direct: true}
 		g.block, g.direct = directAlignment(f, g.block)
-
 		return g, nil
 	case unix.S_IFBLK:
 		size, err := deviceSize(f)
@@ -50,14 +49,13 @@ func measure(f *os.File) (geometry, error) {
 		if err != nil {
 			return geometry{}, err
 		}
-
 		return geometry{device: true, number: uint64(st.Rdev), size: size, block: block, direct: true}, nil //nolint:unconvert // its type depends on the architecture
 	default:
 		return geometry{}, fmt.Errorf("%s: %w", f.Name(), ErrNotADisk)
 	}
 }
 
-// sizeOf is the size of an open disk now.
+// sizeOf returns the current size of an open disk.
 func sizeOf(f *os.File, device bool) (int64, error) {
 	if device {
 		return deviceSize(f)
@@ -67,7 +65,6 @@ func sizeOf(f *os.File, device bool) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-
 	return info.Size(), nil
 }
 
@@ -80,9 +77,8 @@ func deviceSize(f *os.File) (int64, error) {
 	}
 
 	if size > math.MaxInt64 {
-		return 0, fmt.Errorf("ask %s for its size: %d bytes is impossible", f.Name(), size)
+		return 0, fmt.Errorf("%s has %d bytes: disks of 8 EiB and more are not supported", f.Name(), size)
 	}
-
 	return int64(size), nil
 }
 
@@ -102,7 +98,6 @@ func logicalBlockSize(f *os.File) (int64, error) {
 	if block < 512 || block > 1<<20 || block&(block-1) != 0 {
 		return 0, fmt.Errorf("ask %s for its block size: %d bytes is impossible", f.Name(), block)
 	}
-
 	return int64(block), nil
 }
 
@@ -122,7 +117,6 @@ func directAlignment(f *os.File, fallback int64) (int64, bool) {
 	if align == 0 || st.Dio_mem_align > pageSize || align&(align-1) != 0 || align > 1<<20 {
 		return fallback, false
 	}
-
 	return align, true
 }
 
@@ -133,12 +127,11 @@ func ioctl(f *os.File, request uint, argument unsafe.Pointer) error {
 		if errno != 0 {
 			return errno
 		}
-
 		return nil
 	})
 }
 
-// control runs a system call on f while f cannot be closed, again if interrupted.
+// control runs a system call on f while f cannot be closed, and repeats it if interrupted.
 func control(f *os.File, call func(fd int) error) error {
 	raw, err := f.SyscallConn()
 	if err != nil {
@@ -156,12 +149,11 @@ func control(f *os.File, call func(fd int) error) error {
 	}); err != nil {
 		return err
 	}
-
 	return result
 }
 
-// checkKind refuses what is no disk before it is opened: opening a pipe would wait
-// for a writer, opening a tape would move it.
+// checkKind refuses what is not a disk before it is opened: opening a pipe would wait for a
+// writer, opening a tape would move it.
 func checkKind(path string) (fs.FileInfo, error) {
 	info, err := os.Stat(path)
 	if err != nil {
@@ -172,7 +164,6 @@ func checkKind(path string) (fs.FileInfo, error) {
 	if kind == 0 || kind&fs.ModeDevice != 0 && kind&fs.ModeCharDevice == 0 {
 		return info, nil
 	}
-
 	return nil, fmt.Errorf("%s is a %s: %w", path, kindName(kind), ErrNotADisk)
 }
 

@@ -8,20 +8,22 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
-// handle is an open disk: one descriptor through the page cache, and one beside it
-// where that works. Safe for concurrent use.
+// handle is an open disk: a descriptor through the page cache, and one for direct I/O if that
+// works. Safe for concurrent use.
 type handle struct {
 	geometry
 	path     string
 	buffered *os.File
 	direct   *os.File    // nil without direct I/O
-	noDirect atomic.Bool // set when direct I/O turned out not to work
+	noDirect atomic.Bool // set if direct I/O turned out
 }
 
 // openHandle opens path with flags for ordinary I/O, and again with O_DIRECT unless
-// forceBuffered. expect is what path was a moment ago, to notice a swap.
+// forceBuffered. expect is the earlier stat of path, to detect a swap.
 func openHandle(path string, flags int, forceBuffered bool, expect os.FileInfo) (*handle, error) {
 	f, err := os.OpenFile(path, flags, 0o600)
 	if err != nil {
@@ -32,7 +34,6 @@ func openHandle(path string, flags int, forceBuffered bool, expect os.FileInfo) 
 	if err := h.init(flags, forceBuffered, expect); err != nil {
 		return nil, errors.Join(err, h.close())
 	}
-
 	return h, nil
 }
 
@@ -58,19 +59,18 @@ func (h *handle) init(flags int, forceBuffered bool, expect os.FileInfo) error {
 		return nil
 	}
 
-	// Through /proc, so that it is the same file even if the name has moved on. An
-	// exclusive opening must not be asked for twice.
+	// Through /proc, so that it is the same file even if the name now means another. An
+	// exclusive open must not be repeated.
 	again := fmt.Sprintf("/proc/self/fd/%d", h.buffered.Fd())
 	flags &^= unix.O_EXCL | unix.O_CREAT
 
 	fd, err := unix.Open(again, flags|unix.O_DIRECT|unix.O_CLOEXEC, 0)
 	if err != nil {
-		// EINVAL: the file system has none. Anything else: buffered I/O will tell.
+		// EINVAL: the file system has none. Buffered I/O will report anything else.
 		return nil //nolint:nilerr // see above
 	}
 
 	h.direct = os.NewFile(uintptr(fd), h.path)
-
 	return nil
 }
 
@@ -79,7 +79,6 @@ func (h *handle) close() error {
 	if h.direct != nil {
 		errDirect = h.direct.Close()
 	}
-
 	return errors.Join(errDirect, h.buffered.Close())
 }
 
@@ -88,9 +87,8 @@ func (h *handle) usesDirect() bool { return h.direct != nil && !h.noDirect.Load(
 // checkRange bounds a request, without overflow.
 func (h *handle) checkRange(what string, offset, length int64) error {
 	if offset < 0 || length < 0 || offset > h.size || length > h.size-offset {
-		return fmt.Errorf("%s %s: offset %d, length %d is outside of the disk, which has %d bytes", what, h.path, offset, length, h.size)
+		return fmt.Errorf("%s %s: offset %d, length %d is outside the disk, which has %s", what, h.path, offset, length, bytesize.Exact(h.size))
 	}
-
 	return nil
 }
 
@@ -107,12 +105,11 @@ func (h *handle) readAt(p []byte, offset int64) (int, error) {
 			return done, err
 		}
 	}
-
 	return done, nil
 }
 
-// readSome reads the head of p in one of three ways: directly into p, directly by way
-// of an aligned buffer, or through the page cache.
+// readSome reads the head of p in one of three ways: directly into p, directly through an
+// aligned buffer, or through the page cache.
 func (h *handle) readSome(p []byte, offset int64) (int, error) {
 	// Direct I/O reaches only to the last whole block.
 	last := h.size &^ (h.block - 1)
@@ -136,28 +133,25 @@ func (h *handle) readSome(p []byte, offset int64) (int, error) {
 		n = copy(p[:whole], buffer[offset-start:max(offset-start, offset-start+int64(got))])
 
 		if n > 0 && int64(n) == whole {
-			return nil // the error is behind what was asked for
+			return nil // the error is beyond the requested range
 		}
-
 		return err
 	})
-
 	return n, err
 }
 
-// readDirect reads whole blocks into aligned memory, or buffered if the disk has no
-// direct I/O after all.
+// readDirect reads whole blocks into aligned memory, or buffered if direct I/O turns out not
+// to work.
 func (h *handle) readDirect(p []byte, offset int64) (int, error) {
 	n, err := readFull(h.direct, p, offset)
 	if n == 0 && errors.Is(err, unix.EINVAL) {
 		h.noDirect.Store(true)
 		return readFull(h.buffered, p, offset)
 	}
-
 	return n, err
 }
 
-// readFull is ReadAt in which a premature end is a changed size.
+// readFull is ReadAt that reports a premature end as a changed size.
 func readFull(f *os.File, p []byte, offset int64) (int, error) {
 	n, err := f.ReadAt(p, offset)
 	if errors.Is(err, io.EOF) {
@@ -166,14 +160,12 @@ func readFull(f *os.File, p []byte, offset int64) (int, error) {
 			err = fmt.Errorf("read %s: it ends at offset %d: %w", f.Name(), offset+int64(n), ErrSizeChanged)
 		}
 	}
-
 	return n, err
 }
 
-// narrow reads p, a range of which reading failed once, up to the first unit that cannot
-// be read. It halves the range around the failure, so it reads about twice what lies
-// before that unit. An error that does not come again is forgotten: narrow returns either
-// len(p), or an error.
+// narrow reads p, a range of which a read failed, up to the first unit that cannot be read.
+// It halves the range around the failure, so it reads about twice what is before that unit.
+// An error that does not recur is ignored: narrow returns either len(p), or an error.
 func (h *handle) narrow(p []byte, offset int64) (int, error) {
 	unit := h.block
 	if !h.usesDirect() {
@@ -181,7 +173,7 @@ func (h *handle) narrow(p []byte, offset int64) (int, error) {
 	}
 
 	good := 0    // p[:good] was read
-	suspect := p // what is known to fail, or did a moment ago, ends here
+	suspect := p // ends with what failed last
 
 	for good < len(p) {
 		rest := suspect[good:]
@@ -192,13 +184,12 @@ func (h *handle) narrow(p []byte, offset int64) (int, error) {
 			n, err := h.readAt(rest, from)
 			if err != nil {
 				start := from / unit * unit
-
 				return good + n, &ReadError{
 					Path: h.path, Offset: start, Length: min(unit, h.size-start), Err: unwrapPath(err),
 				}
 			}
 
-			// It can be read after all; go on with what lies behind.
+			// It can be read after all; continue after it.
 			good += n
 			suspect = p
 
@@ -223,22 +214,20 @@ func (h *handle) narrow(p []byte, offset int64) (int, error) {
 			suspect = p
 		}
 	}
-
 	return good, nil
 }
 
-// isMediaError says whether reading smaller pieces may get around the error.
+// isMediaError reports whether smaller reads may avoid the error.
 func isMediaError(err error) bool {
 	return errors.Is(err, unix.EIO) || errors.Is(err, unix.ENODATA) || errors.Is(err, unix.EILSEQ) ||
 		errors.Is(err, unix.EREMOTEIO) || errors.Is(err, unix.EBADMSG)
 }
 
-// unwrapPath takes the path off an error that will name it anyway.
+// unwrapPath removes the path from an error that will be wrapped with it.
 func unwrapPath(err error) error {
 	var path *os.PathError
 	if errors.As(err, &path) {
 		return path.Err
 	}
-
 	return err
 }

@@ -10,10 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// identity names the disk itself, not its path. Numbers alone do not: device numbers
-// and inodes are given anew, after a restart or a deletion. So a device adds its size
-// and whatever hardware or driver name it by, a file the moment of its creation if the
-// file system keeps it.
+// identity names the disk itself, not its path. Device numbers and inodes alone do not: they
+// are reused after a restart or a deletion. So a device adds its size and the names that
+// hardware or driver give it, a file its time of creation if the file system has it.
 func (h *handle) identity() (string, error) {
 	if h.device {
 		number := fmt.Sprintf("%d:%d", unix.Major(h.number), unix.Minor(h.number))
@@ -22,7 +21,6 @@ func (h *handle) identity() (string, error) {
 		if name := serial("/sys/dev/block/"+number, allNames); name != "" {
 			text += " " + name
 		}
-
 		return text, nil
 	}
 
@@ -39,21 +37,20 @@ func (h *handle) identity() (string, error) {
 	if st.Mask&unix.STATX_BTIME != 0 {
 		text += fmt.Sprintf(" %d.%09d", st.Btime.Sec, st.Btime.Nsec)
 	}
-
 	return text, nil
 }
 
 // Attributes in sysfs that name a device. Those of the hardware are the same wherever the
-// disk is attached; a device mapper target and a loop device may be another disk next time, or,
-// of a snapshot, have another name for the same disk.
+// disk is attached. A device mapper target or a loop device may be another disk next time,
+// or, for a snapshot, have another name for the same disk.
 var (
 	hardwareNames = []string{"wwid", "device/wwid", "serial", "device/serial", "device/cid", "md/uuid"}
 	allNames      = append(slices.Clone(hardwareNames), "dm/uuid", "loop/backing_file")
 )
 
-// serial reads what sysfs names a device by: WWN, serial number, UUID of a device
-// mapper target or RAID, backing file of a loop device, with the number of the
-// partition. Empty if nothing.
+// serial reads the name of a device from sysfs: WWN, serial number, UUID of a device mapper
+// target or RAID, backing file of a loop device, with the number of the partition. Empty if
+// there is none.
 func serial(dir string, names []string) string {
 	dir, err := filepath.EvalSymlinks(dir)
 	if err != nil {
@@ -71,7 +68,6 @@ func serial(dir string, names []string) string {
 			return text + suffix
 		}
 	}
-
 	return ""
 }
 
@@ -80,6 +76,5 @@ func attribute(dir, name string) string {
 	if err != nil {
 		return ""
 	}
-
 	return strings.TrimSpace(string(text))
 }

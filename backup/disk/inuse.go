@@ -1,11 +1,8 @@
 package disk
 
 import (
-	"bufio"
-	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -26,16 +23,18 @@ const (
 	Mounted UseKind = "mounted"
 	// Swap: the kernel swaps to it.
 	Swap UseKind = "swap"
-	// Held: another device stands on it (LVM, RAID, dm-crypt, bcache). What that
-	// device is used for is listed too.
+	// Held: another device is on top of it (LVM, RAID, dm-crypt, bcache). What that device is
+	// used for is listed too.
 	Held UseKind = "held"
-	// Looped: a loop device stands on the image file.
+	// Looped: a loop device is on top of the image file.
 	Looped UseKind = "looped"
-	// Claimed: somebody has it open exclusively, and nothing above explains it: a
-	// mount in another mount namespace (another container), ZFS, a program.
+	// Claimed: it is opened exclusively, and nothing above explains it: a mount in another
+	// mount namespace (another container), ZFS, a program.
 	Claimed UseKind = "claimed"
 	// Locked: another program, such as a restore, holds a lock (flock) on the image file.
 	Locked UseKind = "locked"
+	// Opened: QEMU, such as a virtual machine, has the image file open.
+	Opened UseKind = "opened"
 )
 
 // Use is one way in which a disk, a partition of it or a device on top of it is used.
@@ -45,7 +44,7 @@ type Use struct {
 	Device string
 	// By is the mount point, the holder or the loop device.
 	By string
-	// ReadOnly is set if nothing is written through this use.
+	// ReadOnly means that this use does not write.
 	ReadOnly bool
 }
 
@@ -64,6 +63,8 @@ func (u Use) String() string {
 		return fmt.Sprintf("%s carries %s", u.Device, u.By)
 	case Locked:
 		return fmt.Sprintf("%s is locked by another restore, or another program that writes to it", u.Device)
+	case Opened:
+		return fmt.Sprintf("%s is open%s in QEMU, such as a running virtual machine", u.Device, how)
 	default:
 		return fmt.Sprintf("%s is open exclusively by another program or container", u.Device)
 	}
@@ -82,15 +83,14 @@ func (e *InUseError) Error() string {
 	for i, u := range e.Uses {
 		uses[i] = u.String()
 	}
-
 	return fmt.Sprintf("%s: %v: %s; %s", e.Path, ErrMounted, strings.Join(uses, ", "), e.Advice)
 }
 
-// Unwrap gives ErrMounted.
+// Unwrap returns ErrMounted.
 func (e *InUseError) Unwrap() error { return ErrMounted }
 
-// Uses lists how the disk at path is used, as far as this mount namespace and sysfs
-// tell. It opens a device exclusively for a moment, to see whether others have.
+// Uses lists how the disk at path is used, as far as this mount namespace and sysfs show. It
+// opens a device exclusively for a moment, to see whether others have it open so.
 func Uses(path string) ([]Use, error) {
 	info, err := checkKind(path)
 	if err != nil {
@@ -105,13 +105,12 @@ func Uses(path string) ([]Use, error) {
 	if len(s.uses) == 0 && info.Mode()&fs.ModeDevice != 0 && claimed(path) {
 		s.add(Use{Kind: Claimed, Device: path})
 	}
-
 	return s.uses, nil
 }
 
-// claimed says whether somebody has a device open exclusively, as a mount does. The
-// way to know is to try, which is a claim itself for a moment: a few tries, so that two
-// who ask at once do not take each other for a user.
+// claimed reports whether a device is opened exclusively, as by a mount. The only way to know
+// is to try, which is itself a claim for a moment: it tries several times, so that two
+// concurrent callers do not take each other for a user.
 func claimed(path string) bool {
 	for try := range 5 {
 		if try > 0 {
@@ -124,10 +123,9 @@ func claimed(path string) bool {
 		}
 
 		if !errors.Is(err, unix.EBUSY) {
-			return false // whoever opens it will be told
+			return false // opening it will report the error
 		}
 	}
-
 	return true
 }
 
@@ -135,7 +133,7 @@ func claimed(path string) bool {
 type survey struct {
 	proc, sys string
 	uses      []Use
-	seen      map[uint64]bool // devices looked at
+	seen      map[uint64]bool // devices already examined
 }
 
 func newSurvey() *survey { return &survey{proc: "/proc", sys: "/sys", seen: map[uint64]bool{}} }
@@ -151,22 +149,20 @@ func (s *survey) disk(path string, info fs.FileInfo) error {
 	if !ok {
 		return fmt.Errorf("%s has no device number", path)
 	}
-
 	return s.device(number, path)
 }
 
-// rdevOf is the number of the block device that info is about.
+// rdevOf returns the number of the block device of info.
 func rdevOf(info fs.FileInfo) (uint64, bool) {
 	st, ok := info.Sys().(*syscall.Stat_t)
 	if !ok || info.Mode()&fs.ModeDevice == 0 || info.Mode()&fs.ModeCharDevice != 0 {
 		return 0, false
 	}
-
 	return uint64(st.Rdev), true //nolint:unconvert // its type depends on the architecture
 }
 
-// device looks at a device, the partitions of it, the disk it is a partition of, and
-// the devices on top.
+// device examines a device, its partitions, the disk that it is a partition of, and the
+// devices on top.
 func (s *survey) device(number uint64, name string) error {
 	if s.seen[number] {
 		return nil
@@ -226,7 +222,6 @@ func (s *survey) device(number uint64, name string) error {
 		// other partitions do not.
 		return s.wholeDisk(filepath.Dir(real))
 	}
-
 	return nil
 }
 
@@ -245,17 +240,15 @@ func (s *survey) wholeDisk(dir string) error {
 	for _, holder := range holders {
 		s.add(Use{Kind: Held, Device: name, By: "/dev/" + holder})
 	}
-
 	return err
 }
 
-// named looks at the device that sysfs describes in dir.
+// named examines the device that sysfs describes in dir.
 func (s *survey) named(dir, name string) error {
 	number, err := readDeviceNumber(dir)
 	if err != nil {
 		return err
 	}
-
 	return s.device(number, "/dev/"+name)
 }
 
@@ -269,7 +262,6 @@ func readDeviceNumber(dir string) (uint64, error) {
 	if !ok {
 		return 0, fmt.Errorf("%s/dev holds %q", dir, text)
 	}
-
 	return number, nil
 }
 
@@ -281,147 +273,13 @@ func parseDeviceNumber(text string) (uint64, bool) {
 
 	a, err1 := strconv.ParseUint(major, 10, 32)
 	b, err2 := strconv.ParseUint(minor, 10, 32)
-
 	return unix.Mkdev(uint32(a), uint32(b)), err1 == nil && err2 == nil
 }
 
-// mounts looks for the device in /proc/self/mountinfo (proc(5)), by number and, since
-// btrfs and others mount under an anonymous number, by the name of the source.
-func (s *survey) mounts(number uint64, name string) error {
-	text, err := os.ReadFile(filepath.Join(s.proc, "self/mountinfo"))
-	if err != nil {
-		return err
-	}
-
-	mounts, err := parseMountinfo(bytes.NewReader(text))
-	if err != nil {
-		return err
-	}
-
-	for _, m := range mounts {
-		match := m.device == number
-		if !match && unix.Major(m.device) == 0 && strings.HasPrefix(m.source, "/") {
-			if info, err := os.Stat(m.source); err == nil {
-				n, ok := rdevOf(info)
-				match = ok && n == number
-			}
-		}
-
-		if match {
-			s.add(Use{Kind: Mounted, Device: name, By: m.point, ReadOnly: m.readOnly})
-		}
-	}
-
-	return nil
-}
-
-type mount struct {
-	device        uint64
-	point, source string
-	readOnly      bool // the file system, not only this mount of it
-}
-
-func parseMountinfo(r io.Reader) ([]mount, error) {
-	var mounts []mount
-
-	lines := bufio.NewScanner(r)
-	lines.Buffer(nil, 1<<20) // overlay mounts have very long options
-
-	for lines.Scan() {
-		// ID parent major:minor root point options [optional...] - type source superoptions
-		before, after, ok := strings.Cut(lines.Text(), " - ")
-		left, right := strings.Fields(before), strings.Fields(after)
-
-		if !ok || len(left) < 6 || len(right) < 2 {
-			continue
-		}
-
-		number, ok := parseDeviceNumber(left[2])
-		if !ok {
-			continue
-		}
-
-		m := mount{device: number, point: unescape(left[4]), source: unescape(right[1])}
-
-		// A mount may be read-only and its file system still writable elsewhere, so
-		// the options of the superblock decide.
-		if len(right) > 2 {
-			first, _, _ := strings.Cut(right[2], ",")
-			m.readOnly = first == "ro"
-		}
-
-		mounts = append(mounts, m)
-	}
-
-	return mounts, lines.Err()
-}
-
-// unescape undoes the octal escapes of mountinfo and swaps.
-func unescape(s string) string {
-	var out []byte
-
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\\' && i+3 < len(s) {
-			if c, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
-				out = append(out, byte(c))
-				i += 3
-
-				continue
-			}
-		}
-
-		out = append(out, s[i])
-	}
-
-	return string(out)
-}
-
-// swaps looks through /proc/swaps.
-func (s *survey) swaps(match func(fs.FileInfo) bool, name string) error {
-	text, err := os.ReadFile(filepath.Join(s.proc, "swaps"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // a kernel without swap
-	} else if err != nil {
-		return err
-	}
-
-	for i, line := range strings.Split(string(text), "\n") {
-		fields := strings.Fields(line)
-		if i == 0 || len(fields) == 0 {
-			continue
-		}
-
-		if info, err := os.Stat(unescape(fields[0])); err == nil && match(info) {
-			s.add(Use{Kind: Swap, Device: name, By: "the kernel"})
-		}
-	}
-
-	return nil
-}
-
-// btrfs looks whether the device is a member of a mounted btrfs, of which mountinfo
-// names only one device.
-func (s *survey) btrfs(base, name string) error {
-	members, err := filepath.Glob(filepath.Join(s.sys, "fs/btrfs/*/devices", base))
-	if err != nil {
-		return err
-	}
-
-	for _, u := range s.uses {
-		if u.Kind == Mounted && u.Device == name {
-			return nil // said already
-		}
-	}
-
-	for _, m := range members {
-		s.add(Use{Kind: Mounted, Device: name, By: "btrfs " + filepath.Base(filepath.Dir(filepath.Dir(m)))})
-	}
-
-	return nil
-}
-
-// file looks for loop devices on an image file, what they are used for, and swap.
+// file looks for loop devices on an image file, their uses, and swap.
 func (s *survey) file(path string, file fs.FileInfo) error {
+	s.qemu(path)
+
 	if err := s.swaps(func(info fs.FileInfo) bool { return os.SameFile(info, file) }, path); err != nil {
 		return err
 	}
@@ -436,7 +294,7 @@ func (s *survey) file(path string, file fs.FileInfo) error {
 
 		backing, err := os.ReadFile(attribute)
 		if err != nil {
-			continue // detached in this moment
+			continue // detached since
 		}
 
 		info, err := os.Stat(strings.TrimSuffix(string(backing), "\n"))
@@ -457,7 +315,6 @@ func (s *survey) file(path string, file fs.FileInfo) error {
 			s.add(Use{Kind: Claimed, Device: "/dev/" + loop})
 		}
 	}
-
 	return nil
 }
 
@@ -471,7 +328,6 @@ func readDir(dir string) ([]string, error) {
 	for i, e := range entries {
 		names[i] = e.Name()
 	}
-
 	return names, err
 }
 

@@ -23,7 +23,6 @@ func ext4Image(t *testing.T) string {
 
 	path := tempFile(t, make([]byte, 8<<20))
 	run(t, "mkfs.ext4", "-q", "-F", path)
-
 	return path
 }
 
@@ -97,7 +96,7 @@ func TestMountedElsewhere(t *testing.T) {
 	device := loop(t, image)
 	point := t.TempDir()
 
-	// The shell mounts where we cannot see it, says so, and waits for its input to end.
+	// The shell mounts in another namespace, says so, and waits for its input to end.
 	shell := exec.Command("unshare", "-m", "--propagation", "private", "sh", "-c", `mount "$0" "$1" && echo mounted && read line; umount "$1"`, device, point)
 
 	input, err := shell.StdinPipe()
@@ -157,7 +156,7 @@ func TestMountedPartition(t *testing.T) {
 		expectInUse(t, err, first+" is mounted", point)
 	}
 
-	// The neighbour is not concerned.
+	// The other partition is not affected.
 	openSource(t, second, Options{})
 
 	a := openTarget(t, second, TargetOptions{Size: 1 << 20})
@@ -208,7 +207,7 @@ func TestLoopOnATargetFile(t *testing.T) {
 	image := tempFile(t, random(1<<20, 1))
 	device := loop(t, image)
 
-	openSource(t, image, Options{}) // nobody writes by only attaching it
+	openSource(t, image, Options{}) // attaching it does not write
 
 	_, err := OpenTarget(image, TargetOptions{Size: 1 << 20})
 	expectInUse(t, err, device)
@@ -308,8 +307,8 @@ func FuzzParseMountinfo(f *testing.F) {
 	})
 }
 
-// TestHolders looks at a made-up sysfs: RAID, LVM and multi-device btrfs cannot be had
-// on every test machine.
+// TestHolders examines a fake sysfs: not every test machine has RAID, LVM and multi-device
+// btrfs.
 func TestHolders(t *testing.T) {
 	root := t.TempDir()
 	write := func(path, text string) {
@@ -359,7 +358,6 @@ func TestHolders(t *testing.T) {
 		for i, u := range s.uses {
 			texts[i] = u.String()
 		}
-
 		return strings.Join(texts, "; ")
 	}
 

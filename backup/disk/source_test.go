@@ -73,7 +73,7 @@ func TestSourceFallsBack(t *testing.T) {
 		t.Skip("the file system of the temporary directory has no direct I/O")
 	}
 
-	s.block = 1 // claims that any alignment does
+	s.block = 1 // claims that any alignment works
 	checkReads(t, s, content)
 
 	if s.Direct() {
@@ -106,8 +106,8 @@ func TestSourceReadsDevices(t *testing.T) {
 	}
 }
 
-// TestSourceTailThatNobodyCanRead: a device of 4096-byte blocks whose size is no
-// multiple of them has a tail that the kernel itself reads in no way.
+// TestSourceTailThatNobodyCanRead: a device of 4096-byte blocks whose size is no multiple of
+// them has a tail that the kernel cannot read.
 func TestSourceTailThatNobodyCanRead(t *testing.T) {
 	content := random(8192+512, 1)
 	s := openSource(t, loop(t, tempFile(t, content), sectorOption(4096)), Options{})
@@ -147,36 +147,6 @@ func TestSourceRefusesWhatIsNoDisk(t *testing.T) {
 	}
 }
 
-func TestSourceNamesContainers(t *testing.T) {
-	for want, head := range map[string]string{
-		"":      "\x00",
-		"qcow2": "QFI\xfb\x00\x00\x00\x03",
-		"VMDK":  "# Disk DescriptorFile\n",
-		"VHDX":  "vhdxfile",
-		"VDI":   "<<< Oracle VM VirtualBox Disk Image >>>\n" + strings.Repeat("\x00", 24) + "\x7f\x10\xda\xbe",
-	} {
-		for _, size := range []int{0, 1 << 20} { // as short as it is, and padded
-			path := filepath.Join(t.TempDir(), "disk")
-			if err := os.WriteFile(path, []byte(head+strings.Repeat("\x00", size)), 0o600); err != nil {
-				t.Fatal(err)
-			}
-
-			s, err := Open(path, Options{})
-			if err != nil {
-				t.Fatal(err)
-			}
-
-			if got := s.Container(); got != want {
-				t.Errorf("%q with %d zero bytes is %q", want, size, got)
-			}
-
-			if err := s.Close(); err != nil {
-				t.Error(err)
-			}
-		}
-	}
-}
-
 func TestSourceNoticesAChangedSize(t *testing.T) {
 	path := tempFile(t, random(1<<20, 1))
 	s := openSource(t, path, Options{})
@@ -211,7 +181,7 @@ func TestSourceNoticesAChangedSize(t *testing.T) {
 	}
 }
 
-// TestSourceNoticesAResizedDevice grows the file under a loop device and tells it.
+// TestSourceNoticesAResizedDevice grows the file under a loop device and informs the kernel.
 func TestSourceNoticesAResizedDevice(t *testing.T) {
 	path := tempFile(t, random(1<<20, 1))
 	device := loop(t, path)
@@ -232,8 +202,8 @@ func TestSourceNoticesAResizedDevice(t *testing.T) {
 	}
 }
 
-// TestSourceNamesTheBadSector cuts the file under a loop device short: what is behind
-// its end gives EIO.
+// TestSourceNamesTheBadSector truncates the file under a loop device: beyond its end reads
+// return EIO.
 func TestSourceNamesTheBadSector(t *testing.T) {
 	const size, good = 1 << 20, 300 * 1024
 
@@ -275,7 +245,7 @@ func TestSourceNamesTheBadSector(t *testing.T) {
 					}
 				}
 
-				// What can be read still can.
+				// The readable part can still be read.
 				if n, err := s.ReadAt(make([]byte, good), 0); n != good || err != nil {
 					t.Errorf("ReadAt before the bad range = %d, %v", n, err)
 				}
@@ -353,38 +323,9 @@ func TestSourceDataRanges(t *testing.T) {
 	}
 }
 
-func TestIsZero(t *testing.T) {
-	for _, size := range []int{0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 4096} {
-		p := make([]byte, size)
-		if !IsZero(p) {
-			t.Errorf("%d zeroes are not zero", size)
-		}
-
-		for i := range p {
-			p[i] = 0x80
-			if IsZero(p) {
-				t.Errorf("%d bytes with one set at %d are zero", size, i)
-			}
-
-			p[i] = 0
-		}
-	}
-}
-
-func BenchmarkIsZero(b *testing.B) {
-	p := make([]byte, 1<<20)
-	b.SetBytes(int64(len(p)))
-
-	for b.Loop() {
-		if !IsZero(p) {
-			b.Fatal("not zero")
-		}
-	}
-}
-
-// BenchmarkSourceDepth reads a disk once in order, by so many workers with one request
-// each under way, as the backup engine does. VARVE_BENCH_DISK names a disk or image
-// larger than any cache on the way.
+// BenchmarkSourceDepth reads a disk once in order, by several workers with one request each,
+// as the backup engine does. VARVE_BENCH_DISK names a disk or image larger than any cache
+// involved.
 func BenchmarkSourceDepth(b *testing.B) {
 	path := os.Getenv("VARVE_BENCH_DISK")
 	if path == "" {

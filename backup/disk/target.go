@@ -11,47 +11,47 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
-// TargetOptions tell how to open a target.
+// TargetOptions say how to open a target.
 type TargetOptions struct {
-	// Size is that of the disk to be written, in bytes. An image file gets exactly
-	// this size; a device must have at least as much.
+	// Size of the disk to be written, in bytes. An image file gets exactly this size; a
+	// device must have at least that.
 	Size int64
-	// Force overwrites a target that is mounted or in use otherwise.
+	// Force overwrites a target that is mounted or otherwise in use.
 	Force bool
-	// Keep leaves a file's content, and its size until Fit or Empty, and only changes
-	// what is written; without it a file is emptied first, so that zeroes need no
-	// writing.
+	// Keep keeps a file's content, and its size until Fit or Empty, and changes only what is
+	// written; without it a file is emptied first, so that zeroes need no writing.
 	Keep bool
 	// Buffered does without direct I/O.
 	Buffered bool
 }
 
-// Target is a disk open for writing. Safe for concurrent use, but for Close; writes
-// that overlap each other leave either's bytes.
+// Target is a disk open for writing. It is safe for concurrent use, except Close; overlapping
+// writes leave either's bytes.
 type Target struct {
 	*handle
 	fresh    bool
 	created  bool
-	fitted   bool // a file has its size
+	fitted   bool // the file has its size
 	id       string
 	written  *writtenMap  // of a fresh file; nil otherwise
 	zeroing  atomic.Int32 // a zeroMethod
 	unsynced atomic.Bool  // the page cache may hold what the disk does not
 
-	// edge keeps direct and buffered writes apart: an unaligned write goes through the
-	// page cache, which writes back whole pages and could put old bytes over what a
-	// direct write left beside it. Direct writes share the lock, unaligned ones own it.
+	// edge separates direct and buffered writes: an unaligned write goes through the page
+	// cache, which writes back whole pages and could put old bytes over an adjacent direct
+	// write. Direct writes share the lock, unaligned ones hold it exclusively.
 	edge sync.RWMutex
 }
 
 // OpenTarget opens a device, or makes or opens an image file, for writing. It refuses a
-// target that is used in any way (Uses), even read-only, with an *InUseError unless
-// o.Force, and a device smaller than o.Size with ErrTooSmall. A device stays claimed
-// (O_EXCL) until Close, so that nobody mounts it meanwhile, and a file locked (flock), so
-// that no second restore writes into it. When OpenTarget fails, an
-// existing target is as it was, and none was made.
+// target that is used in any way (Uses), even read-only, with an *InUseError unless o.Force,
+// and a device smaller than o.Size with ErrTooSmall. A device stays claimed (O_EXCL) until
+// Close, so that no other process mounts it, and a file locked (flock), so that no second
+// restore writes to it. If OpenTarget fails, it has neither changed nor made a target.
 func OpenTarget(path string, o TargetOptions) (*Target, error) {
 	if o.Size < 0 {
 		return nil, fmt.Errorf("open target %s: negative size %d", path, o.Size)
@@ -87,7 +87,7 @@ func OpenTarget(path string, o TargetOptions) (*Target, error) {
 	h, err := openHandle(path, flags, o.Buffered, info)
 
 	switch {
-	case errors.Is(err, unix.EBUSY) && !o.Force: // in use only now
+	case errors.Is(err, unix.EBUSY) && !o.Force: // in use since
 		return nil, inUseTarget(path, []Use{{Kind: Claimed, Device: path}})
 	case err != nil:
 		return nil, fmt.Errorf("open target: %w", err)
@@ -103,25 +103,22 @@ func OpenTarget(path string, o TargetOptions) (*Target, error) {
 	if err := t.prepare(o); err != nil {
 		return nil, errors.Join(err, h.close())
 	}
-
 	return t, nil
 }
 
 func inUseTarget(path string, uses []Use) error {
 	return &InUseError{Path: path, Uses: uses, Advice: "release it (umount, swapoff, losetup -d, ...) or choose another target; " +
-		"--force overwrites it all the same, and whoever uses it will read or write garbage"}
+		"--force overwrites it anyway, and its users will read or write garbage"}
 }
 
-// lockFile keeps another restore, of whatever user, from writing to the same file. File
-// systems without locks (some network ones) are written to without: only one that says
-// that the lock is held refuses.
+// lockFile prevents another restore, of any user, from writing to the same file. File systems
+// without locks (some network ones) are accepted: only a held lock refuses.
 func lockFile(h *handle, force bool) error {
 	err := control(h.buffered, func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) })
 	if errors.Is(err, unix.EWOULDBLOCK) && !force {
 		return &InUseError{Path: h.path, Uses: []Use{{Kind: Locked, Device: h.path}}, Advice: "wait until it has ended, end it, or choose another target; " +
-			"--force writes to it all the same, and if the other goes on too the file will be neither's"}
+			"--force writes to it anyway, and if the other program also continues, the file will be garbage"}
 	}
-
 	return nil
 }
 
@@ -146,7 +143,7 @@ func createTarget(path string, o TargetOptions) (*Target, error) {
 		return nil, fmt.Errorf("make target: %w", err)
 	}
 
-	if err := lockFile(h, o.Force); err != nil { // somebody has found it since: it is theirs
+	if err := lockFile(h, o.Force); err != nil { // another process has locked it since
 		return nil, errors.Join(err, h.close())
 	}
 
@@ -154,7 +151,6 @@ func createTarget(path string, o TargetOptions) (*Target, error) {
 	if err := t.prepare(o); err != nil {
 		return nil, errors.Join(err, h.close(), os.Remove(path))
 	}
-
 	return t, nil
 }
 
@@ -170,7 +166,7 @@ func (t *Target) prepare(o TargetOptions) error {
 		}
 
 		if t.size < o.Size {
-			return fmt.Errorf("target %s: %w: it has %d bytes, the disk %d; use a device of at least that size", t.path, ErrTooSmall, t.size, o.Size)
+			return fmt.Errorf("target %s: %w: it has %s, and the disk has %s; use a device of at least that size", t.path, ErrTooSmall, bytesize.Exact(t.size), bytesize.Exact(o.Size))
 		}
 
 		t.zeroing.Store(int32(zeroByIoctl))
@@ -199,13 +195,11 @@ func (t *Target) prepare(o TargetOptions) error {
 
 	id, err := t.identity()
 	t.id = id
-
 	return err
 }
 
-// Fit gives a file the size it was opened for: for a caller who keeps what an existing
-// one has until it is sure that it is to be written. It does nothing to a device. Not to
-// be called while the target is read or written.
+// Fit gives a file the size it was opened for, after the caller has decided to write to it.
+// It does nothing to a device. Do not call it while the target is read or written.
 func (t *Target) Fit() error {
 	if t.device {
 		return nil
@@ -216,13 +210,12 @@ func (t *Target) Fit() error {
 	}
 
 	t.fitted = true
-
 	return nil
 }
 
-// Empty has a file read as zeroes again, so that zeroes need no writing from here on:
-// for a caller who learns only from the target's Identity whether to keep it. It does
-// nothing to a device. Not to be called while the target is written to.
+// Empty makes a file read as zeroes again, so that zeroes need no writing from then on, for a
+// caller that first needs the target's Identity to decide. It does nothing to a device. Do
+// not call it while the target is written.
 func (t *Target) Empty() error {
 	if t.device {
 		return nil
@@ -236,7 +229,6 @@ func (t *Target) Empty() error {
 
 	t.fresh, t.fitted = true, true
 	t.written = newWrittenMap(t.size)
-
 	return nil
 }
 
@@ -252,15 +244,14 @@ func (t *Target) writeProtected() (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("ask %s whether it is write-protected: %w", t.path, err)
 	}
-
 	return answer != 0, nil
 }
 
-// Close closes the target, and does not make anything safe: Sync first.
+// Close closes the target, without making anything durable: call Sync before.
 func (t *Target) Close() error { return t.close() }
 
-// RemoveUnused removes a file that OpenTarget made and nobody gave a size or wrote to: for a
-// caller who fails before it began. It does nothing to any other target.
+// RemoveUnused removes a file that OpenTarget made and that was neither sized nor written,
+// for a caller that fails before it begins. It does nothing to another target.
 func (t *Target) RemoveUnused() error {
 	if !t.created || t.fitted {
 		return nil
@@ -273,44 +264,42 @@ func (t *Target) RemoveUnused() error {
 
 	now, err := os.Lstat(t.path)
 	if err != nil || !os.SameFile(mine, now) || mine.Size() > 0 {
-		return nil //nolint:nilerr // gone, or somebody else's
+		return nil //nolint:nilerr // deleted, or another user's
 	}
 
 	if err := os.Remove(t.path); err != nil {
 		return fmt.Errorf("remove unused target: %w", err)
 	}
-
 	return nil
 }
 
-// Path is the name it was opened by.
+// Path returns the name it was opened by.
 func (t *Target) Path() string { return t.path }
 
-// Size in bytes; of a device, it may be more than was asked for.
+// Size returns the size in bytes; a device may be larger than requested.
 func (t *Target) Size() int64 { return t.size }
 
-// SectorSize is the logical block size in bytes; for a file what direct I/O needs.
+// SectorSize returns the logical block size in bytes; for a file what direct I/O needs.
 func (t *Target) SectorSize() int64 { return t.block }
 
-// Fresh says that the target read as zeroes when it was opened, because the file was
+// Fresh reports whether the target read as zeroes when it was opened, because the file was
 // made or emptied then.
 func (t *Target) Fresh() bool { return t.fresh }
 
-// Device says whether the target is a block device.
+// Device reports whether the target is a block device.
 func (t *Target) Device() bool { return t.device }
 
-// Direct says whether aligned reads and writes go past the page cache.
+// Direct reports whether aligned reads and writes bypass the page cache.
 func (t *Target) Direct() bool { return t.usesDirect() }
 
-// Identity names the target itself, not its path, so that a journal of a restore can be
-// bound to it: a device by number, size and serial number, a file by its file system,
-// inode and creation. To be compared only.
+// Identity names the target itself, not its path, to bind a restore's journal to it: a device
+// by number, size and serial number, a file by its file system, inode and creation. It is
+// only for comparison.
 func (t *Target) Identity() string { return t.id }
 
-// WriteAt writes p at byte offset, all of it or an error; a write that reaches beyond
-// the end is refused whole. It is fastest at multiples of 4096 (and of SectorSize) from
-// memory of AlignedBuffer; an unaligned write to a target with direct I/O waits for
-// the disk.
+// WriteAt writes p at byte offset, all of it or an error; a write that extends beyond the end
+// is refused. It is fastest at multiples of 4096 (and of SectorSize) from memory of
+// AlignedBuffer; an unaligned write to a target with direct I/O waits for the disk.
 func (t *Target) WriteAt(p []byte, offset int64) (int, error) {
 	if err := t.checkRange("write", offset, int64(len(p))); err != nil {
 		return 0, err
@@ -327,20 +316,18 @@ func (t *Target) WriteAt(p []byte, offset int64) (int, error) {
 			return done, t.writeError(err, offset+int64(done))
 		}
 	}
-
 	return done, nil
 }
 
 func (t *Target) writeError(err error, offset int64) error {
 	err = unwrapPath(err)
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return fmt.Errorf("write %s at %d: %w; it is incomplete: free some space and run the same restore again, it goes on from there", t.path, offset, err)
+		return fmt.Errorf("write %s at %d: %w; it is incomplete: free some space and run the same restore again to continue", t.path, offset, err)
 	}
-
 	return fmt.Errorf("write %s at %d: %w", t.path, offset, err)
 }
 
-// grain is the alignment of direct writes: of the disk and of the page cache.
+// grain returns the alignment of direct writes: of the disk and of the page cache.
 func (t *Target) grain() int64 { return max(t.block, pageSize) }
 
 // writeSome writes the head of p: whole pages directly, else through the page cache.
@@ -371,7 +358,6 @@ func (t *Target) writeSome(p []byte, offset int64) (int, error) {
 		n, err = t.writeDirect(buffer[:copy(buffer, p[:whole])], offset)
 		return err
 	})
-
 	return n, err
 }
 
@@ -383,14 +369,12 @@ func (t *Target) writeDirect(p []byte, offset int64) (int, error) {
 	if n == 0 && errors.Is(err, unix.EINVAL) {
 		t.noDirect.Store(true)
 		t.unsynced.Store(true)
-
 		return t.buffered.WriteAt(p, offset)
 	}
-
 	return n, err
 }
 
-// writeEdge writes part of a page, alone, and to the disk before anything else goes on.
+// writeEdge writes part of a page, alone, and syncs it before other writes continue.
 func (t *Target) writeEdge(p []byte, offset int64) (int, error) {
 	t.edge.Lock()
 	defer t.edge.Unlock()
@@ -399,11 +383,10 @@ func (t *Target) writeEdge(p []byte, offset int64) (int, error) {
 	if err != nil {
 		return n, err
 	}
-
 	return n, control(t.buffered, unix.Fdatasync)
 }
 
-// Sync makes everything written so far survive a power cut, the name of a new file
+// Sync makes everything written so far survive a power failure, the name of a new file
 // included.
 func (t *Target) Sync() error {
 	t.unsynced.Store(false)
@@ -424,6 +407,5 @@ func (t *Target) Sync() error {
 	if err := errors.Join(dir.Sync(), dir.Close()); err != nil && !errors.Is(err, unix.EINVAL) {
 		return fmt.Errorf("sync the directory of %s: %w", t.path, err)
 	}
-
 	return nil
 }

@@ -7,11 +7,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ReadAt reads what the disk holds, not what the page cache holds, so that a check
-// checks what was written: directly, or after writing back and dropping the cached
-// pages. A file system in memory has nothing else to read. Before Fit a file may end too
-// early: what is missing reads as the zeroes that Fit makes of it. It is io.ReaderAt; a
-// failing range is a *ReadError.
+// ReadAt reads what the disk holds, not what the page cache holds, so that a check checks
+// what was written: directly, or after writing back and dropping the cached pages (except on
+// a file system in memory). Before Fit a file may be too short: the missing part reads as
+// zeroes, as after Fit. It is io.ReaderAt; a failing range is a *ReadError.
 func (t *Target) ReadAt(p []byte, offset int64) (int, error) {
 	if offset < 0 {
 		return 0, fmt.Errorf("read back %s: negative offset %d", t.path, offset)
@@ -38,11 +37,10 @@ func (t *Target) ReadAt(p []byte, offset int64) (int, error) {
 	if err != nil {
 		return n, err
 	}
-
 	return len(p), end
 }
 
-// there is how much of p, to be read at offset, the file has.
+// there returns how much of p, to be read at offset, the file has.
 func (t *Target) there(p []byte, offset int64) (int64, error) {
 	want := int64(len(p))
 	if t.fitted {
@@ -53,11 +51,10 @@ func (t *Target) there(p []byte, offset int64) (int64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("read back %s: %w", t.path, err)
 	}
-
 	return min(max(size-offset, 0), want), nil
 }
 
-// readDisk is ReadAt of what is there.
+// readDisk is ReadAt of the part that exists.
 func (t *Target) readDisk(p []byte, offset int64) (int, error) {
 	whole := t.size &^ (t.block - 1)
 	if !t.usesDirect() || offset+int64(len(p)) > whole {
@@ -72,15 +69,14 @@ func (t *Target) readDisk(p []byte, offset int64) (int, error) {
 		m, err = t.narrow(p[n:], offset+int64(n))
 		n += m
 	}
-
 	return n, err
 }
 
-// cacheUnit is the largest run of memory that the page cache keeps as one; part of one
-// cannot be dropped.
+// cacheUnit is the largest unit of memory that the page cache keeps; part of it cannot be
+// dropped.
 const cacheUnit = 2 << 20
 
-// dropCache forgets the cached pages of a range, written back before.
+// dropCache drops the cached pages of a range, which have been written back.
 func (t *Target) dropCache(offset, length int64) error {
 	if t.unsynced.Swap(false) {
 		if err := control(t.buffered, unix.Fdatasync); err != nil {
@@ -94,6 +90,5 @@ func (t *Target) dropCache(offset, length int64) error {
 	if err := control(t.buffered, func(fd int) error { return unix.Fadvise(fd, start, end-start, unix.FADV_DONTNEED) }); err != nil {
 		return fmt.Errorf("drop the cached pages of %s: %w", t.path, err)
 	}
-
 	return nil
 }

@@ -16,7 +16,7 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 )
 
-// flakyFile is a file in a FUSE mount, reads of which fail as the test says.
+// flakyFile is a file in a FUSE mount, whose reads fail as the test says.
 type flakyFile struct {
 	fs.Inode
 	content []byte
@@ -48,7 +48,6 @@ func (f *flakyFile) Read(_ context.Context, _ fs.FileHandle, dest []byte, off in
 	if f.fail(off, int(end-off)) {
 		return nil, syscall.EIO
 	}
-
 	return fuse.ReadResultData(f.content[off:end]), 0
 }
 
@@ -76,7 +75,6 @@ func flaky(t *testing.T, content []byte) (string, *flakyFile) {
 			t.Error(err)
 		}
 	})
-
 	return filepath.Join(dir, "disk"), file
 }
 
@@ -118,7 +116,8 @@ func TestTransientErrors(t *testing.T) {
 	for _, buffered := range []bool{false, true} {
 		s := openSource(t, path, Options{Buffered: buffered})
 
-		// Errors at one place, so many times: however deep narrowing is when they end.
+		// Errors at one place, some number of times, so that they end at any depth of
+		// narrowing.
 		for _, at := range []int64{0, 4096, 300 << 10, size - 4096} {
 			for times := 1; times <= 12; times++ {
 				t.Run(fmt.Sprintf("buffered %v, at %d %d times", buffered, at, times), func(t *testing.T) {
@@ -130,7 +129,6 @@ func TestTransientErrors(t *testing.T) {
 							left--
 							return true
 						}
-
 						return false
 					}
 					file.mu.Unlock()

@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// zeroMethod is how a target makes zeroes, the best one first. It only ever goes down.
+// zeroMethod is how a target makes zeroes, the best first. It only ever gets worse.
 type zeroMethod int32
 
 const (
@@ -20,16 +20,16 @@ const (
 	zeroByWrite
 )
 
-// zeroAtOnce bounds one request, so that a terabyte does not become one system call
-// that nothing can interrupt.
+// zeroAtOnce bounds one request, so that a terabyte does not become one uninterruptible
+// system call.
 const zeroAtOnce = 1 << 30
 
-// zeroes is what is written where nothing better exists; never written to.
+// zeroes is written if nothing better exists; it must not be modified.
 var zeroes = sync.OnceValue(func() []byte { return AlignedBuffer(bounceSize) })
 
-// ZeroRange makes a range read as zeroes by the cheapest way the target has: nothing
-// where a fresh file was not written yet, a hole in a file, BLKZEROOUT on a device, and
-// writing zeroes where all else is refused. The range needs no alignment.
+// ZeroRange makes a range read as zeroes in the cheapest way that the target has: nothing for
+// an unwritten part of a fresh file, a hole in a file, BLKZEROOUT on a device, and else by
+// writing zeroes. The range needs no alignment.
 func (t *Target) ZeroRange(offset, length int64) error {
 	if err := t.checkRange("zero", offset, length); err != nil {
 		return err
@@ -60,7 +60,6 @@ func (t *Target) ZeroRange(offset, length int64) error {
 
 		start += n
 	}
-
 	return t.writeZeroes(end, offset+length-end)
 }
 
@@ -89,7 +88,7 @@ func (t *Target) zeroPages(offset, length int64) error {
 			t.unsynced.Store(true)
 			return nil
 		case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOTTY), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOSYS),
-			errors.Is(err, unix.EPERM): // what a container's filter says to what it does not know
+			errors.Is(err, unix.EPERM): // from a container's filter for unknown calls
 			next := method + 1
 			if method == zeroByIoctl {
 				next = zeroByWrite
@@ -116,13 +115,12 @@ func (t *Target) writeZeroes(offset, length int64) error {
 		offset += int64(n)
 		length -= int64(n)
 	}
-
 	return nil
 }
 
-// writtenMap remembers which parts of a fresh file were written, a bit for each unit of
-// 1 MiB, or more above 16 TiB: 2 MiB of memory at most. Safe for concurrent use. A nil
-// map marks nothing.
+// writtenMap records which parts of a fresh file were written, one bit per unit of 1 MiB, or
+// larger above 16 TiB: at most 2 MiB of memory. Safe for concurrent use. A nil map records
+// nothing.
 type writtenMap struct {
 	shift uint // a unit has 1<<shift bytes
 	words []atomic.Uint64
@@ -135,7 +133,6 @@ func newWrittenMap(size int64) *writtenMap {
 	for size>>shift > maxWrittenUnits {
 		shift++
 	}
-
 	return &writtenMap{shift: shift, words: make([]atomic.Uint64, size>>shift/64+1)}
 }
 
@@ -152,7 +149,7 @@ func (m *writtenMap) mark(offset, length int64) {
 	}
 }
 
-// any says whether anything may have been written in a range.
+// any reports whether anything may have been written in a range.
 func (m *writtenMap) any(offset, length int64) bool {
 	if length == 0 {
 		return false
@@ -167,6 +164,5 @@ func (m *writtenMap) any(offset, length int64) bool {
 			return true
 		}
 	}
-
 	return false
 }

@@ -12,15 +12,14 @@ import (
 )
 
 const (
-	// stride is how much of an image is looked at in one call of Extents.
+	// stride is how much of an image one call of Extents covers.
 	stride = 1 << 30
-	// window is how much data is known before its fetching begins.
+	// window is how much data is listed before its fetching begins.
 	window = 64 << 20
-	// giveUpAfter so many failures in a row a pass ends: the repository is out
-	// of reach.
+	// giveUpAfter is the number of consecutive failures that end a pass: the repository is
+	// out of reach.
 	giveUpAfter = 16
-	// niceness of the workers' threads, so that readers go first to a busy
-	// processor, too.
+	// niceness of the workers' threads, so that a busy processor serves readers first, too.
 	niceness = 10
 )
 
@@ -31,7 +30,7 @@ type job struct {
 	done *sync.WaitGroup
 }
 
-// gate holds hydration back while somebody waits for the image.
+// gate pauses hydration while readers wait for the image.
 type gate struct {
 	readers atomic.Int64
 	waiting atomic.Int64
@@ -55,7 +54,7 @@ func (g *gate) wake() {
 	g.mu.Unlock()
 }
 
-// wait returns once nobody waits for an image, or ctx ends.
+// wait returns once no reader waits for an image, or ctx ends.
 func (g *gate) wait(ctx context.Context) {
 	if g.readers.Load() == 0 {
 		return
@@ -71,8 +70,8 @@ func (g *gate) wait(ctx context.Context) {
 	}
 }
 
-// Start has the whole image arrive in the background. It returns at once;
-// hydration ends with Close, when all is there, or when there is no more room.
+// Start fetches the whole image in the background. It returns at once; hydration ends with
+// Close, when the image is complete, or when there is no more room.
 func (d *Disk) Start() {
 	d.begin.Do(func() {
 		if d.ctx.Err() != nil {
@@ -87,7 +86,11 @@ func (d *Disk) Start() {
 				d.cache.workers.Go(d.cache.work)
 			}
 		})
-		d.tasks.Go(d.hydrate)
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if d.ctx.Err() == nil {
+			d.tasks.Go(d.hydrate)
+		}
 	})
 }
 
@@ -97,8 +100,8 @@ func (d *Disk) tellWhole() {
 
 // work fetches units for all disks of the cache.
 func (c *Cache) work() {
-	// The thread ends with the goroutine, as it is not unlocked, so that its
-	// priority is not inherited by others.
+	// The thread ends with the goroutine, since it is not unlocked, so that no other
+	// goroutine inherits its priority.
 	runtime.LockOSThread()
 	_ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), niceness)
 	var buf []byte
@@ -135,14 +138,14 @@ func (d *Disk) fill(u int64, buf []byte) {
 		return
 	}
 	if d.ctx.Err() == nil && d.errors.Add(1) == 1 {
-		d.cache.log.Warn("cannot fetch a block in the background; hydration goes on with others and tries again later",
+		d.cache.log.Warn("cannot fetch a block in the background; hydration continues with others and retries later",
 			"id", d.head.id, "offset", u*d.head.unit, "err", err)
 	}
 }
 
 var errEnded = errors.New("hydration ends")
 
-// hydrate passes over the image until it is all there.
+// hydrate makes passes over the image until it is complete.
 func (d *Disk) hydrate() {
 	for {
 		err := d.pass()
@@ -154,7 +157,7 @@ func (d *Disk) hydrate() {
 		case errors.Is(err, errEnded) || d.ctx.Err() != nil:
 			return
 		case err != nil && d.errors.Add(1) == 1:
-			d.cache.log.Warn("cannot look for what to fetch in the background; trying again later", "id", d.head.id, "err", err)
+			d.cache.log.Warn("cannot find blocks to fetch in the background; retrying later", "id", d.head.id, "err", err)
 		}
 		retry := time.NewTimer(d.cache.opt.Retry)
 		select {
@@ -167,7 +170,7 @@ func (d *Disk) hydrate() {
 	}
 }
 
-// pass fetches what is absent, in order.
+// pass fetches absent units, in order.
 func (d *Disk) pass() error {
 	p := &pass{d: d}
 	defer p.flight.Wait()
@@ -190,17 +193,17 @@ func (d *Disk) pass() error {
 	return p.flush()
 }
 
-// pass is one look over an image.
+// pass is one pass over an image.
 type pass struct {
 	d      *Disk
-	flight sync.WaitGroup // units at the workers
-	told   int64          // how far extents were told
-	start  int64          // of the run that ends there
-	zero   bool           // what it is
-	next   int64          // units below were dealt with
+	flight sync.WaitGroup // units being fetched
+	told   int64          // end of the extents listed so far
+	start  int64          // start of the current run
+	zero   bool           // its kind
+	next   int64          // units below are done
 }
 
-// extent takes the next extent; neighbours of a kind are one run.
+// extent adds the next extent; neighbours of one kind form one run.
 func (p *pass) extent(n int64, zero bool) error {
 	if zero != p.zero {
 		if err := p.flush(); err != nil {
@@ -215,8 +218,8 @@ func (p *pass) extent(n int64, zero bool) error {
 	return p.d.ctx.Err()
 }
 
-// flush deals with the run. What of a zero run is not a whole unit is fetched:
-// it shares the unit with something else.
+// flush processes the run. Partial units of a zero run are fetched, since they share the unit
+// with other bytes.
 func (p *pass) flush() error {
 	unit := p.d.head.unit
 	from, to := max(p.start/unit, p.next), (p.told+unit-1)/unit

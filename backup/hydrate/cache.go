@@ -24,30 +24,29 @@ import (
 type Options struct {
 	// Dir holds the copies and nothing else. It is made if it does not exist.
 	Dir string
-	// Keep leaves copies for a later Cache of the same directory. Without, a
-	// copy goes when its disk is closed.
+	// Keep keeps copies for a later Cache of the same directory. Without it a copy is deleted
+	// when its disk is closed.
 	Keep bool
-	// Limit is the most bytes that the data of all copies may take; 0 for no
-	// limit.
+	// Limit bounds the data of all copies, in bytes; 0 for no limit.
 	Limit int64
-	// FreeShare, where Limit is 0, sets it to a part of the space that is free
-	// at the start or taken by copies; 0 for no limit.
+	// FreeShare, if Limit is 0, sets it to a share of the space that is free at the start or
+	// used by copies; 0 for no limit.
 	FreeShare float64
-	// Workers hydrate at once, for all disks together; 0 for half of the
-	// processors, so that readers find one free.
+	// Workers hydrate concurrently, for all disks together; 0 for half of the processors, so
+	// that readers find one free.
 	Workers int
-	// Retry is the time between passes over an image of which some could not
-	// be read; 0 for a minute.
+	// Retry is the time between passes over an image that could not be read completely; 0 for
+	// a minute.
 	Retry time.Duration
 	Log   *slog.Logger
 }
 
 var (
-	// ErrInUse is the refusal to use a directory, or open a copy in it, twice.
+	// ErrInUse means that a directory, or a copy in it, is already in use.
 	ErrInUse = errors.New("this hydration cache is in use by another process: choose another directory")
-	// ErrNotACache is the refusal to use a directory that holds something else:
-	// copies that are not wanted any more are deleted in it.
-	ErrNotACache = errors.New("this directory is not empty and holds no local copies: give a new or an empty one, and none that overlays are in")
+	// ErrNotACache means that a directory holds something else: a cache deletes old copies in
+	// its directory.
+	ErrNotACache = errors.New("this directory is not empty and holds no local copies: give a new or empty one, not that of overlays")
 	errID        = errors.New("the identity of an image is one to 200 bytes")
 )
 
@@ -55,24 +54,25 @@ var (
 type Cache struct {
 	opt  Options
 	log  *slog.Logger
+	root *os.Root // of the directory
 	lock *os.File
 
 	used    atomic.Int64 // bytes of data, of open copies and others
-	filled  atomic.Int64 // bytes that were added since the start
-	read    atomic.Int64 // bytes that were read from copies
-	noSpace atomic.Bool  // the file system is full; until something goes
-	told    atomic.Bool  // the log says that nothing more is kept
+	filled  atomic.Int64 // bytes added since the start
+	read    atomic.Int64 // bytes read from copies
+	noSpace atomic.Bool  // the file system is full, until something is deleted
+	told    atomic.Bool  // logged that nothing more is kept
 
 	gate    gate
 	start   sync.Once
 	jobs    chan job
 	cancel  context.CancelFunc
-	ctx     context.Context //nolint:containedctx // ends the workers, which outlive the calls that start them
+	ctx     context.Context // ends the workers, which outlive the calls that start them
 	workers sync.WaitGroup
 
 	mu   sync.Mutex
 	open map[string]*Disk
-	idle map[string]idleCopy // copies that nobody has open
+	idle map[string]idleCopy // copies that are not open
 }
 
 // idleCopy is a copy on disk.
@@ -98,50 +98,64 @@ func New(opt Options) (*Cache, error) {
 	if err := os.MkdirAll(opt.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the directory of the hydration cache: %w", err)
 	}
-	if err := checkOwn(opt.Dir); err != nil {
-		return nil, fmt.Errorf("%s: %w", opt.Dir, err)
-	}
-	lock, err := os.OpenFile(filepath.Join(opt.Dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
+	root, err := os.OpenRoot(opt.Dir)
 	if err != nil {
-		return nil, fmt.Errorf("lock the hydration cache: %w", err)
+		return nil, fmt.Errorf("open the directory of the hydration cache: %w", err)
 	}
-	c.lock = lock
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = ErrInUse
-		}
-		return nil, errors.Join(fmt.Errorf("lock the hydration cache %s: %w", opt.Dir, err), lock.Close())
-	}
-	_, err = lock.WriteAt([]byte(cacheMark), 0)
-	if err == nil {
-		err = c.scan()
-	}
-	if err != nil {
-		return nil, errors.Join(err, lock.Close())
-	}
-	if opt.Limit == 0 && opt.FreeShare > 0 {
-		var st unix.Statfs_t
-		if err := unix.Statfs(opt.Dir, &st); err != nil {
-			return nil, errors.Join(fmt.Errorf("ask for the free space of the hydration cache: %w", err), lock.Close())
-		}
-		free := float64(st.Bavail)*float64(st.Bsize) + float64(c.used.Load())
-		c.opt.Limit = max(int64(free*opt.FreeShare), 1)
+	c.root = root
+	if err := c.take(); err != nil {
+		return nil, errors.Join(err, root.Close())
 	}
 	for c.opt.Limit > 0 && c.used.Load() > c.opt.Limit && c.evict() {
 	}
 	return c, nil
 }
 
+// take locks the directory and lists its copies.
+func (c *Cache) take() error {
+	dir := c.opt.Dir
+	if err := checkOwn(c.root); err != nil {
+		return fmt.Errorf("%s: %w", dir, err)
+	}
+	lock, err := c.root.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return fmt.Errorf("lock the hydration cache: %w", err)
+	}
+	c.lock = lock
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = ErrInUse
+		}
+		return errors.Join(fmt.Errorf("lock the hydration cache %s: %w", dir, err), lock.Close())
+	}
+	_, err = lock.WriteAt([]byte(cacheMark), 0)
+	if err == nil {
+		err = c.scan()
+	}
+	if err != nil {
+		return errors.Join(err, lock.Close())
+	}
+	if c.opt.Limit == 0 && c.opt.FreeShare > 0 {
+		var st unix.Statfs_t
+		if err := unix.Statfs(dir, &st); err != nil {
+			return errors.Join(fmt.Errorf("ask for the free space of the hydration cache: %w", err), lock.Close())
+		}
+		free := float64(st.Bavail)*float64(st.Bsize) + float64(c.used.Load())
+		c.opt.Limit = max(int64(free*c.opt.FreeShare), 1)
+	}
+	return nil
+}
+
 // lockFile is in the directory of each cache, and begins with cacheMark.
 const (
 	lockFile  = "lock"
-	cacheMark = "Varve keeps local copies here, and deletes them when they are not wanted any more.\n"
+	cacheMark = "Varve keeps local copies here and deletes them when unused.\n"
 )
 
-// checkOwn refuses a directory that something else is in, such as overlays, or a
-// home: what looks like copies there is not ours to delete.
-func checkOwn(dir string) error {
-	entries, err := os.ReadDir(dir)
+// checkOwn refuses a directory with other content, such as overlays or a home: what looks
+// like copies there must not be deleted.
+func checkOwn(dir *os.Root) error {
+	entries, err := fs.ReadDir(dir.FS(), ".")
 	if err != nil {
 		return fmt.Errorf("list the hydration cache: %w", err)
 	}
@@ -151,7 +165,7 @@ func checkOwn(dir string) error {
 			others++
 		}
 	}
-	mark, err := os.ReadFile(filepath.Join(dir, lockFile))
+	mark, err := dir.ReadFile(lockFile)
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && others == 0:
 		return nil
@@ -165,9 +179,9 @@ func checkOwn(dir string) error {
 	return ErrNotACache
 }
 
-// isMap reports whether a file begins as the map of a copy does.
-func isMap(path string) bool {
-	f, err := os.Open(path)
+// isMap reports whether a file begins like the map of a copy.
+func (c *Cache) isMap(path string) bool {
+	f, err := c.root.Open(path)
 	if err != nil {
 		return false
 	}
@@ -177,11 +191,11 @@ func isMap(path string) bool {
 	return err == nil && string(b) == mapMagic
 }
 
-// removeCopy removes the files of a copy, and its directory if that was all.
-func removeCopy(dir string) error {
+// removeCopy removes the files of a copy, and its directory if it is empty then.
+func (c *Cache) removeCopy(name string) error {
 	var errs []error
-	for _, path := range []string{filepath.Join(dir, "data"), filepath.Join(dir, "map"), dir} {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	for _, path := range []string{filepath.Join(name, "data"), filepath.Join(name, "map"), name} {
+		if err := c.root.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
 	}
@@ -190,20 +204,20 @@ func removeCopy(dir string) error {
 
 // scan finds the copies that an earlier process left.
 func (c *Cache) scan() error {
-	entries, err := os.ReadDir(c.opt.Dir)
+	entries, err := fs.ReadDir(c.root.FS(), ".")
 	if err != nil {
 		return fmt.Errorf("list the hydration cache: %w", err)
 	}
 	for _, e := range entries {
-		st, err := os.Stat(filepath.Join(c.opt.Dir, e.Name(), "data"))
+		st, err := c.root.Stat(filepath.Join(e.Name(), "data"))
 		if !e.IsDir() || errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
 			return fmt.Errorf("list the hydration cache: %w", err)
 		}
-		if !st.Mode().IsRegular() || !isMap(filepath.Join(c.opt.Dir, e.Name(), "map")) {
-			continue // somebody put it here
+		if !st.Mode().IsRegular() || !c.isMap(filepath.Join(e.Name(), "map")) {
+			continue // another program put it here
 		}
 		n := int64(0)
 		if sys, ok := st.Sys().(*syscall.Stat_t); ok {
@@ -215,7 +229,7 @@ func (c *Cache) scan() error {
 	return nil
 }
 
-// dirName is the name of an image's directory.
+// dirName returns the name of an image's directory.
 func dirName(id string) (string, error) {
 	name := url.PathEscape(id)
 	if name == "" || len(name) > maxID || strings.HasPrefix(name, ".") || name == lockFile {
@@ -224,8 +238,8 @@ func dirName(id string) (string, error) {
 	return name, nil
 }
 
-// Retain removes the copies of images that are not wanted any more. Those that
-// are open stay until they are closed.
+// Retain removes the copies of images that are no longer wanted. Open ones stay until they
+// are closed.
 func (c *Cache) Retain(wanted func(id string) bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -238,7 +252,7 @@ func (c *Cache) Retain(wanted func(id string) bool) {
 
 // removeLocked removes an idle copy.
 func (c *Cache) removeLocked(name string) {
-	if err := removeCopy(filepath.Join(c.opt.Dir, name)); err != nil {
+	if err := c.removeCopy(name); err != nil {
 		c.log.Warn("cannot remove a copy from the hydration cache", "id", name, "err", err)
 	}
 	c.used.Add(-c.idle[name].bytes)
@@ -246,13 +260,13 @@ func (c *Cache) removeLocked(name string) {
 	c.roomAgain()
 }
 
-// roomAgain notes that space became free.
+// roomAgain records that space became free.
 func (c *Cache) roomAgain() {
 	c.noSpace.Store(false)
 	c.told.Store(false)
 }
 
-// reserve takes space for n bytes, if need be that of idle copies.
+// reserve takes space for n bytes, if necessary from idle copies.
 func (c *Cache) reserve(n int64) bool {
 	for !c.noSpace.Load() {
 		used := c.used.Load()
@@ -270,7 +284,7 @@ func (c *Cache) reserve(n int64) bool {
 	return false
 }
 
-// evict removes the idle copy that was longest unused.
+// evict removes the least recently used idle copy.
 func (c *Cache) evict() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -287,7 +301,7 @@ func (c *Cache) evict() bool {
 	return true
 }
 
-// outOfSpace answers a full file system.
+// outOfSpace handles a full file system.
 func (c *Cache) outOfSpace(err error) {
 	if c.evict() {
 		return
@@ -303,7 +317,7 @@ func (c *Cache) tell(text string, args ...any) {
 	}
 }
 
-// full tells whether there is no room for a unit.
+// full reports whether there is no room for a unit.
 func (c *Cache) full(n int64) bool {
 	return c.noSpace.Load() || c.opt.Limit > 0 && c.used.Load()+n > c.opt.Limit && c.told.Load()
 }
@@ -312,13 +326,13 @@ func (c *Cache) full(n int64) bool {
 type Stats struct {
 	Bytes    int64 // of data that copies hold now
 	Limit    int64 // of Bytes; 0 for none
-	Filled   int64 // bytes of images that arrived since the start, zeroes included
-	Read     int64 // bytes that were read from copies
+	Filled   int64 // bytes of images fetched since the start
+	Read     int64 // bytes read from copies
 	Open     int   // copies in use
-	Complete int   // of them, those that hold their whole image
+	Complete int   // complete copies in use
 }
 
-// Stats returns the counters as they are now.
+// Stats returns the current counters.
 func (c *Cache) Stats() Stats {
 	st := Stats{Bytes: c.used.Load(), Limit: c.opt.Limit, Filled: c.filled.Load(), Read: c.read.Load()}
 	c.mu.Lock()
@@ -332,8 +346,8 @@ func (c *Cache) Stats() Stats {
 	return st
 }
 
-// Close ends the workers. All disks are closed before. The directory goes if
-// nothing is kept and nothing else is in it.
+// Close ends the workers. Close all disks before. The directory is removed if nothing is kept
+// and it is empty.
 func (c *Cache) Close() error {
 	c.cancel()
 	c.workers.Wait()
@@ -344,8 +358,8 @@ func (c *Cache) Close() error {
 			c.removeLocked(name)
 		}
 		c.mu.Unlock()
-		err = os.Remove(filepath.Join(c.opt.Dir, lockFile))
-		_ = os.Remove(c.opt.Dir) // perhaps it was somebody's before, with more in it
+		err = c.root.Remove(lockFile)
+		_ = os.Remove(c.opt.Dir) // fails if it has other content
 	}
-	return errors.Join(err, c.lock.Close())
+	return errors.Join(err, c.lock.Close(), c.root.Close())
 }

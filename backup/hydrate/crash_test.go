@@ -13,9 +13,11 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/varve-io/varve/internal/mounttest"
 )
 
-// TestMain also is the process that TestKill kills.
+// TestMain is also the process that TestKill kills.
 func TestMain(m *testing.M) {
 	if dir := os.Getenv("HYDRATE_TEST_CHILD"); dir != "" {
 		fmt.Fprintln(os.Stderr, child(dir))
@@ -26,7 +28,7 @@ func TestMain(m *testing.M) {
 
 const childSize = 300*unit + 99
 
-// child hydrates with a sync after every few units, and says so on stdout.
+// child hydrates with a sync after every few units, and prints each on stdout.
 func child(dir string) error {
 	c, err := New(Options{Dir: dir, Keep: true})
 	if err != nil {
@@ -47,8 +49,8 @@ func child(dir string) error {
 	return errors.New("nobody killed the process")
 }
 
-// A process that is killed while it hydrates leaves a copy that goes on: what
-// it synced is there, and all bytes are right.
+// A process killed during hydration leaves a copy that can be continued: what it synced is
+// there, and all bytes are right.
 func TestKill(t *testing.T) {
 	self, err := os.Executable()
 	if err != nil {
@@ -107,8 +109,7 @@ func kept(t *testing.T, src *memory) string {
 	return dir
 }
 
-// However much of the map reached the disk, and whatever it says, reads are
-// right.
+// Whatever part of the map reached the disk, with any content, reads are right.
 func TestTornMap(t *testing.T) {
 	src := newImage(12 * unit)
 	dir := kept(t, src)
@@ -141,7 +142,7 @@ func TestTornMap(t *testing.T) {
 	}
 }
 
-// Bytes that are not what was written are noticed, and read again.
+// Bytes that differ from what was written are detected, and read again.
 func TestDamagedData(t *testing.T) {
 	src := newImage(12 * unit)
 	for _, damage := range []func(f *os.File) error{
@@ -172,8 +173,7 @@ func TestDamagedData(t *testing.T) {
 	}
 }
 
-// Data is synced before the map tells of it; a copy whose sync failed is not
-// used any more.
+// Data is synced before the map lists it; a copy whose sync failed is not used any more.
 func TestSyncOrderAndFailure(t *testing.T) {
 	src := newImage(12 * unit)
 	dir := filepath.Join(t.TempDir(), "cache")
@@ -214,11 +214,7 @@ func TestFileSystemFull(t *testing.T) {
 	if err := unix.Mount("none", mnt, "tmpfs", 0, "size=256k"); err != nil {
 		t.Skipf("a full file system needs a mount, and that root: %v", err)
 	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(mnt, 0); err != nil {
-			t.Error(err)
-		}
-	})
+	t.Cleanup(func() { mounttest.Unmount(t, mnt) })
 	src := newImage(60 * unit)
 	c, log := openCache(t, Options{Dir: filepath.Join(mnt, "cache"), Keep: true})
 	t.Cleanup(func() { _ = c.Close() })
@@ -231,7 +227,7 @@ func TestFileSystemFull(t *testing.T) {
 		t.Errorf("%d lines, %d bytes held", n, d.held.Load())
 	}
 	closed(t, d)
-	// What is there stays of use.
+	// What was stored is still used.
 	d = c.mustOpen(t, src, "id")
 	same(t, d, src.data)
 	closed(t, d)

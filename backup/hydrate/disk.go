@@ -1,17 +1,13 @@
 package hydrate
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"hash/crc32"
-	"io"
 	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -21,8 +17,7 @@ const (
 	defaultUnit = 1 << 20
 	minUnit     = 4 << 10
 	maxUnit     = 64 << 20
-	// syncEvery is how many bytes arrive before they are made durable: what a
-	// crash may cost.
+	// syncEvery is how many bytes are fetched between two syncs: a crash may lose this much.
 	syncEvery = 128 << 20
 )
 
@@ -31,7 +26,7 @@ type Disk struct {
 	cache *Cache
 	src   Source
 	head  header
-	name  string // of its directory
+	name  string // of the directory
 	data  *os.File
 	fd    int
 	log   *mapLog
@@ -39,7 +34,7 @@ type Disk struct {
 	states states
 	sums   []uint32     // of units that an earlier process wrote; nil if none
 	held   atomic.Int64 // bytes of data
-	known  atomic.Int64 // bytes that need no image: data and zeroes
+	known  atomic.Int64 // bytes that need not be read from the image: data and zeroes
 	broken atomic.Bool  // the copy is not used any more
 	noWait atomic.Bool  // the file system cannot read without waiting
 
@@ -53,16 +48,15 @@ type Disk struct {
 	syncData func() error // a field so that tests can make it fail
 
 	begin  sync.Once
-	ctx    context.Context //nolint:containedctx // ends the disk's hydration, which outlives the call that starts it
+	ctx    context.Context // of the disk's hydration, which outlives the call that starts it
 	cancel context.CancelFunc
 	tasks  sync.WaitGroup
-	errors atomic.Int64 // reads of the background that failed in a row
+	errors atomic.Int64 // consecutive failed background reads
 }
 
-// Open opens the copy of an image, or starts one. id identifies the image's
-// content, such as a recovery point's ID: one to 200 bytes. unit is a power of
-// two from 4 KiB to 64 MiB, best the image's block size; 0 for 1 MiB. A copy
-// of another size or unit is started afresh.
+// Open opens the copy of an image, or starts one. id identifies the image's content, such as
+// a recovery point's ID: 1 to 200 bytes. unit is a power of two from 4 KiB to 64 MiB, best
+// the image's block size; 0 for 1 MiB. A copy of another size or unit is discarded.
 func (c *Cache) Open(src Source, id string, unit int64) (*Disk, error) {
 	name, err := dirName(id)
 	if err != nil {
@@ -88,7 +82,7 @@ func (c *Cache) Open(src Source, id string, unit int64) (*Disk, error) {
 	if c.open[name] != nil {
 		return nil, fmt.Errorf("hydrate %s: %w", id, ErrInUse)
 	}
-	if err := d.openFiles(filepath.Join(c.opt.Dir, name)); err != nil {
+	if err := d.openFiles(); err != nil {
 		return nil, fmt.Errorf("hydration cache: %w", err)
 	}
 	c.used.Add(d.held.Load() - c.idle[name].bytes)
@@ -97,17 +91,22 @@ func (c *Cache) Open(src Source, id string, unit int64) (*Disk, error) {
 	return d, nil
 }
 
-func (d *Disk) openFiles(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+func (d *Disk) openFiles() error {
+	if err := d.cache.root.MkdirAll(d.name, 0o700); err != nil {
 		return err
 	}
-	data, err := os.OpenFile(filepath.Join(dir, "data"), os.O_RDWR|os.O_CREATE, 0o600)
+	dir, err := d.cache.root.OpenRoot(d.name)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	data, err := dir.OpenFile("data", os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
 	}
 	d.data, d.fd = data, int(data.Fd())
 	var fresh bool
-	if d.log, fresh, err = openMap(filepath.Join(dir, "map"), d.head, d.apply); err != nil {
+	if d.log, fresh, err = openMap(dir, d.head, d.apply); err != nil {
 		return errors.Join(err, data.Close())
 	}
 	if fresh {
@@ -122,7 +121,7 @@ func (d *Disk) openFiles(dir string) error {
 	return nil
 }
 
-// apply takes over what the map tells. Nobody reads yet.
+// apply applies a record of the map. There is no reader yet.
 func (d *Disk) apply(r record) {
 	for u := r.unit; u < r.unit+int64(r.count); u++ {
 		n := d.length(u)
@@ -147,24 +146,24 @@ func (d *Disk) apply(r record) {
 	}
 }
 
-// length is that of a unit; the last may be shorter.
+// length returns the length of a unit; the last may be shorter.
 func (d *Disk) length(u int64) int64 { return min(d.head.unit, d.head.size-u*d.head.unit) }
 
-// Size is the image's length in bytes.
+// Size returns the image's size in bytes.
 func (d *Disk) Size() int64 { return d.head.size }
 
-// Known is how many bytes of the image need not be read from it any more.
+// Known returns how many bytes of the image need not be read from it any more.
 func (d *Disk) Known() int64 { return d.known.Load() }
 
-// Complete tells whether the whole image is here.
+// Complete reports whether the copy is complete.
 func (d *Disk) Complete() bool { return !d.broken.Load() && d.known.Load() == d.head.size }
 
-// Extents tells the image's own runs.
+// Extents reports the image's own runs.
 func (d *Disk) Extents(ctx context.Context, off, length int64, yield func(length int64, hole, zero bool) bool) error {
 	return d.src.Extents(ctx, off, length, yield)
 }
 
-// Has tells whether a range, within Size, need not be read from the image.
+// Has reports whether a range, within Size, need not be read from the image.
 func (d *Disk) Has(off, length int64) bool {
 	if d.broken.Load() {
 		return false
@@ -205,8 +204,8 @@ func (d *Disk) ReadNow(p []byte, off int64) bool {
 	return true
 }
 
-// Run tells whether what is at off, within Size, is known to be zero, and for
-// how many of the next n bytes the answer is the same.
+// Run reports whether the bytes at off, within Size, are known to be zero, and for how many
+// of the next n bytes the answer is the same.
 func (d *Disk) Run(off, n int64) (zero bool, length int64) {
 	s, length := d.run(off, n)
 	return s == isZero, length
@@ -222,230 +221,12 @@ func (d *Disk) run(off, n int64) (state, int64) {
 	return s, min(n, end-off)
 }
 
-// ReadAt fills p from off, both within Size: from the copy what is there, and
-// from the image what is not, which is kept then.
-func (d *Disk) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
-	if off < 0 || off > d.head.size || int64(len(p)) > d.head.size-off {
-		return 0, fmt.Errorf("range %d+%d of an image of %d bytes: %w", off, len(p), d.head.size, syscall.EINVAL)
-	}
-	done := 0
-	for done < len(p) {
-		if d.broken.Load() {
-			n, err := d.foreground(ctx, p[done:], off+int64(done))
-			return done + n, err
-		}
-		at := off + int64(done)
-		s, n := d.run(at, int64(len(p)-done))
-		part := p[done : done+int(n)]
-		switch s {
-		case isZero:
-			clear(part)
-		case present:
-			if _, err := d.data.ReadAt(part, at); err != nil {
-				d.abandon("read", err)
-				continue
-			}
-			d.cache.read.Add(n)
-		case unverified:
-			d.verify(at / d.head.unit)
-			continue
-		case absent:
-			k, err := d.fetch(ctx, part, at)
-			done += k
-			if err != nil {
-				return done, err
-			}
-			continue
-		}
-		done += int(n)
-	}
-	return done, nil
-}
-
-// foreground reads from the image for somebody who waits: hydration pauses.
-func (d *Disk) foreground(ctx context.Context, p []byte, off int64) (int, error) {
-	d.cache.gate.enter()
-	defer d.cache.gate.leave()
-	n, err := d.src.ReadAt(ctx, p, off)
-	if err == nil && n < len(p) {
-		err = io.ErrUnexpectedEOF
-	}
-	return n, err
-}
-
-// fetch reads the first bytes of p from the image, whole units where there are
-// some, and keeps them. It returns how many.
-func (d *Disk) fetch(ctx context.Context, p []byte, off int64) (int, error) {
-	unit := d.head.unit
-	u := off / unit
-	whole := int64(len(p)) / unit * unit
-	if off+int64(len(p)) == d.head.size {
-		whole = int64(len(p))
-	}
-	if off%unit == 0 && whole > 0 {
-		n, err := d.foreground(ctx, p[:whole], off)
-		if err != nil {
-			return n, err
-		}
-		for at := int64(0); at < whole; at += unit {
-			d.keep(off/unit+at/unit, p[at:min(at+unit, whole)])
-		}
-		return n, nil
-	}
-	b := d.buffers.Get().(*[]byte)
-	defer d.buffers.Put(b)
-	all := (*b)[:d.length(u)]
-	part := p[:min(int64(len(p)), (u+1)*unit-off)]
-	if _, err := d.foreground(ctx, all, u*unit); err != nil {
-		// What fails may lie beside what was asked for.
-		return d.foreground(ctx, part, off)
-	}
-	d.keep(u, all)
-	return copy(part, all[off-u*unit:]), nil
-}
-
-// zeroes is compared with.
-var zeroes [64 << 10]byte
-
-func allZero(b []byte) bool {
-	for len(b) > len(zeroes) {
-		if !bytes.Equal(b[:len(zeroes)], zeroes[:]) {
-			return false
-		}
-		b = b[len(zeroes):]
-	}
-	return bytes.Equal(b, zeroes[:len(b)])
-}
-
-// keep adds a unit to the copy, if there is room.
-func (d *Disk) keep(u int64, b []byte) {
-	if d.states.get(u) != absent || d.broken.Load() {
-		return
-	}
-	if allZero(b) {
-		d.keepZero(u, u+1)
-		return
-	}
-	n := int64(len(b))
-	if !d.cache.reserve(n) {
-		return
-	}
-	_, err := d.data.WriteAt(b, u*d.head.unit)
-	if err != nil || !d.states.swap(u, absent, present) {
-		d.cache.used.Add(-n)
-		switch {
-		case err == nil: // somebody else was first, with the same bytes
-		case errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EFBIG):
-			d.cache.outOfSpace(err)
-		default:
-			d.abandon("write", err)
-		}
-		return
-	}
-	d.held.Add(n)
-	d.note(record{unit: u, count: 1, kind: kindData, sum: crc32.Checksum(b, castagnoli)}, n)
-}
-
-// keepZero notes that the units [from, to) are zero.
-func (d *Disk) keepZero(from, to int64) {
-	for u := from; u < to; u++ {
-		if d.states.swap(u, absent, isZero) {
-			d.note(record{unit: u, count: 1, kind: kindZero}, d.length(u))
-		}
-	}
-}
-
-// note remembers a unit for the map.
-func (d *Disk) note(r record, n int64) {
-	d.known.Add(n)
-	d.cache.filled.Add(n)
-	d.mu.Lock()
-	last := len(d.pending) - 1
-	if r.kind == kindZero && last >= 0 && d.pending[last].kind == kindZero &&
-		d.pending[last].unit+int64(d.pending[last].count) == r.unit && d.pending[last].count < 1<<32-1 {
-		d.pending[last].count++
-	} else {
-		d.pending = append(d.pending, r)
-	}
-	due := false
-	if r.kind == kindData {
-		if d.unsynced += n; d.unsynced >= syncEvery {
-			due, d.unsynced = true, 0
-		}
-	}
-	d.mu.Unlock()
-	if due && d.ctx.Err() == nil {
-		d.tasks.Go(d.sync)
-	}
-}
-
-// sync makes what arrived durable: first the data, then the map.
-func (d *Disk) sync() {
-	d.syncing.Lock()
-	defer d.syncing.Unlock()
-	d.mu.Lock()
-	pending := d.pending
-	d.pending, d.unsynced = nil, 0
-	d.mu.Unlock()
-	if len(pending) == 0 || d.broken.Load() {
-		return
-	}
-	if err := d.syncData(); err != nil {
-		// What the kernel holds is unknown from now on.
-		d.abandon("sync", err)
-		return
-	}
-	end := d.log.end
-	err := d.log.append(pending)
-	switch {
-	case err == nil:
-	case errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT):
-		d.log.end = end
-		d.mu.Lock()
-		d.pending = append(pending, d.pending...) // room may come
-		d.mu.Unlock()
-		d.cache.outOfSpace(err)
-	default:
-		d.abandon("write the map of", err)
-	}
-}
-
-// verify compares a unit that an earlier process wrote with its checksum.
-func (d *Disk) verify(u int64) {
-	b := d.buffers.Get().(*[]byte)
-	defer d.buffers.Put(b)
-	all := (*b)[:d.length(u)]
-	if _, err := d.data.ReadAt(all, u*d.head.unit); err != nil {
-		d.abandon("read", err)
-		return
-	}
-	if crc32.Checksum(all, castagnoli) == d.sums[u] {
-		d.states.swap(u, unverified, present)
-		return
-	}
-	if d.states.swap(u, unverified, absent) {
-		n := int64(len(all))
-		d.known.Add(-n)
-		d.held.Add(-n)
-		d.cache.used.Add(-n)
-		d.cache.log.Warn("a block of the hydration cache is damaged; it is read from the repository again",
-			"id", d.head.id, "offset", u*d.head.unit)
-	}
-}
-
-// abandon stops using the copy: everything is read from the image.
-func (d *Disk) abandon(what string, err error) {
-	if !d.broken.Swap(true) {
-		d.cancel() // hydration has nowhere to put anything
-		d.cache.log.Error("cannot "+what+" a copy in the hydration cache; its disk is read from the repository from now on",
-			"directory", filepath.Join(d.cache.opt.Dir, d.name), "err", err)
-	}
-}
-
-// Close ends hydration and the use of the copy, which stays if the cache keeps
-// copies and it is sound.
+// Close ends hydration and closes the copy, which is kept if the cache keeps copies and it is
+// intact.
 func (d *Disk) Close() error {
+	d.mu.Lock()
 	d.cancel()
+	d.mu.Unlock()
 	d.tasks.Wait()
 	c := d.cache
 	keep := c.opt.Keep
@@ -454,10 +235,9 @@ func (d *Disk) Close() error {
 	}
 	keep = keep && !d.broken.Load()
 	err := errors.Join(d.log.close(), d.data.Close())
-	dir := filepath.Join(c.opt.Dir, d.name)
 	if keep {
 		now := time.Now()
-		_ = os.Chtimes(filepath.Join(dir, "data"), now, now) // the order of eviction, no more
+		_ = c.root.Chtimes(filepath.Join(d.name, "data"), now, now) // only for the order of eviction
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -468,5 +248,5 @@ func (d *Disk) Close() error {
 	}
 	c.used.Add(-d.held.Load())
 	c.roomAgain()
-	return errors.Join(err, removeCopy(dir))
+	return errors.Join(err, c.removeCopy(d.name))
 }

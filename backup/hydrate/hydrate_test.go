@@ -8,18 +8,19 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/varve-io/varve/internal/zero"
 )
 
 const unit = 16 << 10
 
-// memory is an image in memory that counts what is read of it. Of each four
-// units two are a hole, and holes begin and end within units, too.
+// memory is an image in memory that counts its reads. Two of four units are a hole, and holes
+// also begin and end within units.
 type memory struct {
 	data  []byte
 	reads atomic.Int64 // bytes
@@ -57,11 +58,11 @@ func (m *memory) ReadOnce(ctx context.Context, p []byte, off int64) error {
 	return err
 }
 
-// Extents tells runs of 512 bytes, so that runs end anywhere.
+// Extents reports runs of 512 bytes, so that runs end anywhere.
 func (m *memory) Extents(_ context.Context, off, length int64, yield func(int64, bool, bool) bool) error {
 	for end := off + length; off < end; {
 		next := min(off+5*512, m.Size())
-		zero := allZero(m.data[off:next])
+		zero := zero.Only(m.data[off:next])
 		if !yield(next-off, zero, zero) {
 			return nil
 		}
@@ -119,7 +120,7 @@ func closed(t *testing.T, d *Disk) {
 	}
 }
 
-// until waits for a condition that another goroutine brings about.
+// until waits for a condition that another goroutine fulfils.
 func until(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	tick := time.NewTicker(time.Millisecond)
@@ -144,8 +145,8 @@ func same(t *testing.T, d *Disk, want []byte) {
 	}
 }
 
-// Whatever was read before, hydrated, kept, or is going on at the moment, reads
-// give the image's bytes.
+// Reads return the image's bytes whatever was read before, was hydrated or kept, or is in
+// progress.
 func TestModel(t *testing.T) {
 	for _, size := range []int{0, 100, unit, 40*unit + 777} {
 		src := newImage(size)
@@ -188,15 +189,15 @@ func TestModel(t *testing.T) {
 	}
 }
 
-// The whole image arrives, holes take no space, and what arrived is not read
-// from the image again, not even by another process.
+// The whole image is fetched, holes take no space, and what was fetched is not read from the
+// image again, even by another process.
 func TestHydratesAndResumes(t *testing.T) {
 	src := newImage(50*unit + 512)
 	dir := filepath.Join(t.TempDir(), "cache")
 	c, log := openCache(t, Options{Dir: dir, Keep: true})
 	d := c.mustOpen(t, src, "id")
 	d.Start()
-	d.Start() // twice does no harm
+	d.Start() // twice is harmless
 	until(t, "the image is here", func() bool { return log.count("an image is here as a whole") == 1 })
 	if st := c.Stats(); st.Open != 1 || st.Complete != 1 || st.Filled != src.Size() || st.Bytes >= src.Size()*9/10 {
 		t.Errorf("hydrated %+v of %d", st, src.Size())
@@ -264,7 +265,7 @@ func TestReadersGoFirst(t *testing.T) {
 		t.Fatal(err)
 	}
 	until(t, "the image is here", d.Complete)
-	// Closing does not wait for a reader that never ends.
+	// Close does not wait for a reader that never ends.
 	c.gate.enter()
 	defer c.gate.leave()
 	other := c.mustOpen(t, newImage(60*unit), "other")
@@ -274,194 +275,8 @@ func TestReadersGoFirst(t *testing.T) {
 	closed(t, d)
 }
 
-// At the limit copies that nobody uses make room; then nothing more is kept,
-// one line says so, and all is read.
-func TestLimit(t *testing.T) {
-	a, b := newImage(30*unit), newImage(30*unit)
-	need := int64(20 * unit)
-	c, log := openCache(t, Options{Keep: true, Limit: need * 3 / 2})
-	first := c.mustOpen(t, a, "a")
-	same(t, first, a.data)
-	held := first.held.Load()
-	second := c.mustOpen(t, b, "b")
-	second.Start()
-	same(t, second, b.data)
-	until(t, "the limit is told", func() bool { return log.count("reached its limit") == 1 })
-	if st := c.Stats(); st.Bytes > st.Limit || first.held.Load() != held || second.Complete() {
-		t.Errorf("%+v", st)
-	}
-	closed(t, first)
-	c.Retain(func(id string) bool { return id != "x" })
-	third := c.mustOpen(t, newImage(5*unit), "c")
-	same(t, second, b.data) // takes the space of a
-	if !second.Complete() {
-		t.Errorf("%d of %d bytes, although a copy could go: %+v", second.Known(), b.Size(), c.Stats())
-	}
-	if _, err := os.Stat(filepath.Join(c.opt.Dir, "a")); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("the copy that went: %v", err)
-	}
-	closed(t, second)
-	closed(t, third)
-	c.Retain(func(id string) bool { return id == "c" })
-	if _, err := os.Stat(filepath.Join(c.opt.Dir, "b")); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("a copy of an image that is gone: %v", err)
-	}
-	if st := c.Stats(); st.Bytes != third.held.Load() {
-		t.Errorf("%+v, not %d", st, third.held.Load())
-	}
-}
-
-// Kept copies outlive a restart whose limit is a part of the free space; of those that
-// a smaller limit has no room for, the longest unused go.
-func TestLimitAtStart(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "cache")
-	src := newImage(20 * unit)
-	old := time.Now().Add(-time.Hour)
-	for _, id := range []string{"old", "new"} {
-		c, _ := openCache(t, Options{Dir: dir, Keep: true, FreeShare: 0.9})
-		d := c.mustOpen(t, src, id)
-		same(t, d, src.data)
-		closed(t, d)
-		if err := errors.Join(c.Close(), os.Chtimes(filepath.Join(dir, "old", "data"), old, old)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	there := func() (ids []string) {
-		for _, id := range []string{"old", "new"} {
-			if _, err := os.Stat(filepath.Join(dir, id, "data")); err == nil {
-				ids = append(ids, id)
-			}
-		}
-		return ids
-	}
-	c, _ := openCache(t, Options{Dir: dir, Keep: true, FreeShare: 0.9})
-	if got := there(); len(got) != 2 {
-		t.Errorf("after a restart there are copies of %v", got)
-	}
-	taken := c.Stats().Bytes
-	if err := c.Close(); err != nil {
-		t.Fatal(err)
-	}
-	openCache(t, Options{Dir: dir, Keep: true, Limit: taken * 3 / 4})
-	if got := there(); !slices.Equal(got, []string{"new"}) {
-		t.Errorf("under a smaller limit there are copies of %v", got)
-	}
-}
-
-// TestStrangersDirectory gives the cache directories with what is not its own. There,
-// a directory with "data" in it was taken for a copy that nobody wants any more.
-func TestStrangersDirectory(t *testing.T) {
-	for name, files := range map[string][]string{
-		"a database":      {"postgres/data/base"},
-		"another program": {"app/data"},
-		"kept overlays":   {"3415afa916a7719a2ac2afb31ba6698a/data", "3415afa916a7719a2ac2afb31ba6698a/map"},
-		"its lock":        {"lock", "app/data"},
-		"a file":          {"notes"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			dir := t.TempDir()
-			for _, f := range files {
-				path := filepath.Join(dir, f)
-				if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, []byte("precious"), 0o600)); err != nil {
-					t.Fatal(err)
-				}
-			}
-			c, err := New(Options{Dir: dir})
-			if !errors.Is(err, ErrNotACache) {
-				t.Errorf("opened: %v", err)
-			}
-			if err == nil {
-				c.Retain(func(string) bool { return false })
-				if err := c.Close(); err != nil {
-					t.Error(err)
-				}
-			}
-			for _, f := range files {
-				if b, err := os.ReadFile(filepath.Join(dir, f)); err != nil || string(b) != "precious" {
-					t.Errorf("%s: %q, %v", f, b, err)
-				}
-			}
-		})
-	}
-	dir := t.TempDir()
-	if err := os.Mkdir(filepath.Join(dir, "lost+found"), 0o700); err != nil { // a disk of its own
-		t.Fatal(err)
-	}
-	c, err := New(Options{Dir: dir, Keep: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "later", "data"), 0o700), os.Mkdir(filepath.Join(dir, "overlay"), 0o700), c.Close()); err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"data", "map"} {
-		if err := os.WriteFile(filepath.Join(dir, "overlay", name), []byte("precious"), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if c, err = New(Options{Dir: dir}); err != nil { // its own, and something moved in since
-		t.Fatal(err)
-	}
-	c.Retain(func(string) bool { return false })
-	if err := c.Close(); err != nil {
-		t.Error(err)
-	}
-	for _, path := range []string{"later/data", "overlay/data", "overlay/map"} {
-		if _, err := os.Stat(filepath.Join(dir, path)); err != nil {
-			t.Error(err)
-		}
-	}
-}
-
-// A copy belongs to one image of one size and unit.
-func TestBoundToImage(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "cache")
-	a := newImage(10 * unit)
-	c, _ := openCache(t, Options{Dir: dir, Keep: true})
-	d := c.mustOpen(t, a, "a")
-	same(t, d, a.data)
-	if _, err := c.Open(a, "a", unit); !errors.Is(err, ErrInUse) {
-		t.Errorf("opened twice: %v", err)
-	}
-	if _, err := New(Options{Dir: dir}); !errors.Is(err, ErrInUse) {
-		t.Errorf("two caches in a directory: %v", err)
-	}
-	closed(t, d)
-	for _, id := range []string{"", "..", "lock", strings.Repeat("x", 300)} {
-		if _, err := c.Open(a, id, unit); err == nil {
-			t.Errorf("identity %q is accepted", id)
-		}
-	}
-	for _, n := range []int64{-1, 100, 3 * unit, 1 << 40} {
-		if _, err := c.Open(a, "b", n); err == nil {
-			t.Errorf("a unit of %d is accepted", n)
-		}
-	}
-	// The same name, as after a size or a unit changed; or a stranger's files.
-	longer := newImage(11 * unit)
-	d = c.mustOpen(t, longer, "a")
-	if d.Known() != 0 {
-		t.Error("the copy of a shorter image is used")
-	}
-	same(t, d, longer.data)
-	closed(t, d)
-	if d, _ = c.Open(longer, "a", 2*unit); d.Known() != 0 {
-		t.Error("the copy in other units is used")
-	}
-	closed(t, d)
-	if err := os.Rename(filepath.Join(dir, "a"), filepath.Join(dir, "b%2Fc")); err != nil {
-		t.Fatal(err)
-	}
-	d = c.mustOpen(t, a, "b/c")
-	if d.Known() != 0 {
-		t.Error("the copy of another image is used")
-	}
-	same(t, d, a.data)
-	closed(t, d)
-}
-
-// What cannot be read from the image fails for who asks for it, and only for
-// them; hydration takes the rest, and tries again.
+// What cannot be read from the image fails only for readers of it; hydration fetches the
+// rest, and retries.
 func TestFailingImage(t *testing.T) {
 	src := newImage(40 * unit)
 	var broken atomic.Bool

@@ -21,8 +21,8 @@ import (
 //	        unit's bytes (data; the count is 1 then), 4 CRC-32C of the header's
 //	        and of the 20 bytes before
 //
-// Later records win. Reading stops at the first record that is not whole or not
-// of this header: it was being written when the end came.
+// Later records win. Reading stops at the first record that is incomplete or not of this
+// header: a crash interrupted its write.
 const (
 	mapMagic   = "VARVEHYD"
 	mapVersion = 1
@@ -72,7 +72,7 @@ func (r record) append(b []byte, seed uint32) []byte {
 	return binary.LittleEndian.AppendUint32(b, crc32.Update(seed, castagnoli, b[start:]))
 }
 
-// parseRecord reads a record; false for one that cannot be of this map.
+// parseRecord parses a record; false if it cannot belong to this map.
 func parseRecord(b []byte, seed uint32, units int64) (record, bool) {
 	if crc32.Update(seed, castagnoli, b[:20]) != binary.LittleEndian.Uint32(b[20:]) {
 		return record{}, false
@@ -91,8 +91,8 @@ func parseRecord(b []byte, seed uint32, units int64) (record, bool) {
 // errOther means that a map is of another image, or none at all.
 var errOther = errors.New("the map is of another image")
 
-// readMap reads a map, calls apply for each record and returns the length of
-// what was valid, header included.
+// readMap reads a map, calls apply for each record and returns the length of the valid part,
+// header included.
 func readMap(rd io.Reader, want header, apply func(record)) (int64, error) {
 	r := bufio.NewReaderSize(rd, 64<<10)
 	head := want.encode()
@@ -130,10 +130,10 @@ type mapLog struct {
 	end  int64
 }
 
-// openMap opens the map at path and reads it, or makes an empty one where
-// there is none of this image. fresh tells that it did.
-func openMap(path string, h header, apply func(record)) (l *mapLog, fresh bool, err error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+// openMap opens and reads the map in the directory of a copy, or makes an empty one if there
+// is none of this image; fresh reports which.
+func openMap(dir *os.Root, h header, apply func(record)) (l *mapLog, fresh bool, err error) {
+	f, err := dir.OpenFile("map", os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, false, fmt.Errorf("open the map: %w", err)
 	}
@@ -152,7 +152,7 @@ func openMap(path string, h header, apply func(record)) (l *mapLog, fresh bool, 
 		}
 	}
 	if err == nil {
-		err = f.Truncate(l.end) // what follows would be taken for records of a later run
+		err = f.Truncate(l.end) // the rest would look like records of a later run
 	}
 	if err == nil {
 		err = f.Sync()

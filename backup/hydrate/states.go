@@ -7,9 +7,9 @@ type state uint32
 
 const (
 	absent     state = iota // in the image only
-	unverified              // in data, as an earlier process wrote it
+	unverified              // in data, written by an earlier process
 	present                 // in data
-	isZero                  // nothing but zeroes; takes no space
+	isZero                  // only zeroes; takes no space
 )
 
 // states holds the state of each unit, two bits each.

@@ -20,17 +20,17 @@ const (
 	shardBytes = 32 << 20 // a shard holds several of the largest blocks
 	maxShards  = 64
 
-	// indexShare is the part of the cache that holds indexes: a stream of
-	// blocks must not push out what tells where blocks are.
+	// indexShare is the part of the cache for indexes: a stream of blocks must not push out
+	// the indexes that locate blocks.
 	indexShare = 8
 
 	entryOverhead = 160 // bytes of map, list and headers beside the payload
 )
 
-// Cache holds decoded blocks and indexes by object ID, so that recovery points
-// that share blocks share memory. It is bounded in bytes: least recently used
-// ones go first. It also owns the workers that read ahead for its images. One
-// cache serves images of one repository. Safe for concurrent use.
+// Cache holds decoded blocks and indexes by object ID, so that recovery points that share
+// blocks share memory. It is bounded in bytes: the least recently used are evicted. It also
+// owns the workers that read ahead for its images. One cache serves images of one repository.
+// Safe for concurrent use.
 type Cache struct {
 	seed    maphash.Seed
 	blocks  []*shard
@@ -46,13 +46,13 @@ type Cache struct {
 type CacheStats struct {
 	MaxBytes    int64 // the bound
 	Bytes       int64 // held now, overhead included
-	Hits        int64 // blocks that were there, or on their way
+	Hits        int64 // blocks found, or being read
 	Misses      int64 // blocks that had to be read
 	IndexMisses int64 // indexes that had to be read
 	Decoded     int64 // bytes of blocks read from the repository
 }
 
-// shard is a part of the cache with a lock of its own.
+// shard is a part of the cache with its own lock.
 type shard struct {
 	mu    sync.Mutex
 	lru   *simplelru.LRU[repository.ObjectID, entry]
@@ -75,13 +75,13 @@ func (e entry) cost() int64 {
 	return int64(cap(e.block)) + entryOverhead
 }
 
-// call is a read under way that later readers of the same object wait for.
+// call is a read in progress that later readers of the same object wait for.
 type call struct {
 	done chan struct{}
 	e    entry
 	err  error
-	// abandoned is set when the reader's own time was over: the others did not
-	// fail, one of them reads again.
+	// abandoned means that the reader's own time was over: the waiters have not failed, and
+	// one of them reads again.
 	abandoned bool
 }
 
@@ -91,9 +91,9 @@ func NewCache(maxBytes int64) *Cache {
 	return NewCacheWithWorkers(maxBytes, runtime.GOMAXPROCS(0))
 }
 
-// NewCacheWithWorkers returns a cache whose images read ahead with so many
-// workers. On a local repository decoding is the limit, so one a processor is
-// right; for an object store the latency is, and 16 or more help.
+// NewCacheWithWorkers returns a cache whose images read ahead with this many workers. On a
+// local repository decoding is the limit, so one per processor is right; for an object store
+// latency is, and 16 or more help.
 func NewCacheWithWorkers(maxBytes int64, workers int) *Cache {
 	maxBytes = max(maxBytes, 0)
 	c := &Cache{seed: maphash.MakeSeed(), max: maxBytes, ahead: newPool(max(workers, 1))}
@@ -121,7 +121,7 @@ func newShards(maxBytes int64) []*shard {
 // cache stay readable; call it before the repository is closed.
 func (c *Cache) Close() { c.ahead.close() }
 
-// Stats returns the counters as they are now.
+// Stats returns the current counters.
 func (c *Cache) Stats() CacheStats {
 	st := CacheStats{
 		MaxBytes: c.max,
@@ -169,7 +169,7 @@ func (c *Cache) block(ctx context.Context, oid repository.ObjectID, load func(co
 	return e.block, err
 }
 
-// lookup returns a block if it is there.
+// lookup returns a block if it is cached.
 func (c *Cache) lookup(oid repository.ObjectID) ([]byte, bool) {
 	s := c.pick(c.blocks, oid)
 	s.mu.Lock()
@@ -181,8 +181,8 @@ func (c *Cache) lookup(oid repository.ObjectID) ([]byte, bool) {
 	return e.block, ok
 }
 
-// peek returns a block if it is there, without keeping it there any longer:
-// for those that pass through the disk once.
+// peek returns a block if it is cached, without extending its stay: for readers that read the
+// disk once.
 func (c *Cache) peek(oid repository.ObjectID) ([]byte, bool) {
 	s := c.pick(c.blocks, oid)
 	s.mu.Lock()
@@ -200,9 +200,8 @@ func (c *Cache) pick(shards []*shard, oid repository.ObjectID) *shard {
 
 var errPanicked = errors.New("reading the object panicked")
 
-// get returns the entry of oid. Of those that miss together one reads, with
-// its own context, and the others wait; when the reader gives up, one of the
-// waiters reads instead. hits may be nil.
+// get returns the entry of oid. Of concurrent misses one reads, with its own context, and the
+// others wait; if the reader gives up, a waiter reads instead. hits may be nil.
 func (s *shard) get(ctx context.Context, oid repository.ObjectID, hits *atomic.Int64, load func(context.Context) (entry, error)) (entry, error) {
 	for {
 		s.mu.Lock()

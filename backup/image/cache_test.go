@@ -47,7 +47,7 @@ func TestCacheStaysInBounds(t *testing.T) {
 		if limit == 80*mib && st.Misses > 400 {
 			t.Errorf("%d misses of 400 blocks that all fit", st.Misses)
 		}
-		for _, s := range append(c.blocks, c.indexes...) { // the account is true
+		for _, s := range append(c.blocks, c.indexes...) { // the sizes are right
 			var sum int64
 			for _, e := range s.lru.Values() {
 				sum += e.cost()
@@ -59,7 +59,7 @@ func TestCacheStaysInBounds(t *testing.T) {
 	}
 }
 
-// TestSingleFlight has many readers miss together.
+// TestSingleFlight: many readers miss together.
 func TestSingleFlight(t *testing.T) {
 	c := newCache(t, mib)
 	release := make(chan struct{})
@@ -115,7 +115,7 @@ func TestLeaderGivesUp(t *testing.T) {
 			results <- err
 		}()
 	}
-	// A waiter of its own that gives up alone.
+	// A separate waiter that gives up alone.
 	gone, stop := context.WithCancel(t.Context())
 	stop()
 	if _, err := c.block(gone, oid, nil); !errors.Is(err, context.Canceled) {
@@ -177,8 +177,8 @@ func TestPointsShareBlocks(t *testing.T) {
 	}
 }
 
-// TestReadAhead reads sequentially and expects blocks to come before they are
-// asked for; random reads must not cause any.
+// TestReadAhead reads sequentially and expects blocks to be read before they are requested;
+// random reads must not cause that.
 func TestReadAhead(t *testing.T) {
 	var s blocktreetest.Store
 	d := blocktreetest.NewDisk(48*mib, 64*kib)
@@ -240,8 +240,8 @@ func (p *pool) idle() {
 	p.mu.Unlock()
 }
 
-// TestReadersComeFirst holds all processors' worth of readers up and checks
-// that read-ahead waits for them.
+// TestReadersComeFirst blocks as many readers as processors and checks that read-ahead waits
+// for them.
 func TestReadersComeFirst(t *testing.T) {
 	p := newPool(2)
 	defer p.close()

@@ -5,20 +5,19 @@ import (
 	"errors"
 )
 
-// ErrNotCached is Cached's answer when a byte or the index of it would have to
-// be read from the repository.
+// ErrNotCached means that a byte, or its index, would have to be read from the repository.
 var ErrNotCached = errors.New("not in the cache")
 
-// cachedOnly is the context of a look-up that must not wait: Cache.Segment
-// answers ErrNotCached rather than load. A type of its own costs no allocation
-// and no search through values.
+// cachedOnly is the context of a look-up that must not wait: Cache.Segment returns
+// ErrNotCached instead of loading. A type of its own costs no allocation and no search
+// through values.
 type cachedOnly struct{ context.Context }
 
 var lookOnly context.Context = cachedOnly{context.Background()}
 
-// Cached is Blocks from memory alone: it never waits for the repository. Where
-// something is missing it returns ErrNotCached, perhaps after having yielded
-// the bytes before it. data is lent as Blocks lends it.
+// Cached is Blocks from memory alone: it never waits for the repository. If something is
+// missing it returns ErrNotCached, perhaps after yielding the bytes before it. data is lent
+// as by Blocks.
 func (m *Image) Cached(off, length int64, yield func(data []byte, n int64)) error {
 	if err := m.checkRange(off, length); err != nil {
 		return err
@@ -41,6 +40,6 @@ func (m *Image) Cached(off, length int64, yield func(data []byte, n int64)) erro
 	if err != nil {
 		return ErrNotCached
 	}
-	m.readAhead(off, length)
+	m.ahead(m.streams.observe(off, length, m.size, m.window()))
 	return nil
 }

@@ -8,23 +8,20 @@ import (
 	"github.com/varve-io/varve/backup/repository"
 )
 
-// Diff yields the ranges of to that do not read as they do in from: what must
-// be written onto from, resized, to make it to. Zero tells that the range is
-// zeroes now; depth is not set. What to has beyond the end of from counts as
-// changed. Ranges come in order and are merged.
+// Diff yields the ranges in which to differs from from: what must be written to from,
+// resized, to get to. Zero means that the range is zeroes in to; depth is not set. What to
+// has beyond the end of from counts as changed. Ranges are in order and merged.
 //
-// Segments with the same object are not looked into, so the cost follows what
-// changed. Blocks with different objects count as changed as a whole; bytes
-// are compared only where the blocks of the two do not lie on each other, as
-// with different block sizes or a resized tail, so the two may be any images of
-// one repository.
+// Segments with the same object are not read, so the cost follows the changes. Blocks with
+// different objects count as changed as a whole; bytes are compared only where the blocks of
+// the two do not coincide, as with different block sizes or a resized tail, so the two may be
+// any images of one repository.
 func Diff(ctx context.Context, from, to *Image, yield func(Extent) error) error {
 	return diffRange(ctx, from, to, 0, to.size, yield)
 }
 
-// ChangedSince yields runs that cover a range of the image: changed ones read,
-// or may read, differently in base. It is what an NBD client asks a dirty
-// bitmap for.
+// ChangedSince yields runs that cover a range of the image: changed ones read, or may read,
+// differently in base. It serves NBD clients that ask for a dirty bitmap.
 func (m *Image) ChangedSince(ctx context.Context, base *Image, off, length int64, yield func(off, length int64, changed bool) error) error {
 	if err := m.checkRange(off, length); err != nil {
 		return err
@@ -111,8 +108,7 @@ type differ struct {
 	report   func(off, stop int64, zero bool) error
 }
 
-// skipSegment returns the end of the segment of off where both have the same
-// one, else off.
+// skipSegment returns the end of the segment of off if both have the same one, else off.
 func (d *differ) skipSegment(ctx context.Context, off, end int64) (int64, error) {
 	_, ownA := d.from.m.tree.Layout()
 	_, ownB := d.to.m.tree.Layout()

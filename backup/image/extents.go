@@ -5,18 +5,16 @@ import "context"
 // Extent is a run of bytes of a disk.
 type Extent struct {
 	Offset, Length int64
-	// Zero is set for a hole: the bytes are zeroes and stored nowhere.
+	// Zero means a hole: the bytes are zeroes and not stored.
 	Zero bool
-	// Depth tells how many recovery points back the bytes were written: 1 in
-	// this one, 2 in its parent, and so on, whether or not those still exist.
-	// It is 0 for holes, and where it is not known: objects that Varve did not
-	// write, or an image opened without a generation.
+	// Depth is how many recovery points back the bytes were written: 1 in this one, 2 in its
+	// parent, and so on, whether or not those still exist. It is 0 for holes, and if unknown:
+	// for objects that Varve did not write, or an image opened without a generation.
 	Depth int64
 }
 
-// Extents yields the runs of a range in order, without gaps; neighbours differ
-// in Zero or Depth. Only indexes are read. An error of yield ends the call and
-// is returned as it is.
+// Extents yields the runs of a range in order, without gaps; neighbours differ in Zero or
+// Depth. Only indexes are read. An error of yield ends the call and is returned unchanged.
 func (m *Image) Extents(ctx context.Context, off, length int64, yield func(Extent) error) error {
 	if err := m.checkRange(off, length); err != nil {
 		return err

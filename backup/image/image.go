@@ -35,6 +35,7 @@ type Image struct {
 	size    int64
 	gen     int64
 	streams streams
+	hints   bool        // the store uses announcements of reads
 	warmed  atomic.Bool // a read succeeded, so the tree holds what is not in the cache
 }
 
@@ -54,7 +55,10 @@ func Open(store blocktree.Store, cache *Cache, root blocktree.Root, generation i
 	if err != nil {
 		return nil, fmt.Errorf("open image: %w", err)
 	}
-	return &Image{tree: tree, store: store, cache: cache, size: root.Size, gen: generation}, nil
+	return &Image{
+		tree: tree, store: store, cache: cache, size: root.Size, gen: generation,
+		hints: blocktree.ReadSoon(context.Background(), store, nil),
+	}, nil
 }
 
 // Size returns the size of the disk in bytes.
@@ -69,7 +73,7 @@ func (m *Image) BlockSize() int64 {
 	return lay.BlockSize
 }
 
-// Tree returns the block tree, for those that work on blocks.
+// Tree returns the block tree, for code that works on blocks.
 func (m *Image) Tree() *blocktree.Tree { return m.tree }
 
 // ReadAt implements io.ReaderAt.
@@ -105,15 +109,15 @@ func (m *Image) ReadContext(ctx context.Context, p []byte, off int64) (int, erro
 	return done, err
 }
 
-// Blocks yields the bytes of a range piece by piece, in order and without
-// copying: count bytes at off are data, or zeroes where data is nil. data is
-// lent: it stays valid as long as it is referenced and must not be modified.
-// An error of yield ends the call and is returned as it is.
+// Blocks yields the bytes of a range piece by piece, in order and without copying: count
+// bytes at off are data, or zeroes if data is nil. data is lent: it stays valid while it is
+// referenced and must not be modified. An error of yield ends the call and is returned
+// unchanged.
 func (m *Image) Blocks(ctx context.Context, off, length int64, yield func(off int64, data []byte, count int64) error) error {
 	if err := m.checkRange(off, length); err != nil {
 		return err
 	}
-	m.readAhead(off, length)
+	m.readAhead(ctx, off, length)
 	end := off + length
 	asked := false // the rest of the range was handed to the workers
 	err := m.walk(ctx, off, end, func(p piece) error {
@@ -124,6 +128,7 @@ func (m *Image) Blocks(ctx context.Context, off, length int64, yield func(off in
 		if !ok {
 			if !asked && p.end < end {
 				asked = true
+				m.announceRange(ctx, p.off, end)
 				m.queue(p.end, end, true)
 			}
 			var err error
@@ -210,8 +215,8 @@ func (m *Image) walk(ctx context.Context, off, end int64, visit func(piece) erro
 	return flush()
 }
 
-// entries visits the entries of a range in order: each block, and each segment
-// that is known to be a hole without looking into it.
+// entries visits the entries of a range in order: each block, and each segment known to be a
+// hole without being read.
 func (m *Image) entries(ctx context.Context, off, end int64, visit func(piece) error) error {
 	_, own := m.tree.Layout()
 	for off < end {

@@ -13,12 +13,12 @@ import (
 // ErrReadTimeout means that an object did not arrive within the limit of LimitReads.
 var ErrReadTimeout = errors.New("the repository's storage did not answer in time")
 
-// LimitReads bounds the time that reading one object may take, for images that are
-// opened after it; 0, the default, for no bound. Call it before the cache is used.
+// LimitReads bounds the time to read one object, for images opened after it; 0, the default,
+// for no bound. Call it before the cache is used.
 //
-// Every read has the bound, those in the background, too: others wait for the one that
-// reads a block, and one that waits for storage that is gone, on a connection that the
-// system does not know to be dead, would keep them waiting when it is back.
+// Every read has the bound, also in the background: other readers wait for the one that reads
+// a block, and if that waits for storage on a dead connection, which the system does not
+// notice, they would still wait when the storage is back.
 func (c *Cache) LimitReads(limit time.Duration) { c.limit = limit }
 
 // limited is a store with a bound for each object.
@@ -27,7 +27,7 @@ type limited struct {
 	limit time.Duration
 }
 
-// ReadObject reads an object, or gives up.
+// ReadObject reads an object within the limit.
 func (s *limited) ReadObject(ctx context.Context, oid repository.ObjectID) ([]byte, error) {
 	octx, cancel := context.WithTimeout(ctx, s.limit)
 	defer cancel()
@@ -36,4 +36,9 @@ func (s *limited) ReadObject(ctx context.Context, oid repository.ObjectID) ([]by
 		err = fmt.Errorf("%w (%v)", ErrReadTimeout, s.limit)
 	}
 	return p, err
+}
+
+// ReadSoon passes on the announcement of reads.
+func (s *limited) ReadSoon(ctx context.Context, oids []repository.ObjectID) bool {
+	return blocktree.ReadSoon(ctx, s.Store, oids)
 }

@@ -13,9 +13,9 @@ type Piece struct {
 	HasDigest bool
 }
 
-// Pieces yields what a range consists of, in order and without gaps, from
-// indexes alone: what a reader needs who may know from the digest that a block
-// need not be decoded. An error of yield ends the call and is returned as it is.
+// Pieces yields the pieces of a range, in order and without gaps, from indexes alone: for a
+// reader that may know by the digest that a block need not be decoded. An error of yield ends
+// the call and is returned unchanged.
 func (m *Image) Pieces(ctx context.Context, off, length int64, yield func(Piece) error) error {
 	if err := m.checkRange(off, length); err != nil {
 		return err
@@ -29,11 +29,14 @@ func (m *Image) Pieces(ctx context.Context, off, length int64, yield func(Piece)
 	})
 }
 
-// ReadOnce is ReadContext for one that passes through the disk once: blocks
-// that the cache does not have do not enter it, and nothing is read ahead.
+// ReadOnce is ReadContext for a reader that reads the disk once: it adds no blocks to the
+// cache, and does not read ahead.
 func (m *Image) ReadOnce(ctx context.Context, p []byte, off int64) error {
 	if err := m.checkRange(off, int64(len(p))); err != nil {
 		return err
+	}
+	if m.hints {
+		m.announceRange(ctx, off, off+int64(len(p)))
 	}
 	return m.walk(ctx, off, off+int64(len(p)), func(b piece) error {
 		at := p[b.off-off : b.end-off]

@@ -5,17 +5,16 @@ import (
 	"sync"
 )
 
-// maxQueued bounds the tasks that wait; read-ahead is a hint, so more are
-// dropped.
+// maxQueued bounds the waiting tasks; read-ahead is a hint, so more are dropped.
 const maxQueued = 4096
 
-// pool runs tasks in the background with a bounded number of workers, started
-// when needed and gone when idle. Urgent tasks serve a reader that waits and
-// run first; the others run only while fewer readers than workers are reading
-// for themselves, so that reading ahead for one never slows another down.
+// pool runs tasks in the background with a bounded number of workers, which start when needed
+// and end when idle. Urgent tasks serve a reader that waits and run first; the others run
+// only while fewer readers than workers read for themselves, so that read-ahead never slows
+// another reader down.
 type pool struct {
 	limit  int
-	ctx    context.Context //nolint:containedctx // ends the tasks of the pool, which outlive the calls that queue them
+	ctx    context.Context // of the tasks, which
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
@@ -83,9 +82,8 @@ func (p *pool) work() {
 	}
 }
 
-// run does a task. One that panics is a hint that came to nothing: the reader who wants
-// the block meets the panic where it can be told, and the process and its other readers
-// live on.
+// run runs a task. A panic is dropped with the hint: the reader that needs the block will get
+// the panic itself, and the process and its other readers continue.
 func run(ctx context.Context, t task) {
 	defer func() { _ = recover() }()
 	t(ctx)

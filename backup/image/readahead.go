@@ -3,14 +3,17 @@ package image
 import (
 	"context"
 	"sync"
+
+	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/repository"
 )
 
 const (
-	maxStreams = 8 // sequential readers told apart in one image
+	maxStreams = 8 // sequential readers distinguished
 
-	// slackReads and maxSlack are how far out of order the reads of one stream may arrive,
-	// in reads and at most in bytes: clients such as nbdcopy keep many requests
-	// in flight. Small random reads of a small disk must not pass for streams.
+	// slackReads and maxSlack are how far out of order the reads of one stream may arrive, in
+	// reads and at most in bytes: clients such as nbdcopy keep many requests in flight. Small
+	// random reads of a small disk must not look like streams.
 	slackReads = 16
 	maxSlack   = 4 << 20
 
@@ -29,13 +32,13 @@ type streams struct {
 
 type stream struct {
 	next   int64 // where the next read is expected
-	ahead  int64 // what was asked for already
+	ahead  int64 // end of what has been requested
 	window int64
 	hits   int
 	used   uint64
 }
 
-// observe notes a read and returns what to read ahead; from >= to for nothing.
+// observe records a read and returns what to read ahead; from >= to for nothing.
 func (s *streams) observe(off, length, size, maxWindow int64) (from, to int64) {
 	end := off + length
 	s.mu.Lock()
@@ -59,7 +62,7 @@ func (s *streams) observe(off, length, size, maxWindow int64) (from, to int64) {
 
 func (st *stream) advance(end, size, maxWindow int64) (from, to int64) {
 	if end <= st.next {
-		return 0, 0 // a late one, or somebody else's
+		return 0, 0 // late, or of another stream
 	}
 	st.next = end
 	st.hits++
@@ -68,7 +71,7 @@ func (st *stream) advance(end, size, maxWindow int64) (from, to int64) {
 	}
 	from = max(st.ahead, st.next)
 	if from-st.next > st.window/2 {
-		return 0, 0 // enough is on its way
+		return 0, 0 // enough has been requested
 	}
 	st.window = min(max(2*st.window, firstWindow), maxWindow)
 	to = min(st.next+st.window, size)
@@ -76,19 +79,69 @@ func (st *stream) advance(end, size, maxWindow int64) (from, to int64) {
 	return from, to
 }
 
-// readAhead queues what observe asks for.
-func (m *Image) readAhead(off, length int64) {
-	from, to := m.streams.observe(off, length, m.size, min(lastWindow, m.cache.max/16))
-	m.queue(from, to, false)
+// readAhead queues what observe returns.
+func (m *Image) readAhead(ctx context.Context, off, length int64) {
+	from, to := m.streams.observe(off, length, m.size, m.window())
+	if from < to {
+		m.announceRange(ctx, from, to) // before the reader gets there
+		m.queue(from, to, false)
+	}
 }
 
-// Prefetch asks for a range to be read into the cache in the background. It is
-// a hint: it returns at once, and is dropped where much is queued already.
+// ahead reads [from, to) into the cache in the background, and does no I/O itself.
+func (m *Image) ahead(from, to int64) {
+	if !m.hints || from >= to {
+		m.queue(from, to, false)
+		return
+	}
+	m.cache.ahead.submit(false, func(ctx context.Context) {
+		m.announceRange(ctx, from, to)
+		m.queue(from, to, false)
+	})
+}
+
+// window returns the most bytes to read ahead of one reader.
+func (m *Image) window() int64 { return min(lastWindow, m.cache.max/16) }
+
+// announceRange announces a range to the store. The reader will report errors.
+func (m *Image) announceRange(ctx context.Context, from, to int64) {
+	if !m.hints {
+		return
+	}
+	var pieces []piece
+	_ = m.walk(ctx, from, to, func(p piece) error {
+		pieces = append(pieces, p)
+		return nil
+	})
+	m.announce(ctx, pieces)
+}
+
+// announce announces to the store the blocks to be read that the cache lacks.
+func (m *Image) announce(ctx context.Context, pieces []piece) {
+	if !m.hints {
+		return
+	}
+	oids := make([]repository.ObjectID, 0, len(pieces))
+	for _, p := range pieces {
+		if p.zero {
+			continue
+		}
+		if _, ok := m.cache.peek(p.entry.Object); !ok {
+			oids = append(oids, p.entry.Object)
+		}
+	}
+	if len(oids) > 0 {
+		blocktree.ReadSoon(ctx, m.store, oids)
+	}
+}
+
+// Prefetch starts reading a range into the cache in the background. It is a hint: it returns
+// at once, and is dropped if much is queued already.
 func (m *Image) Prefetch(off, length int64) {
 	if off < 0 || length <= 0 || off >= m.size {
 		return
 	}
-	m.queue(off, off+min(length, m.size-off), false)
+	m.ahead(off, off+min(length, m.size-off))
 }
 
 // queue hands [from, to) to the background workers, block by block.
@@ -105,8 +158,8 @@ func (m *Image) queue(from, to int64, urgent bool) {
 	}
 }
 
-// warm reads the blocks of a range into the cache. Errors are left to the
-// reader that wants the block.
+// warm reads the blocks of a range into the cache. The reader that needs a block will report
+// errors.
 func (m *Image) warm(ctx context.Context, off, end int64) {
 	_ = m.walk(ctx, off, end, func(p piece) error {
 		if p.zero {

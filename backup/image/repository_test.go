@@ -133,8 +133,8 @@ func TestObjectsOfStockKopia(t *testing.T) {
 	}
 }
 
-// TestPacksRewrittenWhileReading has another connection move everything to new
-// packs, and delete the old ones, under an open image.
+// TestPacksRewrittenWhileReading: another connection moves everything to new packs, and
+// deletes the old ones, under an open image.
 func TestPacksRewrittenWhileReading(t *testing.T) {
 	repo := repotest.New(t)
 	data := someData(2, 70*mib)
@@ -162,8 +162,7 @@ func TestPacksRewrittenWhileReading(t *testing.T) {
 	}
 }
 
-// TestLostAndDamagedPacks looks for exact errors, and for readers of other
-// blocks going on.
+// TestLostAndDamagedPacks checks for exact errors, and that readers of other blocks continue.
 func TestLostAndDamagedPacks(t *testing.T) {
 	for _, damage := range []struct {
 		name string
@@ -232,8 +231,8 @@ func TestStorageFaults(t *testing.T) {
 				t.Errorf("got %v, want %v", err, f.want)
 			}
 			faults.Clear()
-			// Blocks of that read may still be under way, and whoever wants them now
-			// shares their error; each try starts those anew that have ended.
+			// Blocks of that read may still be loading, and their readers share the error;
+			// each try restarts those that have ended.
 			for range mib / (64 << 10) {
 				if _, err := m.ReadAt(make([]byte, mib), 0); err == nil {
 					break

@@ -9,30 +9,26 @@ import (
 	"github.com/varve-io/varve/backup/blocktree"
 )
 
-// StreamOptions tell how to read a large range.
+// StreamOptions say how to read a large range.
 type StreamOptions struct {
-	// Workers decode at once; 0 for one each processor. At most 3 blocks for
-	// each are held in memory.
+	// Workers decode concurrently; 0 for one per processor. Each holds at most 3 blocks in
+	// memory.
 	Workers int
-	// Ordered has pieces come one at a time and by rising offset. Otherwise the
-	// workers call fn themselves, concurrently and nearly in order.
+	// Ordered delivers pieces one at a time, in order. Otherwise the workers call fn
+	// themselves, concurrently and nearly in order.
 	Ordered bool
 }
 
-// Range is a part of a disk, in bytes.
-type Range struct{ Offset, Length int64 }
-
-// Stream reads a range on several processors and calls fn for each block in
-// it: n bytes at off are data, or zeroes where data is nil; neighbouring holes
-// come as one, which may be of any length. data must not be modified and stays
-// valid after the call. Blocks that the cache has are taken from there, others
-// do not enter it. The first error, fn's included, ends the call.
+// Stream reads a range on several processors and calls fn for each block in it: n bytes at
+// off are data, or zeroes if data is nil; adjoining holes are merged, to any length. data
+// must not be modified and stays valid after the call. Blocks in the cache are taken from
+// there, others do not enter it. The first error, fn's included, ends the call.
 func (m *Image) Stream(ctx context.Context, off, length int64, opt StreamOptions, fn func(off int64, data []byte, n int64) error) error {
-	return m.StreamRanges(ctx, []Range{{off, length}}, opt, fn)
+	return m.StreamRanges(ctx, []blocktree.Range{{Offset: off, Length: length}}, opt, fn)
 }
 
 // StreamRanges is Stream over several ranges, in the order given.
-func (m *Image) StreamRanges(ctx context.Context, ranges []Range, opt StreamOptions, fn func(off int64, data []byte, n int64) error) error {
+func (m *Image) StreamRanges(ctx context.Context, ranges []blocktree.Range, opt StreamOptions, fn func(off int64, data []byte, n int64) error) error {
 	for _, r := range ranges {
 		if err := m.checkRange(r.Offset, r.Length); err != nil {
 			return err
@@ -57,7 +53,9 @@ func (m *Image) StreamRanges(ctx context.Context, ranges []Range, opt StreamOpti
 type streaming struct {
 	m     *Image
 	jobs  chan *job
-	order chan *job // jobs as they follow one another; nil when unordered
+	order chan *job // jobs in order
+	soon  []piece   // announced
+	next  []piece   // to announce
 }
 
 type job struct {
@@ -66,31 +64,59 @@ type job struct {
 	done chan struct{} // closed once data is there; nil when unordered
 }
 
-func (s *streaming) produce(ctx context.Context, ranges []Range) error {
+func (s *streaming) produce(ctx context.Context, ranges []blocktree.Range) error {
 	defer close(s.jobs)
 	if s.order != nil {
 		defer close(s.order)
 	}
 	for _, r := range ranges {
 		err := s.m.walk(ctx, r.Offset, r.Offset+r.Length, func(p piece) error {
-			j := &job{piece: p}
-			if s.order != nil {
-				j.done = make(chan struct{})
-				if err := send(ctx, s.order, j); err != nil {
-					return err
-				}
-				if p.zero {
-					close(j.done)
-					return nil
-				}
+			s.next = append(s.next, p)
+			if len(s.next) < announced {
+				return nil
 			}
-			return send(ctx, s.jobs, j)
+			return s.turn(ctx)
 		})
 		if err != nil {
 			return err
 		}
 	}
+	if err := s.turn(ctx); err != nil {
+		return err
+	}
+	return s.turn(ctx)
+}
+
+// announced is how many blocks are announced to the store at once, 32 MiB of the usual
+// size, since requests end where an announcement does; as many again are read at the same time.
+const announced = 256
+
+// turn announces the gathered pieces and sends those announced before, so that the store
+// always knows what follows.
+func (s *streaming) turn(ctx context.Context) error {
+	s.m.announce(ctx, s.next)
+	for _, p := range s.soon {
+		if err := s.send(ctx, p); err != nil {
+			return err
+		}
+	}
+	s.soon, s.next = s.next, s.soon[:0]
 	return nil
+}
+
+func (s *streaming) send(ctx context.Context, p piece) error {
+	j := &job{piece: p}
+	if s.order != nil {
+		j.done = make(chan struct{})
+		if err := send(ctx, s.order, j); err != nil {
+			return err
+		}
+		if p.zero {
+			close(j.done)
+			return nil
+		}
+	}
+	return send(ctx, s.jobs, j)
 }
 
 func send(ctx context.Context, ch chan<- *job, j *job) error {
@@ -139,8 +165,8 @@ func (s *streaming) deliver(ctx context.Context, fn func(off int64, data []byte,
 	return nil
 }
 
-// blockOnce returns a block for one that passes through the disk once: from
-// the cache if it is there, else past it.
+// blockOnce returns a block for a reader that reads the disk once: from the cache if it is
+// there, else without caching.
 func (m *Image) blockOnce(ctx context.Context, e *blocktree.Entry) ([]byte, error) {
 	if data, ok := m.cache.peek(e.Object); ok {
 		if int64(len(data)) != e.Length {

@@ -22,8 +22,8 @@ func (b blank) Extents(_ context.Context, off, _ int64, yield func(int64, bool, 
 	return nil
 }
 
-// Writes of a granule each: to places that nobody wrote to before, which change the
-// map, and again to the same places, which do not.
+// Writes of a granule each: to new places, which changes the map, and again to the same
+// places, which does not.
 func BenchmarkWrite(b *testing.B) {
 	const area = 128 << 20
 	ctx, p := context.Background(), make([]byte, Granule)
@@ -35,7 +35,7 @@ func BenchmarkWrite(b *testing.B) {
 				if err != nil {
 					b.Fatal(err)
 				}
-				defer o.Close() //nolint:errcheck // a benchmark
+				defer o.Close()
 				var next atomic.Int64
 				write := func() {
 					n := next.Add(1) - 1

@@ -9,14 +9,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errFull is the overlay's own limit.
+// errFull means that the overlay has reached its own limit.
 var errFull = fmt.Errorf("the overlay has reached its size limit: %w", syscall.ENOSPC)
 
-// zeroes is written where the file system cannot zero a range itself.
+// zeroes is written if the file system cannot zero a range itself.
 var zeroes [256 << 10]byte
 
-// each calls fn for the part of a range in each segment, with its lock held
-// and from and to counted from the segment's begin, in bytes.
+// each calls fn for the part of a range in each segment, with its lock held; from and to
+// count from the start of the segment, in bytes.
 func (o *Overlay) each(off, length int64, fn func(s *segment, first, from, to int64) error) error {
 	if err := o.checkRange(off, length); err != nil {
 		return err
@@ -42,8 +42,8 @@ func (o *Overlay) each(off, length int64, fn func(s *segment, first, from, to in
 	return nil
 }
 
-// WriteAt writes p at off. It is durable after the next Flush. On error some
-// of it may have been written.
+// WriteAt writes p at off. It is durable after the next Flush. After an error, part of it may
+// have been written.
 func (o *Overlay) WriteAt(ctx context.Context, p []byte, off int64) (int, error) {
 	done := 0
 	err := o.each(off, int64(len(p)), func(s *segment, first, from, to int64) error {
@@ -57,7 +57,7 @@ func (o *Overlay) WriteAt(ctx context.Context, p []byte, off int64) (int, error)
 	return done, o.flushIfFull(ctx, err)
 }
 
-// flushIfFull flushes after a change that went well, where that is due.
+// flushIfFull flushes after a successful change if a flush is due.
 func (o *Overlay) flushIfFull(ctx context.Context, err error) error {
 	if err == nil && o.log.full() {
 		err = o.Flush(ctx)
@@ -83,11 +83,11 @@ func (o *Overlay) writePart(ctx context.Context, s *segment, first, from int64, 
 	return err
 }
 
-// writeGranules puts bytes into the granules that writePart took space for.
+// writeGranules writes the granules for which writePart took space.
 func (o *Overlay) writeGranules(ctx context.Context, s *segment, first, from int64, p []byte) error {
 	to := from + int64(len(p))
 	a, b := from/Granule, (to+Granule-1)/Granule
-	// Granules written in part, and not in data yet, are completed first.
+	// Granules that are written in part, and are not in data yet, are completed first.
 	if from%Granule != 0 || to-from < Granule && first+to < o.size {
 		if err := o.complete(ctx, s, first, a); err != nil {
 			return err
@@ -104,10 +104,9 @@ func (o *Overlay) writeGranules(ctx context.Context, s *segment, first, from int
 	return nil
 }
 
-// reserve takes the space that the granules [a, b) of a segment need beyond
-// what they have, and returns how many granules that are, for the caller to
-// give back if it fails. It refuses to go beyond the limit, whoever else is
-// writing elsewhere. The segment's lock is held until the states change.
+// reserve takes the space that the granules [a, b) of a segment need in addition, and returns
+// their number, for the caller to release if it fails. It keeps to the limit under concurrent
+// writes. The segment's lock is held until the states change.
 func (o *Overlay) reserve(s *segment, a, b int64) (fresh int64, err error) {
 	for i := a; i < b; i++ {
 		if s.get(i) != inData {
@@ -125,8 +124,8 @@ func (o *Overlay) reserve(s *segment, a, b int64) (fresh int64, err error) {
 	}
 }
 
-// complete fills a granule that is not in data with what it reads as now. The
-// state is left to the caller, who changes it with the write.
+// complete fills a granule that is not in data with its current content. The caller changes
+// the state with its write.
 func (o *Overlay) complete(ctx context.Context, s *segment, first, i int64) error {
 	off := first + i*Granule
 	buf := make([]byte, min(Granule, o.size-off))
@@ -144,8 +143,8 @@ func (o *Overlay) complete(ctx context.Context, s *segment, first, i int64) erro
 	return nil
 }
 
-// Trim makes whole granules of a range read as zeroes and frees their space.
-// Parts of granules at its ends are left alone.
+// Trim makes whole granules of a range read as zeroes and frees their space. Partial granules
+// at its ends do not change.
 func (o *Overlay) Trim(ctx context.Context, off, length int64) error {
 	if err := o.checkRange(off, length); err != nil {
 		return err
@@ -164,9 +163,9 @@ func (o *Overlay) Trim(ctx context.Context, off, length int64) error {
 	return o.flushIfFull(ctx, err)
 }
 
-// Zero makes a range read as zeroes. With keepSpace it takes scratch space, so
-// that later writes find it; without, its space is freed. With fast it fails
-// with ErrNotFast where the file system would have to write zeroes.
+// Zero makes a range read as zeroes. With keepSpace it takes scratch space for later writes;
+// without, it frees it. With fast it fails with ErrNotFast if the file system would have to
+// write zeroes.
 func (o *Overlay) Zero(ctx context.Context, off, length int64, keepSpace, fast bool) error {
 	err := o.each(off, length, func(s *segment, first, from, to int64) error {
 		if keepSpace {
@@ -191,8 +190,7 @@ func (o *Overlay) Zero(ctx context.Context, off, length int64, keepSpace, fast b
 	return o.flushIfFull(ctx, err)
 }
 
-// zeroParts writes zeroes to less than a granule at each place, unless it is
-// zero anyway.
+// zeroParts writes zeroes to part of a granule, unless it is zero already.
 func (o *Overlay) zeroParts(ctx context.Context, s *segment, first, from, to int64) error {
 	for from < to {
 		next := min((from/Granule+1)*Granule, to)
@@ -223,7 +221,7 @@ func (o *Overlay) zeroKept(ctx context.Context, s *segment, first, from, to int6
 	return err
 }
 
-// zeroGranules zeroes what zeroKept took space for.
+// zeroGranules zeroes the granules for which zeroKept took space.
 func (o *Overlay) zeroGranules(ctx context.Context, s *segment, first, from, to int64, fast bool) error {
 	a, b := from/Granule, (to+Granule-1)/Granule
 	if fast && (from%Granule != 0 || to%Granule != 0 && first+to != o.size) {
@@ -263,7 +261,7 @@ func (o *Overlay) writeZeroes(off, n int64) error {
 	return nil
 }
 
-// free makes the granules [a, b) of a segment zero and gives back their space.
+// free makes the granules [a, b) of a segment zero and releases their space.
 func (o *Overlay) free(s *segment, first, a, b int64) error {
 	for i := a; i < b; i++ {
 		if s.get(i) != inData {

@@ -26,16 +26,15 @@ import (
 //	        per run: 8 first granule, 8 count in the low 56 bits and state
 //	        in the high 8; 4 CRC-32C of all before
 //
-// A frame holds what one flush made durable. Later runs win. Reading stops at
-// the first frame that is not whole: it was being written when the end came,
-// and no flush that needed it had returned. Changes since the last flush are in
-// the file named recent.
+// A frame holds what one flush made durable. Later runs win. Reading stops at the first
+// incomplete frame: a crash interrupted its write, and no flush that needed it had returned.
+// Changes since the last flush are in the file named recent.
 const (
 	mapMagic   = "VARVEOVL"
 	mapVersion = 2
 	frameMagic = "FRAM"
 	maxBaseID  = 4096
-	// maxFrameRuns bounds a frame, and so what reading one allocates.
+	// maxFrameRuns bounds a frame, and so the memory to read one.
 	maxFrameRuns = 1 << 16
 	// rewriteFrom is the size below which a map is never rewritten.
 	rewriteFrom = 1 << 20
@@ -43,7 +42,7 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// overlayID tells an overlay from any other, whatever image it is over.
+// overlayID identifies an overlay, whatever its image.
 type overlayID [16]byte
 
 func newOverlayID() (id overlayID) {
@@ -79,7 +78,7 @@ func readHeader(r io.Reader) (h header, err error) {
 		return h, fmt.Errorf("read the overlay's map: %w", err)
 	}
 	if string(head[:8]) != mapMagic {
-		return h, errors.New("the file named map is no overlay's map")
+		return h, errors.New("the file \"map\" is not an overlay's map")
 	}
 	h.version = binary.LittleEndian.Uint32(head[8:])
 	if h.version < 1 || h.version > mapVersion {
@@ -106,9 +105,9 @@ func readHeader(r io.Reader) (h header, err error) {
 	return h, nil
 }
 
-// BaseOf reads which image the overlay in a directory was made over.
-func BaseOf(dir string) (baseID string, size int64, err error) {
-	f, err := os.Open(filepath.Join(dir, "map"))
+// BaseOf returns the identity and size of the image under an overlay.
+func BaseOf(at Options) (baseID string, size int64, err error) {
+	f, err := os.OpenInRoot(at.Dir, filepath.Join(at.Name, mapFile))
 	if err != nil {
 		return "", 0, fmt.Errorf("open the overlay's map: %w", err)
 	}
@@ -117,7 +116,7 @@ func BaseOf(dir string) (baseID string, size int64, err error) {
 	return h.baseID, h.size, err
 }
 
-// encodeFrame is the frame of at most maxFrameRuns runs.
+// encodeFrame encodes a frame of at most maxFrameRuns runs.
 func encodeFrame(seq uint64, runs []stateRun) []byte {
 	b := make([]byte, 0, 20+16*len(runs))
 	b = append(b, frameMagic...)
@@ -130,11 +129,11 @@ func encodeFrame(seq uint64, runs []stateRun) []byte {
 	return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
 }
 
-// errTorn ends reading a map at a frame that is not whole.
+// errTorn means that a frame is incomplete.
 var errTorn = errors.New("frame is not whole")
 
-// readMap reads the map of an image, calls apply for each run, and returns its header,
-// the length of its whole frames, header included, and the last sequence number.
+// readMap reads the map of an image, calls apply for each run, and returns its header, the
+// length of its complete frames, header included, and the last sequence number.
 func readMap(rd io.Reader, want header, apply func(stateRun)) (h header, end int64, seq uint64, err error) {
 	r := bufio.NewReaderSize(rd, 64<<10)
 	if h, err = readHeader(r); err != nil {
@@ -157,7 +156,7 @@ func readMap(rd io.Reader, want header, apply func(stateRun)) (h header, end int
 	}
 }
 
-// readFrame reads one frame and applies it if it is whole.
+// readFrame reads one frame and applies it if it is complete.
 func readFrame(r io.Reader, seq uint64, size int64, apply func(stateRun)) (int64, error) {
 	var h [16]byte
 	if _, err := io.ReadFull(r, h[:]); err != nil {
@@ -201,10 +200,10 @@ func decodeRun(b []byte, granules int64) (stateRun, bool) {
 
 // journal is the open map file and the changes not in it yet.
 type journal struct {
-	path string
+	dir  *os.Root
 	head header
 	file *os.File
-	end  int64 // of the whole frames; used by one flush at a time
+	end  int64 // of the complete frames; used by
 	seq  uint64
 	base int64 // size after the last rewrite
 
@@ -213,11 +212,11 @@ type journal struct {
 	recent  *recent
 }
 
-// openJournal reads the map and the changes since its last flush from a directory, or
-// makes an empty map. A map of an earlier version stays for the caller to rewrite.
-func openJournal(dir string, h header, apply func(stateRun)) (*journal, error) {
-	j := &journal{path: filepath.Join(dir, "map"), head: h}
-	f, err := os.OpenFile(j.path, os.O_RDWR, 0)
+// openJournal reads the map and the changes since its last flush from a directory, or makes
+// an empty map. The caller rewrites a map of an earlier version.
+func openJournal(dir *os.Root, h header, apply func(stateRun)) (*journal, error) {
+	j := &journal{dir: dir, head: h}
+	f, err := dir.OpenFile(mapFile, os.O_RDWR, 0)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		j.head.version, j.head.id = mapVersion, newOverlayID()
@@ -234,11 +233,11 @@ func openJournal(dir string, h header, apply func(stateRun)) (*journal, error) {
 	}
 	if j.head.version == 1 { // it had no such changes
 		j.head.id = newOverlayID()
-		if err := removeRecent(j.recentPath()); err != nil {
+		if err := removeRecent(j.dir); err != nil {
 			return nil, errors.Join(err, j.file.Close())
 		}
 	}
-	j.recent, j.pending, err = openRecent(j.recentPath(), j.head.id, granulesOf(h.size))
+	j.recent, j.pending, err = openRecent(j.dir, j.head.id, granulesOf(h.size))
 	if err != nil {
 		return nil, errors.Join(err, j.file.Close())
 	}
@@ -248,21 +247,18 @@ func openJournal(dir string, h header, apply func(stateRun)) (*journal, error) {
 	return j, nil
 }
 
-func (j *journal) recentPath() string { return filepath.Join(filepath.Dir(j.path), "recent") }
-
-// close ends the use of the files. What was flushed needs no file of recent changes.
+// close closes the files. If everything is flushed, it removes the file of recent changes.
 func (j *journal) close(flushed bool) error {
 	var err error
 	if flushed {
-		err = removeRecent(j.recentPath())
+		err = removeRecent(j.dir)
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return errors.Join(err, j.recent.close(), j.file.Close())
 }
 
-// add notes a change whose bytes are in data. It survives this process when add
-// returns.
+// add records a change whose bytes are in data. It survives this process when add returns.
 func (j *journal) add(r stateRun) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -279,14 +275,14 @@ func (j *journal) add(r stateRun) error {
 	return nil
 }
 
-// full reports whether a flush is due, as what is not in the map is bounded.
+// full reports whether a flush is due: the changes that are not in the map are bounded.
 func (j *journal) full() bool {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return j.recent.full()
 }
 
-// take returns the changes noted so far and forgets them.
+// take returns the recorded changes and forgets them.
 func (j *journal) take() []stateRun {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -296,14 +292,14 @@ func (j *journal) take() []stateRun {
 	return p
 }
 
-// flushed notes that what was taken is in the map and durable.
+// flushed records that the changes taken are in the map and durable.
 func (j *journal) flushed() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.recent.flushed()
 }
 
-// forget gives up the changes that are not in the map, for a later process, too.
+// forget drops the changes that are not in the map, for a later process, too.
 func (j *journal) forget() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -334,32 +330,32 @@ func (j *journal) append(runs []stateRun) error {
 // errSync marks a failed sync, after which the file's content is unknown.
 var errSync = errors.New("sync failed")
 
-// restore puts back changes that were taken and could not be written.
+// restore adds back changes that were taken and could not be written.
 func (j *journal) restore(runs []stateRun) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.pending = append(runs, j.pending...)
 }
 
-// wantsRewrite tells whether the log has outgrown what it says.
+// wantsRewrite reports whether the log is much longer than its content.
 func (j *journal) wantsRewrite() bool { return j.end > max(rewriteFrom, 2*j.base) }
 
-// rewrite replaces the map by one that says all runs once.
+// rewrite replaces the map by one with each run once.
 func (j *journal) rewrite(all func(func(stateRun))) error {
-	tmp := j.path + ".new"
-	f, err := os.OpenFile(tmp, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	const tmp = mapFile + ".new"
+	f, err := j.dir.OpenFile(tmp, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
 	n := &journal{file: f}
 	err = n.fill(j.head, all)
 	if err == nil {
-		err = os.Rename(tmp, j.path)
+		err = j.dir.Rename(tmp, mapFile)
 	}
-	if err != nil { // the map is as it was
-		return errors.Join(err, f.Close(), os.Remove(tmp))
+	if err != nil { // the map has not changed
+		return errors.Join(err, f.Close(), j.dir.Remove(tmp))
 	}
-	if err := syncDir(filepath.Dir(j.path)); err != nil {
+	if err := syncDir(j.dir); err != nil {
 		return errors.Join(fmt.Errorf("%w: %w", errSync, err), f.Close())
 	}
 	if j.file != nil {
@@ -369,7 +365,7 @@ func (j *journal) rewrite(all func(func(stateRun))) error {
 	return nil
 }
 
-// fill writes a whole new map.
+// fill writes a complete new map.
 func (j *journal) fill(h header, all func(func(stateRun))) error {
 	b := h.encode()
 	if _, err := j.file.WriteAt(b, 0); err != nil {
@@ -390,8 +386,8 @@ func (j *journal) fill(h header, all func(func(stateRun))) error {
 	return errors.Join(err, j.file.Sync())
 }
 
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
+func syncDir(dir *os.Root) error {
+	d, err := dir.Open(".")
 	if err != nil {
 		return err
 	}

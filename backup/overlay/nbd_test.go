@@ -1,7 +1,6 @@
 package overlay_test
 
 import (
-	"net"
 	"path/filepath"
 	"testing"
 
@@ -10,11 +9,10 @@ import (
 	"github.com/varve-io/varve/nbdserver/nbdtest"
 )
 
-// An overlay is a writable export as it is.
+// An overlay is a writable export.
 var (
 	_ nbdserver.Export     = (*overlay.Overlay)(nil)
 	_ nbdserver.Writer     = (*overlay.Overlay)(nil)
-	_ nbdserver.Statuser   = (*overlay.Overlay)(nil)
 	_ nbdserver.Prefetcher = (*overlay.Overlay)(nil)
 )
 
@@ -23,7 +21,6 @@ func TestServed(t *testing.T) {
 	nbdtest.Run(t, nbdtest.Traits{Writable: true}, func(t *testing.T) nbdtest.Target {
 		dir := t.TempDir()
 		base := nbdtest.NewDisk(nbdtest.Image())
-		base.Extra = map[string]func(int64) uint32{"qemu:allocation-depth": func(int64) uint32 { return 1 }}
 		o, err := overlay.Open(base, overlay.Options{Dir: filepath.Join(dir, "overlay"), BaseID: "image"})
 		if err != nil {
 			t.Fatal(err)
@@ -33,27 +30,7 @@ func TestServed(t *testing.T) {
 				t.Error(err)
 			}
 		})
-		srv, err := nbdserver.New(nbdserver.Config{Catalog: nbdserver.NewStatic(nbdserver.Opened{Name: "disk", Export: o})})
-		if err != nil {
-			t.Fatal(err)
-		}
-		socket := filepath.Join(dir, "nbd")
-		l, err := nbdserver.Listen("unix:" + socket)
-		if err != nil {
-			t.Fatal(err)
-		}
-		served := make(chan error, 1)
-		go func() { served <- srv.Serve(l) }()
-		t.Cleanup(func() {
-			srv.Close()
-			<-served
-		})
-		return nbdtest.Target{Export: "disk", Dial: func(t testing.TB) net.Conn {
-			c, err := net.Dial("unix", socket)
-			if err != nil {
-				t.Fatal(err)
-			}
-			return c
-		}}
+		_, socket := nbdtest.Serve(t, nbdserver.Config{Catalog: nbdserver.NewStatic(nbdserver.Opened{Name: "disk", Export: o})})
+		return nbdtest.Target{Export: "disk", Dial: nbdtest.DialUnix(socket)}
 	})
 }

@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"syscall"
 	"testing"
 )
 
@@ -44,19 +43,6 @@ func (m memory) Extents(_ context.Context, off, length int64, yield func(int64, 
 	return nil
 }
 
-func (m memory) Contexts(context.Context) ([]string, error) { return []string{allocationDepth}, nil }
-
-func (m memory) HasContext(_ context.Context, name string) bool { return name == allocationDepth }
-
-func (m memory) Status(ctx context.Context, _ string, off, length int64, yield func(int64, uint32) bool) error {
-	return m.Extents(ctx, off, length, func(n int64, hole, _ bool) bool {
-		if hole {
-			return yield(n, 0)
-		}
-		return yield(n, 4)
-	})
-}
-
 func open(t *testing.T, base Base, opt Options) *Overlay {
 	t.Helper()
 	if opt.Dir == "" {
@@ -79,8 +65,7 @@ func content(t *testing.T, o *Overlay) []byte {
 	return b
 }
 
-// check compares the overlay with a model, and what it tells of itself with
-// what it reads.
+// check compares the overlay with a model, and its extents with its bytes.
 func check(t *testing.T, o *Overlay, base memory, model []byte) {
 	t.Helper()
 	got := content(t, o)
@@ -177,9 +162,8 @@ func TestModel(t *testing.T) {
 	}
 }
 
-// After a flush, no crash loses what it covered: whatever of the map written
-// later reached the disk, torn or whole, flushed bytes that were not written
-// again read as flushed.
+// After a flush, no crash loses what it covered: whatever part of the later map reached the
+// disk, flushed bytes that were not written again read as flushed.
 func TestCrash(t *testing.T) {
 	base := newBase(1 << 20)
 	dir := filepath.Join(t.TempDir(), "overlay")
@@ -228,7 +212,7 @@ func TestCrash(t *testing.T) {
 			if got := content(t, again); !bytes.Equal(got[512<<10:], flushed[512<<10:]) {
 				t.Fatalf("cut at %d of %d: flushed bytes are lost", cut, len(later))
 			}
-			// And it can go on.
+			// It can be used further.
 			if _, err := again.WriteAt(context.Background(), []byte("on"), 7); err != nil {
 				t.Fatal(err)
 			}
@@ -275,50 +259,6 @@ func TestRewrite(t *testing.T) {
 	check(t, open(t, base, Options{Dir: dir, BaseID: "a", Keep: true}), base, model)
 }
 
-func TestLimitAndDiscard(t *testing.T) {
-	ctx := context.Background()
-	base := newBase(1 << 20)
-	dir := filepath.Join(t.TempDir(), "overlay")
-	o := open(t, base, Options{Dir: dir, Limit: 16 * Granule})
-	p := bytes.Repeat([]byte{1}, 16*Granule)
-	if _, err := o.WriteAt(ctx, p, 0); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := o.WriteAt(ctx, p[:1], 20*Granule); !errors.Is(err, syscall.ENOSPC) {
-		t.Fatalf("write beyond the limit: %v", err)
-	}
-	if _, err := o.WriteAt(ctx, p[:100], 5); err != nil {
-		t.Fatalf("rewrite at the limit: %v", err)
-	}
-	blocks := func() int64 {
-		_ = o.data.Sync()
-		fi, err := o.data.Stat()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return fi.Sys().(*syscall.Stat_t).Blocks
-	}
-	before := blocks()
-	if err := o.Trim(ctx, 0, 8*Granule); err != nil {
-		t.Fatal(err)
-	}
-	if o.Used() != 8*Granule {
-		t.Errorf("used %d after a discard", o.Used())
-	}
-	if after := blocks(); after >= before {
-		t.Errorf("discard freed nothing: %d blocks before, %d after", before, after)
-	}
-	if _, err := o.WriteAt(ctx, p[:Granule], 20*Granule); err != nil {
-		t.Errorf("write after a discard: %v", err)
-	}
-	if err := o.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("overlay that is not kept is still there: %v", err)
-	}
-}
-
 func TestBoundToBase(t *testing.T) {
 	ctx := context.Background()
 	base := newBase(1 << 20)
@@ -343,32 +283,6 @@ func TestBoundToBase(t *testing.T) {
 	o = open(t, base, opt)
 	if got := content(t, o); string(got[1<<20-4:]) != "mine" {
 		t.Error("a refused opening damaged the overlay")
-	}
-}
-
-func TestStatus(t *testing.T) {
-	ctx := context.Background()
-	o := open(t, newBase(4*block), Options{})
-	if _, err := o.WriteAt(ctx, make([]byte, Granule), block-Granule); err != nil {
-		t.Fatal(err)
-	}
-	type run struct {
-		n     int64
-		flags uint32
-	}
-	var got []run
-	err := o.Status(ctx, allocationDepth, 0, o.Size(), func(n int64, f uint32) bool {
-		got = append(got, run{n, f})
-		return true
-	})
-	want := []run{{block - Granule, 5}, {Granule, 1}, {block, 0}, {block, 5}, {block, 0}}
-	if err != nil || len(got) != len(want) {
-		t.Fatalf("%v, %v", got, err)
-	}
-	for i := range want {
-		if got[i] != want[i] {
-			t.Errorf("run %d is %v, want %v", i, got[i], want[i])
-		}
 	}
 }
 
@@ -446,67 +360,34 @@ func FuzzMap(f *testing.F) {
 	})
 }
 
-// slow is a base whose reads wait.
-type slow struct {
-	memory
-	entered, open chan struct{}
-}
-
-func (s slow) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
-	s.entered <- struct{}{}
-	<-s.open
-	return s.memory.ReadAt(ctx, p, off)
-}
-
-// A write under way counts: another one elsewhere does not overrun the limit,
-// and gets its space when the first fails to need it.
-func TestLimitOfConcurrentWrites(t *testing.T) {
-	base := slow{newBase(3 * segmentSize), make(chan struct{}, 1), make(chan struct{})}
-	o := open(t, base, Options{BaseID: "a", Limit: Granule})
-	ctx := t.Context()
-	first := make(chan error, 1)
-	go func() {
-		_, err := o.WriteAt(ctx, []byte("part of a granule"), 100)
-		first <- err
-	}()
-	<-base.entered
-	if _, err := o.WriteAt(ctx, make([]byte, Granule), segmentSize); !errors.Is(err, syscall.ENOSPC) {
-		t.Errorf("a second write: %v", err)
-	}
-	if err := o.Zero(ctx, 2*segmentSize, Granule, true, false); !errors.Is(err, syscall.ENOSPC) {
-		t.Errorf("zeroes that take space: %v", err)
-	}
-	close(base.open)
-	if err := <-first; err != nil {
-		t.Error(err)
-	}
-	if o.Used() != Granule {
-		t.Errorf("%d bytes are used", o.Used())
-	}
-	if err := o.Trim(ctx, 0, Granule); err != nil {
+// TestNameLeadsOut: the name of an overlay's directory comes from a repository. A name that
+// leads out of the directory of overlays, by itself or by a link, opens nothing there.
+func TestNameLeadsOut(t *testing.T) {
+	top := t.TempDir()
+	dir, victim := filepath.Join(top, "overlays"), filepath.Join(top, "victim")
+	if err := errors.Join(os.Mkdir(dir, 0o700), os.Mkdir(victim, 0o700), os.Symlink(victim, filepath.Join(dir, "link"))); err != nil {
 		t.Fatal(err)
 	}
-	// Many at once: what is taken never exceeds the limit.
-	const limit = 64
-	many := open(t, newBase(3*segmentSize), Options{BaseID: "a", Limit: limit * Granule})
-	var writers sync.WaitGroup
-	for g := range int64(6) {
-		writers.Go(func() {
-			for i := range int64(limit) {
-				off := (g*limit + i) * 7 * Granule % (3 * segmentSize)
-				if _, err := many.WriteAt(ctx, make([]byte, Granule), off); err != nil && !errors.Is(err, syscall.ENOSPC) {
-					t.Error(err)
-				}
-				if many.Used() > limit*Granule {
-					t.Errorf("%d granules are used", many.Used()/Granule)
-				}
+	for _, name := range []string{"../victim", "..", victim, "x/../../victim", "link"} {
+		for _, keep := range []bool{false, true} {
+			o, err := Open(newBase(Granule), Options{Dir: dir, Name: name, BaseID: "image", Keep: keep})
+			if err == nil {
+				t.Errorf("%q is opened", name)
+				_ = o.Close()
 			}
-		})
+		}
+		if _, _, err := BaseOf(Options{Dir: dir, Name: name}); err == nil {
+			t.Errorf("%q is read", name)
+		}
 	}
-	writers.Wait()
-	taken := int64(0)
-	many.Dirty(func(_, n int64, _ bool) bool { taken += n; return true })
-	if taken > limit*Granule || many.Used() != taken {
-		t.Errorf("%d bytes written, %d used, limit %d", taken, many.Used(), limit*Granule)
+	if entries, err := os.ReadDir(victim); err != nil || len(entries) > 0 {
+		t.Errorf("in the directory outside: %v, %v", entries, err)
+	}
+	o := open(t, newBase(Granule), Options{Dir: dir, Name: "good", BaseID: "image"})
+	if err := o.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "good")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the overlay's directory stayed: %v", err)
 	}
 }

@@ -17,8 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The file named recent holds the changes of the map that no flush has put there yet,
-// little-endian:
+// The file named recent holds the changes of the map since the last flush, little-endian:
 //
 //	header  8 "VARVEREC", 4 version, 16 ID of the overlay, 36 boot ID of the machine,
 //	        4 CRC-32C of all before; padded to 4096 bytes
@@ -26,21 +25,21 @@ import (
 //	slot    8 sequence number, 8 first granule, 8 count in the low 56 bits and state in
 //	        the high 8, 4 CRC-32C of all before, 4 zero
 //
-// A change is in a slot before it is acknowledged. The file lies in the page cache and
-// is never synced: it survives the process, for a client such as a kernel that connects
-// again and takes nothing for lost. It must not survive the machine, as then a slot may
-// have reached the disk and the data that it speaks of may not: the boot ID tells.
+// A change is in a slot before it is acknowledged. The file is in the page cache and is never
+// synced: it survives the process, for a client such as a kernel that reconnects and expects
+// its writes. It must not survive the machine, since a slot might reach the disk without its
+// data: the boot ID detects that.
 //
-// Slots are filled in the order of their sequence numbers. A flush turns to the other
-// area, once everything in that one is in the map: what the two hold is always the
-// newest changes without a gap, and reading all of them again over a map that has some
-// already leads to the same states.
+// Slots are filled in the order of their sequence numbers. A flush switches to the other
+// area, once everything in that one is in the map: together they always hold the newest
+// changes without a gap, and applying all of them again over a map that has some already
+// leads to the same states.
 const (
 	recentMagic   = "VARVEREC"
 	recentVersion = 1
 	recentHeader  = 4096
 	slotSize      = 32
-	// areaSlots bounds what is not in the map. At half of it a write flushes by itself.
+	// areaSlots bounds the changes that are not in the map. At half of it a write flushes.
 	areaSlots = 1 << 18
 	areaSize  = areaSlots * slotSize
 	// growBy is how much space of an area is allocated at once.
@@ -51,14 +50,13 @@ const (
 	bootIDFile = "/proc/sys/kernel/random/boot_id"
 )
 
-// errRecentFull is met when flushes fail for want of space for as long as it takes to
-// fill an area.
+// errRecentFull means that flushes have failed for want of space until an area was full.
 var errRecentFull = fmt.Errorf("its latest changes could not be flushed: %w", syscall.ENOSPC)
 
-// recent is the open file. Its user serializes the calls.
+// recent is the open file. Its user serializes calls.
 type recent struct {
 	file *os.File
-	mem  []byte // the file mapped; nil where the file system cannot, which is slower
+	mem  []byte // the mapped file; nil if the file system cannot map it, which is slower
 
 	seq  uint64 // of the next change
 	area int    // that is being filled
@@ -67,7 +65,7 @@ type recent struct {
 	free bool     // the other area holds nothing that is not in the map
 }
 
-// recentHead is the header of an overlay's file on this machine as it runs now.
+// recentHead returns the header for an overlay on this machine in this boot.
 func recentHead(id overlayID, boot string) []byte {
 	b := make([]byte, 0, recentHeader)
 	b = append(b, recentMagic...)
@@ -78,21 +76,21 @@ func recentHead(id overlayID, boot string) []byte {
 	return b[:recentHeader]
 }
 
-// bootID identifies this run of the machine's kernel.
+// bootID identifies this boot of the machine.
 func bootID() string {
 	b, err := os.ReadFile(bootIDFile)
 	if b = bytes.TrimSpace(b); err == nil && len(b) == bootIDSize {
 		return string(b)
 	}
-	// Without, nothing can be trusted after a restart of the process: no other one has
+	// Without it nothing can be trusted after a restart of the process: no other process has
 	// this text.
 	return (rand.Text() + rand.Text())[:bootIDSize]
 }
 
-// openRecent opens the file at path, or makes one, and returns the changes in it: none
-// if they are another overlay's or the machine was started anew since.
-func openRecent(path string, id overlayID, granules int64) (*recent, []stateRun, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+// openRecent opens the file in an overlay's directory, or makes one, and returns the changes
+// in it: none if they belong to another overlay or the machine was restarted since.
+func openRecent(dir *os.Root, id overlayID, granules int64) (*recent, []stateRun, error) {
+	f, err := dir.OpenFile(recentFile, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, nil, fmt.Errorf("open the overlay's latest changes: %w", err)
 	}
@@ -139,7 +137,7 @@ func (r *recent) load(head []byte, granules int64) ([]stateRun, error) {
 		r.area = 1
 	}
 	r.seq = first[r.area] + uint64(r.used[r.area])
-	// Nobody knows how much of them is in the map.
+	// It is unknown how much of them is in the map.
 	r.free = false
 	other := 1 - r.area
 	if r.used[other] > 0 && first[other]+uint64(r.used[other]) == first[r.area] {
@@ -179,7 +177,7 @@ func encodeSlot(b *[slotSize]byte, seq uint64, r stateRun) {
 	binary.LittleEndian.PutUint32(b[24:], crc32.Checksum(b[:24], castagnoli))
 }
 
-// decodeSlot reads a slot; false if it is empty, torn, or of no such image.
+// decodeSlot decodes a slot; false if it is empty, torn, or not of an image of this size.
 func decodeSlot(b []byte, granules int64) (seq uint64, r stateRun, ok bool) {
 	seq = binary.LittleEndian.Uint64(b)
 	if seq == 0 || binary.LittleEndian.Uint32(b[24:]) != crc32.Checksum(b[:24], castagnoli) {
@@ -189,7 +187,7 @@ func decodeSlot(b []byte, granules int64) (seq uint64, r stateRun, ok bool) {
 	return seq, r, ok
 }
 
-// add notes a change. It survives this process when add returns.
+// add records a change. It survives this process when add returns.
 func (r *recent) add(run stateRun) error {
 	slot := r.used[r.area]
 	if slot == areaSlots {
@@ -210,8 +208,8 @@ func (r *recent) add(run stateRun) error {
 	return nil
 }
 
-// put stores a slot. A store to the mapped file costs no system call; it can fault where
-// the file system has to find new space for every write, and finds none.
+// put stores a slot. A store to the mapped file needs no system call; it faults if the file
+// system allocates new space for every write and has none.
 func (r *recent) put(b *[slotSize]byte, off int64) (err error) {
 	if r.mem == nil {
 		_, err = r.file.WriteAt(b[:], off)
@@ -247,10 +245,10 @@ func (r *recent) grow() error {
 	return nil
 }
 
-// full reports whether it is time for a flush.
+// full reports whether a flush is due.
 func (r *recent) full() bool { return r.used[r.area] >= areaSlots/2 }
 
-// turn has later changes go to the other area, if it is free, as a flush begins.
+// turn directs later changes to the other area, if it is free, when a flush begins.
 func (r *recent) turn() {
 	if r.free && r.used[r.area] > 0 {
 		r.area = 1 - r.area
@@ -258,10 +256,10 @@ func (r *recent) turn() {
 	}
 }
 
-// flushed notes that what was added before the last turn is in the map.
+// flushed records that what was added before the last turn is in the map.
 func (r *recent) flushed() { r.free = true }
 
-// forget makes sure that nobody trusts the file again.
+// forget makes sure that the file is not trusted again.
 func (r *recent) forget() {
 	_, _ = r.file.WriteAt(make([]byte, recentHeader), 0)
 }
@@ -275,9 +273,9 @@ func (r *recent) close() error {
 	return errors.Join(err, r.file.Close())
 }
 
-// removeRecent removes the file, if it is there.
-func removeRecent(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+// removeRecent removes the file, if it exists.
+func removeRecent(dir *os.Root) error {
+	if err := dir.Remove(recentFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove the overlay's latest changes: %w", err)
 	}
 	return nil

@@ -18,8 +18,8 @@ import (
 	"testing"
 )
 
-// kill gives up an overlay as the kernel does for a process that was killed: nothing is
-// flushed or removed.
+// kill closes an overlay as the kernel does for a killed process: nothing is flushed or
+// removed.
 func kill(t *testing.T, o *Overlay) {
 	t.Helper()
 	if err := errors.Join(o.data.Close(), o.log.file.Close(), o.log.recent.close()); err != nil {
@@ -27,8 +27,8 @@ func kill(t *testing.T, o *Overlay) {
 	}
 }
 
-// Whatever a write, a trim or a zeroing did is there after a kill at any moment, flushed
-// or not, and after as many kills as come.
+// Each write, trim and zeroing survives a kill at any moment, flushed or not, and any number
+// of kills.
 func TestKilledAfterEachChange(t *testing.T) {
 	base := newBase(segmentSize + 3*Granule + 77)
 	opt := Options{Dir: filepath.Join(t.TempDir(), "overlay"), BaseID: "a", Keep: true}
@@ -44,14 +44,14 @@ func TestKilledAfterEachChange(t *testing.T) {
 		if o = open(t, base, opt); o.Used() != used {
 			t.Fatalf("%d bytes used before the kill, %d after", used, o.Used())
 		}
-		if round%3 == 0 { // a flush goes on where the killed process stopped
+		if round%3 == 0 { // a flush continues where the killed
 			if err := o.Flush(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 		}
 		check(t, o, base, model)
 	}
-	// What was flushed needs nothing but the map, as after a loss of power.
+	// What was flushed needs only the map, as after a power failure.
 	if err := o.Flush(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -130,8 +130,8 @@ func TestKilledProcess(t *testing.T) {
 	}
 }
 
-// writeUntilKilled writes growing values and tells each on standard output once the
-// write has returned.
+// writeUntilKilled writes growing values and prints each on standard output once the write
+// has returned.
 func writeUntilKilled(t *testing.T, base Base, dir string, area int64) {
 	o := open(t, base, Options{Dir: dir, BaseID: "a", Keep: true})
 	var mu sync.Mutex
@@ -154,8 +154,8 @@ func writeUntilKilled(t *testing.T, base Base, dir string, area int64) {
 	os.Exit(0)
 }
 
-// After the machine was started anew the latest changes are of no use: data may lack
-// what they speak of. What was flushed is there, and all else is old or new.
+// After a restart of the machine the latest changes are not used: their data may be missing.
+// What was flushed is intact, and all else is old or new.
 func TestOtherBoot(t *testing.T) {
 	base := newBase(1 << 20)
 	opt := Options{Dir: filepath.Join(t.TempDir(), "overlay"), BaseID: "a", Keep: true}
@@ -207,7 +207,7 @@ func zeroAt(path string, off int64) error {
 	return errors.Join(err, f.Close())
 }
 
-// Changes after a failed sync are not brought back: their data may be lost.
+// Changes after a failed sync are not restored: their data may be lost.
 func TestFailedSyncForgets(t *testing.T) {
 	base := newBase(1 << 20)
 	opt := Options{Dir: filepath.Join(t.TempDir(), "overlay"), BaseID: "a", Keep: true}
@@ -222,8 +222,8 @@ func TestFailedSyncForgets(t *testing.T) {
 	check(t, open(t, base, opt), base, base)
 }
 
-// A file of changes is one overlay's only: not that of one that was in the directory
-// before, or whose map was put there.
+// A file of changes belongs to one overlay: not to an earlier one in the directory, or one
+// whose map was copied there.
 func TestRecentOfAnotherOverlay(t *testing.T) {
 	base := newBase(1 << 20)
 	opt := Options{Dir: filepath.Join(t.TempDir(), "overlay"), BaseID: "a", Keep: true}
@@ -246,7 +246,7 @@ func TestRecentOfAnotherOverlay(t *testing.T) {
 	}
 }
 
-// A map of version 1 is read and written anew.
+// A map of version 1 is read and rewritten.
 func TestVersion1(t *testing.T) {
 	base := newBase(1 << 20)
 	opt := Options{Dir: filepath.Join(t.TempDir(), "overlay"), BaseID: "a", Keep: true}
@@ -272,19 +272,19 @@ func TestVersion1(t *testing.T) {
 	check(t, open(t, base, opt), base, model)
 }
 
-// The areas follow each other for ever, whether flushes work or not, and a reader finds
-// every change that is not in the map.
+// The areas alternate for ever, whether flushes work or not, and a reader finds every change
+// that is not in the map.
 func TestRecentAreas(t *testing.T) {
 	const granules = 1 << 20
-	path := filepath.Join(t.TempDir(), "recent")
+	dir := testRoot(t)
 	id := newOverlayID()
-	r, runs, err := openRecent(path, id, granules)
+	r, runs, err := openRecent(dir, id, granules)
 	if err != nil || len(runs) != 0 {
 		t.Fatalf("%v, %v", runs, err)
 	}
 	rnd := rand.New(rand.NewPCG(3, 4))
 	var all []stateRun
-	durable, taken := 0, -1 // changes that are in the map, or will be with the flush under way
+	durable, taken := 0, -1 // changes in the map, or in the current flush
 	for range 60 {
 		for range rnd.IntN(areaSlots / 8) {
 			run := stateRun{start: int64(len(all) % granules), count: 1, state: state(len(all) % 3)}
@@ -312,7 +312,7 @@ func TestRecentAreas(t *testing.T) {
 			if err := r.close(); err != nil {
 				t.Fatal(err)
 			}
-			if r, runs, err = openRecent(path, id, granules); err != nil {
+			if r, runs, err = openRecent(dir, id, granules); err != nil {
 				t.Fatal(err)
 			}
 			if n := len(runs); n < len(all)-durable || n > len(all) || !slices.Equal(runs, all[len(all)-n:]) {
@@ -330,11 +330,11 @@ func TestRecentAreas(t *testing.T) {
 	}
 }
 
-// A file system that cannot map files costs time and nothing else.
+// A file system that cannot map files is only slower.
 func TestRecentUnmapped(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "recent")
+	dir := testRoot(t)
 	id := newOverlayID()
-	r, _, err := openRecent(path, id, 100)
+	r, _, err := openRecent(dir, id, 100)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -351,22 +351,22 @@ func TestRecentUnmapped(t *testing.T) {
 	if err := r.add(want[0]); err == nil {
 		t.Error("a closed file took a change")
 	}
-	if _, runs, err := openRecent(path, id, 100); err != nil || !slices.Equal(runs, want) {
+	if _, runs, err := openRecent(dir, id, 100); err != nil || !slices.Equal(runs, want) {
 		t.Errorf("%v, %v", runs, err)
 	}
 }
 
-// A store that the file system has no space for is an error, not the end of the process.
+// A store without space in the file system is an error, not the end of the process.
 func TestRecentFault(t *testing.T) {
-	r, _, err := openRecent(filepath.Join(t.TempDir(), "recent"), newOverlayID(), 100)
+	r, _, err := openRecent(testRoot(t), newOverlayID(), 100)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer r.close() //nolint:errcheck // not what is tested
+	defer r.close() // not tested here
 	if err := r.add(stateRun{1, 1, inData}); err != nil {
 		t.Fatal(err)
 	}
-	if err := r.file.Truncate(0); err != nil { // as if the space were gone
+	if err := r.file.Truncate(0); err != nil { // as without space
 		t.Fatal(err)
 	}
 	if err := r.add(stateRun{2, 1, inData}); !errors.Is(err, syscall.ENOSPC) {
@@ -396,4 +396,15 @@ func FuzzRecent(f *testing.F) {
 			}
 		}
 	})
+}
+
+// testRoot is an empty directory.
+func testRoot(t *testing.T) *os.Root {
+	t.Helper()
+	dir, err := os.OpenRoot(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { dir.Close() }) // only read
+	return dir
 }

@@ -8,8 +8,7 @@ import (
 	"testing"
 )
 
-// abandon makes a scratch directory look as one of a killed process does: nobody has it
-// locked.
+// abandon makes a scratch directory as left by a killed process: without a lock.
 func abandon(t *testing.T, parent string) string {
 	t.Helper()
 	s, err := NewScratch(parent)
@@ -23,9 +22,9 @@ func abandon(t *testing.T, parent string) string {
 	return s.Dir
 }
 
-// Only what a process of ours made and left is deleted, whatever the name and the age.
+// Only what a process of Varve made and left is deleted, whatever the name and the age.
 func TestSweep(t *testing.T) {
-	parent := filepath.Join(t.TempDir(), "[odd]*") // no pattern
+	parent := filepath.Join(t.TempDir(), "[odd]*") // must not be a pattern
 	if err := os.Mkdir(parent, 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -64,7 +63,7 @@ func TestSweep(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := user.Close(); err != nil { // it stays the user's
+	if err := user.Close(); err != nil { // it is kept for the user
 		t.Fatal(err)
 	}
 	stay = append(stay, filepath.Join(taken, "point", "data"))
@@ -129,7 +128,7 @@ func TestKeptIsNotRemoved(t *testing.T) {
 	}
 }
 
-// Overlays grow as large as disks: they do not lie in memory unless the user says so.
+// Overlays grow as large as disks: they are not in memory unless the user says so.
 func TestScratchParent(t *testing.T) {
 	t.Setenv("TMPDIR", "")
 	if _, err := os.Stat(largeTemporary); err == nil && ScratchParent() != largeTemporary {

@@ -20,7 +20,7 @@ const (
 	segmentGranules = segmentSize / Granule
 )
 
-// granulesOf is how many granules an image of a size has.
+// granulesOf returns the number of granules of an image of a size.
 func granulesOf(size int64) int64 { return (size + Granule - 1) / Granule }
 
 // segment holds the states of 16 MiB, two bits each. It exists once anything
@@ -43,7 +43,7 @@ type stateRun struct {
 	state        state
 }
 
-// segment returns a segment, making it if need be.
+// segment returns a segment, and makes it if necessary.
 func (o *Overlay) segment(i int64) *segment {
 	if s := o.segments[i].Load(); s != nil {
 		return s
@@ -52,8 +52,8 @@ func (o *Overlay) segment(i int64) *segment {
 	return o.segments[i].Load()
 }
 
-// apply sets the states of a run that a log tells, without logging it, and
-// returns by how many granules the scratch data grows.
+// apply sets the states of a run read from a log, without logging it, and returns by how many
+// granules the scratch data grows.
 func (o *Overlay) apply(r stateRun) (grown int64) {
 	for g := r.start; g < r.start+r.count; g++ {
 		s := o.segment(g / segmentGranules)
@@ -69,9 +69,9 @@ func (o *Overlay) apply(r stateRun) (grown int64) {
 	return grown
 }
 
-// change notes and sets the states of the granules [from, to) of a segment whose lock
-// is held; base is its first granule. Space for those that go to data was taken by
-// reserve. On error nothing has changed.
+// change records and sets the states of the granules [from, to) of a segment whose lock is
+// held; base is its first granule. reserve has taken the space for new data. On error nothing
+// has changed.
 func (o *Overlay) change(s *segment, base, from, to int64, v state) error {
 	for from < to && s.get(from) == v {
 		from++
@@ -83,7 +83,7 @@ func (o *Overlay) change(s *segment, base, from, to int64, v state) error {
 		return nil
 	}
 	if err := o.log.add(stateRun{start: base + from, count: to - from, state: v}); err != nil {
-		return fmt.Errorf("note a change of the overlay: %w", err)
+		return fmt.Errorf("record a change of the overlay: %w", err)
 	}
 	for i := from; i < to; i++ {
 		if v != inData && s.get(i) == inData {
@@ -94,9 +94,8 @@ func (o *Overlay) change(s *segment, base, from, to int64, v state) error {
 	return nil
 }
 
-// runs calls fn for the runs of equal state in a range, in bytes, until it
-// returns false. It holds no lock meanwhile: a change under way may be told or
-// not.
+// runs calls fn for the runs of equal state in a range, in bytes, until it returns false. It
+// holds no lock during the call: a concurrent change may be included or not.
 func (o *Overlay) runs(off, length int64, fn func(s state, off, n int64) bool) {
 	end := off + length
 	start, cur := off, inBase
@@ -135,7 +134,7 @@ func (o *Overlay) runs(off, length int64, fn func(s state, off, n int64) bool) {
 	}
 }
 
-// allRuns calls fn for every changed run. Nothing changes meanwhile.
+// allRuns calls fn for every changed run. The caller prevents changes.
 func (o *Overlay) allRuns(fn func(stateRun)) {
 	o.runs(0, o.size, func(s state, off, n int64) bool {
 		if s != inBase {
@@ -145,9 +144,9 @@ func (o *Overlay) allRuns(fn func(stateRun)) {
 	})
 }
 
-// Dirty calls yield for each changed run in order, until it returns false;
-// zero: the run reads as zeroes. An image that takes over these runs equals the
-// overlay. A change under way may be told or not.
+// Dirty calls yield for each changed run in order, until it returns false; zero means that
+// the run reads as zeroes. An image with these runs copied equals the overlay. A concurrent
+// change may be included or not.
 func (o *Overlay) Dirty(yield func(off, length int64, zero bool) bool) {
 	o.DirtyIn(0, o.size, yield)
 }
@@ -159,8 +158,8 @@ func (o *Overlay) DirtyIn(off, length int64, yield func(off, length int64, zero 
 	})
 }
 
-// Unchanged reports whether a range within Size reads as the image does. A change
-// under way may be seen or not.
+// Unchanged reports whether a range within Size reads as the image does. A concurrent change
+// may be included or not.
 func (o *Overlay) Unchanged(off, length int64) bool {
 	for end := off + length; off < end; {
 		i := off / segmentSize
@@ -193,8 +192,8 @@ func (s *segment) unchanged(from, to int64) bool {
 	return true
 }
 
-// Extents tells overlay data as data, trimmed and zeroed ranges as holes, and
-// the image's own runs elsewhere.
+// Extents reports overlay data as data, trimmed and zeroed ranges as holes, and the image's
+// own runs elsewhere.
 func (o *Overlay) Extents(ctx context.Context, off, length int64, yield func(length int64, hole, zero bool) bool) error {
 	if err := o.checkRange(off, length); err != nil {
 		return err
@@ -216,57 +215,7 @@ func (o *Overlay) Extents(ctx context.Context, off, length int64, yield func(len
 	return err
 }
 
-// reporter is a base with metadata contexts, as an NBD server tells them.
-type reporter interface {
-	Contexts(ctx context.Context) ([]string, error)
-	HasContext(ctx context.Context, name string) bool
-	Status(ctx context.Context, name string, off, length int64, yield func(length int64, flags uint32) bool) error
-}
-
-// allocationDepth counts layers: 1 is the overlay, the base's own come after.
-const allocationDepth = "qemu:allocation-depth"
-
-// Contexts lists the base's metadata contexts.
-func (o *Overlay) Contexts(ctx context.Context) ([]string, error) {
-	if r, ok := o.base.(reporter); ok {
-		return r.Contexts(ctx)
-	}
-	return nil, nil
-}
-
-// HasContext tells whether the base has the context.
-func (o *Overlay) HasContext(ctx context.Context, name string) bool {
-	r, ok := o.base.(reporter)
-	return ok && r.HasContext(ctx, name)
-}
-
-// Status tells a context's flags over the overlay. What the overlay changed
-// has flag 1: depth 1, or dirty. The base's depths grow by one.
-func (o *Overlay) Status(ctx context.Context, name string, off, length int64, yield func(length int64, flags uint32) bool) error {
-	if err := o.checkRange(off, length); err != nil {
-		return err
-	}
-	var err error
-	o.runs(off, length, func(s state, at, n int64) bool {
-		if s != inBase {
-			return yield(n, 1)
-		}
-		told, more := int64(0), true
-		err = o.base.(reporter).Status(ctx, name, at, n, func(l int64, flags uint32) bool {
-			l = min(l, n-told)
-			told += l
-			if name == allocationDepth && flags > 0 {
-				flags++
-			}
-			more = yield(l, flags)
-			return more && told < n
-		})
-		return err == nil && more
-	})
-	return err
-}
-
-// Prefetch passes the hint to the base, if it takes hints, where it is seen.
+// Prefetch passes the hint to the base, if it takes hints, where the base is visible.
 func (o *Overlay) Prefetch(ctx context.Context, off, length int64) error {
 	p, ok := o.base.(interface {
 		Prefetch(ctx context.Context, off, length int64) error

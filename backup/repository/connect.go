@@ -20,13 +20,12 @@ import (
 	"github.com/kopia/kopia/repo/format"
 )
 
-// OpenTimeout is how long a storage may be silent, asked for something, before
-// Create, Connect and Open give up. It does not bound how long they take. Kopia by
-// itself repeats a request for as long as its server does not answer, ten times
-// over.
+// OpenTimeout is how long a storage may leave a request unanswered before Create, Connect
+// and Open give up. It does not bound how long they take. Kopia itself retries a request
+// ten times.
 const OpenTimeout = 45 * time.Second
 
-// ConnectOptions tell how to connect to a repository.
+// ConnectOptions say how to connect to a repository.
 type ConnectOptions struct {
 	ConfigFile string // absolute; written with mode 0600
 	Storage    Storage
@@ -35,8 +34,8 @@ type ConnectOptions struct {
 	Cluster    string // name of this cluster or machine; empty for the host name
 	Cache      Cache
 	Limits     Limits
-	Log        *slog.Logger // what Kopia logs, at debug level; nil for nothing
-	Turn       Turn         // to derive the repository's key; nil for at once
+	Log        *slog.Logger // as OpenOptions has it
+	Turn       Turn         // bounds the derivation of the repository's key; nil for no bound
 }
 
 func (opt *ConnectOptions) validate() error {
@@ -53,9 +52,8 @@ func (opt *ConnectOptions) validate() error {
 	return errors.Join(opt.Cache.validate(local), opt.Limits.validate())
 }
 
-// Connect connects to a repository and writes the configuration file, which
-// is left as it was when anything fails. A repository that Varve did not
-// create is connected read-only.
+// Connect connects to a repository and writes the configuration file; on any error that
+// file is unchanged. A repository that Varve did not create is connected read-only.
 func Connect(ctx context.Context, opt ConnectOptions) error {
 	c, err := reach(ctx, opt)
 	if err != nil {
@@ -73,9 +71,9 @@ func Connect(ctx context.Context, opt ConnectOptions) error {
 	return c.install(opt.ConfigFile)
 }
 
-// Attach is Connect and Open in one, with the key derived and the indexes read
-// once: for a process that makes a connection for itself, and removes its files
-// when it has closed the repository, or when the error is not nil.
+// Attach is Connect and Open in one; the key is derived and the indexes are read once. It
+// is for a process with a private connection, which removes the connection's files after
+// it has closed the repository or if the error is not nil.
 func Attach(ctx context.Context, opt ConnectOptions) (*Repository, error) {
 	c, err := reach(ctx, opt)
 	if err != nil {
@@ -94,8 +92,7 @@ func Attach(ctx context.Context, opt ConnectOptions) (*Repository, error) {
 
 // Unchanged reads the blob that describes an attached repository again. The error
 // is ErrUnreachable or ErrNotInitialized as that of Open, or ErrReplaced if another
-// repository stands there now or the password was changed: attach anew to find
-// out.
+// repository is there now or the password was changed: attach again to find out which.
 func (r *Repository) Unchanged(ctx context.Context) error {
 	if r.direct == nil || r.described == nil {
 		return fmt.Errorf("%s was not attached to", r.place)
@@ -113,7 +110,7 @@ func (r *Repository) Unchanged(ctx context.Context) error {
 	f, err := format.ParseKopiaRepositoryJSON(p)
 	if err != nil || !bytes.Equal(f.UniqueID, r.described.UniqueID) || !bytes.Equal(f.EncryptedFormatBytes, r.described.EncryptedFormatBytes) {
 		return &stateError{kind: ErrReplaced, cause: err, text: fmt.Sprintf(
-			"the blob kopia.repository in %s was written anew since the repository was opened: open it again", r.place)}
+			"the blob kopia.repository in %s was replaced since the repository was opened: open it again", r.place)}
 	}
 	return nil
 }
@@ -163,7 +160,7 @@ func newConnection(st blob.Storage, f *format.KopiaRepositoryJSON, opt ConnectOp
 				Hostname:    maintenanceHost,
 				ReadOnly:    readOnly,
 				Description: "Varve repository in " + place(ci),
-				// Negative: read the blob that describes the repository anew at each
+				// Negative: read the blob that describes the repository again at each
 				// open, never from the cache (kopia repo/format, NewManagerWithCache).
 				FormatBlobCacheDuration: -1,
 				Throttling:              opt.Limits.kopia(),
@@ -180,7 +177,9 @@ func (c *connection) try(ctx context.Context, opt ConnectOptions) (*Repository, 
 	if err != nil {
 		return nil, err
 	}
-	r, err := open(ctx, OpenOptions{ConfigFile: temp, Password: opt.Password, Log: opt.Log, Turn: opt.Turn}, c.side)
+	side := c.side
+	side.trial = true
+	r, err := open(ctx, OpenOptions{ConfigFile: temp, Password: opt.Password, Log: opt.Log, Turn: opt.Turn}, side)
 	if rerr := os.Remove(temp); rerr != nil && err == nil {
 		err = errors.Join(fmt.Errorf("remove trial configuration: %w", rerr), r.Close(context.WithoutCancel(ctx)))
 	}
@@ -201,8 +200,8 @@ func (c *connection) install(configFile string) error {
 	return nil
 }
 
-// readFormatBlob reads the blob that describes a repository and says what is
-// the matter when there is none.
+// readFormatBlob reads the blob that describes a repository. If there is none, the error
+// says why.
 func readFormatBlob(ctx context.Context, st blob.Storage) (*format.KopiaRepositoryJSON, error) {
 	octx, settled, release := boundSilence(ctx, OpenTimeout)
 	defer release()
@@ -285,13 +284,13 @@ func (b *blobBuffer) Length() int { return b.Len() }
 func getBlob(ctx context.Context, st blob.Reader, id blob.ID) ([]byte, error) {
 	var b blobBuffer
 	if err := st.GetBlob(ctx, id, 0, -1, &b); err != nil {
-		return nil, err //nolint:wrapcheck // explained by the caller
+		return nil, err
 	}
 	return b.Bytes(), nil
 }
 
-// ServerOptions tell how to connect to a repository through a Kopia API
-// server. Such a connection reads recovery points and writes nothing.
+// ServerOptions say how to connect to a repository through a Kopia API server. Such a
+// connection is read-only.
 type ServerOptions struct {
 	ConfigFile  string // absolute
 	URL         string // https://host:port
@@ -343,8 +342,8 @@ func ConnectServer(ctx context.Context, opt ServerOptions) error {
 	return c.install(opt.ConfigFile)
 }
 
-// Disconnect deletes the connection and its cache, and leaves the repository
-// alone. ErrNotConnected when there is none.
+// Disconnect deletes the connection and its cache, and leaves the repository unchanged.
+// The error is ErrNotConnected if there is no connection.
 func Disconnect(configFile string) error {
 	lc, err := repo.LoadConfigFromFile(configFile)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -353,11 +352,14 @@ func Disconnect(configFile string) error {
 	}
 	if err == nil {
 		removeCache(cacheDir(lc))
-	} // else unreadable, and to be removed all the same
+	} // else unreadable; removed too
 	for _, f := range []string{configFile, sidePath(configFile), configFile + ".mlock"} {
 		if err := os.Remove(f); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("disconnect: %w", err)
 		}
+	}
+	if err := os.RemoveAll(notesDir(configFile)); err != nil {
+		return fmt.Errorf("disconnect: %w", err)
 	}
 	return nil
 }

@@ -14,24 +14,25 @@ import (
 )
 
 // A connection is two files. The configuration file is Kopia's own
-// (kopia repo/local_config.go), so that a stock `kopia --config-file` works
-// with it; Kopia rewrites it and drops fields it does not know, so what Varve
-// remembers stands beside it in <file>.varve. Both hold mode 0600: storage
-// credentials are in the first. Neither holds the password.
+// (kopia repo/local_config.go), so that a stock `kopia --config-file` works with it;
+// Kopia rewrites it and drops unknown fields, so Varve keeps its own data beside it, in
+// <file>.varve. Both have mode 0600: storage credentials are in the first. Neither holds
+// the password.
 
 // maintenanceUser and maintenanceHost are the identity of every Varve client:
-// Kopia lets only the owner of a repository run maintenance, and with one name
-// for all it does not matter which machine does. Recovery points carry their
-// own source and never this name.
+// Kopia lets only the owner of a repository run maintenance, and with one name for all,
+// any machine may. Recovery points carry their own source and never this name.
 const (
 	maintenanceUser = "varve"
 	maintenanceHost = "repository"
 )
 
-// sideFile is what Varve remembers of a connection.
+// sideFile is Varve's own data about a connection.
 type sideFile struct {
 	Cluster  string `json:"cluster,omitempty"`  // name of this cluster or machine
 	UniqueID string `json:"uniqueID,omitempty"` // of the repository connected to, in hexadecimal
+
+	trial bool // while a connection is made: the kind of repository is not known yet
 }
 
 func sidePath(configFile string) string { return configFile + ".varve" }
@@ -51,8 +52,8 @@ func readSideFile(configFile string) (sideFile, error) {
 	return s, nil
 }
 
-// Connected reports whether a configuration file names a repository, by
-// ErrNotConnected if not. Nothing is reached, and no password needed.
+// Connected returns ErrNotConnected if no configuration file names a repository. It
+// contacts no storage and needs no password.
 func Connected(configFile string) error {
 	_, err := readConnection(configFile)
 	return err
@@ -83,8 +84,8 @@ func placeOf(lc *repo.LocalConfig) string {
 	return place(*lc.Storage)
 }
 
-// writeTemp writes a configuration beside the place it is meant for, so that
-// it can be tried before it replaces one that works.
+// writeTemp writes a configuration beside its destination, so that it can be tried before
+// it replaces a working one.
 func writeTemp(configFile string, lc *repo.LocalConfig) (temp string, err error) {
 	dir := filepath.Dir(configFile)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -111,8 +112,8 @@ func writeBeside(file string, p []byte) (temp string, err error) {
 	return f.Name(), nil
 }
 
-// install puts a tried configuration in place. Between the two renames a crash
-// leaves a connection that works without what Varve remembers of it.
+// install puts a tried configuration in place. A crash between the two renames leaves a
+// connection that works, but without Varve's own data about it.
 func install(temp, configFile string, side sideFile) error {
 	p, err := json.MarshalIndent(side, "", "  ")
 	if err != nil {
@@ -140,10 +141,10 @@ func install(temp, configFile string, side sideFile) error {
 	return nil
 }
 
-// Cache bounds the disk space that a connection takes for what it has read.
-// Kopia holds the sizes as hard limits only, so they are set as such.
+// Cache bounds the disk space that a connection uses for what it has read. Kopia keeps to
+// hard limits only, so the sizes are set as such.
 type Cache struct {
-	Directory     string // absolute; empty for a directory of its own below the user's
+	Directory     string // absolute; empty for a separate directory below the user's
 	ContentBytes  int64  // blocks; 0 for the default, negative for no cache
 	MetadataBytes int64  // indexes and directories; likewise
 }
@@ -185,11 +186,10 @@ func (c Cache) sizes(local bool) (contents, metadata int64) {
 
 const cacheMarker = "varve-cache" // a file in a cache directory that we may delete
 
-// caching makes Kopia's options. The directory is named after the repository's
-// unique ID: Kopia keeps the blob that holds the keys in it, and a cache used
-// for another repository at the same place would make what is written
-// unreadable. Without a directory Kopia holds the indexes in memory, 34 bytes
-// for each content; with one they are mapped from it.
+// caching makes Kopia's options. The directory is named after the repository's unique ID:
+// Kopia keeps the blob that holds the keys in it, and the cache of another repository at
+// the same place would make new data unreadable. Without a directory Kopia holds the
+// indexes in memory, 34 bytes per content; with one it maps them from there.
 func (c Cache) caching(configFile, uniqueID string, local bool) (*content.CachingOptions, error) {
 	base := c.Directory
 	if base == "" {
@@ -226,8 +226,7 @@ func cacheDir(lc *repo.LocalConfig) string {
 	return lc.Caching.CacheDirectory
 }
 
-// removeCache deletes a cache directory that Varve made; failing only costs
-// disk space.
+// removeCache deletes a cache directory that Varve made; a failure only costs disk space.
 func removeCache(dir string) {
 	if dir == "" || !filepath.IsAbs(dir) {
 		return

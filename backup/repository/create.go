@@ -18,18 +18,18 @@ import (
 	"github.com/kopia/kopia/repo/hashing"
 )
 
-// Format is what a new repository is made of. Empty fields take the default.
+// Format describes a new repository. Empty fields take the default.
 type Format struct {
 	Hash        string // of contents, one of Hashes
 	Encryption  string // one of Encryptions
 	Compression string // of blocks, one of Compressions, or "off"
-	// ECCOverheadPercent is how much is added to each blob so that flipped bits
-	// can be put right; 0 is none.
+	// ECCOverheadPercent is how much is added to each blob so that flipped bits can be
+	// corrected; 0 for none.
 	ECCOverheadPercent int
 }
 
-// Defaults of Format. Hash and compression are not Kopia's own: docs/repository.md
-// has the measurement behind them.
+// Defaults of Format. Hash and compression are not Kopia's own: docs/repository.md has
+// the measurement.
 const (
 	DefaultHash        = "BLAKE3-256-128"
 	DefaultEncryption  = encryption.DefaultAlgorithm
@@ -37,22 +37,21 @@ const (
 	CompressionOff     = "off"
 )
 
-// Retention locks what is written against deletion and change, where the
-// storage can (S3, Google and Azure buckets made for it). The zero value is no
-// lock.
+// Retention locks new blobs against deletion and change, where the storage can (S3,
+// Google and Azure buckets made for it). The zero value means no lock.
 type Retention struct {
 	Mode   string        // "governance", "compliance", or "locked" (Azure)
 	Period time.Duration // from the last write or extension
 }
 
-// MinRetention is the shortest Retention.Period: full maintenance, which
-// extends the locks, comes every 24 hours, and Kopia wants another 24 between
-// (kopia repo/maintenance/blob_retain.go, CheckExtendRetention).
+// MinRetention is the shortest Retention.Period: full maintenance, which extends the
+// locks, runs every 24 hours, and Kopia requires another 24 in between (kopia
+// repo/maintenance/blob_retain.go, CheckExtendRetention).
 const MinRetention = 48 * time.Hour
 
 const fullMaintenanceInterval = 24 * time.Hour
 
-// CreateOptions tell how to create a repository and how to connect to it.
+// CreateOptions say how to create a repository and how to connect to it.
 type CreateOptions struct {
 	ConnectOptions
 	Format    Format
@@ -98,8 +97,7 @@ func (f Format) validate() error {
 	)
 }
 
-// compressor is what the repository's record says: Kopia's name, empty for
-// none.
+// compressor is the one in the repository's record: Kopia's name, empty for none.
 func (f Format) compressor() string {
 	switch f.Compression {
 	case "":
@@ -127,16 +125,16 @@ func (ret Retention) validate() error {
 	case ret.Mode == "" || ret.Period == 0:
 		return invalid("object lock needs both a retention mode and a retention period")
 	case !ret.mode().IsValid() && ret.mode() != blob.Locked:
-		return invalid("unknown retention mode %q: choose governance (who may bypass it can delete), compliance (nobody can) or, on Azure, locked", ret.Mode)
+		return invalid("unknown retention mode %q: choose governance (users with the bypass permission can delete), compliance (no user can) or, on Azure, locked", ret.Mode)
 	case ret.Period < MinRetention:
 		return invalid("a retention period of %s is too short: at least %s, because maintenance extends the locks once a day", ret.Period, MinRetention)
 	}
 	return nil
 }
 
-// Create makes a repository and connects to it. A create that was interrupted
-// is finished by the next one with the same password. Where a repository
-// exists the error is ErrAlreadyExists and nothing is touched.
+// Create makes a repository and connects to it. The next Create with the same password
+// finishes one that was interrupted. If a repository exists, the error is
+// ErrAlreadyExists and nothing is changed.
 func Create(ctx context.Context, opt CreateOptions) error {
 	if err := errors.Join(opt.validate(), opt.Format.validate(), opt.Retention.validate()); err != nil {
 		return err
@@ -186,7 +184,7 @@ func Create(ctx context.Context, opt CreateOptions) error {
 	return c.install(opt.ConfigFile)
 }
 
-// refuseFinished returns nil for a repository whose creation stopped half-way.
+// refuseFinished returns nil for a repository whose creation was interrupted.
 func (c *connection) refuseFinished(ctx context.Context, opt ConnectOptions) error {
 	where := placeOf(c.lc)
 	r, err := c.try(ctx, opt)
@@ -194,7 +192,7 @@ func (c *connection) refuseFinished(ctx context.Context, opt ConnectOptions) err
 	case errors.Is(err, ErrIncompleteRepository):
 		return nil
 	case errors.Is(err, ErrWrongPassword):
-		return existsError(where, "its password is another one; connect to it with 'varve repo connect', or choose another place")
+		return existsError(where, "it has another password; connect to it with 'varve repo connect', or choose another place")
 	case err != nil:
 		return existsError(where, err.Error())
 	}
@@ -209,8 +207,7 @@ func existsError(where, text string) error {
 	return &stateError{kind: ErrAlreadyExists, text: fmt.Sprintf("a repository already exists in %s: %s", where, text)}
 }
 
-// initialize writes the blobs that describe a repository. why is what
-// readFormatBlob said of the place.
+// initialize writes the blobs that describe a repository. why is readFormatBlob's error.
 func initialize(ctx context.Context, st blob.Storage, opt CreateOptions, why error) error {
 	octx, settled, release := boundSilence(ctx, OpenTimeout)
 	defer release()
@@ -221,7 +218,7 @@ func initialize(ctx context.Context, st blob.Storage, opt CreateOptions, why err
 	switch {
 	case errors.Is(why, ErrNotInitialized):
 	case errors.Is(why, ErrIncompleteRepository):
-		// Only what the first of the two writes left may be there.
+		// Only the result of the first of the two writes may be there.
 		found, err := inspect(octx, st)
 		if err != nil {
 			return explain(octx, where, err)
@@ -249,7 +246,10 @@ func initialize(ctx context.Context, st blob.Storage, opt CreateOptions, why err
 	if opt.Retention.enabled() {
 		kopia.RetentionMode = opt.Retention.mode()
 	}
-	err := repo.Initialize(octx, st, kopia, opt.Password)
+	err := mayChange(octx, st)
+	if err == nil {
+		err = repo.Initialize(octx, st, kopia, opt.Password)
+	}
 	switch {
 	case err == nil:
 		return nil
@@ -291,8 +291,8 @@ func (r *Repository) finishCreate(ctx context.Context, opt CreateOptions, resume
 	if err != nil {
 		return fmt.Errorf("read repository parameters: %w", err)
 	}
-	// Each flush of a backup leaves one index blob more, and within an epoch none
-	// are merged: 3,600 of them make a cold open take 2 s.
+	// Each flush of a backup adds an index blob, and within an epoch none are merged:
+	// with 3,600 of them a cold open takes 2 s.
 	mp.EpochParameters.MinEpochDuration = 6 * time.Hour
 	mp.EpochParameters.EpochRefreshFrequency = 2 * time.Hour // at most a third of an epoch
 	mp.EpochParameters.CleanupSafetyMargin = 6 * time.Hour   // at least three refreshes

@@ -9,8 +9,8 @@ import (
 	"github.com/kopia/kopia/repo/blob"
 )
 
-// isCorrupt recognises what Kopia answers for bytes that do not decode. It has
-// no sentinel for them (kopia repo/content/committed_read_manager.go,
+// isCorrupt recognises Kopia's errors about bytes that do not decode. Kopia has no
+// sentinel for them (kopia repo/content/committed_read_manager.go,
 // decryptContentAndVerify), so the fixed parts of its messages are matched.
 func isCorrupt(err error) bool {
 	if errors.Is(err, blob.ErrInvalidRange) { // the pack is shorter than its index says
@@ -31,17 +31,21 @@ func isCorrupt(err error) bool {
 	return false
 }
 
-// ErrStorageFull means that the storage has no room for what was to be written.
-// What was flushed before stays; nothing is left half-written.
+// ErrStorageFull means that the storage has no room for a write. Flushed data is kept;
+// nothing is left half-written.
 var ErrStorageFull = errors.New("the repository's storage is full")
 
-// explainWrite tells what to do about storage without room. Deleting points and
-// maintenance write a little, too (less than 1 MiB in a small repository, more where
-// indexes are long), so some room has to be made from outside first.
+// explainWrite says what to do about full storage. Deleting points and maintenance also
+// write a little (less than 1 MiB in a small repository, more where indexes are long), so
+// some room must first be made from outside.
 func explainWrite(err error) error {
+	var denied *deniedError
+	if errors.As(err, &denied) { // Kopia's way there says nothing to the user
+		return denied
+	}
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return fmt.Errorf("%w: free a few MiB of it by other means than varve, which writes a little even to delete, or enlarge it, "+
-			"and run this again; every older recovery point is intact: %w", ErrStorageFull, err)
+		return fmt.Errorf("%w: enlarge it, or free a few MiB without varve, which must write even to delete, "+
+			"and run this again; older recovery points are intact: %w", ErrStorageFull, err)
 	}
 	return err
 }

@@ -12,15 +12,15 @@ import (
 	"github.com/kopia/kopia/repo/blob"
 )
 
-// Sentinel errors of Create, Connect, Open and ChangePassword. The errors
-// returned wrap one of these and read as one sentence for the user that ends in
-// what to do next; the cause stays reachable by errors.Is and errors.As.
+// Sentinel errors of Create, Connect, Open and ChangePassword. Each returned error wraps
+// one of these. It is one sentence for the user that ends in what to do next; errors.Is
+// and errors.As still find the cause.
 var (
 	// ErrNotConnected means that there is no configuration file.
 	ErrNotConnected = errors.New("not connected to a repository")
 	// ErrWrongPassword means that the password does not open the repository.
 	ErrWrongPassword = errors.New("wrong repository password")
-	// ErrUnreachable means that the storage does not answer, or refuses us.
+	// ErrUnreachable means that the storage does not answer, or refuses access.
 	ErrUnreachable = errors.New("repository storage unreachable")
 	// ErrNotInitialized means that the storage holds no repository.
 	ErrNotInitialized = errors.New("no repository there")
@@ -34,14 +34,13 @@ var (
 	// ErrUpgradeInProgress means that a Kopia client has locked the repository
 	// to upgrade its format.
 	ErrUpgradeInProgress = errors.New("repository upgrade in progress")
-	// ErrReplaced means that another repository stands where the connected one
-	// stood.
+	// ErrReplaced means that another repository is in the place of the connected one.
 	ErrReplaced = errors.New("repository was replaced")
 	// ErrPasswordChangeInterrupted means that a password change ended between
 	// its two writes.
 	ErrPasswordChangeInterrupted = errors.New("password change was interrupted")
-	// ErrInvalidOptions means that options are wrong or do not fit together;
-	// nothing was touched.
+	// ErrInvalidOptions means that options are wrong or contradict each other; nothing
+	// was changed.
 	ErrInvalidOptions = errors.New("invalid repository options")
 )
 
@@ -65,14 +64,14 @@ func invalid(format string, args ...any) error {
 	return &stateError{kind: ErrInvalidOptions, text: fmt.Sprintf(format, args...)}
 }
 
-// damagedIndex is what Kopia says of an index blob that does not decode; the
-// storage's own failures have another text behind the name (kopia
+// damagedIndex matches Kopia's error about an index blob that does not decode; in the
+// storage's own failures another text follows the name (kopia
 // repo/content/committed_content_index.go).
 var damagedIndex = regexp.MustCompile(`error loading index blob (\S+): .*(?:decrypt|invalid|malformed|checksum)`)
 
-// explain turns what Kopia answered to an attempt at the repository in place
-// into one of the sentinels. Kopia has few errors to decide by, so the fixed
-// parts of its messages are matched (kopia repo/open.go, repo/format).
+// explain turns Kopia's error from an attempt to open the repository into one of the
+// sentinels. Kopia has few distinct errors, so the fixed parts of its messages are
+// matched (kopia repo/open.go, repo/format).
 func explain(ctx context.Context, place string, err error) error {
 	if err == nil {
 		return nil
@@ -89,6 +88,7 @@ func explain(ctx context.Context, place string, err error) error {
 		return &stateError{kind: kind, text: fmt.Sprintf(format, args...), cause: err}
 	}
 	text := err.Error()
+	var denied *deniedError
 	has := func(parts ...string) bool {
 		for _, p := range parts {
 			if strings.Contains(text, p) {
@@ -99,24 +99,30 @@ func explain(ctx context.Context, place string, err error) error {
 	}
 	switch {
 	case errors.Is(err, repo.ErrInvalidPassword):
-		return say(ErrWrongPassword, "wrong password for the repository in %s: give the one it was created with, or that was set last by 'varve repo change-password'", place)
+		return say(ErrWrongPassword, "wrong password for the repository in %s: give the one it was created with, or that was set last by 'varve repo change-password'; "+
+			"if it is right, the blob kopia.repository is damaged: put back a copy of it", place)
 	case has("code = PermissionDenied", "code = Unauthenticated"): // of a Kopia server
 		return say(ErrWrongPassword, "%s refuses user or password: give the password of that user on the server, and check that the user exists there", place)
 	case errors.Is(err, repo.ErrRepositoryUnavailableDueToUpgradeInProgress):
 		return say(ErrUpgradeInProgress, "the repository in %s is locked by a Kopia client that upgrades its format: wait until it has ended, or, if it was abandoned, run 'kopia repository upgrade rollback'", place)
-	case has("can't handle repositories created using version", "does not support feature", "index version", "unsupported key derivation algorithm"):
+	case has("can't handle repositories created using version", "does not support feature", "index version"):
 		return say(ErrNewerFormat, "the repository in %s was made by a newer version of Kopia (%s): use a newer varve", place, brief(err))
+	case has("unsupported key derivation algorithm", "unknown encryption algorithm"):
+		return say(ErrNewerFormat, "the repository in %s was made by a newer version of Kopia, or its blob kopia.repository is damaged (%s): use a newer varve, or put back a copy of the blob", place, brief(err))
 	case errors.Is(err, repo.ErrRepositoryNotInitialized), has("unable to read format blob") && errors.Is(err, blob.ErrBlobNotFound):
 		return say(ErrNotInitialized, "there is no repository in %s: check the place, or make one with 'varve repo create'", place)
 	case has("deserialize blob config"):
-		return say(ErrPasswordChangeInterrupted, "a password change of the repository in %s was interrupted: run 'varve repo change-password' again with the same old and new password to finish it", place)
+		return say(ErrPasswordChangeInterrupted, "the password opens kopia.repository in %s but not kopia.blobcfg, which is newer: a password change was interrupted, or the blob is damaged: "+
+			"run 'varve repo change-password' again with the same old and new password to finish the change; if there was none, put back a copy of kopia.blobcfg", place)
 	case has("can't parse format blob", "invalid format blob", "invalid repository blobcfg blob"):
 		return say(ErrIncompleteRepository, "the blob kopia.repository in %s is damaged: put back a copy of it, without it nothing in the repository can be read", place)
 	case damagedIndex.MatchString(text):
 		return say(ErrContentCorrupt, "the index of the repository in %s is damaged: blob %s cannot be read: put back a copy of it; "+
-			"without one move it away and run 'kopia index recover --commit', which finds in the packs what it told", place, damagedIndex.FindStringSubmatch(text)[1])
+			"without one run 'varve repo repair', which finds in the packs what it listed", place, damagedIndex.FindStringSubmatch(text)[1])
+	case errors.As(err, &denied):
+		return say(ErrUnreachable, "%s", denied.Error())
 	case errors.Is(err, blob.ErrInvalidCredentials):
-		return say(ErrUnreachable, "%s refuses the credentials: check the keys of the storage and what they are allowed to do", place)
+		return say(ErrUnreachable, "%s refuses the credentials: check the storage's keys and their permissions", place)
 	case has("bucket does not exist", "NoSuchBucket", "bucket not found", "container does not exist", "ContainerNotFound", "bucket doesn't exist"):
 		return say(ErrUnreachable, "%s does not exist: make it first with your storage's own tools, or check the name", place)
 	case errors.Is(cause, errNoAnswer):

@@ -13,13 +13,13 @@ import (
 	"time"
 )
 
-// ErrForbiddenAddress means that a guarded storage leads to an address of this machine, of
-// its link, or of the cloud's metadata service.
-var ErrForbiddenAddress = errors.New("loopback, link-local and metadata addresses are not for this storage")
+// ErrForbiddenAddress means that a guarded storage resolves to an address of this machine,
+// of its link, or of the cloud's metadata service.
+var ErrForbiddenAddress = errors.New("loopback, link-local and metadata addresses are not allowed here")
 
-// forbidden are the ranges that a guarded storage must not lead to: IANA's special-purpose
-// registries have the first, the clouds' documentation the metadata and agent addresses
-// outside of the link-local range.
+// forbidden are the ranges that a guarded storage must not reach. The first are from
+// IANA's special-purpose registries; the metadata and agent addresses outside the
+// link-local range are from the clouds' documentation.
 var forbidden = func() (out []netip.Prefix) {
 	for _, p := range []string{
 		"0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4",
@@ -36,7 +36,7 @@ var forbidden = func() (out []netip.Prefix) {
 	return out
 }()
 
-// Prefixes of IPv6 addresses that stand for an IPv4 address in their bytes.
+// Prefixes of IPv6 addresses that embed an IPv4 address.
 var (
 	nat64   = netip.MustParsePrefix("64:ff9b::/96")   // RFC 6052
 	nat64l  = netip.MustParsePrefix("64:ff9b:1::/48") // RFC 8215
@@ -44,7 +44,7 @@ var (
 	v4compt = netip.MustParsePrefix("::/96")          // RFC 4291, deprecated
 )
 
-// embedded is the IPv4 address that an IPv6 address stands for.
+// embedded returns the IPv4 address embedded in an IPv6 address.
 func embedded(a netip.Addr) (netip.Addr, bool) {
 	b := a.As16()
 	switch {
@@ -56,7 +56,7 @@ func embedded(a netip.Addr) (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
-// forbiddenAddress reports whether a guarded storage must not lead to an address. own are
+// forbiddenAddress reports whether a guarded storage must not reach an address. own are
 // those of this machine.
 func forbiddenAddress(a netip.Addr, own []netip.Addr) bool {
 	a = a.Unmap().WithZone("")
@@ -70,8 +70,8 @@ func forbiddenAddress(a netip.Addr, own []netip.Addr) bool {
 	return is && forbiddenAddress(v4, own)
 }
 
-// ownAddresses are those of this machine's interfaces: what listens on all of them can be
-// reached by each.
+// ownAddresses are those of this machine's interfaces: a service that listens on all of
+// them is reachable by each.
 func ownAddresses() ([]netip.Addr, error) {
 	all, err := net.InterfaceAddrs()
 	if err != nil {
@@ -86,7 +86,7 @@ func ownAddresses() ([]netip.Addr, error) {
 	return out, nil
 }
 
-// checkAddress is ErrForbiddenAddress for an address that a guarded storage must not lead to.
+// checkAddress returns ErrForbiddenAddress for an address that a guarded storage must not reach.
 func checkAddress(a netip.Addr) error {
 	own, err := ownAddresses()
 	if err != nil {
@@ -98,8 +98,9 @@ func checkAddress(a netip.Addr) error {
 	return nil
 }
 
-// checkHost looks at what a host, which may have a port, resolves to now, so that it is refused
-// at once. A name that does not resolve passes: a proxy may know it. Each dial is checked again.
+// checkHost checks the addresses that a host, with or without a port, resolves to now, so that
+// it is refused at once. A name that does not resolve passes: a proxy may know it. Each dial is
+// checked again.
 func checkHost(ctx context.Context, hostport string) error {
 	host := hostport
 	if h, _, err := net.SplitHostPort(hostport); err == nil {
@@ -117,8 +118,8 @@ func checkHost(ctx context.Context, hostport string) error {
 	return nil
 }
 
-// guardedDialer refuses forbidden addresses when a socket is about to connect: whatever
-// name, redirect or change of a name's addresses led to it.
+// guardedDialer refuses forbidden addresses when a socket is about to connect, so that no
+// name, redirect or DNS change gets around the check.
 func guardedDialer() *net.Dialer {
 	return &net.Dialer{
 		Timeout: 30 * time.Second, KeepAlive: 30 * time.Second, // as http.DefaultTransport
@@ -132,18 +133,18 @@ func guardedDialer() *net.Dialer {
 	}
 }
 
-// guardKey is in the contexts of a guarded storage's requests.
+// guardKey marks the contexts of a guarded storage's requests.
 type guardKey struct{}
 
 func guard(ctx context.Context) context.Context { return context.WithValue(ctx, guardKey{}, true) }
 
-// Schemes of URLs whose requests are guarded, each with the one that is meant.
+// Schemes of URLs whose requests are guarded, each with the real scheme.
 const guardedScheme = "varve-guarded-"
 
-// GuardTransport makes a process fit to open guarded storages. Kopia's storages send their
-// requests by http.DefaultTransport or by copies of it, and take no other: so it gets a dialer
-// that heeds the guard of a request's context, and schemes for clients that keep no context.
-// It is for a program's start, before anything uses that transport.
+// GuardTransport prepares a process to open guarded storages. Kopia's storages use only
+// http.DefaultTransport or copies of it. So that transport gets a dialer that checks the guard
+// of a request's context, and schemes for clients that drop the context. Call it at a
+// program's start, before anything uses that transport.
 func GuardTransport() error {
 	if transportIsGuarded(context.Background()) {
 		return nil
@@ -167,8 +168,8 @@ func GuardTransport() error {
 	return nil
 }
 
-// transportIsGuarded says whether GuardTransport was called: only then is a guarded dial of a
-// forbidden address refused before anything is sent.
+// transportIsGuarded is set by GuardTransport: only then is a guarded dial of a forbidden
+// address refused before anything is sent.
 func transportIsGuarded(ctx context.Context) bool {
 	t, ok := http.DefaultTransport.(*http.Transport)
 	if !ok || t.DialContext == nil {
@@ -187,7 +188,7 @@ type schemeGuard struct {
 	by     http.RoundTripper
 }
 
-// RoundTrip implements http.RoundTripper. A redirect is to a guarded scheme again.
+// RoundTrip implements http.RoundTripper. A redirect also gets a guarded scheme.
 func (g *schemeGuard) RoundTrip(req *http.Request) (*http.Response, error) {
 	plain := req.Clone(req.Context())
 	plain.URL.Scheme = g.scheme

@@ -34,7 +34,7 @@ func TestForbiddenAddress(t *testing.T) {
 	}
 }
 
-// counted is a server that counts what connects to it.
+// counted is a server that counts its connections.
 func counted(t *testing.T, h http.Handler) (*httptest.Server, *atomic.Int64) {
 	t.Helper()
 	var n atomic.Int64
@@ -46,7 +46,6 @@ func counted(t *testing.T, h http.Handler) (*httptest.Server, *atomic.Int64) {
 	}
 	s.Start()
 	t.Cleanup(s.Close)
-
 	return s, &n
 }
 
@@ -81,8 +80,8 @@ func TestGuardedStorages(t *testing.T) {
 	}
 }
 
-// What passes the look at the start is refused when it is dialled: a name that leads elsewhere
-// by then, and a redirect.
+// An address that passes the first check is refused when it is dialled: a name that resolves
+// elsewhere by then, and a redirect.
 func TestGuardedDials(t *testing.T) {
 	if err := GuardTransport(); err != nil {
 		t.Fatal(err)
@@ -98,7 +97,6 @@ func TestGuardedDials(t *testing.T) {
 		if err == nil {
 			resp.Body.Close()
 		}
-
 		return err
 	}
 	redirects := &http.Client{Transport: redirector{to: named, by: http.DefaultTransport}}
@@ -128,7 +126,7 @@ func TestGuardedDials(t *testing.T) {
 	}
 }
 
-// redirector answers for storage.example, and passes on the rest.
+// redirector answers for storage.example, and forwards the rest.
 type redirector struct {
 	to string
 	by http.RoundTripper
@@ -138,7 +136,6 @@ func (r redirector) RoundTrip(req *http.Request) (*http.Response, error) {
 	if req.URL.Host != "storage.example" {
 		return r.by.RoundTrip(req)
 	}
-
 	return &http.Response{StatusCode: http.StatusTemporaryRedirect, Request: req, Body: http.NoBody, Header: http.Header{"Location": {r.to}}}, nil
 }
 
@@ -148,7 +145,6 @@ func TestKnownAs(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-
 		return p
 	}
 	right, other := key('r'), key('o')

@@ -10,14 +10,14 @@ import (
 // password takes (scrypt with N = 65536 and r = 8; kopia internal/crypto).
 const KeyMemory = 64 << 20
 
-// Turn is asked before a key is derived from a password, and gives the turn back
-// by what it returns. A process that opens many repositories bounds by it how many
-// derive their keys at once. No storage is waited for during a turn.
+// Turn is called before a key is derived from a password; the function it returns gives
+// the turn back. It lets a process that opens many repositories bound how many keys it
+// derives at once. Nothing waits for storage during a turn.
 type Turn func(ctx context.Context) (done func(), err error)
 
-// turn is that of one attempt to open a repository. Kopia derives the key right
-// after it has read the blob that describes the repository, and asks the storage
-// for something else next (kopia repo/format, Manager.refresh and Initialize).
+// turn belongs to one attempt to open a repository. Kopia derives the key right after it
+// has read the blob that describes the repository, and calls the storage again next
+// (kopia repo/format, Manager.refresh and Initialize).
 type turn struct {
 	ask Turn
 
@@ -27,8 +27,8 @@ type turn struct {
 
 type turnKey struct{}
 
-// withTurn has storages called with the context ask for the turn. over gives back
-// one that is still held, and has none asked for any more.
+// withTurn makes storages called with the context take the turn. over gives back a turn
+// that is still held, and prevents another.
 func withTurn(ctx context.Context, ask Turn) (_ context.Context, over func()) {
 	if ask == nil {
 		return ctx, func() {}

@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// Whoever derives a key takes a turn for it and gives it back, whatever comes of it,
-// and no turn is held while the storage is asked.
+// Each derivation of a key takes a turn and gives it back, on success and on failure, and
+// no turn is held during a storage call.
 func TestTurn(t *testing.T) {
 	held, took := 0, 0
 	turn := func(context.Context) (func(), error) {
@@ -50,8 +50,8 @@ func TestTurn(t *testing.T) {
 	}
 }
 
-// An attached repository takes one derivation, tells its status, and finds out that
-// another stands in its place.
+// An attached repository takes one derivation, reports its status, and detects another
+// repository in its place.
 func TestAttach(t *testing.T) {
 	s := newSite(t)
 	s.create(t)

@@ -9,8 +9,8 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// kopiaLog passes what Kopia logs on to log, at debug level whatever Kopia
-// thinks of it: what matters comes back as an error.
+// kopiaLog passes Kopia's log to log, always at debug level: what matters is returned as
+// an error.
 func kopiaLog(log *slog.Logger) logging.LoggerFactory {
 	if log == nil {
 		return nil

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"strings"
 	"time"
 
@@ -15,11 +14,11 @@ import (
 // client, a stock Kopia one for example.
 var ErrNotOwner = errors.New("maintenance belongs to another client")
 
-// MaintenanceMode says what to run.
+// MaintenanceMode says which kind of maintenance to run.
 type MaintenanceMode string
 
-// Maintenance modes. Quick compacts indexes and costs seconds; full reclaims
-// what no snapshot reaches; auto runs whichever is due.
+// Maintenance modes. Quick compacts indexes and takes seconds; full also reclaims
+// contents that no snapshot reaches; auto runs the one that is due.
 const (
 	MaintenanceAuto  MaintenanceMode = "auto"
 	MaintenanceQuick MaintenanceMode = "quick"
@@ -30,18 +29,18 @@ const (
 type MaintainOptions struct {
 	Mode MaintenanceMode
 	// NoSafety drops Kopia's safety margins (kopia repo/maintenance
-	// maintenance_safety.go): what nothing reaches is gone at once, and not in
-	// two days. Backups under way stay safe, because they hold what they use and
-	// prove it in the end; other Kopia clients must not be writing.
+	// maintenance_safety.go): unreachable contents are deleted at once, and not in two
+	// days. Running backups stay safe, because they hold what they use and check it at
+	// the end; other Kopia clients must not be writing.
 	NoSafety bool
-	// Force runs although another client owns maintenance.
+	// Force runs even if another client owns maintenance.
 	Force  bool
 	Decode DecodeIndexPiece
 	// Step is called between the phases of a run; may be nil.
 	Step func(phase string)
 }
 
-// Amount is a number of contents or packs, and the bytes they take in storage.
+// Amount is a number of contents or packs, and the bytes they use in storage.
 type Amount struct {
 	Count int64 `json:"count"`
 	Bytes int64 `json:"bytes"`
@@ -49,29 +48,33 @@ type Amount struct {
 
 func (a *Amount) add(n int64) { a.Count++; a.Bytes += n }
 
-// MaintenanceReport tells what a run did.
+// MaintenanceReport says what a run did.
 type MaintenanceReport struct {
 	Mode       MaintenanceMode // quick or full; empty when nothing was due
-	Busy       bool            // another process of this host is at it
+	Busy       bool            // another process of this host runs it
 	Start, End time.Time
 	Snapshots  int    // manifests marked from
 	InUse      Amount // contents that snapshots reach
 	Unused     Amount // contents marked deleted in this run
 	TooRecent  Amount // contents that nothing reaches, kept for their age
-	Recovered  Amount // contents in use that were marked deleted, and are not any more
+	Recovered  Amount // contents in use that were marked deleted, and no longer are
 	Lost       Amount // contents in use whose pack is gone
 	Rewritten  Amount // contents moved out of packs that are mostly empty
 	NotMoved   Amount // contents that could not be read to be moved
 	Reclaimed  Amount // packs deleted
-	Temporary  Amount // files deleted that killed writes had left
+	Temporary  Amount // files of killed writes that were deleted
 	Damaged    []DamagedSnapshot
-	// Unreadable is what of the list of snapshots cannot be read. What it reaches
-	// is not known, so nothing was deleted; Held is what would have been.
+	// Unreadable are the parts of the list of snapshots that cannot be read. What they
+	// reach is not known, so nothing was deleted; Held is what would have been.
 	Unreadable []UnreadableManifests
-	Held       Amount
+	// Unknown are packs that no index knows. Withheld is set if they may list recovery
+	// points, or if a listed point lacks some content: nothing was deleted then.
+	Unknown  []UnknownPack
+	Withheld bool
+	Held     Amount
 }
 
-// MaintenanceState is what is known of maintenance without running it.
+// MaintenanceState is the state of maintenance, read without running it.
 type MaintenanceState struct {
 	Owner     string
 	Owned     bool // by this connection
@@ -83,7 +86,7 @@ type MaintenanceState struct {
 	Indexes   int   // index blobs that an open reads
 }
 
-// MaintenanceRun is one recorded run; its End is zero when there was none.
+// MaintenanceRun is one recorded run; its End is zero if there was none.
 type MaintenanceRun struct {
 	Start, End time.Time
 	Err        string
@@ -114,7 +117,7 @@ func (r *Repository) maintain(ctx context.Context, w *Writer, opt MaintainOption
 	}
 	mode := maintenance.Mode(opt.Mode)
 	if opt.Mode == MaintenanceAuto {
-		// Asked here, so that "not due" can be told from "busy".
+		// Checked here, to distinguish "not due" from "busy".
 		due, err := r.maintenanceDue(ctx)
 		if err != nil {
 			return err
@@ -139,7 +142,7 @@ func (r *Repository) maintain(ctx context.Context, w *Writer, opt MaintainOption
 		}
 		opt.Step("begun")
 		if p.Mode == maintenance.ModeQuick {
-			return maintenance.Run(kctx, p, safetyOf(opt)) //nolint:wrapcheck // wrapped below
+			return maintenance.Run(kctx, p, safetyOf(opt))
 		}
 		run := &fullRun{w: w, opt: opt, p: p, safety: safetyOf(opt), rep: rep, gone: map[string]bool{}}
 		return run.do(ctx)
@@ -156,18 +159,21 @@ func (r *Repository) maintain(ctx context.Context, w *Writer, opt MaintainOption
 	return nil
 }
 
-// restoreSettings writes the repository's settings again where they are among
-// the manifests that cannot be read: without an owner maintenance would never run.
+// restoreSettings writes the repository's settings again if they are lost or cannot be
+// read: without an owner maintenance would never run.
 func (r *Repository) restoreSettings(ctx context.Context, w *Writer) error {
 	unreadable, err := r.UnreadableManifests(ctx)
-	if err != nil || len(unreadable) == 0 {
+	if err != nil {
+		return err
+	}
+	if _, found, err := r.readConfig(ctx); err != nil || found && len(unreadable) == 0 {
 		return err
 	}
 	written, err := r.writeSettings(w.ctx, w.w, r.config.Compression)
 	if err != nil || len(written) == 0 {
 		return err
 	}
-	slog.WarnContext(ctx, "settings of the repository cannot be read and were written again", "settings", strings.Join(written, ", "))
+	r.log.WarnContext(ctx, "settings of the repository are lost and were written again", "settings", strings.Join(written, ", "))
 	return w.Flush(ctx)
 }
 
@@ -183,8 +189,8 @@ func safetyOf(opt MaintainOptions) maintenance.SafetyParameters {
 		return maintenance.SafetyFull
 	}
 	s := maintenance.SafetyNone
-	// Packs of a write session of the last hour stay: their index entries come
-	// with the session's flush. A backup flushes each minute.
+	// Packs of a write session of the last hour stay: the session's flush writes their
+	// index entries. A backup flushes each minute.
 	s.SessionExpirationAge = time.Hour
 	return s
 }

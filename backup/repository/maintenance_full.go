@@ -3,7 +3,6 @@ package repository
 import (
 	"context"
 	"fmt"
-	"log/slog"
 	"slices"
 	"time"
 
@@ -14,21 +13,30 @@ import (
 	"github.com/kopia/kopia/repo/manifest"
 )
 
-// fullRun is one full maintenance under way.
+// fullRun is one running full maintenance.
 type fullRun struct {
 	w      *Writer
 	opt    MaintainOptions
 	p      maintenance.RunParameters
 	safety maintenance.SafetyParameters
 	rep    *MaintenanceReport
-	gone   map[string]bool // packs looked for and not found
+	gone   map[string]bool // packs that were not found
 	latest time.Time       // of the contents deleted in this run, when they were written
+	swept  time.Time       // when they were deleted
 	packs  *PackSet        // as listed by the collection
+
+	indexed map[string]bool // packs that the index referred to when the run began
+	orphans map[string]bool // packs that maintenance emptied and has not deleted
+	noted   map[string]bool // of those, the ones on record
+	notes   []Record        // that say so
 }
 
 // do runs the tasks of kopia repo/maintenance/maintenance_run.go,
 // runFullMaintenance, in its order.
 func (f *fullRun) do(ctx context.Context) error {
+	if err := f.lookAtPacks(ctx); err != nil {
+		return err
+	}
 	if err := f.task(maintenance.TaskSnapshotGarbageCollection, func() (maintenancestats.Kind, error) {
 		return f.collect(ctx)
 	}); err != nil {
@@ -54,10 +62,13 @@ func (f *fullRun) do(ctx context.Context) error {
 	})
 }
 
-// reclaim rewrites packs that are mostly empty and deletes what is not used. It
-// does nothing while manifests are unreadable: what they reach is not known.
+// held reports whether nothing may be deleted, because it is not known what is in use:
+// manifests are unreadable, or the index of some packs is lost.
+func (f *fullRun) held() bool { return len(f.rep.Unreadable) > 0 || f.rep.Withheld }
+
+// reclaim rewrites packs that are mostly empty and deletes unused ones.
 func (f *fullRun) reclaim(ctx context.Context) error {
-	if len(f.rep.Unreadable) > 0 {
+	if f.held() {
 		return nil
 	}
 	s, err := maintenance.GetSchedule(f.w.ctx, f.w.w)
@@ -80,6 +91,9 @@ func (f *fullRun) reclaim(ctx context.Context) error {
 		return err
 	}
 	if !before.IsZero() {
+		if err := f.intendDropped(ctx); err != nil {
+			return err
+		}
 		if err := f.task(maintenance.TaskDropDeletedContentsFull, func() (maintenancestats.Kind, error) {
 			return f.w.w.ContentManager().CompactIndexes(f.w.ctx, indexblob.CompactOptions{
 				AllIndexes:                       true,
@@ -90,6 +104,9 @@ func (f *fullRun) reclaim(ctx context.Context) error {
 			return fmt.Errorf("drop deleted contents: %w", err)
 		}
 		f.opt.Step("dropped")
+	}
+	if err := f.noteOrphans(ctx); err != nil {
+		return err
 	}
 	if last := lastSuccess(s, maintenance.TaskRewriteContentsFull, maintenance.TaskRewriteContentsQuick); last.IsZero() ||
 		!f.w.w.Time().Before(last.Add(f.safety.MinRewriteToOrphanDeletionDelay)) {
@@ -105,16 +122,16 @@ func (f *fullRun) reclaim(ctx context.Context) error {
 
 // task runs one of Kopia's tasks and records it in Kopia's schedule.
 func (f *fullRun) task(name maintenance.TaskType, run func() (maintenancestats.Kind, error)) error {
-	return maintenance.ReportRun(f.w.ctx, f.w.w, name, nil, run) //nolint:wrapcheck // callers do
+	return maintenance.ReportRun(f.w.ctx, f.w.w, name, nil, run)
 }
 
 // collect marks what snapshots reach, then deletes the rest from the index and
 // undeletes what is in use again.
 //
-// A snapshot may be written while this runs. The order makes that safe: a writer
-// flushes its manifest and then looks whether what it uses was deleted; this
-// side flushes its deletions and then looks for manifests it has not seen, and
-// takes back what they use. Whichever comes second sees the other.
+// A snapshot may be written while this runs. The order makes that safe: a writer flushes
+// its manifest, then checks whether anything it uses was deleted; this side flushes its
+// deletions, then looks for manifests it has not seen, and undeletes what they use. The
+// second of the two sees the first.
 func (f *fullRun) collect(ctx context.Context) (maintenancestats.Kind, error) {
 	m, err := newMarker(f.w, f.opt.Decode)
 	if err != nil {
@@ -130,8 +147,11 @@ func (f *fullRun) collect(ctx context.Context) (maintenancestats.Kind, error) {
 		return nil, err
 	}
 	f.packs = packs
-	// The listing of a large store takes time: look again just before deleting.
+	// Listing a large store takes time: check again just before deleting.
 	if _, err := f.mark(ctx, m); err != nil {
+		return nil, err
+	}
+	if err := f.setUnneeded(ctx, m); err != nil {
 		return nil, err
 	}
 	if err := f.sweep(ctx, m, packs); err != nil {
@@ -186,7 +206,7 @@ func (f *fullRun) sweep(ctx context.Context, m *marker, packs *PackSet) error {
 			return nil
 		case ci.Deleted:
 			return nil
-		case len(f.rep.Unreadable) > 0:
+		case f.held():
 			f.rep.Held.add(size)
 			return nil
 		}
@@ -205,12 +225,13 @@ func (f *fullRun) sweep(ctx context.Context, m *marker, packs *PackSet) error {
 	if err != nil {
 		return fmt.Errorf("look through contents: %w", err)
 	}
+	f.swept = f.w.w.Time()
 	return f.w.Flush(ctx)
 }
 
-// keep makes sure that a content in use is not marked deleted. Undeleting reads
-// the content and writes it to a new pack, so one whose pack is gone stays as it
-// is: for the next backup it must remain deleted, or it would not be stored again.
+// keep makes sure that a content in use is not marked deleted. Undeleting reads the
+// content and writes it to a new pack. One whose pack is gone stays deleted, so that the
+// next backup stores it again.
 func (f *fullRun) keep(ctx context.Context, ci content.Info, packs *PackSet) error {
 	size := int64(ci.PackedLength)
 	if pack := string(ci.PackBlobID); pack != "" && !packs.Has(pack) {
@@ -233,7 +254,7 @@ func (f *fullRun) keep(ctx context.Context, ci content.Info, packs *PackSet) err
 		if !isDamage(err) {
 			return fmt.Errorf("undelete content %v: %w", ci.ContentID, err)
 		}
-		slog.WarnContext(ctx, "a deleted content that is in use cannot be read", "content", ci.ContentID.String(), "error", err.Error())
+		f.w.r.log.WarnContext(ctx, "a deleted content that is in use cannot be read", "content", ci.ContentID.String(), "error", err.Error())
 		f.rep.Lost.add(size)
 		return nil
 	}
@@ -241,7 +262,7 @@ func (f *fullRun) keep(ctx context.Context, ci content.Info, packs *PackSet) err
 	return nil
 }
 
-// takeBack undeletes what snapshots that came meanwhile use.
+// takeBack undeletes what new snapshots use.
 func (f *fullRun) takeBack(ctx context.Context, m *marker, packs *PackSet) error {
 	err := f.w.w.ContentReader().IterateContents(f.w.ctx, content.IterateOptions{IncludeDeleted: true}, func(ci content.Info) error {
 		if !ci.Deleted || ci.ContentID.Prefix() == manifest.ContentPrefix || !m.has(ci.ContentID) {
@@ -291,21 +312,26 @@ func lastSuccess(s *maintenance.Schedule, tasks ...maintenance.TaskType) time.Ti
 // maxTick bounds the wait for the clock to pass what was just deleted.
 const maxTick = 3 * time.Second
 
-// dropBefore is kopia's findSafeDropTime: with safety margins, what was deleted
-// before the last but one collection, if they lie far enough apart; without, all
-// that is deleted now. Index entries have whole seconds, and a deletion is one
-// later than what it deletes, so for a content of this very second it lies in the
-// future: wait for it, or the entry would survive until the next run.
+// dropBefore is kopia's findSafeDropTime: with safety margins, what was deleted before
+// the last but one collection, if they are far enough apart; without, all that is deleted
+// now. Index entries have whole seconds, and a deletion is one later than what it
+// deletes, so for a content of the current second it is in the future: wait for it, or
+// the entry would survive until the next run. The current second is excluded: later
+// deletions would fall into it and be dropped as soon as they are written.
 func (f *fullRun) dropBefore(ctx context.Context, s *maintenance.Schedule) (time.Time, error) {
 	if !f.safety.RequireTwoGCCycles {
-		if wait := f.latest.Add(2 * time.Second).Sub(f.w.w.Time()); !f.latest.IsZero() && wait > 0 && wait <= maxTick {
+		ready := f.swept.Truncate(time.Second).Add(time.Second)
+		if t := f.latest.Add(2 * time.Second); t.After(ready) {
+			ready = t
+		}
+		if wait := ready.Sub(f.w.w.Time()); !f.latest.IsZero() && wait > 0 && wait <= maxTick {
 			select {
 			case <-time.After(wait):
 			case <-ctx.Done():
 				return time.Time{}, context.Cause(ctx)
 			}
 		}
-		return f.w.w.Time(), nil
+		return f.w.w.Time().Truncate(time.Second).Add(-time.Second), nil
 	}
 	var runs []maintenance.RunInfo
 	for _, r := range s.Runs[maintenance.TaskSnapshotGarbageCollection] {
@@ -322,7 +348,7 @@ func (f *fullRun) dropBefore(ctx context.Context, s *maintenance.Schedule) (time
 	return time.Time{}, nil
 }
 
-// kind keeps a nil pointer from becoming an interface that is not nil.
+// kind keeps a nil pointer from becoming a non-nil interface.
 func kind[T any, P interface {
 	*T
 	maintenancestats.Kind

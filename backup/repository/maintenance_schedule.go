@@ -9,24 +9,24 @@ import (
 	"github.com/kopia/kopia/repo/maintenance"
 )
 
-// taskWholeFull records whole runs of full maintenance beside those of Kopia's
-// tasks, which say nothing of a run that ended between two tasks.
+// taskWholeFull records whole runs of full maintenance. The records of Kopia's tasks do
+// not show a run that ended between two tasks.
 const taskWholeFull maintenance.TaskType = "varve-full"
 
 const (
-	// retryShare of a cycle's interval passes before a run that failed, or whose
-	// process was killed, is tried again: six hours for a daily one.
+	// retryShare is the share of a cycle's interval after which a failed or killed run is
+	// retried: six hours for a daily one.
 	retryShare = 4
 	// settleTime bounds how long an interrupted run waits to put its schedule back.
 	settleTime = 10 * time.Second
 )
 
-// scheduled keeps the schedule true to what was done. Kopia moves the next run a
-// whole interval on before it begins one, so that any end of a run counts as done.
+// scheduled makes the schedule reflect what was done. Kopia postpones the next run by a
+// whole interval before it begins one, so that a run that fails counts as done.
 type scheduled struct {
 	r      *Repository
 	w      *Writer
-	before *maintenance.Schedule // as it was before Kopia moved it
+	before *maintenance.Schedule // from before Kopia moved it
 	start  time.Time
 	mode   maintenance.Mode
 	params *maintenance.Params
@@ -40,8 +40,8 @@ func (r *Repository) schedule(w *Writer) (*scheduled, error) {
 	return &scheduled{r: r, w: w, before: s}, nil
 }
 
-// begin is called once the run is this process's. A process that is killed from
-// here on is tried again after a share of the interval.
+// begin is called once this process owns the run. If it is killed from here on, the run
+// is retried after a share of the interval.
 func (s *scheduled) begin(p maintenance.RunParameters) error {
 	s.start, s.mode, s.params = s.r.Now(), p.Mode, p.Params
 	return s.write(s.w.ctx, nil, s.soon)
@@ -84,7 +84,7 @@ func (s *scheduled) later(interval time.Duration, _ time.Time) time.Time {
 
 func (s *scheduled) asBefore(_ time.Duration, before time.Time) time.Time { return before }
 
-// write sets the next runs. A full run is a quick one as well.
+// write sets the next runs. A full run includes a quick one.
 func (s *scheduled) write(ctx context.Context, run *maintenance.RunInfo, next func(interval time.Duration, before time.Time) time.Time) error {
 	now, err := maintenance.GetSchedule(ctx, s.w.w)
 	if err != nil {

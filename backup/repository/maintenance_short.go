@@ -11,8 +11,9 @@ import (
 // pack may be rewritten (kopia repo/maintenance/content_rewrite.go).
 const shortShare = 60
 
-// shortPack is a pack of which little is in use.
+// shortPack is a pack with little in use.
 type shortPack struct {
+	name     string
 	live     int64 // bytes of contents that are not deleted
 	stored   int64 // bytes of the blob
 	contents []content.Info
@@ -21,11 +22,11 @@ type shortPack struct {
 const (
 	// wasteShare is the share of a pack, in percent, that may be garbage.
 	wasteShare = 40
-	// mergeRatio is how many times the smaller packs together a pack may be to be
-	// merged with them.
+	// mergeRatio bounds the size of a pack that is merged with the smaller ones, as a
+	// multiple of their sum.
 	mergeRatio = 4
-	// A pack holds more than its contents: a header and an index of its own
-	// (kopia repo/content/content_manager.go, preparePackDataContent).
+	// A pack holds more than its contents: a header and its own index (kopia
+	// repo/content/content_manager.go, preparePackDataContent).
 	packOverhead, packOverheadEach = 4 << 10, 80 // bytes
 )
 
@@ -34,13 +35,12 @@ func (p *shortPack) wasteful() bool {
 	return waste*100 > p.stored*wasteShare
 }
 
-// rewritable chooses which of the short packs of a kind to write again: those
-// with much garbage, and small ones together. Kopia takes all as soon as there
-// are two, so that every run, which leaves a few small packs itself, writes all
-// indexes of a repository of moderate size again. Here a pack is merged once the
-// smaller ones add up to a quarter of it: what is left grows at least fivefold from
-// one pack to the next, so they stay few, and a content is moved as often as its
-// pack has grown, not as often as maintenance ran.
+// rewritable chooses which short packs of a kind to rewrite: those with much garbage, and
+// small ones together. Kopia takes all as soon as there are two. Each run leaves a few
+// small packs itself, so in a repository of moderate size every run rewrites all indexes.
+// Here a pack is merged once the smaller ones add up to a quarter of it: the remaining
+// packs grow at least fivefold from one to the next. So they stay few, and a content is
+// moved as often as its pack has grown, not as often as maintenance ran.
 func rewritable(packs []shortPack) []shortPack {
 	var out, whole []shortPack
 	for _, p := range packs {

@@ -41,8 +41,8 @@ func TestRewritable(t *testing.T) {
 	}
 }
 
-// TestRewritableAmortized runs maintenance a thousand times, each of which finds
-// a few new small packs: few packs stay, and little is moved.
+// TestRewritableAmortized runs maintenance a thousand times, each time with a few new
+// small packs: few packs stay, and little is moved.
 func TestRewritableAmortized(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	var packs []shortPack

@@ -13,18 +13,17 @@ import (
 	"github.com/kopia/kopia/repo/blob/filesystem"
 )
 
-// temporaryAge is how old a file must be that a write left half-done. The clock
-// that dates it may be another machine's, and a write over a slow network may
-// take hours.
+// temporaryAge is the age from which a half-written file is deleted. Its date may be from
+// another machine's clock, and a write over a slow network may take hours.
 const temporaryAge = 24 * time.Hour
 
-// temporaryFile matches what Kopia writes a blob to before it renames it: the
-// blob's file name, and random digits (kopia repo/blob/filesystem/
-// filesystem_storage.go, createTempFileWithData). A process killed meanwhile
-// leaves it, and Kopia never looks at it again.
+// temporaryFile matches the file to which Kopia writes a blob before it renames it: the
+// blob's file name, and random digits (kopia repo/blob/filesystem/ filesystem_storage.go,
+// createTempFileWithData). A process that is killed in between leaves it, and Kopia never
+// deletes it.
 var temporaryFile = regexp.MustCompile(`\.f\.tmp\.[0-9a-f]{8,}$`)
 
-// dropTemporary deletes what killed writes left in a repository in a directory.
+// dropTemporary deletes the files that killed writes left in a repository's directory.
 func (f *fullRun) dropTemporary(ctx context.Context) error {
 	opt, ok := f.w.w.BlobStorage().ConnectionInfo().Config.(*filesystem.Options)
 	if !ok {

@@ -7,9 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/kopia/kopia/repo/manifest"
+	"github.com/kopia/kopia/snapshot"
 )
 
 // manifestEntry is one manifest as Kopia stores it (kopia
@@ -31,6 +33,32 @@ func (e *manifestEntry) metadata() *manifest.EntryMetadata {
 	return &manifest.EntryMetadata{ID: e.ID, Length: len(e.Content), Labels: labels, ModTime: e.ModTime}
 }
 
+// passing reports whether an entry is used only while some process runs: the incomplete
+// snapshot of a backup, or the lease of a reader.
+func (e *manifestEntry) passing() bool {
+	if e.Labels["varve"] == "lease" {
+		return true
+	}
+	var s struct {
+		Incomplete string `json:"incomplete"`
+	}
+	return e.Labels[manifest.TypeLabelKey] == snapshot.ManifestType && json.Unmarshal(e.Content, &s) == nil && s.Incomplete != ""
+}
+
+// tags returns the tags of a snapshot, and nil for another manifest.
+func (e *manifestEntry) tags() map[string]string {
+	if e.Labels[manifest.TypeLabelKey] != snapshot.ManifestType {
+		return nil
+	}
+	tags := map[string]string{}
+	for k, v := range e.Labels {
+		if name, ok := strings.CutPrefix(k, tagPrefix); ok {
+			tags[name] = v
+		}
+	}
+	return tags
+}
+
 func (e *manifestEntry) has(labels map[string]string) bool {
 	for k, v := range labels {
 		if got, ok := e.Labels[k]; !ok || got != v {
@@ -45,9 +73,8 @@ type manifestFile struct {
 	Entries []*manifestEntry `json:"entries"`
 }
 
-// maxManifestBytes bounds a manifest content once it is decompressed. Kopia puts
-// all manifests of a repository into one when it merges them, so a hundred
-// thousand recovery points must fit.
+// maxManifestBytes bounds a decompressed manifest content. Kopia merges all manifests of
+// a repository into one, so a hundred thousand recovery points must fit.
 const maxManifestBytes = 512 << 20
 
 // errBadManifest means that a manifest content decoded to something else.

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"sync"
 	"time"
@@ -17,20 +18,20 @@ import (
 	"github.com/kopia/kopia/repo/object"
 )
 
-// manifestRepository is a Kopia repository whose manifests are read by a
-// manifestReader. All of Kopia that is handed one (snapshots, policies,
-// maintenance) reads and writes manifests through it.
+// manifestRepository is a Kopia repository whose manifests are read by a manifestReader.
+// Kopia's packages that get one (snapshots, policies, maintenance) read and write
+// manifests through it.
 type manifestRepository struct {
 	repo.DirectRepository
 	reader *manifestReader
 }
 
-func newManifestRepository(r repo.DirectRepository) (*manifestRepository, error) {
+func newManifestRepository(r repo.DirectRepository, log *slog.Logger) (*manifestRepository, error) {
 	src, ok := r.ContentReader().(manifestSource)
 	if !ok {
 		return nil, fmt.Errorf("read manifests: Kopia's content reader is a %T without revisions", r.ContentReader())
 	}
-	return &manifestRepository{r, &manifestReader{src: src, refresh: r.Refresh, cache: &manifestCache{}}}, nil
+	return &manifestRepository{r, &manifestReader{src: src, refresh: r.Refresh, cache: &manifestCache{log: log}}}, nil
 }
 
 // FindManifests is repo.Repository.
@@ -60,7 +61,7 @@ func (r *manifestRepository) NewWriter(ctx context.Context, opt repo.WriteSessio
 func (r *manifestRepository) NewDirectWriter(ctx context.Context, opt repo.WriteSessionOptions) (context.Context, repo.DirectRepositoryWriter, error) {
 	wctx, w, err := r.DirectRepository.NewDirectWriter(ctx, opt)
 	if err != nil {
-		return nil, nil, err //nolint:wrapcheck // a wrapper
+		return nil, nil, err
 	}
 	return wctx, &manifestSession{
 		DirectRepositoryWriter: w,
@@ -69,7 +70,7 @@ func (r *manifestRepository) NewDirectWriter(ctx context.Context, opt repo.Write
 	}, nil
 }
 
-// get decodes a manifest; e is nil for one that is not there.
+// get decodes a manifest; e is nil for a missing one.
 func (e *manifestEntry) get(id manifest.ID, data any) (*manifest.EntryMetadata, error) {
 	if e == nil || e.Deleted {
 		return nil, fmt.Errorf("manifest %v: %w", id, manifest.ErrNotFound)
@@ -161,7 +162,7 @@ func (s *manifestSession) PutManifest(_ context.Context, labels map[string]strin
 	return e.ID, nil
 }
 
-// DeleteManifest is repo.RepositoryWriter. One that is not there is no error.
+// DeleteManifest is repo.RepositoryWriter. A missing one is no error.
 func (s *manifestSession) DeleteManifest(ctx context.Context, id manifest.ID) error {
 	v, err := s.reader.view(ctx)
 	if err != nil {
@@ -213,15 +214,15 @@ func (s *manifestSession) Flush(ctx context.Context) error {
 	if err := s.writePending(ctx); err != nil {
 		return fmt.Errorf("write manifests: %w", err)
 	}
-	return s.DirectRepositoryWriter.Flush(ctx) //nolint:wrapcheck // a wrapper
+	return s.DirectRepositoryWriter.Flush(ctx)
 }
 
 const (
 	// mergeManifests is how many manifest contents there may be before they are
 	// merged, as in Kopia. Only sessions that write manifests merge.
 	mergeManifests = 16
-	// manifestChunk is how many bytes of manifests go into one content, so that the
-	// loss of one is not the loss of all.
+	// manifestChunk is how many bytes of manifests go into one content, so that losing
+	// one does not lose all.
 	manifestChunk = 1 << 20
 	// deletedAge is how long the deletion of a manifest is kept when contents are
 	// merged. Another session that merges an older view would bring the manifest
@@ -229,8 +230,8 @@ const (
 	deletedAge = 24 * time.Hour
 )
 
-// writePending turns what is pending into a content, which the flush of the
-// session makes visible.
+// writePending turns pending manifests into a content, which the flush of the session
+// makes visible.
 func (s *manifestSession) writePending(ctx context.Context) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -245,7 +246,7 @@ func (s *manifestSession) writePending(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// Where there are many the merged ones are several, and merging pays less often.
+	// With many manifests there are several merged contents, and merging pays less often.
 	if len(v.contents) < mergeManifests+int(2*v.bytes/manifestChunk) {
 		_, err = s.writeEntries(ctx, entries)
 	} else {
@@ -258,9 +259,9 @@ func (s *manifestSession) writePending(ctx context.Context) error {
 	return nil
 }
 
-// merge writes all manifests that can be read, and new ones, into few contents
-// and deletes the others. Contents that cannot be read stay as they are: they
-// may be put back. Written and deleted become visible in one index blob.
+// merge writes all manifests that can be read, and new ones, into few contents and
+// deletes the others. Contents that cannot be read stay: they may be restored. Written
+// and deleted become visible in one index blob.
 func (s *manifestSession) merge(ctx context.Context, v *manifestView, fresh []*manifestEntry) error {
 	cm := s.ContentManager()
 	cm.DisableIndexFlush(ctx)

@@ -55,7 +55,7 @@ func kopiaNotes(t *testing.T, r *repotest.Repo) []int {
 	return out
 }
 
-// putNote writes a record in a session of its own and returns its ID.
+// putNote writes a record in a separate session and returns its ID.
 func putNote(t *testing.T, r *repository.Repository, n int, drop ...string) string {
 	t.Helper()
 	w, err := r.NewWriter(t.Context(), "test")
@@ -78,8 +78,8 @@ func putNote(t *testing.T, r *repository.Repository, n int, drop ...string) stri
 	return id
 }
 
-// TestManifestsBesideKopia has Varve and Kopia write, delete and merge manifests
-// in turn: both always see the same.
+// TestManifestsBesideKopia writes, deletes and merges manifests by Varve and Kopia in
+// turn: both always see the same.
 func TestManifestsBesideKopia(t *testing.T) {
 	t.Parallel()
 	store := repotest.New(t)

@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// UnreadableManifests is a content that holds manifests (recovery points, and
-// records about them) and cannot be read. What it held is not known.
+// UnreadableManifests is an unreadable content of manifests (recovery points, and records
+// about them). What it held is not known.
 type UnreadableManifests struct {
 	Content string `json:"content"`
 	Pack    string `json:"pack"` // blob that holds it, or held it
@@ -34,23 +34,24 @@ type manifestView struct {
 	unreadable []UnreadableManifests          // by content
 }
 
-// manifestSource is what manifests are read from: Kopia's content manager, of
-// the repository or of a write session, which also sees what it wrote itself.
+// manifestSource is what manifests are read from: Kopia's content manager, of the
+// repository or of a write session, which also sees its own writes.
 type manifestSource interface {
 	content.Reader
-	// Revision changes whenever the index does.
+	// Revision changes with every change of the index.
 	Revision() int64
 }
 
-// manifestCache remembers decoded manifest contents, which never change, so that
-// a new view costs what is new in it. Safe for concurrent use.
+// manifestCache remembers decoded manifest contents, which never change, so that a new
+// view reads only what is new in it. Safe for concurrent use.
 type manifestCache struct {
+	log    *slog.Logger
 	mu     sync.Mutex
 	byID   map[content.ID][]*manifestEntry
 	warned map[content.ID]bool // of contents that cannot be read
 }
 
-// warn logs an unreadable content once, however often it is met.
+// warn logs each unreadable content once.
 func (c *manifestCache) warn(ctx context.Context, id content.ID, u UnreadableManifests) {
 	c.mu.Lock()
 	known := c.warned[id]
@@ -60,8 +61,8 @@ func (c *manifestCache) warn(ctx context.Context, id content.ID, u UnreadableMan
 	c.warned[id] = true
 	c.mu.Unlock()
 	if !known {
-		slog.WarnContext(ctx, "part of the list of recovery points cannot be read: points may be missing from it",
-			"pack", u.Pack, "content", u.Content, "error", u.Reason, "next", "put the pack back from a copy of the storage")
+		c.log.WarnContext(ctx, "part of the list of recovery points cannot be read: points may be missing from it",
+			"pack", u.Pack, "content", u.Content, "error", u.Reason, "next", "put the pack back from a copy of the storage, or run 'varve repo repair'")
 	}
 }
 
@@ -81,7 +82,7 @@ func (c *manifestCache) put(id content.ID, entries []*manifestEntry) {
 	c.byID[id] = entries
 }
 
-// keep drops what a view does not have: merging leaves few contents of many.
+// keep drops contents that a view does not have: merging replaces many by few.
 func (c *manifestCache) keep(contents map[content.ID]bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -89,19 +90,27 @@ func (c *manifestCache) keep(contents map[content.ID]bool) {
 }
 
 // manifestReader reads manifests one content at a time. Kopia reads all of them
-// or none (kopia repo/manifest/committed_manifest_manager.go), so that one
-// damaged pack of 4 KB hides every recovery point; here what cannot be read is
-// left out and named. Storage that fails is an error all the same: a recovery
-// point that is out of reach for a moment must not be taken for one that is not
-// there. Safe for concurrent use.
+// or none (kopia repo/manifest/committed_manifest_manager.go), so that one damaged pack
+// of 4 KB hides every recovery point; here unreadable contents are left out and named.
+// Failing storage is still an error: a recovery point that is unreachable for a moment
+// must not count as deleted. Safe for concurrent use.
 type manifestReader struct {
 	src     manifestSource
 	refresh func(context.Context) error
 	cache   *manifestCache
 
+	skip map[content.ID]bool // contents to leave out; nil for none
+
 	mu       sync.Mutex
 	revision int64
 	current  *manifestView
+}
+
+// reset makes the next view read the index again, even at the same revision.
+func (m *manifestReader) reset() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.current = nil
 }
 
 // view returns the manifests as the index has them now.
@@ -114,7 +123,7 @@ func (m *manifestReader) view(ctx context.Context) (*manifestView, error) {
 	rev := m.src.Revision()
 	v, missing, err := m.load(ctx)
 	if err == nil && missing {
-		// Others may have merged them into a content that the index does not have yet.
+		// Another process may have merged them into a content that the index does not have yet.
 		if err = m.refresh(ctx); err == nil {
 			rev = m.src.Revision()
 			v, _, err = m.load(ctx)
@@ -139,10 +148,12 @@ const manifestReads = 8
 func (m *manifestReader) load(ctx context.Context) (v *manifestView, missing bool, err error) {
 	infos := map[content.ID]content.Info{}
 	if err := m.src.IterateContents(ctx, content.IterateOptions{Range: index.PrefixRange(manifest.ContentPrefix)}, func(ci content.Info) error {
-		infos[ci.ContentID] = ci
+		if !m.skip[ci.ContentID] {
+			infos[ci.ContentID] = ci
+		}
 		return nil
 	}); err != nil {
-		return nil, false, err //nolint:wrapcheck // wrapped by callers
+		return nil, false, err
 	}
 	v = &manifestView{entries: map[manifest.ID]*manifestEntry{}, contents: map[content.ID]bool{}}
 	var mu sync.Mutex // guards v and missing
@@ -183,7 +194,7 @@ func (m *manifestReader) load(ctx context.Context) (v *manifestView, missing boo
 func (m *manifestReader) read(ctx context.Context, id content.ID) ([]*manifestEntry, error) {
 	p, err := m.src.GetContent(ctx, id)
 	if err != nil {
-		return nil, err //nolint:wrapcheck // wrapped by callers
+		return nil, err
 	}
 	entries, err := decodeManifests(p)
 	if err == nil {

@@ -9,9 +9,8 @@ import (
 	"github.com/kopia/kopia/snapshot"
 )
 
-// refreshing calls read, and once more after a refresh where it missed a blob or
-// content: maintenance elsewhere moves manifests to other packs, as it does with
-// all contents.
+// refreshing calls read, and again after a refresh if a blob or content was missing:
+// maintenance on another machine moves manifests to other packs, like all contents.
 func (r *Repository) refreshing(ctx context.Context, read func() error) error {
 	seq := r.refreshSeq.Load()
 	err := read()
@@ -44,9 +43,9 @@ func (r *Repository) findManifests(ctx context.Context, labels map[string]string
 	return found, err
 }
 
-// UnreadableManifests names what of the list of recovery points, and of the
-// records about them, cannot be read. Nothing through a Kopia API server, which
-// does not tell.
+// UnreadableManifests names the unreadable parts of the list of recovery points and of
+// the records about them. It returns none through a Kopia API server, which does not
+// report them.
 func (r *Repository) UnreadableManifests(ctx context.Context) ([]UnreadableManifests, error) {
 	m, ok := r.rep.(*manifestRepository)
 	if !ok {
@@ -70,12 +69,12 @@ func (r *Repository) loadManifest(ctx context.Context, id string) (m *snapshot.M
 	return m, nil
 }
 
-// SavedManifest is a whole snapshot manifest, kept aside so that its deletion
-// can be taken back. Fields that only stock Kopia uses are in it too.
+// SavedManifest is a whole snapshot manifest, kept so that its deletion can be undone. It
+// includes fields that only stock Kopia uses.
 type SavedManifest struct{ m *snapshot.Manifest }
 
-// SaveManifest reads a snapshot manifest. The error is ErrSnapshotNotFound when
-// it is gone.
+// SaveManifest reads a snapshot manifest. The error is ErrSnapshotNotFound if it was
+// deleted.
 func (r *Repository) SaveManifest(ctx context.Context, manifestID string) (*SavedManifest, error) {
 	m, err := r.loadManifest(ctx, manifestID)
 	if err != nil {
@@ -84,9 +83,8 @@ func (r *Repository) SaveManifest(ctx context.Context, manifestID string) (*Save
 	return &SavedManifest{m}, nil
 }
 
-// PutBack writes a manifest again after it was deleted. It gets a new manifest
-// ID; the recovery point's own ID, in it, is the same. Nothing is visible before
-// Flush.
+// PutBack writes a deleted manifest again. It gets a new manifest ID; the recovery
+// point's ID in it is the same. Nothing is visible before Flush.
 func (w *Writer) PutBack(_ context.Context, s *SavedManifest) error {
 	if _, err := snapshot.SaveSnapshot(w.ctx, w.w, s.m); err != nil {
 		return fmt.Errorf("write snapshot manifest: %w", explainWrite(err))

@@ -1,36 +1,33 @@
 package repository
 
 import (
+	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"runtime"
+	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/kopia/kopia/fs"
+	"github.com/kopia/kopia/repo/content"
 	"github.com/kopia/kopia/repo/manifest"
 	"github.com/kopia/kopia/repo/object"
 	"github.com/kopia/kopia/snapshot"
 	"github.com/kopia/kopia/snapshot/snapshotfs"
+	"golang.org/x/sync/errgroup"
 )
 
-// DecodeIndexPiece returns the objects that a piece of an index names: a whole
-// index, or one that a large index was cut into. ok is false when the piece
-// cannot be understood by itself, and the whole index is read instead.
+// DecodeIndexPiece returns the objects named by a piece of an index: a whole index, or a
+// part of a large one. ok is false if the piece cannot be decoded by itself; then the
+// whole index is read instead.
 type DecodeIndexPiece func(piece []byte) (objects []ObjectID, ok bool)
 
-// DamagedSnapshot is a snapshot whose tree cannot be walked to its end.
-type DamagedSnapshot struct {
-	ManifestID string
-	Source     Source
-	Incomplete bool // held by a backup under way, or one that was killed
-	Err        error
-}
-
-// contentKey stands for a content in the set of marked ones: 16 bytes of its
-// keyed hash, so that the set of ten million contents takes about 300 MB. Two
-// contents that share a key would both be kept; with 128 bits none do.
+// contentKey identifies a content in the set of marked ones: 16 bytes of its keyed hash,
+// so that the set of ten million contents takes about 300 MB. Two contents that share a
+// key would both be kept; with 128 bits none do.
 type contentKey [16]byte
 
 func keyOf(cid ContentID) (k contentKey) {
@@ -41,10 +38,9 @@ func keyOf(cid ContentID) (k contentKey) {
 	return k
 }
 
-// marker collects the contents that snapshots reach. An index that was visited
-// is not read again, so snapshots that share most of their tree cost what is
-// different in them: the work is the repository's unique indexes, not snapshots
-// times blocks.
+// marker collects the contents that snapshots reach. A visited index is not read again,
+// so snapshots that share most of their tree cost only their differences: the work grows
+// with the repository's unique indexes, not with snapshots times blocks.
 type marker struct {
 	w      *Writer
 	decode DecodeIndexPiece
@@ -57,27 +53,30 @@ type marker struct {
 	inner  map[ObjectID]bool  // objects that hold an index of indexes
 	seen   map[manifest.ID]*snapshot.Manifest
 	failed []DamagedSnapshot
-	fatal  error // something that says nothing about the data: storage out of reach
+	inTurn bool  // snapshots are visited one after the other, since something is damaged
+	fatal  error // an error that says nothing about the data: unreachable storage
 }
 
 func newMarker(w *Writer, decode DecodeIndexPiece) (*marker, error) {
-	m := &marker{
-		w: w, decode: decode, gate: make(chan struct{}, 2*runtime.NumCPU()),
-		used: map[contentKey]struct{}{}, bad: map[ObjectID]error{}, inner: map[ObjectID]bool{}, seen: map[manifest.ID]*snapshot.Manifest{},
-	}
-	walker, err := snapshotfs.NewTreeWalker(w.ctx, snapshotfs.TreeWalkerOptions{
-		// The walk goes on behind what is damaged: one snapshot must not hide
-		// what the others hold.
+	m := &marker{w: w, decode: decode, gate: make(chan struct{}, 2*runtime.NumCPU()), seen: map[manifest.ID]*snapshot.Manifest{}}
+	return m, m.start()
+}
+
+// start begins with nothing marked.
+func (m *marker) start() error {
+	m.used, m.bad, m.inner, m.failed = map[contentKey]struct{}{}, map[ObjectID]error{}, map[ObjectID]bool{}, nil
+	walker, err := snapshotfs.NewTreeWalker(m.w.ctx, snapshotfs.TreeWalkerOptions{
+		// The walk continues past damage: one snapshot must not hide what the others hold.
 		MaxErrors: 1 << 30,
 		EntryCallback: func(ctx context.Context, _ fs.Entry, oid object.ID, _ string) error {
 			return m.object(ctx, oid)
 		},
 	})
 	if err != nil {
-		return nil, fmt.Errorf("walk snapshots: %w", err)
+		return fmt.Errorf("walk snapshots: %w", err)
 	}
 	m.walker = walker
-	return m, nil
+	return nil
 }
 
 func (m *marker) close() { m.walker.Close(m.w.ctx) }
@@ -90,7 +89,7 @@ func (m *marker) has(cid ContentID) bool {
 	return ok
 }
 
-// put marks a content and reports whether it was not marked before.
+// put marks a content and reports whether that is new.
 func (m *marker) put(cid ContentID) bool {
 	k := keyOf(cid)
 	m.mu.Lock()
@@ -102,9 +101,27 @@ func (m *marker) put(cid ContentID) bool {
 	return true
 }
 
-// snapshots marks what the manifests reach that were not seen by an earlier
-// call, incomplete ones and those of other programs included. It returns how
-// many were new.
+// whole reports whether the index knows all marked contents and every index below the
+// snapshots could be read.
+func (m *marker) whole() (bool, error) {
+	if len(m.failed)+len(m.bad) > 0 {
+		return false, nil
+	}
+	found := map[contentKey]struct{}{}
+	err := m.w.w.ContentReader().IterateContents(m.w.ctx, content.IterateOptions{IncludeDeleted: true}, func(ci content.Info) error {
+		if m.has(ci.ContentID) {
+			found[keyOf(ci.ContentID)] = struct{}{}
+		}
+		return nil
+	})
+	if err != nil {
+		return false, fmt.Errorf("look through contents: %w", err)
+	}
+	return len(found) == len(m.used), nil
+}
+
+// snapshots marks what manifests reach, except those seen by an earlier call; incomplete
+// ones and those of other programs are included. It returns how many were new.
 func (m *marker) snapshots(ctx context.Context) (int, error) {
 	if err := m.w.Refresh(ctx); err != nil {
 		return 0, err
@@ -117,13 +134,13 @@ func (m *marker) snapshots(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("list snapshots: %w", err)
 	}
-	n := 0
+	var fresh []*snapshot.Manifest
 	for _, id := range ids {
 		if m.seen[id] != nil {
 			continue
 		}
 		if err := ctx.Err(); err != nil {
-			return n, err
+			return len(fresh), err
 		}
 		var man *snapshot.Manifest
 		err := m.w.refreshing(func() (err error) {
@@ -135,15 +152,73 @@ func (m *marker) snapshots(ctx context.Context) (int, error) {
 		}
 		if err != nil {
 			// What it reaches is unknown: nothing may be deleted.
-			return n, fmt.Errorf("read snapshot manifest %s: %w", id, err)
+			return len(fresh), fmt.Errorf("read snapshot manifest %s: %w", id, err)
 		}
 		m.seen[id] = man
-		n++
+		fresh = append(fresh, man)
+	}
+	return len(fresh), m.visit(ctx, fresh)
+}
+
+// visit marks what snapshots reach: several at once, until damage is found. Which snapshots
+// have it is only known when they are walked one after the other, so marking starts again
+// then.
+func (m *marker) visit(ctx context.Context, fresh []*snapshot.Manifest) error {
+	if !m.inTurn {
+		whole, err := m.visitAtOnce(ctx, fresh)
+		if err != nil || whole {
+			return err
+		}
+		broken := m.walker
+		if err := m.start(); err != nil {
+			return err
+		}
+		broken.Close(m.w.ctx)
+		m.inTurn = true
+		fresh = slices.Collect(maps.Values(m.seen))
+	}
+	for _, man := range fresh {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
 		if err := m.snapshot(man); err != nil {
-			return n, err
+			return err
 		}
 	}
-	return n, nil
+	return nil
+}
+
+// visitAtOnce marks what snapshots reach, and reports whether all of it could be read.
+func (m *marker) visitAtOnce(ctx context.Context, fresh []*snapshot.Manifest) (whole bool, err error) {
+	var rootless atomic.Bool
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(runtime.NumCPU())
+	for _, man := range fresh {
+		g.Go(func() error {
+			if err := gctx.Err(); err != nil {
+				return err
+			}
+			root, err := snapshotfs.SnapshotRoot(m.w.w, man)
+			if err != nil {
+				rootless.Store(true)
+				return nil // found again, and recorded, in turn
+			}
+			_ = m.walker.Process(m.w.ctx, root, "") // its errors are checked below
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			return m.fatal
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return false, err
+	}
+	failed, _ := m.walker.GetErrors()
+	for _, err := range failed {
+		if !isDamage(err) {
+			return false, fmt.Errorf("walk snapshots: %w", err)
+		}
+	}
+	return len(failed) == 0 && !rootless.Load(), nil
 }
 
 func (m *marker) snapshot(man *snapshot.Manifest) error {
@@ -154,7 +229,7 @@ func (m *marker) snapshot(man *snapshot.Manifest) error {
 		return nil
 	}
 	before, _ := m.walker.GetErrors()
-	_ = m.walker.Process(m.w.ctx, root, "") // its errors are looked at below
+	_ = m.walker.Process(m.w.ctx, root, "") // its errors are checked below
 	after, _ := m.walker.GetErrors()
 	m.mu.Lock()
 	fatal := m.fatal
@@ -174,22 +249,12 @@ func (m *marker) snapshot(man *snapshot.Manifest) error {
 	return nil
 }
 
-// isDamage tells data that is not there or does not decode, which no repetition
-// will bring back, from storage that could not be reached: that ends the run
-// before anything is deleted.
-func isDamage(err error) bool {
-	var syntax *json.SyntaxError
-	var unmarshal *json.UnmarshalTypeError
-	return isMissing(err) || isCorrupt(err) || errors.Is(err, ErrContentMissing) || errors.Is(err, ErrContentCorrupt) ||
-		errors.Is(err, errBadIndex) || errors.As(err, &syntax) || errors.As(err, &unmarshal)
-}
-
-// object marks the contents of an object of any indirection. The error is that
-// of the first index under it that cannot be read; all else is marked. What
-// only an unreadable index lists is not found, and is collected like other
-// garbage: nobody can read it through that index. With full safety it stays
-// marked deleted for two cycles, so that a pack put back in time (from a copy,
-// or an older version in the bucket) brings all of it back.
+// object marks the contents of an object of any indirection. The error is that of the
+// first unreadable index under it; all else is marked. Contents that only an unreadable
+// index lists are not found and are collected like other garbage: nothing can read them
+// through that index. With full safety they stay marked deleted for two cycles, so that a
+// pack restored in time (from a copy, or an older version in the bucket) brings all of
+// them back.
 func (m *marker) object(ctx context.Context, oid ObjectID) error {
 	index, indirect := oid.IndexObjectID()
 	if !indirect {
@@ -209,15 +274,28 @@ func (m *marker) object(ctx context.Context, oid ObjectID) error {
 		m.mu.Lock()
 		m.bad[oid] = err
 		m.mu.Unlock()
-		// Go on with what could be read of it.
+		// Continue with what could be read of it.
 	}
 	var wg sync.WaitGroup
 	var mu sync.Mutex // guards first
 	first := err
-	for _, o := range objects {
-		if _, nested := o.IndexObjectID(); !nested {
+	for i, o := range objects {
+		if i > 0 && o == objects[i-1] {
+			continue // another hole
+		}
+		index, nested := o.IndexObjectID()
+		if !nested {
 			if cid, _, ok := o.ContentID(); ok {
 				m.put(cid)
+			}
+			continue
+		}
+		// Of a point in a chain nearly all segments were visited with the point before it.
+		if cid, _, ok := index.ContentID(); ok && m.has(cid) {
+			if err := m.badIndex(index); err != nil {
+				mu.Lock()
+				first = cmp.Or(first, err)
+				mu.Unlock()
 			}
 			continue
 		}
@@ -246,9 +324,8 @@ func (m *marker) object(ctx context.Context, oid ObjectID) error {
 
 var errBadIndex = errors.New("malformed index")
 
-// index marks the contents that hold an index and returns the objects it lists,
-// leaving out those below pieces visited before. With an error it returns what
-// could be read all the same.
+// index marks the contents that hold an index and returns the objects it lists, without
+// those below pieces visited before. With an error it still returns what could be read.
 func (m *marker) index(ctx context.Context, index ObjectID) ([]ObjectID, error) {
 	pieces, cutUp := index.IndexObjectID()
 	if !cutUp {
@@ -286,7 +363,7 @@ func (m *marker) index(ctx context.Context, index ObjectID) ([]ObjectID, error) 
 	whole := false
 	for _, piece := range list {
 		if _, nested := piece.IndexObjectID(); nested {
-			whole = true // deeper than Varve writes: let Kopia put it together
+			whole = true // deeper than Varve writes: Kopia assembles it
 			if err := m.object(ctx, piece); err != nil && first == nil {
 				first = err
 			}
@@ -327,101 +404,4 @@ func (m *marker) setBadIndex(index ObjectID, err error) error {
 	defer m.mu.Unlock()
 	m.bad[index] = err
 	return err
-}
-
-func damaged(man *snapshot.Manifest, err error) DamagedSnapshot {
-	return DamagedSnapshot{
-		ManifestID: string(man.ID),
-		Source:     Source{User: man.Source.UserName, Host: man.Source.Host, Path: man.Source.Path},
-		Incomplete: man.IncompleteReason != "",
-		Err:        err,
-	}
-}
-
-// damagedSnapshots names every snapshot that reaches an index that cannot be
-// read: marking visits a shared index once, so it meets the damage in one of
-// them only. Nothing is read when nothing is damaged. Directories are followed
-// to the files of the root, which is all that a recovery point has.
-func (m *marker) damagedSnapshots(ctx context.Context) []DamagedSnapshot {
-	if len(m.failed) == 0 {
-		return nil
-	}
-	out := m.failed
-	known := map[string]bool{}
-	for _, d := range out {
-		known[d.ManifestID] = true
-	}
-	memo := map[ObjectID]error{}
-	for id, man := range m.seen {
-		if known[string(id)] || man.RootEntry == nil {
-			continue
-		}
-		objects := []ObjectID{man.RootEntry.ObjectID}
-		if man.RootEntry.Type == snapshot.EntryTypeDirectory {
-			files, err := m.w.r.ReadDirectory(ctx, man.RootEntry.ObjectID)
-			if err != nil {
-				continue // found and named by the walk
-			}
-			for _, f := range files {
-				objects = append(objects, f.Object)
-			}
-		}
-		for _, oid := range objects {
-			if err := m.taint(ctx, oid, memo); err != nil {
-				out = append(out, damaged(man, err))
-				break
-			}
-		}
-	}
-	return out
-}
-
-// taint returns the error of the first unreadable index below an object.
-func (m *marker) taint(ctx context.Context, oid ObjectID, memo map[ObjectID]error) error {
-	index, indirect := oid.IndexObjectID()
-	if !indirect {
-		return nil
-	}
-	if err := m.bad[oid]; err != nil {
-		return err
-	}
-	pieces := []ObjectID{index}
-	if list, cutUp := index.IndexObjectID(); cutUp {
-		p, err := m.w.ReadObject(ctx, list)
-		if err != nil {
-			return err
-		}
-		pieces, _ = m.decode(p)
-	}
-	for _, piece := range pieces {
-		if err := m.bad[piece]; err != nil && !errors.Is(err, errBadIndex) {
-			return err
-		}
-		if !m.inner[piece] {
-			continue
-		}
-		err, done := memo[piece]
-		if !done {
-			err = m.taintPiece(ctx, piece, memo)
-			memo[piece] = err
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (m *marker) taintPiece(ctx context.Context, piece ObjectID, memo map[ObjectID]error) error {
-	p, err := m.w.ReadObject(ctx, piece)
-	if err != nil {
-		return err
-	}
-	objects, _ := m.decode(p)
-	for _, o := range objects {
-		if err := m.taint(ctx, o, memo); err != nil {
-			return err
-		}
-	}
-	return nil
 }

@@ -13,7 +13,6 @@ import (
 	"github.com/kopia/kopia/repo"
 	"github.com/kopia/kopia/repo/blob"
 	"github.com/kopia/kopia/repo/format"
-	"github.com/kopia/kopia/repo/maintenance"
 	"github.com/kopia/kopia/snapshot"
 	"github.com/kopia/kopia/snapshot/policy"
 )
@@ -127,142 +126,6 @@ func wantError(t *testing.T, err, kind error, words ...string) {
 	}
 }
 
-func TestCreatedRepository(t *testing.T) {
-	s := newSite(t)
-	s.create(t)
-	r := s.mustOpen(t)
-	if !r.Writable() || !r.Direct() || r.Cluster() != "test" {
-		t.Errorf("writable %v, direct %v, cluster %q", r.Writable(), r.Direct(), r.Cluster())
-	}
-	if r.config != (Config{Format: 1, Compression: DefaultCompression}) {
-		t.Errorf("record %+v", r.config)
-	}
-	ctx := t.Context()
-	if mine, err := maintenance.IsOwnedByThisUser(ctx, r.rep); err != nil || !mine {
-		t.Errorf("maintenance owned: %v, %v", mine, err)
-	}
-	mp, err := r.direct.FormatManager().GetMutableParameters(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if e := mp.EpochParameters; e.MinEpochDuration != 6*time.Hour || e.EpochRefreshFrequency != 2*time.Hour {
-		t.Errorf("epoch parameters %+v", e)
-	}
-	pol, err := policy.GetDefinedPolicy(ctx, r.rep, policy.GlobalPolicySourceInfo)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if n := pol.RetentionPolicy.KeepLatest; n == nil || *n < 1<<30 {
-		t.Errorf("policy keeps %v latest", n)
-	}
-	for _, f := range []string{s.config, sidePath(s.config)} {
-		info, err := os.Stat(f)
-		if err != nil || info.Mode().Perm() != 0o600 {
-			t.Errorf("%s: %v, %v", f, info.Mode(), err)
-		}
-	}
-	p, err := os.ReadFile(s.config)
-	if err != nil || strings.Contains(string(p), testPassword) {
-		t.Errorf("configuration: %v, password in it: %v", err, strings.Contains(string(p), testPassword))
-	}
-	if left, _ := filepath.Glob(filepath.Join(filepath.Dir(s.config), ".*")); len(left) > 0 {
-		t.Errorf("left behind: %v", left)
-	}
-	st, err := r.Status(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !st.Owned || st.Cache.Directory != "" || st.Format != 3 || st.Compression != DefaultCompression || !st.Maintenance.Here || st.Capacity == nil {
-		t.Errorf("status %+v", st)
-	}
-}
-
-func TestOptionsReachTheRepository(t *testing.T) {
-	s := newSite(t)
-	opt := CreateOptions{ConnectOptions: s.connect(), Format: Format{
-		Hash: "BLAKE3-256", Encryption: "CHACHA20-POLY1305-HMAC-SHA256", Compression: "off", ECCOverheadPercent: 2,
-	}}
-	opt.Limits.UploadBytesPerSecond = 1 << 20
-	opt.Cache.ContentBytes, opt.Cache.MetadataBytes = 8<<20, 4<<20
-	if err := Create(t.Context(), opt); err != nil {
-		t.Fatal(err)
-	}
-	st, err := s.mustOpen(t).Status(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if st.Hash != opt.Format.Hash || st.Encryption != opt.Format.Encryption || st.Compression != "off" || st.ECCPercent != 2 {
-		t.Errorf("format %+v", st)
-	}
-	if st.Limits.UploadBytesPerSecond != 1<<20 || st.Cache.ContentLimit != 8<<20 || st.Cache.MetadataLimit != 4<<20 {
-		t.Errorf("limits %+v, cache %+v", st.Limits, st.Cache)
-	}
-	if base := filepath.Base(st.Cache.Directory); base != st.UniqueID[:16] {
-		t.Errorf("cache directory %s is not named after the repository %s", base, st.UniqueID)
-	}
-	if err := Disconnect(s.config); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Stat(st.Cache.Directory); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("cache is still there: %v", err)
-	}
-	wantError(t, Disconnect(s.config), ErrNotConnected, "varve repo connect")
-}
-
-func TestInvalidOptionsTouchNothing(t *testing.T) {
-	ret := func(mode string, period time.Duration) func(*CreateOptions) {
-		return func(o *CreateOptions) { o.Retention = Retention{mode, period} }
-	}
-	for name, change := range map[string]func(*CreateOptions){
-		"hash":             func(o *CreateOptions) { o.Format.Hash = "MD5" },
-		"encryption":       func(o *CreateOptions) { o.Format.Encryption = "ROT13" },
-		"compression":      func(o *CreateOptions) { o.Format.Compression = "rar" },
-		"ecc":              func(o *CreateOptions) { o.Format.ECCOverheadPercent = 101 },
-		"no password":      func(o *CreateOptions) { o.Password = "" },
-		"negative limit":   func(o *CreateOptions) { o.Limits.UploadBytesPerSecond = -1 },
-		"cluster":          func(o *CreateOptions) { o.Cluster = "a@b" },
-		"read-only":        func(o *CreateOptions) { o.ReadOnly = true },
-		"relative path":    func(o *CreateOptions) { o.Storage = &Filesystem{Path: "repo"} },
-		"no storage":       func(o *CreateOptions) { o.Storage = nil },
-		"half a retention": ret("governance", 0),
-		"other half":       ret("", 90*24*time.Hour),
-		"retention mode":   ret("forever", 90*24*time.Hour),
-		"short retention":  ret("compliance", 47*time.Hour),
-		"one cache size":   func(o *CreateOptions) { o.Cache.MetadataBytes = 1 << 20 },
-		"S3 half a key":    func(o *CreateOptions) { o.Storage = &S3{Bucket: "b", AccessKeyID: "x"} },
-		"S3 endpoint URL":  func(o *CreateOptions) { o.Storage = &S3{Bucket: "b", Endpoint: "https://x"} },
-		"S3 past":          func(o *CreateOptions) { o.Storage = &S3{Bucket: "b", PointInTime: time.Unix(1, 0)} },
-		"GCS credentials":  func(o *CreateOptions) { o.Storage = &GCS{Bucket: "b", CredentialsJSON: []byte("x")} },
-		"Azure key":        func(o *CreateOptions) { o.Storage = &Azure{Container: "c", Account: "a"} },
-		"B2 key":           func(o *CreateOptions) { o.Storage = &B2{Bucket: "b"} },
-		"SFTP no key":      func(o *CreateOptions) { o.Storage = &SFTP{Host: "h", User: "u", Path: "/p"} },
-		"SFTP two keys": func(o *CreateOptions) {
-			o.Storage = &SFTP{Host: "h", User: "u", Path: "/p", KeyData: "k", Password: "p"}
-		},
-		"SFTP unknown host":  func(o *CreateOptions) { o.Storage = &SFTP{Host: "h", User: "u", Path: "/p", KeyData: "k"} },
-		"WebDAV URL":         func(o *CreateOptions) { o.Storage = &WebDAV{URL: "ftp://h/p"} },
-		"WebDAV secrets":     func(o *CreateOptions) { o.Storage = &WebDAV{URL: "https://u:p@h/p"} },
-		"rclone is missing":  func(o *CreateOptions) { o.Storage = &Rclone{RemotePath: "r:p", Executable: "/nonexistent/rclone"} },
-		"lock on filesystem": ret("governance", 90*24*time.Hour),
-	} {
-		t.Run(name, func(t *testing.T) {
-			s := newSite(t)
-			opt := CreateOptions{ConnectOptions: s.connect()}
-			change(&opt)
-			err := Create(t.Context(), opt)
-			if !errors.Is(err, ErrInvalidOptions) {
-				t.Fatalf("error %v", err)
-			}
-			if _, err := os.Stat(s.config); !errors.Is(err, os.ErrNotExist) {
-				t.Errorf("configuration was written: %v", err)
-			}
-			if _, err := os.Stat(filepath.Join(s.dir, "kopia.repository.f")); !errors.Is(err, os.ErrNotExist) {
-				t.Errorf("repository was written: %v", err)
-			}
-		})
-	}
-}
-
 func TestWaysToFail(t *testing.T) {
 	s := newSite(t)
 	_, err := s.open(t, testPassword)
@@ -320,41 +183,6 @@ func TestWaysToFail(t *testing.T) {
 	wantError(t, err, ErrNotConnected)
 }
 
-func TestInterruptedCreateIsFinished(t *testing.T) {
-	ctx := t.Context()
-	initialize := func(t *testing.T, s site) {
-		if err := repo.Initialize(ctx, s.storage(t), &repo.NewRepositoryOptions{}, testPassword); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for name, stop := range map[string]func(t *testing.T, s site){
-		"after kopia.blobcfg": func(t *testing.T, s site) {
-			initialize(t, s)
-			if err := os.Remove(filepath.Join(s.dir, "kopia.repository.f")); err != nil {
-				t.Fatal(err)
-			}
-		},
-		"after kopia.repository": initialize,
-	} {
-		t.Run(name, func(t *testing.T) {
-			s := newSite(t)
-			stop(t, s)
-			wantError(t, Connect(ctx, s.connect()), ErrIncompleteRepository, "varve repo create")
-			s.create(t)
-			if r := s.mustOpen(t); !r.Writable() {
-				t.Error(r.readOnlyReason())
-			}
-		})
-	}
-	s := newSite(t)
-	initialize(t, s)
-	other := CreateOptions{ConnectOptions: s.connect(), Format: Format{Hash: "BLAKE3-256"}}
-	wantError(t, Create(ctx, other), ErrInvalidOptions, "BLAKE3-256")
-	other = CreateOptions{ConnectOptions: s.connect()}
-	other.Password = "another"
-	wantError(t, Create(ctx, other), ErrAlreadyExists)
-}
-
 func TestForeignRepositoriesAreReadOnly(t *testing.T) {
 	for _, version := range []format.Version{1, 2, 3} {
 		s := newSite(t)
@@ -395,59 +223,10 @@ func TestReadOnlyConnection(t *testing.T) {
 	}
 }
 
-func TestChangePassword(t *testing.T) {
-	s := newSite(t)
-	s.create(t)
-	opt := OpenOptions{ConfigFile: s.config, Password: testPassword}
-	if err := ChangePassword(t.Context(), opt, "new"); err != nil {
-		t.Fatal(err)
-	}
-	_, err := s.open(t, testPassword)
-	wantError(t, err, ErrWrongPassword)
-	if _, err := s.open(t, "new"); err != nil {
-		t.Error(err)
-	}
-	again := s.connect()
-	again.Password = "new"
-	if err := Connect(t.Context(), again); err != nil {
-		t.Error(err)
-	}
-}
-
-func TestInterruptedPasswordChangeIsFinished(t *testing.T) {
-	s := newSite(t)
-	s.create(t)
-	file := filepath.Join(s.dir, "kopia.repository.f")
-	before, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	opt := OpenOptions{ConfigFile: s.config, Password: testPassword}
-	if err := ChangePassword(t.Context(), opt, "new"); err != nil {
-		t.Fatal(err)
-	}
-	// As if the second write had never happened.
-	if err := os.WriteFile(file, before, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	_, err = s.open(t, testPassword)
-	wantError(t, err, ErrPasswordChangeInterrupted, "change-password")
-	wantError(t, ChangePassword(t.Context(), opt, "other"), ErrPasswordChangeInterrupted)
-	if now, err := os.ReadFile(file); err != nil || string(now) != string(before) {
-		t.Errorf("a wrong guess changed the repository: %v", err)
-	}
-	if err := ChangePassword(t.Context(), opt, "new"); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := s.open(t, "new"); err != nil {
-		t.Error(err)
-	}
-}
-
 func TestReplacedRepositoryIsNoticed(t *testing.T) {
 	s := newSite(t)
 	opt := CreateOptions{ConnectOptions: s.connect()}
-	opt.Cache.ContentBytes, opt.Cache.MetadataBytes = 8<<20, 8<<20 // an old cache to be misled by
+	opt.Cache.ContentBytes, opt.Cache.MetadataBytes = 8<<20, 8<<20 // an old cache that could mislead
 	if err := Create(t.Context(), opt); err != nil {
 		t.Fatal(err)
 	}

@@ -9,8 +9,8 @@ import (
 	"github.com/kopia/kopia/repo/content"
 )
 
-// PackSet is the packs that are in storage: one listing instead of a look-up
-// for each. Immutable.
+// PackSet is the packs in storage, from one listing instead of a look-up for each.
+// Immutable.
 type PackSet struct {
 	sizes map[string]int64 // bytes
 }
@@ -47,11 +47,10 @@ func (r *Repository) Packs(ctx context.Context) (*PackSet, error) {
 	return s, nil
 }
 
-// ForgetContent marks a content deleted in the index, because its bytes are gone
-// or spoilt: as long as the index has it, a backup of the same bytes would not
-// store them again. Once one does, every older snapshot that uses the content is
-// whole again. Nothing is visible before Flush; a content that the index does
-// not have is no error.
+// ForgetContent marks a content deleted in the index, because its bytes are lost or
+// damaged: while the index has it, a backup of the same bytes does not store them again.
+// Once a backup does, every older snapshot that uses the content is whole again. Nothing
+// is visible before Flush; a content that is not in the index is no error.
 func (w *Writer) ForgetContent(_ context.Context, oid ObjectID) error {
 	cid, _, ok := contentOf(oid)
 	if !ok {

@@ -10,9 +10,9 @@ import (
 	"github.com/kopia/kopia/repo/format"
 )
 
-// ChangePassword gives the connected repository a new password. Other clients
-// need it from their next open on. A change that was interrupted between its
-// two writes is finished by calling it again with the same two passwords.
+// ChangePassword changes the password of the connected repository. Other clients need the
+// new one from their next open on. To finish a change that was interrupted between its
+// two writes, call it again with the same two passwords.
 func ChangePassword(ctx context.Context, opt OpenOptions, newPassword string) error {
 	if newPassword == "" {
 		return invalid("the new repository password is empty")
@@ -70,10 +70,10 @@ func finishPasswordChange(ctx context.Context, opt OpenOptions, newPassword stri
 	if err := fm.ChangePassword(octx, newPassword); err != nil {
 		return explain(octx, where, err)
 	}
-	// Only with the very password the change was begun with do both blobs fit.
+	// Both blobs match only with the password that the change began with.
 	if _, err := openFormat(octx, &halfChanged{Storage: st, repository: half.repository, whole: true}, newPassword); err != nil {
 		return &stateError{kind: ErrPasswordChangeInterrupted, cause: err, text: fmt.Sprintf(
-			"the interrupted password change of the repository in %s was begun with another new password: give that one", where)}
+			"the blob kopia.blobcfg in %s does not fit the new password either: give the one that the interrupted password change set, or, if the blob is damaged, put back a copy of it", where)}
 	}
 	if err := half.commit(octx); err != nil {
 		return explain(octx, where, err)
@@ -82,11 +82,11 @@ func finishPasswordChange(ctx context.Context, opt OpenOptions, newPassword stri
 }
 
 func openFormat(ctx context.Context, st blob.Storage, password string) (*format.Manager, error) {
-	return format.NewManager(ctx, st, "", 0, password, time.Now) //nolint:wrapcheck // explained by the caller
+	return format.NewManager(ctx, st, "", 0, password, time.Now)
 }
 
-// halfChanged is a storage that keeps the new kopia.repository to itself until
-// commit and hides kopia.blobcfg, unless whole.
+// halfChanged is a storage that holds back the new kopia.repository until commit and
+// hides kopia.blobcfg, unless whole.
 type halfChanged struct {
 	blob.Storage
 	repository blob.Bytes
@@ -101,9 +101,9 @@ func (s *halfChanged) GetBlob(ctx context.Context, id blob.ID, offset, length in
 	case id == format.KopiaRepositoryBlobID && s.repository != nil:
 		out.Reset()
 		_, err := s.repository.WriteTo(out)
-		return err //nolint:wrapcheck // a wrapper
+		return err
 	}
-	return s.Storage.GetBlob(ctx, id, offset, length, out) //nolint:wrapcheck // a wrapper
+	return s.Storage.GetBlob(ctx, id, offset, length, out)
 }
 
 func (s *halfChanged) PutBlob(_ context.Context, id blob.ID, data blob.Bytes, opts blob.PutOptions) error {
@@ -114,5 +114,5 @@ func (s *halfChanged) PutBlob(_ context.Context, id blob.ID, data blob.Bytes, op
 }
 
 func (s *halfChanged) commit(ctx context.Context) error {
-	return s.Storage.PutBlob(ctx, format.KopiaRepositoryBlobID, s.repository, s.options) //nolint:wrapcheck // a wrapper
+	return s.Storage.PutBlob(ctx, format.KopiaRepositoryBlobID, s.repository, s.options)
 }

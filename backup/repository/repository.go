@@ -1,7 +1,6 @@
-// Package repository is the only room that knows Kopia. It opens a Kopia
-// repository and gives the rest of Varve four things: contents by object ID,
-// a writer for blocks and indexes, snapshot manifests, and the frame in which
-// maintenance runs. Nothing above it imports Kopia.
+// Package repository is the only package that uses Kopia. It opens a Kopia repository and
+// gives the rest of Varve four things: contents by object ID, a writer for blocks and
+// indexes, snapshot manifests, and maintenance. Nothing above it imports Kopia.
 package repository
 
 import (
@@ -9,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -29,20 +29,20 @@ type ObjectID = object.ID
 // ContentID names a content by the keyed hash of its bytes.
 type ContentID = content.ID
 
-// MaxContentSize bounds what one direct object may hold; Kopia packs larger
-// ones by splitting. It is the largest fixed splitter Kopia has.
+// MaxContentSize is the size limit of one direct object; Kopia splits larger ones. It is
+// the largest fixed splitter Kopia has.
 const MaxContentSize = 8 << 20
 
-// Sentinel errors that callers decide by.
+// Sentinel errors for callers.
 var (
-	// ErrContentMissing means that the index does not know a content, or that
-	// the pack that should hold it is gone, also after a refresh.
+	// ErrContentMissing means that a content is not in the index, or that its pack is
+	// gone, even after a refresh.
 	ErrContentMissing = errors.New("content missing")
-	// ErrContentCorrupt means that a content was found but its bytes failed
-	// authentication or decompression.
+	// ErrContentCorrupt means that a content's bytes failed authentication or
+	// decompression.
 	ErrContentCorrupt = errors.New("content corrupt")
-	// ErrStorageFailed means that the storage could not be asked for a content:
-	// nothing is known about it, and asking again may do.
+	// ErrStorageFailed means that the storage could not be read: nothing is known about
+	// the content, and a retry may succeed.
 	ErrStorageFailed = errors.New("storage failed")
 	// ErrReadOnly means that the connection may not write.
 	ErrReadOnly = errors.New("repository is connected read-only")
@@ -57,21 +57,29 @@ type Repository struct {
 	place   string // where it is, for people
 	cluster string
 	foreign bool   // made by Kopia or Velero: never written to
-	release func() // frees what the storage holds, after Close
+	view    bool   // of a Repair: reads only
+	release func() // releases the storage's resources, after Close
 	grace   time.Duration
+	log     *slog.Logger
 
-	described *format.KopiaRepositoryJSON // as it was when Attach read it; nil without
+	damagedIndexes []string // index blobs that OpenForRepair left out
 
-	refreshMu  sync.Mutex // serialises refreshes; held as long as the storage takes
+	described *format.KopiaRepositoryJSON // as Attach read it; nil without Attach
+
+	refreshMu  sync.Mutex // serialises refreshes; held during storage calls
 	refreshSeq atomic.Uint64
 
-	reads sync.WaitGroup // by ReadObject; some may outlive their callers
+	reads uses // of ReadObject, and calls of Answering; some may outlive their callers
 
 	fatalMu sync.Mutex
 	fatal   error
 
 	zero   zeroIDs
 	clocks clocks
+	rights rights
+	notes  *sessionNotes // nil where there are none
+	runs   *packRuns     // nil where none are read
+	near   *near         // nil behind a Kopia API server, and while it is repaired
 }
 
 // ParseObjectID parses the textual form of an object ID.
@@ -94,15 +102,15 @@ func Indirect(oid ObjectID) ObjectID {
 
 // Writable reports whether this connection may write.
 func (r *Repository) Writable() bool {
-	return r.direct != nil && !r.foreign && !r.rep.ClientOptions().ReadOnly
+	return r.direct != nil && !r.foreign && !r.view && !r.rep.ClientOptions().ReadOnly
 }
 
 // Direct reports whether the repository is read from its storage itself, not
 // through a Kopia API server.
 func (r *Repository) Direct() bool { return r.direct != nil }
 
-// UniqueID is what Kopia gave the repository when it was created, in hexadecimal;
-// empty behind a Kopia API server.
+// UniqueID is the ID that Kopia gave the repository at its creation, in hexadecimal;
+// empty through a Kopia API server.
 func (r *Repository) UniqueID() string {
 	if r.direct == nil {
 		return ""
@@ -110,15 +118,20 @@ func (r *Repository) UniqueID() string {
 	return hexID(r.direct.UniqueID())
 }
 
-// Answering calls do and returns its error, or ErrUnreachable if the storage, asked
-// for something with the context that do got, was silent for OpenTimeout. It
-// returns soon after ctx ends; a storage that heeds no context may keep do until
-// later, and left is called once do has returned.
+// Answering calls do and returns its error, or ErrUnreachable if a storage request with
+// do's context was unanswered for OpenTimeout. It returns soon after ctx ends; a storage
+// that ignores its context may keep do running longer, and left is called once do has
+// returned. Until then the repository stays open, even if Close returns before.
 func (r *Repository) Answering(ctx context.Context, do func(context.Context) error, left func()) error {
-	octx, settled, release := boundSilence(ctx, OpenTimeout)
+	if err := r.reads.begin(ctx); err != nil {
+		left()
+		return err
+	}
+	octx, settled, release := boundSilence(context.WithValue(ctx, within{}, &r.reads), OpenTimeout)
 	_, err := answered(octx, func() (struct{}, error) {
 		defer left()
 		defer release()
+		defer r.reads.end() // before left, which may close the repository
 		return struct{}{}, do(octx)
 	}, func(struct{}) {})
 	settled()
@@ -131,17 +144,14 @@ func (r *Repository) Answering(ctx context.Context, do func(context.Context) err
 // Now is the repository's clock.
 func (r *Repository) Now() time.Time { return r.rep.Time() }
 
-// lateReads is how long Close waits for reads that were given up.
+// lateReads is how long Close waits for abandoned reads and calls.
 const lateReads = 5 * time.Second
 
-// Close releases the repository. Where reads that were given up still wait for the
-// storage, it returns after a while and the rest is released once they end.
+// Close releases the repository. If abandoned reads, or calls of Answering, still wait for the
+// storage, it returns after a while and releases the rest once they end: Kopia's indexes are
+// mapped memory, and a read of one that was unmapped ends the process.
 func (r *Repository) Close(ctx context.Context) error {
-	idle := make(chan struct{})
-	go func() {
-		r.reads.Wait()
-		close(idle)
-	}()
+	idle := r.reads.close()
 	timer := time.NewTimer(lateReads)
 	defer timer.Stop()
 	select {
@@ -151,13 +161,14 @@ func (r *Repository) Close(ctx context.Context) error {
 	}
 	go func() {
 		<-idle
-		_ = r.close(context.WithoutCancel(ctx)) // there is nobody left to tell
+		_ = r.close(context.WithoutCancel(ctx)) // no caller is left to get it
 	}()
 	return nil
 }
 
 func (r *Repository) close(ctx context.Context) error {
 	defer r.release()
+	r.saveRecent(ctx)
 	if err := r.rep.Close(ctx); err != nil {
 		return fmt.Errorf("close repository: %w", err)
 	}
@@ -179,16 +190,32 @@ func (r *Repository) Refresh(ctx context.Context) error {
 	return r.refreshLocked(ctx)
 }
 
+// RefreshFlushed loads what other processes wrote until the latest flush of this process, and
+// maybe later: Kopia lists the index blobs after it has written one, and that list is reused
+// here if it is seconds old.
+func (r *Repository) RefreshFlushed(ctx context.Context) error {
+	r.refreshMu.Lock()
+	defer r.refreshMu.Unlock()
+	if r.near != nil {
+		r.near.lists.again()
+	}
+	return r.refreshLocked(ctx)
+}
+
 func (r *Repository) refreshLocked(ctx context.Context) error {
-	if err := r.rep.Refresh(ctx); err != nil {
+	err := r.rep.Refresh(ctx)
+	if err != nil && damagedIndex.MatchString(err.Error()) && r.near != nil && r.near.recent.doubt() {
+		err = r.rep.Refresh(ctx)
+	}
+	if err != nil {
 		return fmt.Errorf("refresh repository: %w", err)
 	}
 	r.refreshSeq.Add(1)
 	return nil
 }
 
-// refreshSince refreshes unless somebody did so after seq was taken: readers
-// that miss together pay for one refresh.
+// refreshSince refreshes unless another caller did so after seq was taken: readers that
+// miss together pay for one refresh.
 func (r *Repository) refreshSince(ctx context.Context, seq uint64) error {
 	r.refreshMu.Lock()
 	defer r.refreshMu.Unlock()
@@ -198,35 +225,39 @@ func (r *Repository) refreshSince(ctx context.Context, seq uint64) error {
 	return r.refreshLocked(ctx)
 }
 
-// RefreshWhenTold ends the refreshes that Kopia does by itself every quarter of an
-// hour, within a read. Where the storage does not answer, such a refresh keeps all
-// reads waiting, also of what is in Kopia's caches. For those that call Refresh.
+// RefreshWhenTold disables the refreshes that Kopia does by itself every 15 minutes,
+// within a read. If the storage does not answer, such a refresh delays all reads, even
+// those served from Kopia's caches. It is for callers of Refresh.
 func (r *Repository) RefreshWhenTold() {
 	if r.direct != nil {
 		r.direct.DisableIndexRefresh()
 	}
 }
 
-// Ping asks the storage for something small. Unlike Refresh it keeps no read
-// waiting where the storage does not answer; the error is ErrUnreachable then.
+// Ping sends the storage a small request. Unlike Refresh it delays no read if the storage
+// does not answer; the error is ErrUnreachable then.
 func (r *Repository) Ping(ctx context.Context) error {
 	if r.direct == nil {
 		return nil
 	}
 	return r.Answering(ctx, func(ctx context.Context) error {
 		_, err := r.direct.BlobReader().GetMetadata(ctx, format.KopiaRepositoryBlobID)
-		return err //nolint:wrapcheck // Answering explains
+		return err
 	}, func() {})
 }
 
-// ReadObject returns the whole of a small object: a block, or a chunk of an
-// index. The caller owns the returned bytes. An object that maintenance
-// elsewhere moved to another pack is found again by one refresh; after that
-// the error wraps ErrContentMissing or ErrContentCorrupt and names the object.
-// It returns when ctx ends, even if the storage does not heed that, or a lock of Kopia's
-// is held by one that waits for the storage.
+// ReadObject returns all of a small object: a block, or a chunk of an index. The caller
+// owns the returned bytes. One refresh finds an object that maintenance on another
+// machine moved to another pack; after that the error wraps ErrContentMissing or
+// ErrContentCorrupt and names the object. It returns when ctx ends, even if the storage
+// ignores its context or another reader that waits for the storage holds a lock of
+// Kopia's.
 func (r *Repository) ReadObject(ctx context.Context, oid ObjectID) ([]byte, error) {
+	if err := r.reads.begin(ctx); err != nil {
+		return nil, err
+	}
 	if ctx.Done() == nil {
+		defer r.reads.end()
 		return r.readRefreshed(ctx, oid)
 	}
 	type result struct {
@@ -234,9 +265,8 @@ func (r *Repository) ReadObject(ctx context.Context, oid ObjectID) ([]byte, erro
 		err error
 	}
 	done := make(chan result, 1)
-	r.reads.Add(1)
 	go func() {
-		defer r.reads.Done()
+		defer r.reads.end()
 		res := result{err: errReadPanicked}
 		defer func() {
 			if v := recover(); v != nil {
@@ -250,7 +280,7 @@ func (r *Repository) ReadObject(ctx context.Context, oid ObjectID) ([]byte, erro
 	case res := <-done:
 		return res.p, res.err
 	case <-ctx.Done():
-		return nil, ctx.Err() //nolint:wrapcheck // the caller's own
+		return nil, ctx.Err()
 	}
 }
 
@@ -271,13 +301,13 @@ func (r *Repository) readRefreshed(ctx context.Context, oid ObjectID) ([]byte, e
 
 func (r *Repository) readObject(ctx context.Context, oid ObjectID) ([]byte, error) {
 	if cid, compressed, ok := oid.ContentID(); ok && !compressed && r.direct != nil {
-		return r.direct.ContentReader().GetContent(ctx, cid) //nolint:wrapcheck // wrapped by ReadObject
+		return r.direct.ContentReader().GetContent(ctx, cid)
 	}
 	// Compressed objects (format version 1), objects behind a Kopia API server
 	// and indexes that are themselves indirect go through Kopia's object reader.
 	rd, err := r.rep.OpenObject(ctx, oid)
 	if err != nil {
-		return nil, err //nolint:wrapcheck // wrapped by ReadObject
+		return nil, err
 	}
 	defer rd.Close()
 	if n := rd.Length(); n > maxIndexBytes {
@@ -322,13 +352,13 @@ func wrapRead(oid ObjectID, err error) error {
 	return &ObjectError{oid, fmt.Errorf("%w: %w", kind, err)}
 }
 
-// ContentState tells how the index sees a content.
+// ContentState is the index entry of a content.
 type ContentState struct {
 	Found   bool
-	Deleted bool   // marked by garbage collection; its bytes may go any time
+	Deleted bool   // marked by garbage collection; its bytes may be deleted any time
 	Pack    string // blob that holds it; empty while it waits in a writer
 	Offset  int64  // where in the pack it begins
-	Packed  int64  // bytes it takes in the pack
+	Packed  int64  // bytes it uses in the pack
 	Length  int64  // bytes it decodes to
 	Written time.Time
 }
@@ -385,8 +415,8 @@ func (r *Repository) PackExists(ctx context.Context, pack string) (bool, error) 
 	return ok, err
 }
 
-// PackSize returns how many bytes a pack blob has in storage; ok is false when it
-// is not there.
+// PackSize returns the size of a pack blob in storage, in bytes; ok is false if there is
+// none.
 func (r *Repository) PackSize(ctx context.Context, pack string) (size int64, ok bool, err error) {
 	if r.direct == nil {
 		return 0, false, fmt.Errorf("pack %s: no direct storage access through a Kopia API server", pack)

@@ -120,7 +120,7 @@ func TestS3ObjectLock(t *testing.T) {
 	if mode != "COMPLIANCE" || time.Until(until) < 29*24*time.Hour {
 		t.Errorf("pack %s: mode %s until %v", state.Pack, mode, until)
 	}
-	// What full maintenance does to every pack.
+	// Full maintenance does this to every pack.
 	if w, err = r.NewWriter(t.Context(), "test"); err != nil {
 		t.Fatal(err)
 	}
@@ -133,7 +133,7 @@ func TestS3ObjectLock(t *testing.T) {
 	if _, extended := locked(); !extended.After(until) {
 		t.Errorf("lock until %v was not extended: %v", until, extended)
 	}
-	// The server does delete, but not what is locked.
+	// The server deletes, except locked blobs.
 	if _, err := client.PutObject(t.Context(), "locked", "free", bytes.NewReader([]byte("x")), 1, minio.PutObjectOptions{}); err != nil {
 		t.Fatal(err)
 	}

@@ -11,9 +11,9 @@ import (
 	"github.com/kopia/kopia/snapshot/policy"
 )
 
-// writeSettings writes what makes a repository Varve's, as far as it is not
-// there: the owner of maintenance, a policy and Varve's record, which is the last
-// to be looked for. It returns what was written.
+// writeSettings writes the missing ones of what makes a repository Varve's: the owner of
+// maintenance, a policy and Varve's record, which readers look for last. It returns what
+// was written.
 func (r *Repository) writeSettings(ctx context.Context, w repo.RepositoryWriter, compressor string) (written []string, err error) {
 	has, err := maintenance.HasParams(ctx, w)
 	if err != nil {
@@ -41,7 +41,7 @@ func (r *Repository) writeSettings(ctx context.Context, w repo.RepositoryWriter,
 		return nil, fmt.Errorf("read settings: %w", err)
 	}
 	if len(found) == 0 {
-		if _, err := w.PutManifest(ctx, labels, Config{Format: configFormat, Compression: compressor}); err != nil {
+		if _, err := w.PutManifest(ctx, labels, Config{Format: configFormat, Compression: compressor, PacksSince: r.Now().UTC()}); err != nil {
 			return nil, fmt.Errorf("write settings: %w", err)
 		}
 		written = append(written, "settings of the repository")
@@ -67,10 +67,9 @@ func (r *Repository) writeMaintenanceParams(ctx context.Context, w repo.Reposito
 	return nil
 }
 
-// keepAll is a policy under which stock Kopia expires nothing: without one,
-// `kopia snapshot expire --all` would delete by Kopia's defaults. Nothing else
-// keeps a snapshot, so that the one rule is plain to see (kopia
-// snapshot/policy/retention_policy.go).
+// keepAll is a policy under which stock Kopia expires nothing: without one, `kopia
+// snapshot expire --all` would delete by Kopia's defaults. No other rule keeps a
+// snapshot, so that this one is easy to see (kopia snapshot/policy/retention_policy.go).
 func keepAll() *policy.Policy {
 	n := func(v int) *policy.OptionalInt { o := policy.OptionalInt(v); return &o }
 	no := policy.OptionalBool(false)

@@ -7,25 +7,24 @@ import (
 	"time"
 )
 
-// A storage is given up for its silence, not for how long the work takes: with
-// empty caches and a thin line the indexes of a large repository take minutes.
-// Silence is time in which the storage was asked for something and nothing came:
-// no byte, no name of a blob, no answer. Time that this process takes for itself,
-// to derive a key or to wait for its turn, is none.
+// A storage is given up for its silence, not for the duration of the work: with empty
+// caches and a slow link the indexes of a large repository take minutes. Silence is time
+// during a request in which nothing arrives: no byte, no blob name, no answer. Time that
+// this process spends itself, to derive a key or to wait for its turn, does not count.
 
-// errNoAnswer cancels an attempt at a storage that was silent for too long.
+// errNoAnswer cancels an attempt because the storage was silent for too long.
 var errNoAnswer = errors.New("no answer in time")
 
-// silence watches what a storage answers to the calls made with its context.
+// silence watches a storage's answers to the calls made with its context.
 type silence struct {
 	limit  time.Duration
 	cancel context.CancelCauseFunc
-	outer  *silence // of a context that this one's was made of; hears the same
+	outer  *silence // of the parent context; hears the same
 
 	mu    sync.Mutex
 	asked int           // calls under way
-	since time.Time     // when the silence began, or went on, while asked > 0
-	spent time.Duration // of the silence before since: between two calls nobody waits
+	since time.Time     // when the silence began, or continued, while asked > 0
+	spent time.Duration // of the silence before since: no call waits in between
 	timer *time.Timer
 	over  bool
 }
@@ -37,16 +36,16 @@ func silenceOf(ctx context.Context) *silence {
 	return s
 }
 
-// boundSilence returns a context that is cancelled, with errNoAnswer, once the
-// storage was silent for limit. Call settled once the work is done: a storage may
-// keep the context, so that it lives on until release.
+// boundSilence returns a context that is cancelled, with errNoAnswer, once the storage
+// was silent for limit. Call settled once the work is done: a storage may keep the
+// context, so it lives until release.
 func boundSilence(parent context.Context, limit time.Duration) (ctx context.Context, settled, release func()) {
 	ctx, cancel := context.WithCancelCause(parent)
 	s := &silence{limit: limit, cancel: cancel, outer: silenceOf(parent)}
 	return context.WithValue(ctx, silenceKey{}, s), s.settle, func() { s.settle(); cancel(context.Canceled) }
 }
 
-// begin notes that the storage was asked for something.
+// begin notes that a call began.
 func (s *silence) begin() {
 	for ; s != nil; s = s.outer {
 		s.mu.Lock()
@@ -62,7 +61,7 @@ func (s *silence) begin() {
 	}
 }
 
-// heard notes that something came.
+// heard notes that something arrived.
 func (s *silence) heard() {
 	for ; s != nil; s = s.outer {
 		s.mu.Lock()
@@ -71,8 +70,7 @@ func (s *silence) heard() {
 	}
 }
 
-// end notes that a call ended. A call that failed was no answer: it may be asked
-// again without end.
+// end notes that a call ended. A failed call is no answer: it may be retried without end.
 func (s *silence) end(answered bool) {
 	if answered {
 		s.heard()
@@ -87,7 +85,7 @@ func (s *silence) end(answered bool) {
 	}
 }
 
-// rang is called when the silence may have lasted for too long.
+// rang is called when the silence may have lasted too long.
 func (s *silence) rang() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

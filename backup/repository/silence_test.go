@@ -10,7 +10,7 @@ import (
 	"github.com/kopia/kopia/repo/blob"
 )
 
-// slow is a storage that takes its time, and tells nothing for a while.
+// slow is a slow storage that is silent for a while.
 type slow struct {
 	blob.Storage
 	pieces int           // of a blob
@@ -55,8 +55,8 @@ func wait(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// Work may take hours as long as something comes; silence is bounded, and what this
-// process does between two calls is not silence.
+// Work may take hours while something arrives; silence is bounded, and this process's own
+// work between two calls is not silence.
 func TestSilence(t *testing.T) {
 	const limit = 45 * time.Second
 	get := func(ctx context.Context, st blob.Storage) error {
@@ -125,7 +125,7 @@ func TestSilence(t *testing.T) {
 	}
 }
 
-// A bound within another: an answer is heard by both.
+// Nested bounds: both hear an answer.
 func TestSilenceWithinAnother(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		outer, _, releaseOuter := boundSilence(t.Context(), time.Minute)

@@ -25,8 +25,8 @@ type Source struct {
 	User, Host, Path string
 }
 
-// Snapshot is a Kopia snapshot manifest: the part of it that Varve uses.
-// Fields a stock client wrote and Varve does not know are kept by UpdatePins.
+// Snapshot is a Kopia snapshot manifest: the part of it that Varve uses. UpdatePins keeps
+// fields that a stock client wrote and Varve does not know.
 type Snapshot struct {
 	ManifestID  string
 	Source      Source
@@ -50,7 +50,7 @@ type File struct {
 	Dir     bool
 }
 
-// SnapshotInfo is what a manifest's labels tell, without reading the manifest.
+// SnapshotInfo is what a manifest's labels say, without reading the manifest.
 type SnapshotInfo struct {
 	ManifestID string
 	Source     Source
@@ -60,8 +60,8 @@ type SnapshotInfo struct {
 
 const tagPrefix = "tag:" // kopia cli/command_snapshot_create.go
 
-// ListSnapshots lists the snapshot manifests of one source, or of all when
-// src is nil. It reads labels only.
+// ListSnapshots lists the snapshot manifests of one source, or of all if src is nil. It
+// reads labels only.
 func (r *Repository) ListSnapshots(ctx context.Context, src *Source) ([]SnapshotInfo, error) {
 	labels := map[string]string{manifest.TypeLabelKey: snapshot.ManifestType}
 	if src != nil {
@@ -95,8 +95,8 @@ func (r *Repository) ListSnapshots(ctx context.Context, src *Source) ([]Snapshot
 	return out, nil
 }
 
-// LoadSnapshot reads one snapshot manifest. The error is ErrSnapshotNotFound
-// when it is gone.
+// LoadSnapshot reads one snapshot manifest. The error is ErrSnapshotNotFound if it was
+// deleted.
 func (r *Repository) LoadSnapshot(ctx context.Context, manifestID string) (*Snapshot, error) {
 	m, err := r.loadManifest(ctx, manifestID)
 	if err != nil {
@@ -159,8 +159,8 @@ func (w *Writer) SaveSnapshot(ctx context.Context, s *Snapshot, files []File) er
 	return nil
 }
 
-// DeleteSnapshot deletes a manifest; its data goes with a later maintenance,
-// unless another snapshot reaches it.
+// DeleteSnapshot deletes a manifest; a later maintenance deletes its data, unless another
+// snapshot reaches it.
 func (w *Writer) DeleteSnapshot(_ context.Context, manifestID string) error {
 	return w.deleteManifest(manifestID)
 }
@@ -185,8 +185,8 @@ func (w *Writer) UpdatePins(_ context.Context, manifestID string, add, remove []
 	return string(m.ID), nil
 }
 
-// writeDirectory stores the directory exactly as Kopia itself would, so that
-// its own consistency checks find nothing to mend.
+// writeDirectory stores the directory exactly as Kopia would, so that Kopia's consistency
+// checks pass.
 func (w *Writer) writeDirectory(_ context.Context, modTime time.Time, incomplete string, files []File) (*snapshot.DirEntry, error) {
 	var b snapshotfs.DirManifestBuilder
 	for _, f := range files {
@@ -263,9 +263,9 @@ func (r *Repository) ReadFile(ctx context.Context, oid ObjectID, limit int64) ([
 	return p, nil
 }
 
-// WriteFile stores a small file of a snapshot (at most MaxContentSize bytes)
-// among the repository's metadata, not its data: losing a pack of blocks must
-// not take the records of points with it.
+// WriteFile stores a small file of a snapshot (at most MaxContentSize bytes) among the
+// repository's metadata, not its data: the loss of a pack of blocks must not lose the
+// records of points.
 func (w *Writer) WriteFile(ctx context.Context, p []byte) (ObjectID, error) {
 	return w.WriteIndex(ctx, p)
 }
@@ -279,8 +279,7 @@ type Record struct {
 	Labels  map[string]string
 }
 
-// recordType is the manifest type of Varve's records; the label "varve" tells
-// their kind.
+// recordType is the manifest type of Varve's records; the label "varve" holds their kind.
 const recordType = "varve"
 
 // PutRecord stores a record of a kind under labels. Nothing is visible before
@@ -313,7 +312,7 @@ func (r *Repository) ListRecords(ctx context.Context, kind string, labels map[st
 	return out, nil
 }
 
-// LoadRecord reads a record into payload. ok is false when it is gone.
+// LoadRecord reads a record into payload. ok is false if it was deleted.
 func (r *Repository) LoadRecord(ctx context.Context, id string, payload any) (ok bool, err error) {
 	err = r.refreshing(ctx, func() error {
 		_, err := r.rep.GetManifest(ctx, manifest.ID(id), payload)

@@ -12,7 +12,7 @@ import (
 	"github.com/kopia/kopia/repo/maintenance"
 )
 
-// Status tells what a repository is and how this machine is connected to it.
+// Status describes a repository and this machine's connection to it.
 type Status struct {
 	Place        string `json:"place"`   // where it is, for people
 	Storage      string `json:"storage"` // Kopia's name of the kind
@@ -34,35 +34,37 @@ type Status struct {
 	Retention   RetentionStatus `json:"objectLock"`
 	Epoch       EpochStatus     `json:"epoch"`
 	IndexBlobs  int             `json:"indexBlobs"`
-	Capacity    *CapacityStatus `json:"capacity,omitempty"` // where the storage tells
+	Capacity    *CapacityStatus `json:"capacity,omitempty"` // if the storage reports it
 	Cache       CacheStatus     `json:"cache"`
 	Limits      Limits          `json:"limits"`
 	Maintenance OwnerStatus     `json:"maintenance"`
 
-	// Unreadable is what of the list of recovery points cannot be read.
+	// Unreadable are the unreadable parts of the list of recovery points.
 	Unreadable []UnreadableManifests `json:"unreadableManifests,omitempty"`
+	// Unknown are packs that no index knows.
+	Unknown []UnknownPack `json:"unknownPacks,omitempty"`
 }
 
-// RetentionStatus tells how blobs are locked.
+// RetentionStatus says how blobs are locked.
 type RetentionStatus struct {
 	Mode          string `json:"mode,omitempty"`
 	PeriodSeconds int64  `json:"periodSeconds,omitempty"`
 	Extended      bool   `json:"extendedByMaintenance"`
 }
 
-// EpochStatus tells how often indexes are merged.
+// EpochStatus says how often indexes are merged.
 type EpochStatus struct {
 	MinSeconds     int64 `json:"minSeconds,omitempty"`
 	RefreshSeconds int64 `json:"refreshSeconds,omitempty"`
 }
 
-// CapacityStatus tells about the volume that holds the repository, in bytes.
+// CapacityStatus describes the volume that holds the repository, in bytes.
 type CapacityStatus struct {
 	Size int64 `json:"sizeBytes"`
 	Free int64 `json:"freeBytes"`
 }
 
-// CacheStatus tells about the cache on this machine, in bytes.
+// CacheStatus describes the cache on this machine, in bytes.
 type CacheStatus struct {
 	Directory     string `json:"directory,omitempty"`
 	ContentLimit  int64  `json:"contentLimitBytes"`
@@ -70,8 +72,8 @@ type CacheStatus struct {
 	Used          int64  `json:"usedBytes"`
 }
 
-// OwnerStatus tells who maintains the repository and when next. The
-// times are zero before the first run.
+// OwnerStatus says who maintains the repository and when next. The times are zero before
+// the first run.
 type OwnerStatus struct {
 	Owner     string    `json:"owner"`
 	Here      bool      `json:"ownedByThisClient"`
@@ -147,6 +149,9 @@ func (r *Repository) directStatus(ctx context.Context, s *Status, params *mainte
 	if s.Unreadable, err = r.UnreadableManifests(ctx); err != nil {
 		return err
 	}
+	if s.Unknown, err = r.UnknownPacks(ctx); err != nil {
+		return err
+	}
 
 	capacity, err := r.direct.BlobVolume().GetCapacity(ctx)
 	switch {
@@ -180,7 +185,7 @@ func (r *Repository) retention(ctx context.Context) (Retention, error) {
 	return Retention{Mode: string(cfg.RetentionMode), Period: cfg.RetentionPeriod}, nil
 }
 
-// diskUse adds up the files below dir; what vanishes meanwhile does not count.
+// diskUse adds up the sizes of the files below dir; files that vanish during the walk do not count.
 func diskUse(dir string) int64 {
 	var n int64
 	_ = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {

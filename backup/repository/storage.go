@@ -14,6 +14,7 @@ import (
 	"github.com/kopia/kopia/repo/blob/rclone"
 	"github.com/kopia/kopia/repo/blob/s3"
 	"github.com/kopia/kopia/repo/blob/sftp"
+	"github.com/kopia/kopia/repo/blob/sharded"
 	"github.com/kopia/kopia/repo/blob/throttling"
 	"github.com/kopia/kopia/repo/blob/webdav"
 )
@@ -21,11 +22,11 @@ import (
 // Storage says where a repository's blobs are kept: one of *Filesystem, *S3,
 // *GCS, *Azure, *B2, *SFTP, *WebDAV and *Rclone, or *Guarded around one.
 type Storage interface {
-	// validate reports options that are missing or contradict each other, in
-	// words for the user, before anything is touched.
+	// validate reports options that are missing or contradict each other, in words for
+	// the user, before anything is changed.
 	validate() error
-	// open connects. With create set, the place itself is made where the
-	// storage can (a directory, never a bucket).
+	// open connects. With create set, it makes the place if the storage can (a directory,
+	// never a bucket).
 	open(ctx context.Context, create bool) (blob.Storage, error)
 }
 
@@ -68,11 +69,11 @@ func place(ci blob.ConnectionInfo) string {
 	}
 }
 
-// isLocal tells whether a storage needs no cache of contents.
+// isLocal reports whether a storage needs no cache of contents.
 func isLocal(ci blob.ConnectionInfo) bool { return ci.Type == "filesystem" }
 
 // openStorage validates and opens a storage that answers within OpenTimeout. The error says
-// what to do. release frees what the storage may still hold once it is closed.
+// what to do. release frees the storage's resources once it is closed.
 func openStorage(ctx context.Context, s Storage, create bool) (st blob.Storage, release func(), err error) {
 	if s == nil {
 		return nil, nil, invalid("no storage given")
@@ -176,4 +177,14 @@ func limitsOf(l *throttling.Limits) Limits {
 		ConcurrentReads:        l.ConcurrentReads,
 		ConcurrentWrites:       l.ConcurrentWrites,
 	}
+}
+
+// shardsOf spreads the blobs of a new repository over 256 directories of a kind, where Kopia
+// makes 4096: a list reads each of them, with a request of its own on a server, and they
+// stay when they are empty. The repository keeps what it was created with.
+func shardsOf(create bool) sharded.Options {
+	if !create {
+		return sharded.Options{}
+	}
+	return sharded.Options{DirectoryShards: []int{1, 2}}
 }

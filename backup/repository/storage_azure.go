@@ -7,8 +7,8 @@ import (
 	"github.com/kopia/kopia/repo/blob/azure"
 )
 
-// Azure keeps the repository in a container of Azure blob storage. It is
-// opened by account key, SAS token or service principal, whichever is given.
+// Azure keeps the repository in a container of Azure blob storage. It is opened by the
+// given account key, SAS token or service principal.
 type Azure struct {
 	Container string
 	Prefix    string
@@ -59,5 +59,5 @@ func (s *Azure) options() *azure.Options {
 }
 
 func (s *Azure) open(ctx context.Context, create bool) (blob.Storage, error) {
-	return azure.New(ctx, s.options(), create) //nolint:wrapcheck // explained by the caller
+	return azure.New(ctx, s.options(), create)
 }

@@ -7,8 +7,8 @@ import (
 	"github.com/kopia/kopia/repo/blob/b2"
 )
 
-// B2 keeps the repository in a Backblaze B2 bucket by its native protocol.
-// Kopia calls this deprecated; B2's S3 endpoint does more (object lock).
+// B2 keeps the repository in a Backblaze B2 bucket by its native protocol. Kopia calls
+// this deprecated; B2's S3 endpoint offers more (object lock).
 type B2 struct {
 	Bucket string
 	Prefix string
@@ -31,5 +31,5 @@ func (s *B2) options() *b2.Options {
 }
 
 func (s *B2) open(ctx context.Context, create bool) (blob.Storage, error) {
-	return b2.New(ctx, s.options(), create) //nolint:wrapcheck // explained by the caller
+	return b2.New(ctx, s.options(), create)
 }

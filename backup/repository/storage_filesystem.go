@@ -30,10 +30,11 @@ func (s *Filesystem) options() *filesystem.Options {
 	if s.Shared {
 		return &filesystem.Options{Path: s.Path, FileMode: 0o660, DirectoryMode: 0o770}
 	}
-
 	return &filesystem.Options{Path: s.Path, FileMode: 0o600, DirectoryMode: 0o700}
 }
 
 func (s *Filesystem) open(ctx context.Context, create bool) (blob.Storage, error) {
-	return filesystem.New(ctx, s.options(), create) //nolint:wrapcheck // explained by the caller
+	o := s.options()
+	o.Options = shardsOf(create)
+	return filesystem.New(ctx, o, create)
 }

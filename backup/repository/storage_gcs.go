@@ -14,7 +14,7 @@ type GCS struct {
 	Bucket          string
 	Prefix          string
 	CredentialsFile string // service account, JSON; read each time it is opened
-	CredentialsJSON []byte // the same, kept in the configuration file
+	CredentialsJSON []byte // the same, stored in the configuration file
 }
 
 func (s *GCS) validate() error {
@@ -39,5 +39,5 @@ func (s *GCS) options() *gcs.Options {
 }
 
 func (s *GCS) open(ctx context.Context, create bool) (blob.Storage, error) {
-	return gcs.New(ctx, s.options(), create) //nolint:wrapcheck // explained by the caller
+	return gcs.New(ctx, s.options(), create)
 }

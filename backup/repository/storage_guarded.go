@@ -22,11 +22,11 @@ import (
 	"golang.org/x/crypto/ssh/knownhosts"
 )
 
-// Guarded is a storage that somebody names who must not have this process speak to what it
-// alone can reach: S3, SFTP and WebDAV are refused at loopback, link-local and metadata
-// addresses, by whatever name and redirect. The hosts of GCS, Azure and B2 are their makers':
-// who lets others choose parts of their names checks those. GuardTransport is to be called
-// before.
+// Guarded is a storage named by an untrusted user, who must not reach through this process
+// what only this process can reach. S3, SFTP and WebDAV are refused at loopback, link-local
+// and metadata addresses, by any name or redirect. The hosts of GCS, Azure and B2 belong to
+// their providers: a caller that lets others choose parts of their names checks those. Call
+// GuardTransport first.
 type Guarded struct{ Storage Storage }
 
 func (s *Guarded) validate() error {
@@ -36,8 +36,8 @@ func (s *Guarded) validate() error {
 	return s.Storage.validate()
 }
 
-// guardedType is the type in the connection's configuration, so that it stays guarded when it
-// is opened again. Stock Kopia does not know it.
+// guardedType is the type in the connection's configuration, so that the storage stays
+// guarded when it is opened again. Stock Kopia does not know it.
 const guardedType = "varve-guarded"
 
 // guardedOptions are the configuration.
@@ -76,7 +76,7 @@ func (s *Guarded) open(ctx context.Context, create bool) (blob.Storage, error) {
 
 func init() { RegisterStorage(guardedType, openGuarded) }
 
-// unguarded is what a storage is by itself.
+// unguarded returns the storage without its guard.
 func unguarded(ci blob.ConnectionInfo) blob.ConnectionInfo {
 	if o, ok := ci.Config.(*guardedOptions); ok {
 		return o.Storage
@@ -110,11 +110,17 @@ func openGuarded(ctx context.Context, o *guardedOptions, create bool) (blob.Stor
 		}
 		by := *c
 		by.URL = guardedScheme + c.URL
+		if create {
+			by.Options = shardsOf(create)
+		}
 		st, err = webdav.New(ctx, &by, create)
 	case *sftp.Options:
 		by, perr := pinned(ctx, *c)
 		if perr != nil {
 			return nil, perr
+		}
+		if create {
+			by.Options = shardsOf(create)
 		}
 		st, err = sftp.New(ctx, by, create)
 	case *gcs.Options:
@@ -127,13 +133,14 @@ func openGuarded(ctx context.Context, o *guardedOptions, create bool) (blob.Stor
 		return nil, invalid("a storage of type %s cannot be guarded", o.Storage.Type)
 	}
 	if err != nil {
-		return nil, err //nolint:wrapcheck // explained by the caller
+		return nil, err
 	}
-	return &guardedStorage{Storage: st, options: o}, nil
+	return &guardedStorage{Storage: explainDenials(st), options: o}, nil
 }
 
-// pinned are the options with the address in place of the host's name: the SSH client dials by
-// itself, and would look the name up again. The keys of the known hosts are those of the name.
+// pinned returns the options with the address in place of the host's name: the SSH client
+// dials by itself, and would resolve the name again. The known host keys are those of the
+// name.
 func pinned(ctx context.Context, o sftp.Options) (*sftp.Options, error) {
 	if o.ExternalSSH || o.Keyfile != "" || o.KnownHostsFile != "" {
 		return nil, invalid("a guarded SFTP storage takes its keys as text, and no other program")
@@ -147,7 +154,7 @@ func pinned(ctx context.Context, o sftp.Options) (*sftp.Options, error) {
 		return nil, invalid("%s: %v", o.Host, ErrForbiddenAddress)
 	}
 	if err != nil {
-		return nil, err //nolint:wrapcheck // explained by the caller
+		return nil, err
 	}
 	remote := conn.RemoteAddr()
 	conn.Close()
@@ -164,15 +171,14 @@ func pinned(ctx context.Context, o sftp.Options) (*sftp.Options, error) {
 	return &o, nil
 }
 
-// knownAs adds to the lines of a known_hosts file those that say of an address what the lines
-// say of a name.
+// knownAs copies the lines of a known_hosts file that are about a name, for an address.
 func knownAs(data, named string, at netip.AddrPort, remote net.Addr) (string, error) {
 	var out strings.Builder
 	out.WriteString(strings.TrimRight(data, "\n") + "\n")
 	for line := range strings.Lines(data) {
 		marker, _, key, _, _, err := ssh.ParseKnownHosts([]byte(line))
 		if err != nil {
-			continue // a comment or an empty line; what is no line at all the client says
+			continue // a comment or an empty line; the client reports invalid lines
 		}
 		about, err := lineKnows(line, marker, named, remote, key)
 		if err != nil {
@@ -189,10 +195,10 @@ func knownAs(data, named string, at netip.AddrPort, remote net.Addr) (string, er
 	return out.String(), nil
 }
 
-// lineKnows says whether a line of a known_hosts file is about a host, hashed names and
-// patterns included.
+// lineKnows reports whether a line of a known_hosts file is about a host, hashed names
+// and patterns included.
 func lineKnows(line, marker, named string, remote net.Addr, key ssh.PublicKey) (bool, error) {
-	// A marker changes what the key means and not which hosts the line is about.
+	// A marker changes the meaning of the key, not the hosts of the line.
 	line = strings.TrimSpace(strings.TrimPrefix(strings.TrimSpace(line), "@"+marker))
 	f, err := os.CreateTemp("", "known-hosts-") // the package reads files only
 	if err != nil {
@@ -211,7 +217,7 @@ func lineKnows(line, marker, named string, remote net.Addr, key ssh.PublicKey) (
 	return err == nil, nil
 }
 
-// guardedStorage has each request carry the guard.
+// guardedStorage adds the guard to each request's context.
 type guardedStorage struct {
 	blob.Storage
 	options *guardedOptions

@@ -10,15 +10,14 @@ import (
 	"github.com/kopia/kopia/repo/jsonencoding"
 )
 
-// Rclone keeps the repository in any storage that the rclone program reaches.
-// Kopia starts rclone as a WebDAV server and says of itself that it does not
-// test this often.
+// Rclone keeps the repository in any storage that the rclone program reaches. Kopia
+// starts rclone as a WebDAV server; by its own account Kopia does not test this often.
 type Rclone struct {
 	RemotePath     string        // remote:path
 	Executable     string        // empty for "rclone" in the search path
 	Args           []string      // further arguments of rclone
 	Env            []string      // name=value, further environment of rclone
-	Config         string        // text of an rclone configuration, kept in ours
+	Config         string        // text of an rclone configuration, stored in ours
 	StartupTimeout time.Duration // 0 for 15 s
 }
 
@@ -49,5 +48,7 @@ func (s *Rclone) options() *rclone.Options {
 }
 
 func (s *Rclone) open(ctx context.Context, create bool) (blob.Storage, error) {
-	return rclone.New(ctx, s.options(), create) //nolint:wrapcheck // explained by the caller
+	o := s.options()
+	o.Options = shardsOf(create)
+	return rclone.New(ctx, o, create)
 }

@@ -16,7 +16,7 @@ import (
 // environment (AWS_*) or the machine's role each time it is opened.
 type S3 struct {
 	Bucket   string
-	Prefix   string // put before the name of every object
+	Prefix   string // prefix of every object's name
 	Endpoint string // host[:port]; empty for s3.amazonaws.com
 	Region   string
 
@@ -34,7 +34,7 @@ type S3 struct {
 	DisableTLSVerification bool   // any certificate
 	RootCA                 []byte // PEM certificates to trust instead of the machine's
 
-	PointInTime time.Time // look at a versioned bucket as it was then; read-only
+	PointInTime time.Time // read a versioned bucket as of this time; read-only
 }
 
 const defaultS3Endpoint = "s3.amazonaws.com"
@@ -86,5 +86,5 @@ func (s *S3) options() *s3.Options {
 }
 
 func (s *S3) open(ctx context.Context, create bool) (blob.Storage, error) {
-	return s3.New(ctx, s.options(), create) //nolint:wrapcheck // explained by the caller
+	return s3.New(ctx, s.options(), create)
 }

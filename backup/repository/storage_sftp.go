@@ -53,7 +53,7 @@ func (s *SFTP) validate() error {
 	case given > 1:
 		return invalid("an SFTP repository takes one of key file, key and password")
 	case s.KnownHostsFile == "" && s.KnownHostsData == "":
-		return invalid("an SFTP repository needs a known_hosts file, so that the server is the right one")
+		return invalid("an SFTP repository needs a known_hosts file, to verify the server")
 	case s.KeyFile != "" && !filepath.IsAbs(s.KeyFile), s.KnownHostsFile != "" && !filepath.IsAbs(s.KnownHostsFile):
 		return invalid("the paths of SFTP key and known_hosts files must be absolute")
 	}
@@ -85,5 +85,7 @@ func (s *SFTP) options() *sftp.Options {
 }
 
 func (s *SFTP) open(ctx context.Context, create bool) (blob.Storage, error) {
-	return sftp.New(ctx, s.options(), create) //nolint:wrapcheck // explained by the caller
+	o := s.options()
+	o.Options = shardsOf(create)
+	return sftp.New(ctx, o, create)
 }

@@ -3,6 +3,7 @@ package repository
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"github.com/kopia/kopia/repo/blob"
 	"github.com/kopia/kopia/repo/blob/azure"
@@ -16,10 +17,10 @@ import (
 	"github.com/kopia/kopia/repo/format"
 )
 
-// Kopia opens the storage of a connection by the name of its kind, and offers no
-// place between storage and repository to watch the calls from (kopia
-// repo/open.go, openDirect). So the kinds are registered anew, after Kopia's own
-// packages did so; the names are those of the packages.
+// Kopia opens the storage of a connection by the name of its kind, and offers no hook
+// between storage and repository to watch the calls (kopia repo/open.go, openDirect). So
+// the kinds are registered again, after Kopia's own packages did so; the names are those
+// of the packages.
 func init() {
 	RegisterStorage("filesystem", filesystem.New)
 	RegisterStorage("s3", s3.New)
@@ -31,8 +32,8 @@ func init() {
 	RegisterStorage("rclone", rclone.New)
 }
 
-// RegisterStorage makes a kind of storage known to Kopia, with its calls watched
-// as Open and Connect need it. For kinds of tests; to be called by an init.
+// RegisterStorage registers a kind of storage with Kopia, with its calls watched as Open
+// and Connect need it. It is for kinds used by tests; call it from an init.
 func RegisterStorage[T any](kind string, open func(ctx context.Context, opt *T, create bool) (blob.Storage, error)) {
 	var none T
 	blob.AddSupportedStorage(kind, none, func(ctx context.Context, opt *T, create bool) (blob.Storage, error) {
@@ -40,8 +41,8 @@ func RegisterStorage[T any](kind string, open func(ctx context.Context, opt *T, 
 	})
 }
 
-// watch opens a storage and has its calls heard by the silence of their context,
-// as the opening is.
+// watch opens a storage and reports its calls, and the opening, to the silence of their
+// context.
 func watch(ctx context.Context, open func() (blob.Storage, error)) (blob.Storage, error) {
 	s := silenceOf(ctx)
 	s.begin()
@@ -50,14 +51,26 @@ func watch(ctx context.Context, open func() (blob.Storage, error)) (blob.Storage
 	if err != nil {
 		return nil, err
 	}
-	return &watched{st, clocksOf(ctx)}, nil
+	notes := notesOf(ctx)
+	notes.opened(st)
+	w := &watched{explainDenials(st), clocksOf(ctx), hiddenOf(ctx), notes, runsOf(ctx), nearOf(ctx)}
+	w.runs.use(w.Storage)
+	w.near.opened(ctx, w.Storage)
+	return w, nil
 }
 
-// watched is a storage that tells of its calls.
+// watched is a storage that reports its calls.
 type watched struct {
 	blob.Storage
-	clocks *clocks // nil while a repository is created
+	clocks *clocks      // nil while a repository is created
+	hidden *hiddenBlobs // nil for none
+	notes  *sessionNotes
+	runs   *packRuns // nil for storages on this machine
+	near   *near     // nil while a repository is created or repaired
 }
+
+// errRangeIgnored means that a storage returned other bytes than those requested.
+var errRangeIgnored = errors.New("the storage, or a proxy before it, ignores byte ranges, which varve needs: have the proxy pass the Range header")
 
 // isAnswer distinguishes an answer from a failure.
 func isAnswer(err error) bool { return err == nil || errors.Is(err, blob.ErrBlobNotFound) }
@@ -66,9 +79,29 @@ func (w *watched) GetBlob(ctx context.Context, id blob.ID, offset, length int64,
 	if s := silenceOf(ctx); s != nil {
 		out = &heardBuffer{out, s}
 	}
-	err := w.call(ctx, func() error { return w.Storage.GetBlob(ctx, id, offset, length, out) })
-	// What Kopia asks for last before it derives the key, of a repository that it
-	// opens or makes.
+	err := w.call(ctx, func() error {
+		if p, ok := w.runs.read(ctx, id, offset, length); ok {
+			out.Reset()
+			_, err := out.Write(p)
+			return err
+		}
+		if p, ok, err := w.near.read(ctx, id, offset, length); ok {
+			out.Reset()
+			if err == nil {
+				_, err = out.Write(p)
+			}
+			return err
+		}
+		return w.near.keepRead(id, offset, length, out, func(out blob.OutputBuffer) error {
+			return w.Storage.GetBlob(ctx, id, offset, length, out)
+		})
+	})
+	if length > 0 && errors.Is(err, blob.ErrInvalidRange) && int64(out.Length()) > length {
+		// Not the requested bytes, so nothing is known about those.
+		return fmt.Errorf("%w: asked for %d bytes of %s, got %d", errRangeIgnored, length, id, out.Length())
+	}
+	// Kopia's last request before it derives the key, of a repository that it opens or
+	// makes.
 	if id == format.KopiaRepositoryBlobID && err == nil || id == format.KopiaBlobCfgBlobID && errors.Is(err, blob.ErrBlobNotFound) {
 		if terr := keyTurn(ctx).take(ctx); terr != nil {
 			return terr
@@ -77,7 +110,7 @@ func (w *watched) GetBlob(ctx context.Context, id blob.ID, offset, length int64,
 	return err
 }
 
-// heardBuffer hears what arrives of a blob.
+// heardBuffer notes what arrives of a blob.
 type heardBuffer struct {
 	blob.OutputBuffer
 	s *silence
@@ -85,7 +118,7 @@ type heardBuffer struct {
 
 func (b *heardBuffer) Write(p []byte) (int, error) {
 	b.s.heard()
-	return b.OutputBuffer.Write(p) //nolint:wrapcheck // the storage's own
+	return b.OutputBuffer.Write(p)
 }
 
 func (w *watched) ListBlobs(ctx context.Context, prefix blob.ID, do func(blob.Metadata) error) error {
@@ -93,13 +126,25 @@ func (w *watched) ListBlobs(ctx context.Context, prefix blob.ID, do func(blob.Me
 	s := silenceOf(ctx)
 	s.begin()
 	var stopped error
-	err := w.Storage.ListBlobs(ctx, prefix, func(m blob.Metadata) error {
-		s.heard()
+	heard := func(ctx context.Context, prefix blob.ID, do func(blob.Metadata) error) error {
+		return w.Storage.ListBlobs(ctx, prefix, func(m blob.Metadata) error {
+			s.heard()
+			return do(m)
+		})
+	}
+	visible := func(m blob.Metadata) error {
+		if w.hidden.has(m.BlobID) {
+			return nil
+		}
 		stopped = do(m)
 		return stopped
-	})
+	}
+	answered, err := w.near.list(ctx, prefix, heard, visible)
+	if !answered {
+		err = heard(ctx, prefix, visible)
+	}
 	s.end(err == nil || stopped != nil)
-	return err //nolint:wrapcheck // Kopia decides by it
+	return err
 }
 
 func (w *watched) GetMetadata(ctx context.Context, id blob.ID) (m blob.Metadata, err error) {
@@ -112,16 +157,31 @@ func (w *watched) GetCapacity(ctx context.Context) (c blob.Capacity, err error) 
 	return c, err
 }
 
-// PutBlob is heard when it is done: what is written while a repository is opened
-// or created is small.
+// PutBlob counts as heard when it is done: writes while a repository is opened or created
+// are small.
 func (w *watched) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opt blob.PutOptions) error {
-	return w.call(ctx, func() error {
-		return w.clocks.put(ctx, opt, func(opt blob.PutOptions) error { return w.Storage.PutBlob(ctx, id, data, opt) })
+	w.notes.writing(ctx, id)
+	w.near.changing(id)
+	err := w.call(ctx, func() error {
+		return w.clocks.put(ctx, opt, w.near.reckons(id), func(opt blob.PutOptions) error { return w.Storage.PutBlob(ctx, id, data, opt) })
 	})
+	w.near.wrote(id, data, err)
+	if errors.Is(err, ErrDenied) {
+		w.notes.deleted(id) // a session that could not begin
+	}
+	w.runs.forget(id)
+	return err
 }
 
 func (w *watched) DeleteBlob(ctx context.Context, id blob.ID) error {
-	return w.call(ctx, func() error { return w.Storage.DeleteBlob(ctx, id) })
+	w.near.changing(id)
+	err := w.call(ctx, func() error { return w.Storage.DeleteBlob(ctx, id) })
+	w.near.deleted(id)
+	if isAnswer(err) {
+		w.notes.deleted(id)
+	}
+	w.runs.forget(id)
+	return err
 }
 
 func (w *watched) ExtendBlobRetention(ctx context.Context, id blob.ID, opt blob.ExtendOptions) error {
@@ -132,11 +192,19 @@ func (w *watched) FlushCaches(ctx context.Context) error {
 	return w.call(ctx, func() error { return w.Storage.FlushCaches(ctx) })
 }
 
+func (w *watched) Close(ctx context.Context) error {
+	w.notes.close()
+	w.runs.close()
+	w.near.close()
+	return w.Storage.Close(ctx) //nolint:wrapcheck // the storage's own
+}
+
 func (w *watched) call(ctx context.Context, do func() error) error {
 	keyTurn(ctx).done()
 	s := silenceOf(ctx)
 	s.begin()
 	err := do()
 	s.end(isAnswer(err))
+	w.near.heard(isAnswer(err))
 	return err
 }

@@ -13,11 +13,11 @@ type WebDAV struct {
 	URL      string
 	User     string
 	Password string
-	// Fingerprint is the SHA-256 of the server's certificate in hexadecimal; set,
-	// it is trusted instead of the machine's authorities.
+	// Fingerprint is the SHA-256 of the server's certificate in hexadecimal; if set, it
+	// is trusted instead of the machine's authorities.
 	Fingerprint string
-	// AtomicWrites says that a PUT that fails leaves nothing behind; blobs are
-	// then not uploaded under another name first.
+	// AtomicWrites says that a failed PUT leaves nothing behind; blobs are then not first
+	// uploaded under another name.
 	AtomicWrites bool
 }
 
@@ -29,7 +29,7 @@ func (s *WebDAV) validate() error {
 	case err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "":
 		return invalid("the URL of a WebDAV repository is http:// or https://, a host and a path")
 	case u.User != nil:
-		return invalid("give the WebDAV user and password apart, not in the URL")
+		return invalid("give the WebDAV user and password separately, not in the URL")
 	}
 	return nil
 }
@@ -45,5 +45,7 @@ func (s *WebDAV) options() *webdav.Options {
 }
 
 func (s *WebDAV) open(ctx context.Context, create bool) (blob.Storage, error) {
-	return webdav.New(ctx, s.options(), create) //nolint:wrapcheck // explained by the caller
+	o := s.options()
+	o.Options = shardsOf(create)
+	return webdav.New(ctx, o, create)
 }

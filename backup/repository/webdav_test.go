@@ -8,8 +8,8 @@ import (
 	"github.com/varve-io/varve/backup/repository/repotest/servers"
 )
 
-// roundTrip creates a repository on a storage, writes a block and reads it back
-// through a connection of its own.
+// roundTrip creates a repository on a storage, writes a block and reads it back through
+// another connection.
 func roundTrip(t *testing.T, storage Storage) site {
 	t.Helper()
 	s := newSite(t)

@@ -2,6 +2,7 @@ package repository
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -19,24 +20,26 @@ const (
 	directoryPrefix content.IDPrefix = "k" // directories, as in kopia snapshot/snapshotfs
 )
 
-// Writer is one write session. WriteBlock and WriteIndex may be called
-// concurrently; Flush waits for those under way to have been packed. What was
-// written is visible to others, and survives a crash, after a Flush only.
+// Writer is one write session. WriteBlock and WriteIndex may be called concurrently;
+// Flush waits until running calls are packed. Writes are visible to others, and survive a
+// crash, only after a Flush.
 type Writer struct {
 	r   *Repository
-	ctx context.Context //nolint:containedctx // Kopia binds a session's logger and spans to its context
+	ctx context.Context // Kopia binds a session's logger and spans to its context
 	w   repo.DirectRepositoryWriter
 
 	blockCompressor, indexCompressor compression.Name
+
+	contents contentWriter // nil if objects must be written
 
 	uploaded  atomic.Int64
 	flushGate sync.RWMutex
 	release   func() // ends the session's context
 }
 
-// DefaultGrace is how long a write session lives on after its caller's context
-// was cancelled, so that what is under way can still be stored and found by the
-// next run. A storage that hangs is given up then.
+// DefaultGrace is how long a write session continues after its caller's context was
+// cancelled, so that running writes can still be stored and found by the next run. After
+// it, a storage that hangs is given up.
 const DefaultGrace = 10 * time.Second
 
 // sessionContext returns a context that is cancelled grace after parent is, or
@@ -53,18 +56,22 @@ func sessionContext(parent context.Context, grace time.Duration) (ctx context.Co
 	}
 }
 
-// NewWriter opens a write session. It outlives ctx by the grace of
-// OpenOptions; Close ends it.
+// NewWriter opens a write session. It outlives ctx by the grace of OpenOptions; Close
+// ends it. The error is ErrDenied if this client may not delete objects in the storage.
 func (r *Repository) NewWriter(ctx context.Context, purpose string) (*Writer, error) {
 	if !r.Writable() {
 		return nil, fmt.Errorf("%w: %s", ErrReadOnly, r.readOnlyReason())
 	}
+	return r.newWriter(ctx, purpose)
+}
+
+func (r *Repository) newWriter(ctx context.Context, purpose string) (*Writer, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
 	sctx, release := sessionContext(ctx, r.grace)
 	w := &Writer{r: r, release: release}
-	wctx, dw, err := r.direct.NewDirectWriter(sctx, repo.WriteSessionOptions{
+	wctx, dw, err := r.direct.NewDirectWriter(withWriter(sctx, w), repo.WriteSessionOptions{
 		Purpose:  purpose,
 		OnUpload: func(n int64) { w.uploaded.Add(n) },
 	})
@@ -72,19 +79,26 @@ func (r *Repository) NewWriter(ctx context.Context, purpose string) (*Writer, er
 		release()
 		return nil, fmt.Errorf("open write session: %w", err)
 	}
+	if err := r.checkDelete(wctx, dw.BlobStorage()); err != nil {
+		err = errors.Join(fmt.Errorf("open write session: %w", err), dw.Close(context.WithoutCancel(wctx)))
+		release()
+		return nil, err
+	}
 	w.ctx, w.w = wctx, dw
+	w.contents = contentsOf(dw)
 	w.blockCompressor = compression.Name(r.config.Compression)
 	w.indexCompressor = indexCompression
 	return w, nil
 }
 
-// indexCompression is used for indexes, whatever was chosen for blocks: their
-// JSON halves at next to no cost.
+// indexCompression is used for indexes, independent of the choice for blocks: it halves
+// their JSON at almost no cost.
 const indexCompression = "zstd-fastest"
 
 // Close abandons what was not flushed.
 func (w *Writer) Close() error {
 	defer w.release()
+	defer w.r.notes.abandon(w)
 	if err := w.w.Close(context.WithoutCancel(w.ctx)); err != nil {
 		return fmt.Errorf("close write session: %w", err)
 	}
@@ -94,9 +108,8 @@ func (w *Writer) Close() error {
 // Uploaded returns the bytes sent to storage by this session so far.
 func (w *Writer) Uploaded() int64 { return w.uploaded.Load() }
 
-// WriteBlock stores p (at most MaxContentSize bytes) as a direct object. A
-// content that the repository has already is not stored again. p may be reused
-// after the call.
+// WriteBlock stores p (at most MaxContentSize bytes) as a direct object. A content that
+// the repository has is not stored again. p may be reused after the call.
 func (w *Writer) WriteBlock(ctx context.Context, p []byte) (ObjectID, error) {
 	return w.writeDirect(ctx, p, "", w.blockCompressor)
 }
@@ -116,6 +129,18 @@ func (w *Writer) writeDirect(ctx context.Context, p []byte, prefix content.IDPre
 	}
 	w.flushGate.RLock()
 	defer w.flushGate.RUnlock()
+	if w.contents != nil {
+		id, err := w.contents(w.ctx, p, prefix, headerOf(comp))
+		if err != nil {
+			return ObjectID{}, fmt.Errorf("write content: %w", explainWrite(err))
+		}
+		return object.DirectObjectID(id), nil
+	}
+	return w.writeObject(p, prefix, comp)
+}
+
+// writeObject stores p as an object of one content.
+func (w *Writer) writeObject(p []byte, prefix content.IDPrefix, comp compression.Name) (ObjectID, error) {
 	ow := w.w.NewObjectWriter(w.ctx, object.WriterOptions{
 		Description: "varve",
 		Prefix:      prefix,
@@ -136,7 +161,7 @@ func (w *Writer) writeDirect(ctx context.Context, p []byte, prefix content.IDPre
 	return oid, nil
 }
 
-// Flush packs and uploads what was written and makes it visible to others.
+// Flush packs and uploads the writes and makes them visible to others.
 func (w *Writer) Flush(ctx context.Context) error {
 	w.flushGate.Lock()
 	defer w.flushGate.Unlock()
@@ -149,7 +174,7 @@ func (w *Writer) Flush(ctx context.Context) error {
 	return nil
 }
 
-// Refresh makes the session see what others wrote and deleted meanwhile.
+// Refresh makes the session see what others have written and deleted.
 func (w *Writer) Refresh(_ context.Context) error {
 	if err := w.w.Refresh(w.ctx); err != nil {
 		return fmt.Errorf("refresh repository: %w", err)
@@ -157,8 +182,7 @@ func (w *Writer) Refresh(_ context.Context) error {
 	return nil
 }
 
-// Reader reads as this session sees the repository: with what it wrote and has
-// not flushed.
+// Reader reads as this session sees the repository, including its unflushed writes.
 func (w *Writer) Reader() *SessionReader { return &SessionReader{w} }
 
 // SessionReader reads what a Writer can see.
@@ -195,7 +219,7 @@ func (w *Writer) StateOf(_ context.Context, oid ObjectID) (ContentState, error) 
 	return contentState(info, err)
 }
 
-// deleteManifest removes a manifest; one that is gone already is no error.
+// deleteManifest deletes a manifest; a missing one is no error.
 func (w *Writer) deleteManifest(id string) error {
 	if err := w.refreshing(func() error { return w.w.DeleteManifest(w.ctx, manifest.ID(id)) }); err != nil {
 		return fmt.Errorf("delete manifest %s: %w", id, explainWrite(err))

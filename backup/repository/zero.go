@@ -18,9 +18,9 @@ type zeroIDs struct {
 	byID map[int64]ObjectID
 }
 
-// ZeroID returns the ID that a direct object of n zero bytes has in this
-// repository: contents are keyed per repository, and Kopia knows no holes, so
-// this is how a reader recognises one. Nothing is read or written.
+// ZeroID returns the ID that a direct object of n zero bytes has in this repository:
+// contents are keyed per repository, and Kopia has no holes, so a reader recognises one
+// by this ID. Nothing is read or written.
 func (r *Repository) ZeroID(_ context.Context, n int64) (ObjectID, error) {
 	if n < 0 || n > MaxContentSize {
 		return ObjectID{}, fmt.Errorf("zero object of %d bytes", n)
@@ -37,16 +37,16 @@ func (r *Repository) ZeroID(_ context.Context, n int64) (ObjectID, error) {
 	if r.zero.byID == nil {
 		r.zero.byID = map[int64]ObjectID{}
 	}
-	if len(r.zero.byID) < 4096 { // variable-length objects may ask for any length
+	if len(r.zero.byID) < 4096 { // variable-length objects may need any length
 		r.zero.byID[n] = oid
 	}
 	return oid, nil
 }
 
 // hashObject computes the ID that p would get under prefix. Kopia's hash
-// function takes gather.Bytes, a type of an internal package with one exported
-// field, so the argument is built by reflection; that is cheap enough for the
-// few IDs asked for, and any change of the type is an error, not a wrong ID.
+// function takes gather.Bytes, a type of an internal package with one exported field, so
+// the argument is built by reflection. That is cheap enough for the few IDs needed, and a
+// change of the type is an error, not a wrong ID.
 func (r *Repository) hashObject(prefix content.IDPrefix, p []byte) (ObjectID, error) {
 	if r.direct == nil {
 		return ObjectID{}, fmt.Errorf("%w through a Kopia API server", errNoHash)

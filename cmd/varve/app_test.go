@@ -13,21 +13,21 @@ import (
 	"github.com/varve-io/varve/internal/progress"
 )
 
-// result is what one run of varve left behind.
+// result is the result of one run of varve.
 type result struct {
 	code           int
 	stdout, stderr string
 }
 
-// testEnv is the environment of a user under test: a home and a password of
-// its own, and nothing of the machine's.
+// testEnv is the environment of a test user: a separate home and password, and nothing of the
+// machine's.
 type testEnv map[string]string
 
 func newTestEnv(t *testing.T) testEnv {
 	t.Helper()
 	home := t.TempDir()
-	// What runs in the background writes to the repository until it ends, a while after its mount
-	// is gone.
+	// Background processes write to the repository until they end, some time after their
+	// mount is gone.
 	t.Cleanup(func() {
 		waitUntil(t, "the processes of this test end", func() bool { return len(processesOf(home)) == 0 })
 	})
@@ -38,8 +38,7 @@ func newTestEnv(t *testing.T) testEnv {
 	}
 }
 
-// processesOf lists the processes that have this home; those that have ended but that nobody has
-// waited for are not among them.
+// processesOf lists the running processes with this home.
 func processesOf(home string) (list []string) {
 	files, _ := filepath.Glob("/proc/[0-9]*/environ") // the pattern is well-formed
 	for _, name := range files {
@@ -51,13 +50,13 @@ func processesOf(home string) (list []string) {
 	return list
 }
 
-// runVarve runs one command line inside this process, the way main does.
+// runVarve runs one command line in this process, as main does.
 func runVarve(t *testing.T, env testEnv, args ...string) result {
 	t.Helper()
 	return runVarveContext(t, t.Context(), env, args...)
 }
 
-func runVarveContext(t *testing.T, ctx context.Context, env testEnv, args ...string) result { //nolint:revive // t first, as everywhere in tests
+func runVarveContext(t *testing.T, ctx context.Context, env testEnv, args ...string) result {
 	t.Helper()
 	var stdout, stderr bytes.Buffer
 	a := &app{
@@ -70,7 +69,7 @@ func runVarveContext(t *testing.T, ctx context.Context, env testEnv, args ...str
 	return result{code, stdout.String(), stderr.String()}
 }
 
-// mustRun is runVarve for a run that has to succeed.
+// mustRun is runVarve for a run that must succeed.
 func mustRun(t *testing.T, env testEnv, args ...string) result {
 	t.Helper()
 	r := runVarve(t, env, args...)

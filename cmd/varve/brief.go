@@ -4,12 +4,14 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+
+	"github.com/varve-io/varve/internal/plain"
 )
 
-// brief is the text of an error without what the layers of libraries below put around its
-// cause: of "flush to storage: write manifests: unable to write content chunk 0 of manifests:
-// … despite 2 retries: mkdir /r/s: read-only file system" it is "flush to storage: mkdir /r/s:
-// read-only file system". The whole chain is for -v.
+// brief returns the text of an error without what layers of libraries add around its cause:
+// "flush to storage: mkdir /r/s: read-only file system" of "flush to storage: write
+// manifests: unable to write content chunk 0 of manifests: … despite 2 retries: mkdir /r/s:
+// read-only file system". -v shows the whole chain.
 func brief(err error) string {
 	causes := causesOf(err)
 	if ofLibrary(err) && len(causes) > 0 {
@@ -25,18 +27,18 @@ func brief(err error) string {
 	return text
 }
 
-// inFull is the whole chain of an error, on one line that does no harm to a terminal.
+// inFull returns the whole chain of an error, on one line that is safe for a terminal.
 func inFull(err error) string {
-	return printable(strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; "))
+	return plain.Line(err.Error())
 }
 
-// withoutRepeats leaves out a part of a text that only repeats the one before.
+// withoutRepeats removes parts of a text that only repeat the part before.
 func withoutRepeats(text string) string {
 	parts := strings.Split(text, ": ")
 	return strings.Join(slices.Compact(parts), ": ")
 }
 
-// briefAll is the texts of several errors, each once.
+// briefAll returns the texts of several errors, each once.
 func briefAll(errs []error) string {
 	var texts []string
 	for _, err := range errs {
@@ -68,7 +70,7 @@ func causesOf(err error) []error {
 	return nil
 }
 
-// ofLibrary tells whether an error only says which of Kopia's functions failed.
+// ofLibrary reports whether an error only names the function of Kopia that failed.
 func ofLibrary(err error) bool {
 	t := reflect.TypeOf(err)
 	if t.Kind() == reflect.Pointer {
@@ -78,25 +80,25 @@ func ofLibrary(err error) bool {
 	return path == "github.com/pkg/errors" || strings.HasPrefix(path, "github.com/kopia/")
 }
 
-// What stays of the work of a command that ends early, and what running it again does, by the
-// command's path. Errors of a command's own say more where they know more.
+// interruptedText is what remains of the work of an interrupted command, and what a second
+// run does, by the command's path. A command's own errors are more exact.
 var interruptedText = map[string]string{
-	"varve backup":          "older recovery points are as they were; run it again, and it goes on from the last checkpoint",
-	"varve commit":          "the overlay and older recovery points are as they were; run it again",
-	"varve restore":         "what was written so far stays on the target, which is incomplete; run the same command again, and it goes on from there",
+	"varve backup":          "older recovery points are unchanged; run it again to continue from the last checkpoint",
+	"varve commit":          "the overlay and older recovery points are unchanged; run it again",
+	"varve restore":         "the target is incomplete; run the same command again to continue",
 	"varve verify":          "nothing was changed; run it again",
-	"varve prune":           "points that were deleted stay deleted, the others are as they were; run it again",
-	"varve forget":          "points that were deleted stay deleted, the others are as they were; run it again",
-	"varve maintenance run": "nothing that a recovery point needs was deleted; run it again, it counts as not done",
-	"varve cp":              "files that were copied whole stay; run it again",
-	"varve nbd read":        "what was read so far stays in the file, which is incomplete; run it again",
+	"varve prune":           "points that were deleted stay deleted, the others are unchanged; run it again",
+	"varve forget":          "points that were deleted stay deleted, the others are unchanged; run it again",
+	"varve maintenance run": "no data of a recovery point was deleted; maintenance is still due: run it again",
+	"varve cp":              "files that were copied whole are kept; run it again",
+	"varve nbd read":        "the file is incomplete; run it again",
 }
 
-// whatStays adds to the text of an error what became of the work.
-func whatStays(command string, code int, text string) string {
+// whatStays adds to an error what remains of the work: for interrupted commands, and for a
+// backup that failed after it had begun.
+func whatStays(command string, code int, begun bool, text string) string {
 	stays := interruptedText[command]
-	switch {
-	case stays == "", code != exitInterrupted && (code != exitFailure || command != "varve backup"):
+	if stays == "" || code != exitInterrupted && (code != exitFailure || command != "varve backup" || !begun) {
 		return text
 	}
 	return text + "; " + stays

@@ -10,11 +10,11 @@ import (
 
 	kopia "github.com/pkg/errors"
 
-	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/points"
 )
 
-// TestBrief: an error of storage is one short line, however many layers of Kopia it came
-// through, and it is still the error that it was.
+// TestBrief: an error of storage is one short line, through however many layers of Kopia, and
+// still the same error.
 func TestBrief(t *testing.T) {
 	system := &fs.PathError{Op: "mkdir", Path: "/r/s", Err: syscall.EROFS}
 	marker := kopia.Wrap(kopia.Wrap(system, "unable to write session marker"), "unable to complete PutBlob despite 2 retries")
@@ -36,7 +36,7 @@ func TestBrief(t *testing.T) {
 			t.Errorf("%q has no hint", c.want)
 		}
 	}
-	if got := message(fmt.Errorf("%w: %q may be:\n  a\x1b[1m\n  b", backup.ErrAmbiguous, "x")); strings.Count(got, "\n") != 2 || strings.Contains(got, "\x1b") {
+	if got := message(fmt.Errorf("%w: %q may be:\n  a\x1b[1m\n  b", points.ErrAmbiguous, "x")); strings.Count(got, "\n") != 2 || strings.Contains(got, "\x1b") {
 		t.Errorf("ambiguous: %q", got)
 	}
 }
@@ -49,10 +49,18 @@ func TestWhatStays(t *testing.T) {
 			t.Errorf("%q is no command: %v", path, err)
 		}
 	}
-	if got := whatStays("varve backup", exitInterrupted, "interrupted"); !strings.HasPrefix(got, "interrupted; older recovery points are as they were") {
+	if got := whatStays("varve backup", exitInterrupted, false, "interrupted"); !strings.HasPrefix(got, "interrupted; older recovery points are unchanged") {
 		t.Error(got)
 	}
-	if got := whatStays("varve list", exitInterrupted, "interrupted"); got != "interrupted" {
+	if got := whatStays("varve backup", exitFailure, true, "failed"); !strings.Contains(got, "continue from the last checkpoint") {
+		t.Error(got)
+	}
+	// Nothing was read: there is nothing to continue.
+	env, _ := newBackupEnv(t)
+	if r := runVarve(t, env, "backup", "nosuch.img", "--volume", "shop/db"); r.code != exitFailure || !strings.Contains(r.stderr, "nosuch.img") || strings.Contains(r.stderr, "checkpoint") {
+		t.Errorf("exit code %d: %s", r.code, r.stderr)
+	}
+	if got := whatStays("varve list", exitInterrupted, false, "interrupted"); got != "interrupted" {
 		t.Error(got)
 	}
 }

@@ -34,7 +34,7 @@ func countPoints(t *testing.T, env testEnv) int {
 	return len(fromJSON[[]pointView](t, mustRun(t, env, "list", "-o", "json").stdout))
 }
 
-// Reading commands take another cluster's point and say whose it is.
+// Reading commands accept another cluster's point and name its cluster.
 func TestReadingAnotherClustersPoint(t *testing.T) {
 	env, alphas := newClustersEnv(t)
 	dir := env["HOME"]
@@ -82,7 +82,7 @@ func TestReadingAnotherClustersPoint(t *testing.T) {
 	}
 }
 
-// Commands that change or delete points want the cluster spelled out.
+// Commands that change or delete points require the cluster in the name.
 func TestChangingAnotherClustersPoint(t *testing.T) {
 	env, alphas := newClustersEnv(t)
 	for _, args := range [][]string{
@@ -119,7 +119,7 @@ func TestChangingAnotherClustersPoint(t *testing.T) {
 	}
 }
 
-// openTerminal makes a pseudo-terminal: what a person has, and what a program has.
+// openTerminal makes a pseudo-terminal: the person's side, and the program's.
 func openTerminal(t *testing.T) (person, program *os.File) {
 	t.Helper()
 	person, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)

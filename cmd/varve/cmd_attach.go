@@ -7,13 +7,14 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/varve-io/varve/nbdserver/nbdattach"
+	"github.com/varve-io/varve/blockdev/nbdattach"
+	"github.com/varve-io/varve/internal/bytesize"
 	"github.com/varve-io/varve/nbdserver/nbdclient"
 )
 
 type attachFlags struct {
 	connections int
-	blockSize   byteSize
+	blockSize   bytesize.Value
 	timeout     time.Duration
 	ioTimeout   time.Duration
 	reconnect   bool
@@ -30,11 +31,11 @@ func newAttachCommand(a *app) *cobra.Command {
 		Long: `Attach an NBD export to the Linux kernel as a block device. Without a device
 the kernel takes a free one. It needs root and the nbd driver ("modprobe nbd").
 
-The command ends once the device is there. With --reconnect it stays, and gives
-the device new connections when the server is restarted; requests wait that
-long. Started again for the same export and device, it goes on with the device
-that is there. On kernels without the driver's netlink interface, or with
---ioctl, it stays until the device is detached, too.
+The command ends when the device is ready. With --reconnect it keeps running and
+connects the device again when the server restarts; requests wait until then.
+Started again for the same export and device, it takes that device over. On
+kernels without the driver's netlink interface, or with --ioctl, it also runs
+until the device is detached.
 
 A writable export takes one connection and no --timeout: with more, the kernel
 may repeat a write after a later one to the same place.`,
@@ -69,11 +70,11 @@ may repeat a write after a later one to the same place.`,
 	fl := cmd.Flags()
 	fl.IntVar(&f.connections, "connections", 1, "connections to the server, 1 to 64")
 	fl.Var(&f.blockSize, "block-size", "logical sector size of the device, 512 to 4K")
-	fl.DurationVar(&f.timeout, "timeout", 0, "take a connection for dead when a request gets no reply for this long (default never)")
-	fl.DurationVar(&f.ioTimeout, "io-timeout", 0, "how soon requests of a dead connection are sent again over a new one (default 5s with one connection, 30s with several, where a slower request also costs its connection)")
-	fl.BoolVar(&f.reconnect, "reconnect", false, "stay, and connect again when a connection dies")
+	fl.DurationVar(&f.timeout, "timeout", 0, "treat a connection as dead when a request gets no reply for this long (default never)")
+	fl.DurationVar(&f.ioTimeout, "io-timeout", 0, "time until requests of a dead connection are sent again on a new one (default 5s with one connection, 30s with several, where a slower request also closes its connection)")
+	fl.BoolVar(&f.reconnect, "reconnect", false, "keep running, and connect again when a connection dies")
 	fl.DurationVar(&f.deadTimeout, "dead-timeout", time.Minute, "with --reconnect, how long requests wait for a new connection before they fail")
-	fl.BoolVar(&f.ioctl, "ioctl", false, "use ioctl although the kernel has netlink")
+	fl.BoolVar(&f.ioctl, "ioctl", false, "use ioctl even if the kernel has netlink")
 	return cmd
 }
 
@@ -112,7 +113,7 @@ func (a *app) attach(ctx context.Context, u *nbdclient.URI, opt nbdattach.Option
 }
 
 // attachAndWatch attaches an export, or takes over the device that an earlier process
-// attached to it, and serves the device until it is detached.
+// attached, and serves the device until it is detached.
 func (a *app) attachAndWatch(ctx context.Context, u *nbdclient.URI, opt nbdattach.Options, ready func(*nbdattach.Attachment) error) (err error) {
 	w, err := nbdattach.NewWatcher(a.log)
 	if err != nil {

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -200,4 +201,32 @@ func mustRead(t *testing.T, path string) []byte {
 		t.Fatal(err)
 	}
 	return b
+}
+
+// A disk beyond the format's limit is refused with its size; /dev/shm can hold a sparse file
+// of any size.
+func TestBackupOfTooLargeDisk(t *testing.T) {
+	env, _ := newBackupEnv(t)
+	f, err := os.CreateTemp("/dev/shm", "varve-test-")
+	if err != nil {
+		t.Skip("no /dev/shm for a file of 8 EiB: ", err)
+	}
+	t.Cleanup(func() { _ = os.Remove(f.Name()) })
+	if err := errors.Join(f.Truncate(1<<63-1), f.Close()); err != nil {
+		t.Skip("/dev/shm takes no file of 8 EiB: ", err)
+	}
+	r := runVarve(t, env, "backup", f.Name(), "--volume", "shop/big")
+	if r.code != exitRefused || !strings.Contains(r.stderr, "disks of more than 1 EiB are not supported: the disk has 8 EiB (9223372036854775807 bytes); no point was made") {
+		t.Errorf("exit code %d: %s", r.code, r.stderr)
+	}
+}
+
+// A missing volume has one exit code, whether or not its name is valid.
+func TestListOfNoVolume(t *testing.T) {
+	env, _ := newBackupEnv(t)
+	for _, name := range []string{"nosuch", "nosuch/volume"} {
+		if r := runVarve(t, env, "list", "--volume", name); r.code != exitNotFound || !strings.Contains(r.stderr, "no such recovery point") {
+			t.Errorf("%s: exit code %d: %s", name, r.code, r.stderr)
+		}
+	}
 }

@@ -9,13 +9,15 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/fusefs/files"
 )
 
 func newCatCommand(a *app) *cobra.Command {
 	var stale bool
 	cmd := &cobra.Command{
-		Use:     "cat POINT:/PATH...",
+		Use:     "cat POINT[:/PATH]...",
 		GroupID: groupRead,
 		Short:   "Write files of a recovery point to standard output",
 		Long: `Write files out of a recovery point to standard output, without a mount and
@@ -23,8 +25,11 @@ without root. Only what the files need is fetched.
 
 On a disk with partitions or logical volumes the path starts with one's name:
 shop/vm@latest:/p1/etc/fstab. "varve ls POINT:/" shows them. Paths may have the
-wildcards *, ? and [] (quote them for the shell).`,
+wildcards *, ? and [] (quote them for the shell).
+
+A recovery point that holds a stream has no paths: its name gives it back.`,
 		Example: `  varve cat shop/db@latest:/etc/fstab
+  varve cat shop/db-dump@latest | psql shop
   varve cat shop/db@2026-11-20T10:00:/var/lib/app/data.db > data.db`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error { return a.cat(cmd.Context(), args, stale) },
@@ -38,35 +43,38 @@ func addStaleFlag(cmd *cobra.Command, stale *bool) {
 }
 
 func (a *app) cat(ctx context.Context, args []string, stale bool) error {
-	return a.eachFile(ctx, "cat", holdAtOnce, args, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, several bool, report *damageReport) error {
-		err := a.catOne(ctx, files, fsys, name)
+	if done, err := a.catStreams(ctx, args); done || err != nil {
+		return err
+	}
+	return a.eachFile(ctx, "cat", disks.AtOnce, args, stale, func(from *files.Point, fsys diskfs.FileSystem, name string, several bool, report *damageReport) error {
+		err := a.catOne(ctx, from, fsys, name)
 		if several && diskfs.Local(err) && !errors.Is(err, fs.ErrNotExist) {
-			return report.fail(files.point.Name(), name, err)
+			return report.fail(from.Name(), name, err)
 		}
 		return err
 	})
 }
 
-func (a *app) catOne(ctx context.Context, files *pointFiles, fsys diskfs.FileSystem, name string) error {
+func (a *app) catOne(ctx context.Context, from *files.Point, fsys diskfs.FileSystem, name string) error {
 	f, err := fsys.Open(name)
 	if err != nil {
-		return files.at(err)
+		return from.Explain(err)
 	}
 	defer f.Close()
 	if st, err := f.Stat(); err != nil {
-		return files.at(err)
+		return from.Explain(err)
 	} else if !st.Mode().IsRegular() {
-		return fmt.Errorf("%s:%s is %s, not a file", files.point.Name(), rooted(name), kindOf(st.Mode()))
+		return fmt.Errorf("%s:%s is %s, not a file", from.Name(), files.Rooted(name), kindOf(st.Mode()))
 	}
 	if _, err := io.Copy(a.stdout, contextReader{ctx, f}); err != nil {
-		return fmt.Errorf("%s:%s: %w", files.point.Name(), rooted(name), err)
+		return fmt.Errorf("%s:%s: %w", from.Name(), files.Rooted(name), err)
 	}
 	return nil
 }
 
 // contextReader ends a copy when its context does.
 type contextReader struct {
-	ctx context.Context //nolint:containedctx // lives for one copy
+	ctx context.Context // of one copy
 	r   io.Reader
 }
 
@@ -74,7 +82,7 @@ func (c contextReader) Read(p []byte) (int, error) {
 	if err := c.ctx.Err(); err != nil {
 		return 0, err
 	}
-	return c.r.Read(p) //nolint:wrapcheck // io.EOF must stay itself
+	return c.r.Read(p)
 }
 
 func kindOf(m fs.FileMode) string {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/internal/progress"
 	"github.com/varve-io/varve/internal/serve"
@@ -31,14 +33,13 @@ func newCommitCommand(a *app) *cobra.Command {
 		GroupID: groupBackup,
 		Short:   "Save an overlay as a new recovery point",
 		Long: `Save what was written to a recovery point as a new recovery point, of the same
-volume or another. It is stored as an increment of the point beneath: what the
-overlay changed, and nothing else, is read.
+volume or another. It is stored as an increment of the point under the overlay:
+only what the overlay changed is read.
 
 A running overlay is named by the NBD URI of its export ("varve serve
---writable"). While clients go on writing, the result is like a disk that lost
-power in the middle, and worse: parts are read at different times. It is marked
-not crash-consistent unless --quiesced says that nothing is written meanwhile.
-What clients have written is saved whether they flushed it or not.
+--writable"). While clients write, parts of it are read at different times, so
+the point is marked not crash-consistent unless --quiesced says that nothing is
+written. What clients have written is saved whether they flushed it or not.
 
 A kept overlay that no server uses is named by its directory: the one given as
 --overlay-dir, followed by the ID of the point.`,
@@ -52,8 +53,8 @@ A kept overlay that no server uses is named by its directory: the one given as
 		},
 	}
 	fl := cmd.Flags()
-	fl.StringVar(&f.volume, "volume", "", "volume of the new point, namespace/name (default that of the point beneath, if it is this cluster's)")
-	fl.BoolVar(&f.quiesced, "quiesced", false, "nothing is written to the export meanwhile: the point is consistent")
+	fl.StringVar(&f.volume, "volume", "", "volume of the new point, namespace/name (default that of the point under the overlay, if it is this cluster's)")
+	fl.BoolVar(&f.quiesced, "quiesced", false, "nothing is written to the export during the commit: the point is consistent")
 	f.disk.add(fl)
 	fl.StringVar(&f.verifyUnchanged, "verify-unchanged", "0.1%", "share of the blocks that the overlay did not change to read and compare")
 	return cmd
@@ -65,7 +66,7 @@ func (a *app) commit(ctx context.Context, repo *repository.Repository, target st
 		return usagef("--verify-unchanged: %w", err)
 	}
 	f.disk.set(&opt)
-	cat, err := backup.List(ctx, repo, backup.ListOptions{})
+	cat, err := points.List(ctx, repo, points.ListOptions{})
 	if err != nil {
 		return err
 	}
@@ -84,18 +85,18 @@ func (a *app) commit(ctx context.Context, repo *repository.Repository, target st
 		opt.NotCrashConsistent = false // the lock on an overlay keeps writers out
 		cache := image.NewCache(64 << 20)
 		defer cache.Close()
-		if saved, err = openKeptOverlay(ctx, repo, cache, cat, target); err != nil {
+		if saved, err = openKeptOverlay(ctx, repo, cache, cat, target, a.log); err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, saved.Close()) }()
 	}
 	opt.Disk, opt.Source, opt.Parent, opt.Volume = saved, saved, saved.Base.ID, saved.Base.Volume
 	if f.volume == "" && opt.Volume.Cluster != a.clusterOf(repo) {
-		return fmt.Errorf("%w: %s: say whose volume the new point is of: --volume %s, or --volume %s for a volume of this cluster",
+		return fmt.Errorf("%w: %s: name the volume of the new point: --volume %s, or --volume %s for a volume of this cluster",
 			errOtherCluster, saved.Base.FullName(), opt.Volume.FullName(), opt.Volume)
 	}
 	if f.volume != "" {
-		if opt.Volume, err = backup.ParseVolume(f.volume, a.clusterOf(repo)); err != nil {
+		if opt.Volume, err = points.ParseVolume(f.volume, a.clusterOf(repo)); err != nil {
 			return &usageError{err}
 		}
 	}
@@ -116,15 +117,15 @@ func (a *app) commit(ctx context.Context, repo *repository.Repository, target st
 			return err
 		}
 	}
-	return a.printBackup(p, rec)
+	return a.print(backupResultOf(p, rec, "overlay"), func(t *table) { writeBackup(t, p, rec, "overlay") })
 }
 
-// errOtherCluster means that a new point would go to another cluster's volume
-// though nobody said so.
-var errOtherCluster = errors.New("the point beneath is another cluster's")
+// errOtherCluster means that a new point would belong to another cluster's volume, which was
+// not named.
+var errOtherCluster = errors.New("the point under the overlay is another cluster's")
 
 // openKeptOverlay opens the overlay in a directory that is named by its point.
-func openKeptOverlay(ctx context.Context, repo *repository.Repository, cache *image.Cache, cat *backup.Catalog, dir string) (*serve.Written, error) {
+func openKeptOverlay(ctx context.Context, repo *repository.Repository, cache *image.Cache, cat *points.Catalog, dir string, log *slog.Logger) (*serve.Written, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, err
@@ -134,8 +135,8 @@ func openKeptOverlay(ctx context.Context, repo *repository.Repository, cache *im
 	}
 	p := cat.ByID(filepath.Base(dir))
 	if p == nil {
-		return nil, fmt.Errorf("%w: the directory of an overlay is named by the ID of the point beneath, and %q is none of this repository",
-			backup.ErrNoSuchPoint, filepath.Base(dir))
+		return nil, fmt.Errorf("%w: the directory of an overlay is named by the ID of the point under it, and this repository has no point %q",
+			points.ErrNoSuchPoint, filepath.Base(dir))
 	}
-	return serve.KeptOverlay(ctx, repo, cache, p, dir)
+	return serve.KeptOverlay(ctx, repo, cache, p, dir, log)
 }

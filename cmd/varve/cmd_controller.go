@@ -15,6 +15,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/bytesize"
 	"github.com/varve-io/varve/populator"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/store"
@@ -28,7 +29,7 @@ type controllerFlags struct {
 	opt             populator.Options
 	pull            string
 	pullSecrets     []string
-	memory          byteSize
+	memory          bytesize.Value
 }
 
 func newControllerCommand(a *app) *cobra.Command {
@@ -44,7 +45,7 @@ and the chart in deploy/ set it up.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.controller(cmd.Context(), f) },
 	}
 	fl := cmd.Flags()
-	fl.StringVar(&f.kubeconfig, "kubeconfig", "", "configuration of the client (default the pod's service account)")
+	fl.StringVar(&f.kubeconfig, "kubeconfig", "", "client configuration file (default the pod's service account)")
 	fl.StringVar(&f.namespace, "namespace", "", "namespace of Varve, where movers run (default the pod's)")
 	fl.StringVar(&f.opt.Pods.Image, "image", "", "image of movers: the controller's own")
 	fl.StringVar(&f.pull, "image-pull-policy", "", "how movers' image is pulled: Always, IfNotPresent or Never")
@@ -52,7 +53,7 @@ and the chart in deploy/ set it up.`,
 	fl.StringVar(&f.opt.Pods.ServiceAccount, "mover-service-account", "varve-mover", "service account of movers whose store names none")
 	fl.BoolVar(&f.opt.Pods.NonRoot, "mover-non-root", false, "run movers as user 65532; the container runtime must give block devices to the pod's user")
 	fl.StringVar(&f.podFile, "mover-pod", "", "YAML file with resources, tolerations, nodeSelector and priorityClassName of movers")
-	fl.IntVar(&f.opt.Movers, "movers", 16, "most movers at once, 0 for no limit but the stores'")
+	fl.IntVar(&f.opt.Movers, "movers", 16, "maximum number of movers, 0 for the limits of the stores only")
 	fl.IntVar(&f.opt.Workers, "workers", 8, "objects of each kind worked on at once")
 	fl.StringVar(&f.verifyUnchanged, "verify-unchanged", "0.1%", "share of the blocks reported unchanged to read and compare in each increment")
 	fl.DurationVar(&f.opt.MaintainEvery, "maintain-every", 6*time.Hour, "time between two maintenance Jobs of a repository, 0 for none")
@@ -60,17 +61,17 @@ and the chart in deploy/ set it up.`,
 	fl.StringVar(&f.opt.ConfigDir, "connections", "", "directory for connections' configuration with the credentials in it, best in memory (default that of --scratch)")
 	fl.StringVar(&f.opt.VolumesDir, "store-volumes", "/var/run/varve/volumes", "directory with the claims that stores keep repositories on, each under its name")
 	fl.StringVar(&f.opt.MetricsAddress, "metrics", ":8443", "serve Prometheus metrics on this address, 0 for none")
-	fl.BoolVar(&f.opt.MetricsInsecure, "metrics-insecure", false, "serve metrics by plain HTTP to anybody, not by HTTPS to who may get /metrics")
-	fl.StringVar(&f.opt.MetricsCertDir, "metrics-cert-dir", "", "directory with tls.crt and tls.key for metrics (default a certificate signed by itself)")
+	fl.BoolVar(&f.opt.MetricsInsecure, "metrics-insecure", false, "serve metrics over plain HTTP to all, not over HTTPS to those that may get /metrics")
+	fl.StringVar(&f.opt.MetricsCertDir, "metrics-cert-dir", "", "directory with tls.crt and tls.key for metrics (default a self-signed certificate)")
 	fl.StringVar(&f.opt.HealthAddress, "health", ":8081", "serve /healthz and /readyz on this address, 0 for none")
 	fl.BoolVar(&f.opt.LeaderElection, "leader-election", true, "work only while holding the Lease varve-controller")
-	fl.Var(&f.memory, "memory-limit", "memory that the container may take (default what the kernel says of it)")
+	fl.Var(&f.memory, "memory-limit", "memory limit of the container (default as the kernel reports it)")
 	// As a Deployment names them: VARVE_NAMESPACE, VARVE_IMAGE, VARVE_MEMORY_LIMIT.
 	inSection(fl, "", "namespace", "image", "memory-limit")
 	return cmd
 }
 
-// podDefaults is the file of --mover-pod.
+// podDefaults is the content of the --mover-pod file.
 type podDefaults struct {
 	Resources         corev1.ResourceRequirements `json:"resources"`
 	Tolerations       []corev1.Toleration         `json:"tolerations"`
@@ -144,6 +145,7 @@ func (a *app) controller(ctx context.Context, f controllerFlags) error {
 	cfg.QPS, cfg.Burst = 50, 100
 	cfg.UserAgent = "varve-controller/" + opt.Version
 	ctrllog.SetLogger(logr.FromSlogHandler(a.log.Handler()))
+	opt.Log = a.log
 	mgr, err := populator.New(cfg, opt)
 	if err != nil {
 		return err

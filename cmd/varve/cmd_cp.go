@@ -14,9 +14,11 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/fusefs/browse"
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/fusefs/files"
 	"github.com/varve-io/varve/internal/progress"
 )
 
@@ -34,20 +36,20 @@ func newCpCommand(a *app) *cobra.Command {
 		Long: `Copy files and directories out of a recovery point, without a mount and without
 root. Modes, owners, times, extended attributes, hard links, special files and
 holes are kept as far as the user may set them; files are copied in parallel.
-Device nodes are left out unless --devices is given, and programs lose their
-set-user-ID and set-group-ID bits and capabilities unless --setid is given: they
-would have rights on this machine that a stranger's disk decides on.
+Device nodes are skipped unless --devices is given, and programs lose their
+set-user-ID and set-group-ID bits and capabilities unless --setid is given: an
+untrusted disk must not grant rights on this machine.
 
-What cannot be read (damage, encryption) is left out, of a file as little as can be:
-content that is lost becomes a hole. All else is copied, then each such file is named
-and the exit code is 1.
+What cannot be read (damage, encryption) is skipped: lost content of a file becomes
+a hole. Everything else is copied, then each damaged file is named and the exit
+code is 1.
 
 A TARGET that is a directory gets the files in it, else it is the copy's name.
 Paths may have the wildcards *, ? and [] (quote them for the shell).
 
 --tar writes a tar archive to standard output instead; there is no TARGET then.
-Content that cannot be read is zeroes in it. Holes become zeroes, unless --sparse keeps them in a form that GNU tar and bsdtar
-know, and others (busybox) do not.`,
+Content that cannot be read is zeroes in it. Holes become zeroes, unless --sparse
+keeps them in a format that GNU tar and bsdtar can read, and busybox cannot.`,
 		Example: `  varve cp -r shop/db@latest:/var/lib/app ./app
   varve cp 'shop/db@latest:/etc/*.conf' /tmp/
   varve cp --tar shop/db@latest:/home | ssh host tar -x`,
@@ -89,16 +91,16 @@ type cpResult struct {
 	Failed []cpFailure `json:"failed,omitempty"` // what could not be read
 }
 
-// cpFailure is a file that was left out, or of which a part was.
+// cpFailure is a file that was not copied, or only in part.
 type cpFailure struct {
-	Path    string `json:"path"`              // in its file system
-	Partial bool   `json:"partial,omitempty"` // the copy has it, without a part
+	Path    string `json:"path"`              // within its file system
+	Partial bool   `json:"partial,omitempty"` // the copy lacks a part of it
 	Error   string `json:"error"`
 	err     error
 }
 
-// cpFailures collects what could not be read. Where the storage does not answer, every other
-// file would fail as well: the error comes back.
+// cpFailures collects what could not be read. If the storage does not answer, its method
+// returns the error, since every other file would fail as well.
 type cpFailures []cpFailure
 
 func (l *cpFailures) add(name string, err error) error {
@@ -110,7 +112,7 @@ func (l *cpFailures) add(name string, err error) error {
 	return nil
 }
 
-// report names each; the error is nil where there are none.
+// report names each failure; the error is nil if there is none.
 func (l cpFailures) report(a *app, target string) error {
 	if len(l) == 0 {
 		return nil
@@ -121,12 +123,12 @@ func (l cpFailures) report(a *app, target string) error {
 		if f.Partial {
 			what = "copied without a part"
 		}
-		a.log.Error(what, "file", rooted(f.Path), "error", f.Error)
+		a.log.Error(what, "file", files.Rooted(f.Path), "error", f.Error)
 	}
 	return &incompleteError{l, target}
 }
 
-// incompleteError tells that a copy lacks files, or parts of them, each of which was named.
+// incompleteError means that a copy lacks files, or parts of files, each of which was named.
 type incompleteError struct {
 	failed cpFailures
 	target string
@@ -163,7 +165,7 @@ func (e *incompleteError) Error() string {
 	return strings.Join(append(parts, end), "; ")
 }
 
-// Unwrap gives all causes, for the exit code.
+// Unwrap returns all causes, for the exit code.
 func (e *incompleteError) Unwrap() []error {
 	var errs []error
 	for _, f := range e.failed {
@@ -172,7 +174,7 @@ func (e *incompleteError) Unwrap() []error {
 	return errs
 }
 
-// inTheWayError is the refusal to replace a file, before anything was copied.
+// inTheWayError means that a file would be replaced; nothing was copied.
 type inTheWayError struct{ err error }
 
 func (e *inTheWayError) Error() string        { return e.err.Error() }
@@ -191,7 +193,7 @@ func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags
 	var sum browse.CopyResult
 	var failed cpFailures
 	copied := map[string]bool{}
-	err := a.eachFile(ctx, "cp", holdAtOnce, sources, f.stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, several bool, _ *damageReport) error {
+	err := a.eachFile(ctx, "cp", disks.AtOnce, sources, f.stale, func(from *files.Point, fsys diskfs.FileSystem, name string, several bool, _ *damageReport) error {
 		if several && !into {
 			return usagef("several files need a directory as target, and %s is none", target)
 		}
@@ -199,7 +201,7 @@ func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags
 		if into {
 			base := path.Base(name)
 			if name == "." {
-				base = files.point.Volume.Name
+				base = from.Point().Volume.Name
 			}
 			to = filepath.Join(target, base)
 		}
@@ -213,13 +215,13 @@ func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags
 			Failed: failed.add,
 		})
 		sum.Add(res)
-		return err //nolint:wrapcheck // names the file
+		return err
 	})
 	task.Done()
 	if errors.Is(err, fs.ErrExist) && sum.Files+sum.Dirs == 0 {
 		return &inTheWayError{err}
 	}
-	damaged := (*unreadableError)(nil) // directories that a pattern could not be matched in
+	damaged := (*unreadableError)(nil) // directories in which a pattern could not be matched
 	if err != nil && !errors.As(err, &damaged) {
 		return err
 	}
@@ -252,13 +254,13 @@ func (a *app) cpTar(ctx context.Context, sources []string, f cpFlags) error {
 	if len(sources) > 1 {
 		return usagef("--tar takes one POINT:/PATH, which may have wildcards")
 	}
-	return a.withFiles(ctx, "cp", holdAtOnce, func(open opener, _ *damageReport) error {
-		files, fsys, names, err := open(ctx, sources[0], f.stale)
+	return a.withFiles(ctx, "cp", disks.AtOnce, func(open opener, _ *damageReport) error {
+		from, fsys, names, err := open(ctx, sources[0], f.stale)
 		if err != nil {
 			return err
 		}
 		if fsys == nil {
-			return fmt.Errorf("%s is a list of volumes: name one of %s", sources[0], strings.Join(files.volumeNames(), ", "))
+			return fmt.Errorf("%s is a list of volumes: name one of %s", sources[0], strings.Join(from.VolumeNames(), ", "))
 		}
 		var failed cpFailures
 		err = browse.Tar(ctx, fsys, out, names, browse.TarOptions{Sparse: f.sparse, Copied: task.Add, Failed: failed.add, Skipped: func(name string) {

@@ -4,13 +4,15 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
 
-	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
 func newDiffCommand(a *app) *cobra.Command {
@@ -65,25 +67,24 @@ type diffEnd struct {
 	Bytes int64 `json:"bytes"`
 }
 
-// diffCache bounds the indexes that a diff holds, in bytes.
+// diffCache bounds the indexes that a diff keeps, in bytes.
 const diffCache = 64 << 20
 
-func (a *app) diff(ctx context.Context, repo *repository.Repository, from, to string) error {
-	points, err := a.pointsNamed(ctx, repo, []string{from, to}, "")
+func (a *app) diff(ctx context.Context, repo *repository.Repository, from, to string) (err error) {
+	pts, err := a.pointsNamed(ctx, repo, []string{from, to}, "")
 	if err != nil {
 		return err
 	}
-	cache := image.NewCache(diffCache)
-	defer cache.Close()
+	held, end := a.holdPoints(ctx, repo, "diff", disks.Late, diffCache)
+	defer func() { err = errors.Join(err, end()) }()
 	var images [2]*image.Image
-	for i, p := range points {
-		root, err := backup.OpenRoot(ctx, repo, p)
+	for i, p := range pts {
+		d, err := held.Hold(ctx, p)
 		if err != nil {
 			return fmt.Errorf("open %s: %w", p.Name(), err)
 		}
-		if images[i], err = image.Open(repo, cache, root, p.Generation); err != nil {
-			return fmt.Errorf("open %s: %w", p.Name(), err)
-		}
+		defer d.Release()
+		images[i] = d.Image()
 	}
 	out := bufio.NewWriter(a.stdout)
 	enc := json.NewEncoder(out)
@@ -107,10 +108,10 @@ func (a *app) diff(ctx context.Context, repo *repository.Repository, from, to st
 	case a.flags.output == "json":
 		err = enc.Encode(diffEnd{End: true, Count: n, Bytes: bytes})
 	default:
-		_, err = fmt.Fprintf(out, "%s, %s; sizes %d and %d\n", count(int(n), "range", "ranges"), t.bytes(bytes), points[0].Size, points[1].Size)
+		_, err = fmt.Fprintf(out, "%s, %s; sizes %s and %s\n", count(int(n), "range", "ranges"), t.bytes(bytes), bytesize.Exact(pts[0].Size), bytesize.Exact(pts[1].Size))
 	}
 	if err != nil {
-		return fmt.Errorf("diff %s %s: %w", points[0].Name(), points[1].Name(), err)
+		return fmt.Errorf("diff %s %s: %w", pts[0].Name(), pts[1].Name(), err)
 	}
 	if err := out.Flush(); err != nil {
 		return fmt.Errorf("print result: %w", err)

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+	"github.com/varve-io/varve/fusefs/files"
 )
 
 // newFilesEnv is a user with a backup of a file system that holds /etc/app.conf,
@@ -68,7 +69,7 @@ func TestFileCommands(t *testing.T) {
 		{"tree", []string{"tree", "shop/db@latest"}, exitOK, "├── data\n├── etc\n│   ├── app.conf\n│   └── other\n"},
 		{"tree to a depth", []string{"tree", "shop/db@latest", "-L", "1"}, exitOK, "├── etc\n└── lost+found\n"},
 		{"tree to a depth as JSON", []string{"tree", "shop/db@latest", "-L", "1", "-o", "json"}, exitOK, `"name": "etc",`},
-		{"stat", []string{"stat", p + "/etc/app.conf"}, exitOK, "Size: 7 bytes"},
+		{"stat", []string{"stat", p + "/etc/app.conf"}, exitOK, "Size: 7 B"},
 		{"stat of nothing", []string{"stat", p + "/nothing"}, exitFailure, ":/nothing: file does not exist"},
 		{"a path without its slash", []string{"ls", p + "etc"}, exitUsage, "shop/db@latest:/etc"},
 		{"versions at one point", []string{"ls", "--versions", p + "/etc"}, exitUsage, "shop/db:/etc"},
@@ -111,8 +112,8 @@ func TestFileCommands(t *testing.T) {
 	}
 }
 
-// One damaged file does not hide the others in a listing, and a name in an error does nothing to
-// the terminal.
+// One damaged file does not hide the others in a listing, and a name in an error does not
+// affect the terminal.
 func TestListingsGoOn(t *testing.T) {
 	diskfstest.NeedTool(t, "debugfs")
 	env := newFilesEnv(t)
@@ -163,13 +164,13 @@ func TestModeString(t *testing.T) {
 		0o010600: "prw-------", 0o140700: "srwx------", 0o104755: "-rwsr-xr-x", 0o104644: "-rwSr--r--", 0o102755: "-rwxr-sr-x",
 		0o102644: "-rw-r-Sr--", 0o041777: "drwxrwxrwt", 0o041770: "drwxrwx--T", 0o107000: "---S--S--T",
 	} {
-		if got := modeString(mode); got != want {
-			t.Errorf("modeString(%o) = %s, want %s", mode, got, want)
+		if got := files.ModeString(mode); got != want {
+			t.Errorf("files.ModeString(%o) = %s, want %s", mode, got, want)
 		}
 	}
 }
 
-// What cannot be read is left out of a copy, named, and told by the exit code.
+// What cannot be read is skipped by a copy, named, and reflected in the exit code.
 func TestCpNamesWhatItLeavesOut(t *testing.T) {
 	diskfstest.NeedTool(t, "debugfs")
 	env := newFilesEnv(t)
@@ -196,7 +197,8 @@ func TestCpNamesWhatItLeavesOut(t *testing.T) {
 	}
 }
 
-// Without root owners and devices cannot be kept: the copy says so, of owners once, and goes on.
+// Without root, owners and devices cannot be kept: the copy says so, of owners once, and
+// continues.
 func TestCpWithoutRoot(t *testing.T) {
 	diskfstest.NeedRoot(t)
 	diskfstest.NeedTool(t, "setpriv")
@@ -211,7 +213,7 @@ func TestCpWithoutRoot(t *testing.T) {
 	program := buildVarve(t)
 	diskfstest.Run(t, "chown", "-R", "65534:65534", env["HOME"])
 	for _, d := range []string{env["HOME"], filepath.Dir(program)} { // another user gets there
-		diskfstest.Run(t, "chmod", "0755", d, filepath.Dir(d))
+		diskfstest.Run(t, "chmod", "a+rx", d, filepath.Dir(d))
 	}
 	target := filepath.Join(env["HOME"], "copy")
 	cmd := exec.Command("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", program, "cp", "-r", "--devices", "shop/db@latest:/etc", target)
@@ -229,8 +231,9 @@ func TestCpWithoutRoot(t *testing.T) {
 	}
 }
 
-// buildVarve makes the program, once for all tests of processes. The tag is Kopia's: it
-// opens what tests with that tag make, and all else. TestMain removes it.
+// buildVarve returns the program as a file that other users can run: this test's own
+// executable, which TestMain turns into the program, since linking another takes longer than
+// the tests. TestMain removes it.
 func buildVarve(t *testing.T) string {
 	t.Helper()
 	program, err := builtVarve()
@@ -246,14 +249,16 @@ var builtVarve = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	builtVarveDir = dir
-	program := filepath.Join(dir, "varve")
-	if out, err := exec.Command("go", "build", "-tags", "testing", "-o", program, ".").CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build varve: %w: %s", err, out)
+	self, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		return "", err
 	}
-	return program, nil
+	executable, program := filepath.Join(dir, "varve.test"), filepath.Join(dir, "varve")
+	script := "#!/bin/sh\nVARVE_TEST_AS_MAIN=1 exec " + executable + " \"$@\"\n"
+	return program, errors.Join(os.WriteFile(executable, self, 0o755), os.WriteFile(program, []byte(script), 0o755))
 })
 
-// builtVarveDir is where buildVarve built, if it did.
+// builtVarveDir is where buildVarve put the program, if it was called.
 var builtVarveDir string
 
 func needFUSE(t *testing.T) {
@@ -266,7 +271,7 @@ func needFUSE(t *testing.T) {
 	f.Close()
 }
 
-// list is the environment as processes get it.
+// list returns the environment as processes get it.
 func (e testEnv) list() (out []string) {
 	for k, v := range e {
 		out = append(out, k+"="+v)
@@ -310,11 +315,12 @@ func TestMountCommand(t *testing.T) {
 	dir := t.TempDir()
 	conf := filepath.Join(dir, "shop/db/latest/files/etc/app.conf")
 
-	// In the background: the tree is there when the command returns, and it says where, and that a
-	// volume of that name is not there.
+	// In the background: the tree is mounted when the command returns, and it says where, and
+	// that a volume does not exist.
 	cmd := exec.Command(program, "mount", dir, "--daemon", "--volume", "shop/db", "--volume", "shop/typo")
 	cmd.Env = append(os.Environ(), env.list()...)
-	// Pipes would last as long as the background process, which has its standard error still.
+	// Pipes would stay open as long as the background process, which keeps its standard
+	// error.
 	out, err := os.Create(filepath.Join(t.TempDir(), "out"))
 	if err != nil {
 		t.Fatal(err)
@@ -351,7 +357,7 @@ func TestMountCommand(t *testing.T) {
 		t.Error("the tree is still there after a signal")
 	}
 
-	// Metrics tell what was fetched.
+	// Metrics count what was fetched.
 	cmd = start(t, env, program, "mount", dir, "--metrics", "127.0.0.1:0", "--log-level", "info", "--log-format", "json")
 	waitUntil(t, "the tree appears", func() bool { return !isEmpty(dir) })
 	if _, err := os.ReadFile(conf); err != nil {
@@ -373,7 +379,7 @@ func TestMountCommand(t *testing.T) {
 	}
 }
 
-// Where FUSE cannot be used the error says what to do, and what works without.
+// Where FUSE cannot be used, the error says what to do, and what works without it.
 func TestMountWithoutFUSE(t *testing.T) {
 	needFUSE(t)
 	diskfstest.NeedRoot(t)
@@ -384,7 +390,7 @@ func TestMountWithoutFUSE(t *testing.T) {
 	dir := t.TempDir()
 	diskfstest.Run(t, "chown", "-R", "65534:65534", env["HOME"])
 	for _, d := range []string{dir, env["HOME"], filepath.Dir(program)} { // another user gets there
-		diskfstest.Run(t, "chmod", "0755", d, filepath.Dir(d))
+		diskfstest.Run(t, "chmod", "a+rx", d, filepath.Dir(d))
 	}
 	for _, c := range []struct {
 		name string
@@ -393,7 +399,8 @@ func TestMountWithoutFUSE(t *testing.T) {
 	}{
 		{"no device", []string{"unshare", "--mount", "sh", "-c", `mount -t tmpfs none /dev && exec "$0" mount "$1"`, program, dir},
 			[]string{"/dev/fuse does not exist", "modprobe fuse", "--device /dev/fuse", "varve ls"}},
-		{"no fusermount3", []string{"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", "PATH=/nonexistent", program, "mount", dir},
+		{"no fusermount3", []string{"unshare", "--mount", "sh", "-c", `mount -t tmpfs none /dev && mknod -m 666 /dev/fuse c 10 229 && mknod -m 666 /dev/null c 1 3 &&
+			exec setpriv --reuid=65534 --regid=65534 --clear-groups env PATH=/nonexistent "$0" mount "$1"`, program, dir},
 			[]string{"no fusermount3", "fuse3", "varve ls"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -418,7 +425,7 @@ func TestMountWithoutFUSE(t *testing.T) {
 	}
 }
 
-// metricsOf gets the metrics that a process serves at a port that it chose.
+// metricsOf reads the metrics of a process that chose its port.
 func metricsOf(t *testing.T, pid int) string {
 	t.Helper()
 	mine, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))

@@ -11,8 +11,12 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/fusefs/browse"
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/fusefs/files"
+	"github.com/varve-io/varve/internal/bytesize"
+	"github.com/varve-io/varve/internal/plain"
 )
 
 type findFlags struct {
@@ -27,7 +31,7 @@ func newFindCommand(a *app) *cobra.Command {
 		GroupID: groupRead,
 		Short:   "Find files of a recovery point",
 		Long: `Print the paths of all files below a path that meet every condition given. What
-cannot be read is reported, and the search goes on.`,
+cannot be read is reported, and the search continues.`,
 		Example: `  varve find shop/db@latest:/etc --name '*.conf'
   varve find shop/db@latest --type f --size +100M
   varve find shop/db@latest:/home --newer 2026-11-19`,
@@ -45,7 +49,7 @@ cannot be read is reported, and the search goes on.`,
 	return cmd
 }
 
-// conditions makes a predicate of the flags.
+// conditions returns the predicate of the flags.
 func (f findFlags) conditions() (func(*browse.Entry) bool, error) {
 	var all []func(*browse.Entry) bool
 	if f.name != "" {
@@ -53,7 +57,7 @@ func (f findFlags) conditions() (func(*browse.Entry) bool, error) {
 			return nil, usagef("--name %q: %w", f.name, err)
 		}
 		all = append(all, func(e *browse.Entry) bool {
-			ok, _ := path.Match(f.name, path.Base(e.Path)) //nolint:errcheck // the pattern was tried
+			ok, _ := path.Match(f.name, path.Base(e.Path)) // the pattern was checked before
 			return ok
 		})
 	}
@@ -61,10 +65,10 @@ func (f findFlags) conditions() (func(*browse.Entry) bool, error) {
 		return nil, usagef("--type %q: give one or more of f, d, l, p, s, b and c", f.typ)
 	}
 	if f.typ != "" {
-		all = append(all, func(e *browse.Entry) bool { return strings.IndexByte(f.typ, typeLetter(e.Stat.Mode)) >= 0 })
+		all = append(all, func(e *browse.Entry) bool { return strings.IndexByte(f.typ, files.TypeLetter(e.Stat.Mode)) >= 0 })
 	}
 	if f.size != "" {
-		n, err := parseSize(strings.TrimLeft(f.size, "+-"))
+		n, err := bytesize.Parse(strings.TrimLeft(f.size, "+-"))
 		if err != nil {
 			return nil, usagef("--size: %w", err)
 		}
@@ -104,12 +108,6 @@ func (f findFlags) conditions() (func(*browse.Entry) bool, error) {
 	}, nil
 }
 
-// typeLetter is find(1)'s letter for the type bits of st_mode.
-func typeLetter(mode uint32) byte {
-	const letters = "?pc?d?b?f?l?s???" // by the four type bits
-	return letters[mode>>12&15]
-}
-
 func parseMoment(s string) (time.Time, error) {
 	for _, layout := range []string{time.RFC3339, "2006-01-02T15:04:05", "2006-01-02T15:04", "2006-01-02"} {
 		if t, err := time.Parse(layout, s); err == nil {
@@ -128,23 +126,23 @@ func (a *app) find(ctx context.Context, args []string, f findFlags) error {
 	if a.flags.output == "json" {
 		list = a.newJSONList()
 	}
-	err = a.eachFile(ctx, "find", holdLate, args, f.stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool, report *damageReport) error {
+	err = a.eachFile(ctx, "find", disks.Late, args, f.stale, func(from *files.Point, fsys diskfs.FileSystem, name string, _ bool, report *damageReport) error {
 		return browse.Walk(ctx, fsys, name, func(e *browse.Entry) error {
 			if !match(e) {
 				return nil
 			}
 			if list != nil {
-				d, err := describe(e)
+				d, err := files.Describe(e)
 				if err != nil {
 					d.Error = message(err)
-					if err := report.fail(files.point.Name(), e.Path, err); err != nil {
+					if err := report.fail(from.Name(), e.Path, err); err != nil {
 						return err
 					}
 				}
-				d.Name = rooted(e.Path)
+				d.Name = files.Rooted(e.Path)
 				return list.add(d)
 			}
-			line := rooted(e.Path)
+			line := files.Rooted(e.Path)
 			if f.null {
 				line += "\x00"
 			} else {
@@ -155,7 +153,7 @@ func (a *app) find(ctx context.Context, args []string, f findFlags) error {
 			}
 			return nil
 		}, func(name string, err error) error {
-			return report.fail(files.point.Name(), name, err)
+			return report.fail(from.Name(), name, err)
 		})
 	})
 	if list != nil {
@@ -164,17 +162,9 @@ func (a *app) find(ctx context.Context, args []string, f findFlags) error {
 	return err
 }
 
-// rooted is a path as users write it.
-func rooted(name string) string {
-	if name == "." {
-		return "/"
-	}
-	return "/" + name
-}
-
-// quoted is a name for a terminal: one that could do harm there is quoted.
+// quoted returns a name for a terminal: quoted if it could do harm there.
 func quoted(s string) string {
-	if printable(s) == s {
+	if plain.Is(s) {
 		return s
 	}
 	return strconv.Quote(s)

@@ -1,18 +1,20 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"fmt"
 	"strings"
 
 	"github.com/spf13/cobra"
 
-	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 )
 
 func newListCommand(a *app) *cobra.Command {
 	var volume string
-	var foreign bool
+	var foreign, groups bool
 	cmd := &cobra.Command{
 		Use:     "list [VOLUME]",
 		Aliases: []string{"ls-points"},
@@ -23,9 +25,14 @@ func newListCommand(a *app) *cobra.Command {
 The name in the first column, or the beginning of the ID, is what other commands
 take. @latest, @latest~1 and the beginning of a time (@2026-11-20) work too.
 A name without a cluster means this cluster's; points of other clusters are listed
-with theirs (alpha:shop/db@TIME).`,
+with theirs (alpha:shop/db@TIME).
+
+With --groups the groups of points that were made together are listed instead, by
+the names that 'show --group', 'restore --group', 'pin --group' and 'forget --group'
+take. A group that lacks a point is incomplete: its run failed, or a point is lost.`,
 		Example: `  varve list
-  varve list shop/db -o json`,
+  varve list shop/db -o json
+  varve list --groups`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 1 {
@@ -35,28 +42,39 @@ with theirs (alpha:shop/db@TIME).`,
 				volume = args[0]
 			}
 			ctx := cmd.Context()
+			if groups && foreign {
+				return usagef("--groups lists what Varve wrote: no --all")
+			}
+			if groups {
+				return a.withRepository(ctx, func(repo *repository.Repository) error { return a.listGroups(ctx, repo, volume) })
+			}
 			return a.withRepository(ctx, func(repo *repository.Repository) error { return a.list(ctx, repo, volume, foreign) })
 		},
 	}
 	cmd.Flags().StringVar(&volume, "volume", "", "only this volume, namespace/name")
 	cmd.Flags().BoolVar(&foreign, "all", false, "also disk images that Velero or stock Kopia saved")
+	cmd.Flags().BoolVar(&groups, "groups", false, "the groups, of all names or of a name or member given as the volume")
 	return cmd
 }
 
 func (a *app) list(ctx context.Context, repo *repository.Repository, volume string, foreign bool) error {
-	opt := backup.ListOptions{Foreign: foreign}
+	opt := points.ListOptions{Foreign: foreign}
 	if volume != "" {
-		v, err := backup.ParseVolume(volume, a.clusterOf(repo))
-		if err != nil {
-			return &usageError{err}
+		v, err := points.ParseVolume(volume, a.clusterOf(repo))
+		if err != nil { // no volume can have that name
+			return fmt.Errorf("%w: %w", points.ErrNoSuchPoint, err)
 		}
 		opt.Volume = &v
 	}
-	cat, err := backup.List(ctx, repo, opt)
+	cat, err := points.List(ctx, repo, opt)
 	if err != nil {
 		return err
 	}
-	n, err := loadNotes(ctx, repo)
+	all, err := points.List(ctx, repo, points.ListOptions{Known: cat}) // groups have members in other volumes
+	if err != nil {
+		return err
+	}
+	n, err := loadNotes(ctx, repo, all)
 	if err != nil {
 		return err
 	}
@@ -65,20 +83,16 @@ func (a *app) list(ctx context.Context, repo *repository.Repository, volume stri
 		views = append(views, n.view(p))
 	}
 	cluster := a.clusterOf(repo)
-	others := 0 // of Velero or stock Kopia, if nothing else is there
+	others := 0 // of Velero or stock Kopia, if there are no others
 	if len(views) == 0 && !foreign {
 		opt.Foreign = true
-		all, err := backup.List(ctx, repo, opt)
+		foreign, err := points.List(ctx, repo, opt)
 		if err != nil {
 			return err
 		}
-		others = len(all.Points())
+		others = len(foreign.Points())
 	}
 	if len(views) == 0 && opt.Volume != nil && others == 0 {
-		all, err := backup.List(ctx, repo, backup.ListOptions{})
-		if err != nil {
-			return err
-		}
 		return a.names(repo, all).NoPoints(*opt.Volume)
 	}
 	return a.print(views, func(t *table) {
@@ -97,7 +111,7 @@ func (a *app) list(ctx context.Context, repo *repository.Repository, volume stri
 			if v.Cluster != cluster && v.Program == "" {
 				name = v.Cluster + ":" + name // as other commands need it
 			}
-			kind := v.Kind
+			kind := cmp.Or(v.Content, v.Kind)
 			if v.Program != "" {
 				kind += " (" + v.Program + ")"
 			}

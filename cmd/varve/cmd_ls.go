@@ -6,12 +6,13 @@ import (
 	"fmt"
 	"io/fs"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/fusefs/browse"
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/fusefs/files"
 )
 
 func newLsCommand(a *app) *cobra.Command {
@@ -46,8 +47,8 @@ that has it. Metadata is compared, and of content only what changed on the disk.
 		},
 	}
 	cmd.Flags().BoolVarP(&recursive, "recursive", "R", false, "list directories with all that is below")
-	cmd.Flags().BoolP("long", "l", false, "list everything known of a file, as is always done")
-	if err := cmd.Flags().MarkHidden("long"); err != nil { // for the habit of typing it
+	cmd.Flags().BoolP("long", "l", false, "long format, which is always used")
+	if err := cmd.Flags().MarkHidden("long"); err != nil { // since users type it by habit
 		panic(err)
 	}
 	cmd.Flags().BoolVar(&versions, "versions", false, "list the states of a file across a volume's recovery points")
@@ -55,29 +56,15 @@ that has it. Metadata is compared, and of content only what changed on the disk.
 	return cmd
 }
 
-// fileInfo is what "varve ls -o json" prints of a file.
-type fileInfo struct {
-	Name    string    `json:"name"`
-	Path    string    `json:"path,omitempty"` // on its volume, from the root
-	Mode    string    `json:"mode"`
-	Links   uint64    `json:"links"`
-	UID     uint32    `json:"uid"`
-	GID     uint32    `json:"gid"`
-	Size    int64     `json:"size"`
-	ModTime time.Time `json:"modTime"`
-	Target  string    `json:"target,omitempty"` // of a symbolic link
-	Error   string    `json:"error,omitempty"`  // why it cannot be read; with mode "??????????" nothing else is known
-}
-
 type volumeInfo struct {
 	Name string `json:"name"`
 	Type string `json:"type"`
 	Size int64  `json:"size"`
-	Note string `json:"note,omitempty"` // why it cannot be read, or what to know of it
+	Note string `json:"note,omitempty"` // why it cannot be read, or a note about it
 }
 
 func (a *app) ls(ctx context.Context, args []string, recursive, stale bool) error {
-	return a.withFiles(ctx, "ls", holdLate, func(open opener, report *damageReport) error {
+	return a.withFiles(ctx, "ls", disks.Late, func(open opener, report *damageReport) error {
 		l := &lister{damageReport: report, recursive: recursive}
 		if a.flags.output == "json" {
 			l.json = a.newJSONList()
@@ -90,39 +77,39 @@ func (a *app) ls(ctx context.Context, args []string, recursive, stale bool) erro
 	})
 }
 
-// lister lists files and directories as they come.
+// lister lists files and directories one by one.
 type lister struct {
 	*damageReport
 	json      *jsonList // nil for tables
 	recursive bool
-	titled    bool // a directory's name stands above its table
+	titled    bool // show a directory's name above its table
 	printed   bool
 	volumes   bool // a list of volumes was printed instead
 }
 
 func (l *lister) arguments(open opener, args []string, stale bool) error {
 	for _, arg := range args {
-		files, fsys, names, err := open(l.ctx, arg, stale)
+		from, fsys, names, err := open(l.ctx, arg, stale)
 		if err != nil {
 			return err
 		}
 		if fsys == nil {
 			if len(args) > 1 || l.recursive {
-				return fmt.Errorf("%s is a list of volumes: name one of %s", arg, strings.Join(files.volumeNames(), ", "))
+				return fmt.Errorf("%s is a list of volumes: name one of %s", arg, strings.Join(from.VolumeNames(), ", "))
 			}
 			l.volumes = true
-			return l.app.lsVolumes(files)
+			return l.app.lsVolumes(from)
 		}
 		l.titled = l.recursive || len(args) > 1 || len(names) > 1
-		if err := l.list(files, fsys, names); err != nil {
-			return files.at(err)
+		if err := l.list(from, fsys, names); err != nil {
+			return from.Explain(err)
 		}
 	}
 	return nil
 }
 
-// list lists what one argument names: first what is no directory, then directories.
-func (l *lister) list(files *pointFiles, fsys diskfs.FileSystem, names []string) error {
+// list lists what one argument names: first other files, then directories.
+func (l *lister) list(from *files.Point, fsys diskfs.FileSystem, names []string) error {
 	var plain, dirs []string
 	for _, name := range names {
 		e, err := l.entry(fsys, name, len(names) > 1)
@@ -135,9 +122,9 @@ func (l *lister) list(files *pointFiles, fsys diskfs.FileSystem, names []string)
 			plain = append(plain, name)
 		}
 	}
-	point := files.point.Name()
+	point := from.Name()
 	if len(plain) > 0 {
-		err := l.show("", func(add func(fileInfo) error) error {
+		err := l.show("", func(add func(files.Info) error) error {
 			for _, name := range plain {
 				e, err := l.entry(fsys, name, true)
 				if err != nil {
@@ -147,7 +134,7 @@ func (l *lister) list(files *pointFiles, fsys diskfs.FileSystem, names []string)
 				if err != nil {
 					return err
 				}
-				if f.Path = rooted(name); len(names) > 1 {
+				if f.Path = files.Rooted(name); len(names) > 1 {
 					f.Name = f.Path
 				}
 				if err := add(f); err != nil {
@@ -173,7 +160,7 @@ func (l *lister) list(files *pointFiles, fsys diskfs.FileSystem, names []string)
 	return nil
 }
 
-// entry gives what a name stands for: one link that is named alone for the directory that it
+// entry returns the entry to list for a name: if a link is named alone, the directory that it
 // leads to.
 func (l *lister) entry(fsys diskfs.FileSystem, name string, several bool) (*browse.Entry, error) {
 	e, err := browse.Lstat(fsys, name)
@@ -182,12 +169,12 @@ func (l *lister) entry(fsys diskfs.FileSystem, name string, several bool) (*brow
 			return to, nil
 		}
 	}
-	return e, err //nolint:wrapcheck // names the path itself
+	return e, err
 }
 
-// describe is the line of an entry. A link whose target cannot be read is one all the same.
-func (l *lister) describe(point string, e *browse.Entry) (fileInfo, error) {
-	f, err := describe(e)
+// describe returns the line of an entry. A link whose target cannot be read still has a line.
+func (l *lister) describe(point string, e *browse.Entry) (files.Info, error) {
+	f, err := files.Describe(e)
 	if err == nil {
 		return f, nil
 	}
@@ -195,11 +182,11 @@ func (l *lister) describe(point string, e *browse.Entry) (fileInfo, error) {
 	return f, l.fail(point, e.Path, err)
 }
 
-// directory lists a directory and, if that was asked for, those below.
+// directory lists a directory and, if requested, the directories below.
 func (l *lister) directory(point string, fsys diskfs.FileSystem, e *browse.Entry, visited browse.Visited) (err error) {
 	dir, err := browse.ReadDir(l.ctx, e)
 	if err != nil {
-		return err //nolint:wrapcheck // names the path itself
+		return err
 	}
 	defer func() { err = errors.Join(err, dir.Close()) }()
 	if err := dir.Damage(); err != nil {
@@ -207,12 +194,12 @@ func (l *lister) directory(point string, fsys diskfs.FileSystem, e *browse.Entry
 			return err
 		}
 	}
-	err = l.show(point+":"+rooted(e.Path), func(add func(fileInfo) error) error {
+	err = l.show(point+":"+files.Rooted(e.Path), func(add func(files.Info) error) error {
 		for c, err := range dir.All() {
 			if err != nil {
-				return err //nolint:wrapcheck // names the path itself
+				return err
 			}
-			f := fileInfo{Name: c.Name(), Mode: unknownMode}
+			f := files.Info{Name: c.Name(), Mode: unknownMode}
 			if c.Err == nil {
 				if f, err = l.describe(point, c.Entry); err != nil {
 					return err
@@ -223,7 +210,7 @@ func (l *lister) directory(point string, fsys diskfs.FileSystem, e *browse.Entry
 				}
 				f.Error = message(c.Err)
 			}
-			f.Path = rooted(c.Path)
+			f.Path = files.Rooted(c.Path)
 			if err := add(f); err != nil {
 				return err
 			}
@@ -234,11 +221,11 @@ func (l *lister) directory(point string, fsys diskfs.FileSystem, e *browse.Entry
 		return err
 	}
 	if err := dir.KeepDirectories(); err != nil {
-		return err //nolint:wrapcheck // names the path itself
+		return err
 	}
 	for c, err := range dir.All() {
 		if err != nil {
-			return err //nolint:wrapcheck // names the path itself
+			return err
 		}
 		if err := visited.Add(fsys, c.Entry); err != nil {
 			if err := l.fail(point, c.Path, err); err != nil {
@@ -254,9 +241,9 @@ func (l *lister) directory(point string, fsys diskfs.FileSystem, e *browse.Entry
 }
 
 // show prints what list adds, as a table or as elements of JSON.
-func (l *lister) show(title string, list func(add func(fileInfo) error) error) error {
+func (l *lister) show(title string, list func(add func(files.Info) error) error) error {
 	if l.json != nil {
-		return list(func(f fileInfo) error { return l.json.add(f) })
+		return list(func(f files.Info) error { return l.json.add(f) })
 	}
 	var failed error
 	err := l.app.print(nil, func(t *table) {
@@ -268,16 +255,16 @@ func (l *lister) show(title string, list func(add func(fileInfo) error) error) e
 		}
 		l.printed = true
 		t.row("MODE", "LINKS", "UID", "GID", "SIZE", "MODIFIED", "NAME")
-		failed = list(func(f fileInfo) error {
-			f.row(t)
+		failed = list(func(f files.Info) error {
+			fileRow(t, f)
 			return t.err
 		})
 	})
 	return errors.Join(failed, err)
 }
 
-// row is a file's line of a table.
-func (f *fileInfo) row(t *table) {
+// fileRow adds the line of a file to a table.
+func fileRow(t *table, f files.Info) {
 	shown := quoted(f.Name)
 	if f.Mode == unknownMode {
 		t.row(f.Mode, "?", "?", "?", "?", "?", shown)
@@ -292,19 +279,19 @@ func (f *fileInfo) row(t *table) {
 	t.row(f.Mode, f.Links, f.UID, f.GID, f.Size, t.time(f.ModTime), shown)
 }
 
-func (a *app) lsVolumes(files *pointFiles) error {
+func (a *app) lsVolumes(from *files.Point) error {
 	list := []volumeInfo{}
 	noted := false
-	for _, v := range files.disk.Volumes {
+	for _, v := range from.Disk().Volumes {
 		info := volumeInfo{Name: v.Name, Type: v.Type, Size: v.Size, Note: v.Note}
-		if err := v.Unmountable(); errors.Is(err, diskfs.ErrCorrupt) { // for the others the type says it
+		if err := v.Unmountable(); errors.Is(err, diskfs.ErrCorrupt) { // for others the type is enough
 			info.Note = err.Error()
 		}
 		noted = noted || info.Note != ""
 		list = append(list, info)
 	}
-	if t := files.disk.Table; t != nil && t.Reason != "" {
-		a.log.Warn("the partition table is damaged: "+t.Reason, "point", files.point.Name(), "backupCopyUsed", t.FromBackup)
+	if t := from.Disk().Table; t != nil && t.Reason != "" {
+		a.log.Warn("the partition table is damaged: "+t.Reason, "point", from.Name(), "backupCopyUsed", t.FromBackup)
 	}
 	return a.print(list, func(t *table) {
 		if !noted {
@@ -322,47 +309,5 @@ func (a *app) lsVolumes(files *pointFiles) error {
 	})
 }
 
-// unknownMode stands for the mode of what cannot be read.
+// unknownMode is the mode of a file that cannot be read.
 const unknownMode = "??????????"
-
-// describe gives what is listed of a file: all but the target of a link with the error that
-// the target cannot be read.
-func describe(e *browse.Entry) (fileInfo, error) {
-	f := fileInfo{
-		Name: e.Info.Name(), Mode: modeString(e.Stat.Mode), Links: uint64(e.Stat.Nlink), UID: e.Stat.UID, GID: e.Stat.GID,
-		Size: e.Stat.Size, ModTime: e.Stat.Mtime.UTC(),
-	}
-	var err error
-	if e.Info.Mode()&fs.ModeSymlink != 0 {
-		f.Target, err = e.ReadLink()
-	}
-	return f, err //nolint:wrapcheck // names the path itself
-}
-
-// modeString is st_mode in the way of ls(1).
-func modeString(mode uint32) string {
-	b := []byte{typeLetter(mode)}
-	if b[0] == 'f' {
-		b[0] = '-'
-	}
-	for i, c := range "rwxrwxrwx" {
-		if mode&(0o400>>i) == 0 {
-			c = '-'
-		}
-		b = append(b, byte(c)) //nolint:gosec // an ASCII letter
-	}
-	for _, s := range []struct {
-		bit    uint32
-		at     int
-		letter byte
-	}{{0o4000, 3, 's'}, {0o2000, 6, 's'}, {0o1000, 9, 't'}} {
-		if mode&s.bit == 0 {
-			continue
-		}
-		if b[s.at] == '-' {
-			s.letter -= 'a' - 'A' // nobody may execute it
-		}
-		b[s.at] = s.letter
-	}
-	return string(b)
-}

@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 )
 
@@ -30,12 +31,12 @@ func newMaintenanceRunCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Run maintenance that is due, or now with --full or --quick",
-		Long: `Run maintenance. Without --full or --quick whatever is due runs.
+		Long: `Run maintenance: what is due, unless --full or --quick is given.
 
-Safety margins leave what nothing reaches in place for two days, in two runs, so
-that a backup that was just reusing it loses nothing whatever its clock and
-storage. --safety=none reclaims at once: backups by Varve stay safe next to it,
-other Kopia clients must not be writing.`,
+With safety margins, unreferenced data is deleted after two days, in two runs, so
+that a backup that is just reusing it loses nothing. --safety=none deletes at
+once: it is safe with backups by Varve, but other Kopia clients must not be
+writing.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			opt := backup.MaintainOptions{Mode: repository.MaintenanceAuto, Force: force}
@@ -60,7 +61,7 @@ other Kopia clients must not be writing.`,
 	}
 	cmd.Flags().BoolVar(&full, "full", false, "run the full cycle now")
 	cmd.Flags().BoolVar(&quick, "quick", false, "run the quick cycle now")
-	cmd.Flags().BoolVar(&force, "force", false, "run although another client owns maintenance")
+	cmd.Flags().BoolVar(&force, "force", false, "run even if another client owns maintenance")
 	cmd.Flags().StringVar(&safety, "safety", "full", "full, or none to reclaim at once")
 	return cmd
 }
@@ -80,12 +81,14 @@ type maintenanceResult struct {
 	NotMoved    repository.Amount   `json:"unreadable"`
 	Reclaimed   repository.Amount   `json:"reclaimed"`
 	Temporary   repository.Amount   `json:"temporary"`
+	Killed      repository.Amount   `json:"killedWrites"`
 	Leases      int                 `json:"expiredLeases"`
 	DeadRuns    int                 `json:"killedBackupsCleared"`
-	Quarantined []backup.Quarantine `json:"quarantined,omitempty"`
+	Quarantined []points.Quarantine `json:"quarantined,omitempty"`
 	Held        repository.Amount   `json:"held"`
 
 	Unreadable []repository.UnreadableManifests `json:"unreadableManifests,omitempty"`
+	Unknown    []repository.UnknownPack         `json:"unknownPacks,omitempty"`
 }
 
 func (a *app) maintain(ctx context.Context, repo *repository.Repository, opt backup.MaintainOptions) error {
@@ -98,7 +101,10 @@ func (a *app) maintain(ctx context.Context, repo *repository.Repository, opt bac
 		InUse: rep.InUse, Unused: rep.Unused, TooRecent: rep.TooRecent, Recovered: rep.Recovered, Lost: rep.Lost,
 		Rewritten: rep.Rewritten, NotMoved: rep.NotMoved, Reclaimed: rep.Reclaimed, Temporary: rep.Temporary,
 		Leases: rep.ExpiredLeases, DeadRuns: rep.DeadRuns, Quarantined: rep.Quarantined,
-		Held: rep.Held, Unreadable: rep.Unreadable,
+		Held: rep.Held, Unreadable: rep.Unreadable, Unknown: rep.Unknown,
+	}
+	if rep.Killed != nil {
+		res.Killed = rep.Killed.Packs
 	}
 	if res.Mode == "" && !res.Busy {
 		if st, err := repo.MaintenanceState(ctx); err == nil && !st.Owned {
@@ -112,12 +118,16 @@ func (a *app) maintain(ctx context.Context, repo *repository.Repository, opt bac
 	}
 	if len(res.Unreadable) > 0 {
 		return fmt.Errorf("%w: maintenance reclaimed nothing, since pack %s, which holds a part of the list of recovery points, cannot be read: "+
-			"put it back from a copy of the storage, or, if it is lost for good, give up what it held with "+
-			"'kopia --dangerous-commands=enabled content delete %s'", backup.ErrDamaged, res.Unreadable[0].Pack, res.Unreadable[0].Content)
+			"put it back from a copy of the storage, or run \"varve repo repair\"", points.ErrDamaged, res.Unreadable[0].Pack)
+	}
+	if rep.Withheld {
+		return fmt.Errorf("%w: maintenance reclaimed nothing, since no index knows pack %s (%s): "+
+			"put the lost index blob back from a copy of the storage, or run \"varve repo repair\"",
+			points.ErrDamaged, res.Unknown[0].Pack, count(len(res.Unknown), "such pack", "such packs"))
 	}
 	if n := res.Lost.Count + res.NotMoved.Count; n > 0 {
-		return fmt.Errorf("%w: maintenance did its work, but %s of what recovery points hold cannot be read: "+
-			"\"varve verify --read 100%% --quarantine\" names the points", backup.ErrDamaged, count(int(n), "block or index", "blocks and indexes"))
+		return fmt.Errorf("%w: maintenance ran, but %s of recovery points cannot be read: "+
+			"\"varve verify --read 100%% --quarantine\" names the points", points.ErrDamaged, count(int(n), "block or index", "blocks and indexes"))
 	}
 	return nil
 }
@@ -125,7 +135,7 @@ func (a *app) maintain(ctx context.Context, repo *repository.Repository, opt bac
 func writeMaintenance(t *table, res maintenanceResult) {
 	switch {
 	case res.Busy:
-		t.line("Maintenance is under way elsewhere; nothing was done.")
+		t.line("Maintenance is running on another machine; nothing was done.")
 		return
 	case res.Mode == "":
 		t.line("Nothing is due. See: varve maintenance status")
@@ -141,7 +151,7 @@ func writeMaintenance(t *table, res maintenanceResult) {
 	}{
 		{"in use", res.InUse}, {"marked deleted", res.Unused}, {"unused, but too recent", res.TooRecent},
 		{"perhaps unused, but kept", res.Held},
-		{"taken back", res.Recovered}, {"moved to new packs", res.Rewritten}, {"packs deleted", res.Reclaimed},
+		{"packs of killed writes", res.Killed}, {"taken back", res.Recovered}, {"moved to new packs", res.Rewritten}, {"packs deleted", res.Reclaimed},
 		{"left by killed writes", res.Temporary}, {"in use, but lost", res.Lost}, {"unreadable", res.NotMoved},
 	} {
 		if row.a.Count > 0 {
@@ -174,7 +184,7 @@ type maintenanceStatus struct {
 	OwnedHere  bool        `json:"ownedByThisClient"`
 	Quick      cycleStatus `json:"quick"`
 	Full       cycleStatus `json:"full"`
-	Reclaimed  int64       `json:"reclaimedBytes"` // by the runs on record
+	Reclaimed  int64       `json:"reclaimedBytes"` // by the recorded runs
 	IndexBlobs int         `json:"indexBlobs"`
 }
 

@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/varve-io/varve/internal/mounttest"
 )
 
 // newChainEnv is a user with n points of shop/db.
@@ -165,7 +167,7 @@ func TestVerifyNamesDamage(t *testing.T) {
 	if len(res.Points) != 2 || res.Points[0].OK || res.Points[0].Problems[0].Object == "" || !strings.Contains(res.Points[0].Problems[0].Error, "pack p") {
 		t.Errorf("result %+v", res)
 	}
-	// Not quarantined yet: who goes on as if nothing were is told.
+	// Not quarantined yet: a backup on it warns.
 	if r := runVarve(t, env, "maintenance", "run", "--full"); r.code != exitDamaged || !strings.Contains(r.stdout, "in use, but lost") || !strings.Contains(r.stderr, "--quarantine") {
 		t.Errorf("maintenance: exit code %d: %s%s", r.code, r.stdout, r.stderr)
 	}
@@ -175,7 +177,7 @@ func TestVerifyNamesDamage(t *testing.T) {
 	if b := backupJSON(t, env, disk, "--volume", "shop/db"); len(b.Notes) != 1 || !strings.Contains(b.Notes[0], "found damaged") {
 		t.Errorf("a backup on a damaged point: %+v", b)
 	}
-	// A point that was found damaged takes no other's place.
+	// A damaged point replaces no other.
 	plan := fromJSON[pruneResult](t, mustRun(t, env, "prune", "--keep-latest", "1", "-n", "-o", "json").stdout)
 	for i, p := range plan.Volumes[0].Points {
 		if whole := i == 2; !p.Keep || strings.Contains(strings.Join(p.Reasons, " "), "damaged") == whole {
@@ -188,7 +190,7 @@ func TestVerifyNamesDamage(t *testing.T) {
 	if out := mustRun(t, env, "list").stdout; !strings.Contains(out, "quarantined") {
 		t.Errorf("the quarantine is not shown:\n%s", out)
 	}
-	// The disk still has the bytes: a backup heals the point that holds the same.
+	// The disk still has the bytes: a backup repairs the point that holds the same.
 	mustRun(t, env, "backup", disk, "--volume", "shop/db", "--full", "--block-size", "64K")
 	out := runVarve(t, env, "verify", "shop/db@latest~2", "--read", "100%")
 	if out.code != exitOK || !strings.Contains(out.stdout, "whole again") {
@@ -196,7 +198,8 @@ func TestVerifyNamesDamage(t *testing.T) {
 	}
 }
 
-// TestVerifyOfReadOnlyStorage: what verify finds is told, whether or not it can be kept.
+// TestVerifyOfReadOnlyStorage: verify reports its findings, whether or not they can be
+// stored.
 func TestVerifyOfReadOnlyStorage(t *testing.T) {
 	env, disk := newBackupEnv(t)
 	data := make([]byte, 1<<20)
@@ -228,11 +231,7 @@ func mountOver(t *testing.T, dir string) (setReadOnly func(bool)) {
 	if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
 		t.Skipf("cannot mount here: %v", err)
 	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Errorf("unmount %s: %v", dir, err)
-		}
-	})
+	t.Cleanup(func() { mounttest.Unmount(t, dir) })
 	return func(on bool) {
 		t.Helper()
 		flags := uintptr(unix.MS_BIND | unix.MS_REMOUNT)

@@ -12,9 +12,10 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/fusefs"
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
 type mountFlags struct {
@@ -22,9 +23,10 @@ type mountFlags struct {
 	stale, foreign     bool
 	writable           bool
 	overlayDir         string
-	overlayLimit       string
-	cache              string
+	overlayLimit       bytesize.Value
+	cache              bytesize.Value
 	refresh            time.Duration
+	readTime           time.Duration
 	allowOther         bool
 	daemon, foreground bool
 	logFile            string
@@ -34,7 +36,7 @@ type mountFlags struct {
 }
 
 func newMountCommand(a *app) *cobra.Command {
-	var f mountFlags
+	f := mountFlags{cache: 256 << 20}
 	cmd := &cobra.Command{
 		Use:     "mount DIR | mount --kernel POINT DIR",
 		GroupID: groupRead,
@@ -50,7 +52,7 @@ Only what is read is fetched. On a disk with partitions or logical volumes
 files/ holds one directory for each. New recovery points appear by themselves.
 
 --writable lets disk.img be written: changes go to an overlay on this machine,
-the recovery point stays as it is.
+the recovery point does not change.
 
 --kernel mounts the file system of one recovery point at DIR itself, read-only
 and with the driver of this machine's kernel, which knows more file systems
@@ -59,8 +61,8 @@ the kernel. Its journal is replayed into an overlay. The disk is attached by NBD
 where that driver is loaded (modprobe nbd), else, and with --loop, by a loop
 device.
 
-The command serves until it is interrupted or 'varve umount DIR' is called; with
---daemon it goes to the background as soon as the tree is there.`,
+The command runs until it is interrupted or 'varve umount DIR' is called; with
+--daemon it goes to the background when the tree is ready.`,
 		Example: `  varve mount /mnt/varve
   varve mount /mnt/varve --volume shop/db --daemon
   varve mount /mnt/varve --writable --overlay-dir /var/tmp/overlays
@@ -77,6 +79,9 @@ The command serves until it is interrupted or 'varve umount DIR' is called; with
 			}
 			if f.logFile != "" && !f.daemon {
 				return usagef("--log-file is for --daemon: in the foreground the log goes to standard error")
+			}
+			if f.readTime <= 0 {
+				return usagef("--read-timeout must be positive")
 			}
 			if f.daemon && !isDaemon() {
 				return a.startDaemon(cmd.Context())
@@ -95,47 +100,41 @@ The command serves until it is interrupted or 'varve umount DIR' is called; with
 	}
 	fl := cmd.Flags()
 	fl.StringArrayVar(&f.volumes, "volume", nil, "show only this volume, as namespace/name; repeatable (default all)")
-	fl.BoolVar(&f.foreign, "foreign", false, "show disk images that other programs wrote as well")
+	fl.BoolVar(&f.foreign, "foreign", false, "also show disk images that other programs wrote")
 	addStaleFlag(cmd, &f.stale)
 	fl.BoolVar(&f.writable, "writable", false, "let disk.img be written, into an overlay on this machine")
-	fl.StringVar(&f.overlayDir, "overlay-dir", "", "directory that keeps the overlays beyond the mount (default a temporary one in $TMPDIR or /var/tmp)")
-	fl.StringVar(&f.overlayLimit, "overlay-limit", "", "most bytes that each overlay may take, such as 10G (default no limit)")
-	fl.StringVar(&f.cache, "cache", "256M", "memory for decoded blocks")
-	fl.DurationVar(&f.refresh, "refresh", 15*time.Second, "time between looks for new recovery points; 0 for never")
-	fl.BoolVar(&f.allowOther, "allow-other", false, "let other users in, by the permissions of the files; needs user_allow_other in /etc/fuse.conf unless root mounts")
+	fl.StringVar(&f.overlayDir, "overlay-dir", "", "directory in which overlays are kept after the mount ends (default a temporary one in $TMPDIR or /var/tmp)")
+	fl.Var(&f.overlayLimit, "overlay-limit", "largest size of each overlay, such as 10G (default no limit)")
+	fl.Var(&f.cache, "cache", "memory for decoded blocks")
+	fl.DurationVar(&f.refresh, "refresh", 15*time.Second, "time between checks for new recovery points; 0 for never")
+	fl.DurationVar(&f.readTime, "read-timeout", 30*time.Second, "time that a read may wait for the repository's storage; then it fails, and programs may try again")
+	fl.BoolVar(&f.allowOther, "allow-other", false, "let other users read, as the permissions of the files allow; needs user_allow_other in /etc/fuse.conf unless root mounts")
 	fl.BoolVar(&f.kernel, "kernel", false, "mount one recovery point's file system with the kernel; needs root")
 	fl.BoolVar(&f.loop, "loop", false, "with --kernel: a loop device over FUSE, even where the kernel has NBD")
 	fl.StringVar(&f.partition, "partition", "", "partition to mount with --kernel, such as p1")
-	fl.BoolVar(&f.daemon, "daemon", false, "go to the background when the tree is there")
+	fl.BoolVar(&f.daemon, "daemon", false, "go to the background when the tree is ready")
 	fl.BoolVar(&f.foreground, "foreground", false, "stay in the foreground (the default)")
 	fl.StringVar(&f.metrics, "metrics", "", "serve Prometheus metrics at this address, such as :9100 (without a host: on the loopback interface)")
-	fl.StringVar(&f.logFile, "log-file", "", "where the background process logs (default nowhere)")
+	fl.StringVar(&f.logFile, "log-file", "", "log file of the background process (default none)")
 	return cmd
 }
 
 func (f mountFlags) options(ctx context.Context, a *app, repo *repository.Repository) (opt fusefs.Options, err error) {
 	opt = fusefs.Options{
 		Foreign: f.foreign, Stale: f.stale, Writable: f.writable, OverlayDir: f.overlayDir,
-		Cluster: a.clusterOf(repo), Refresh: f.refresh, AllowOther: f.allowOther, Log: a.log,
+		Cluster: a.clusterOf(repo), Refresh: f.refresh, ReadTimeout: f.readTime, AllowOther: f.allowOther, Log: a.log,
 	}
 	if f.refresh <= 0 {
 		opt.Refresh = -1
 	}
-	if opt.CacheBytes, err = parseSize(f.cache); err != nil {
-		return opt, usagef("--cache: %w", err)
-	}
-	if f.overlayLimit != "" {
-		if opt.OverlayLimit, err = parseSize(f.overlayLimit); err != nil {
-			return opt, usagef("--overlay-limit: %w", err)
-		}
-	}
-	if !f.writable && (f.overlayDir != "" || f.overlayLimit != "") {
+	opt.CacheBytes, opt.OverlayLimit = int64(f.cache), int64(f.overlayLimit)
+	if !f.writable && (f.overlayDir != "" || f.overlayLimit != 0) {
 		return opt, usagef("--overlay-dir and --overlay-limit are for --writable")
 	}
 	if len(f.volumes) == 0 {
 		return opt, nil
 	}
-	cat, err := backup.List(ctx, repo, backup.ListOptions{Foreign: f.foreign})
+	cat, err := points.List(ctx, repo, points.ListOptions{Foreign: f.foreign})
 	if err != nil {
 		return opt, err
 	}
@@ -175,7 +174,7 @@ func (a *app) mount(ctx context.Context, dir string, f mountFlags) (err error) {
 	}
 	a.log.Info("recovery points are mounted", "directory", m.Dir)
 	for _, v := range tree.Missing() {
-		a.log.Warn("this volume has no recovery points yet: it appears when it has", "volume", v.String())
+		a.log.Warn("this volume has no recovery points yet; it appears with its first", "volume", v.String())
 	}
 	if err := errors.Join(a.announceMount("Recovery points are", m.Dir, f), a.daemonReady(f.logFile)); err != nil {
 		return errors.Join(err, m.Close())
@@ -183,13 +182,13 @@ func (a *app) mount(ctx context.Context, dir string, f mountFlags) (err error) {
 	return waitMounted(ctx, m)
 }
 
-// mountView is what "varve mount -o json" prints once the tree is there.
+// mountView is what "varve mount -o json" prints once the tree is mounted.
 type mountView struct {
 	Directory string `json:"directory"`
 }
 
-// announceMount tells where the tree is and how to end it: on a terminal the log says
-// nothing, and the command would seem to hang.
+// announceMount prints where the tree is and how to unmount it: on a terminal the log is
+// quiet, and the command would seem to hang.
 func (a *app) announceMount(what, dir string, f mountFlags) error {
 	return a.print(mountView{dir}, func(t *table) {
 		if f.daemon {
@@ -200,30 +199,29 @@ func (a *app) announceMount(what, dir string, f mountFlags) error {
 	})
 }
 
-// served is a mount that this process answers for.
+// served is a mount that this process serves.
 type served interface {
 	Done() <-chan struct{}
 	Close() error
 }
 
-// waitMounted serves until the tree is unmounted or the command is interrupted,
-// which is how it is meant to end.
+// waitMounted serves until the tree is unmounted or the command is interrupted, its normal
+// end.
 func waitMounted(ctx context.Context, m served) error {
 	select {
 	case <-m.Done():
 	case <-ctx.Done():
 	}
-	return m.Close() //nolint:wrapcheck // says what failed
+	return m.Close()
 }
 
-// daemonVariable tells the background process the descriptor on which it says that
-// it is ready.
+// daemonVariable gives the background process the descriptor on which it reports that it is
+// ready.
 const daemonVariable = "VARVE_DAEMON_READY_FD"
 
 func isDaemon() bool { return os.Getenv(daemonVariable) != "" }
 
-// startDaemon runs this command again in a session of its own, and waits until
-// it serves or fails.
+// startDaemon runs this command again in a new session, and waits until it serves or fails.
 func (a *app) startDaemon(ctx context.Context) error {
 	program, err := os.Executable()
 	if err != nil {
@@ -234,20 +232,20 @@ func (a *app) startDaemon(ctx context.Context) error {
 		return fmt.Errorf("start in the background: %w", err)
 	}
 	defer r.Close()
-	cmd := exec.Command(program, os.Args[1:]...) //nolint:gosec // this program, as it was called
+	cmd := exec.Command(program, os.Args[1:]...)
 	cmd.Env = append(append(os.Environ(), a.hidden...), daemonVariable+"=3")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.ExtraFiles = []*os.File{w}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	err = cmd.Start()
-	w.Close() //nolint:errcheck,gosec // the child has its own
+	w.Close() // the child has a copy
 	if err != nil {
 		return fmt.Errorf("start in the background: %w", err)
 	}
-	stop := context.AfterFunc(ctx, func() { cmd.Process.Signal(syscall.SIGTERM) }) //nolint:errcheck // it may be gone
+	stop := context.AfterFunc(ctx, func() { cmd.Process.Signal(syscall.SIGTERM) }) //nolint:errcheck // it may have ended
 	defer stop()
 	if n, _ := r.Read(make([]byte, 1)); n == 1 {
-		return cmd.Process.Release() //nolint:wrapcheck // frees memory only
+		return cmd.Process.Release()
 	}
 	err = cmd.Wait()
 	var exit *exec.ExitError
@@ -257,19 +255,19 @@ func (a *app) startDaemon(ctx context.Context) error {
 	return errors.Join(errors.New("the background process ended before it was ready"), err)
 }
 
-// childError is the failure of a background process, which has told it already.
+// childError is the failure of a background process, which has already printed it.
 type childError struct{ code int }
 
 func (e *childError) Error() string {
 	return fmt.Sprintf("the background process ended with exit code %d", e.code)
 }
 
-// daemonReady lets the command that started this process return, and goes on
-// without its terminal.
+// daemonReady lets the command that started this process return, and detaches from its
+// terminal.
 func (a *app) daemonReady(logFile string) error {
 	fd, err := strconv.Atoi(os.Getenv(daemonVariable))
 	if err != nil {
-		return nil //nolint:nilerr // no daemon
+		return nil // not in the background
 	}
 	path := os.DevNull
 	if logFile != "" {
@@ -290,9 +288,9 @@ func (a *app) daemonReady(logFile string) error {
 			return fmt.Errorf("go to the background: %w", err)
 		}
 	}
-	ready := os.NewFile(uintptr(fd), "ready") //nolint:gosec // a descriptor
+	ready := os.NewFile(uintptr(fd), "ready")
 	if _, err := ready.Write([]byte{1}); err != nil {
 		return fmt.Errorf("go to the background: %w", err)
 	}
-	return ready.Close() //nolint:wrapcheck // a pipe
+	return ready.Close()
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/mover/work"
 	"github.com/varve-io/varve/populator/store"
+	"github.com/varve-io/varve/populator/stream"
 )
 
 func newMoverCommand(a *app) *cobra.Command {
@@ -24,6 +25,8 @@ func newMoverCommand(a *app) *cobra.Command {
 		mover.ActionBackup:   "Make a recovery point of the pod's block device",
 		mover.ActionRestore:  "Write a recovery point to the pod's block device",
 		mover.ActionMaintain: "Maintain the repository",
+		mover.ActionDump:     "Make a recovery point of the stream that comes by the pod's socket",
+		mover.ActionFeed:     "Give the stream of a recovery point to the pod's socket",
 	} {
 		cmd.AddCommand(&cobra.Command{
 			Use:   string(action),
@@ -36,6 +39,17 @@ result goes to the container's termination message.`,
 			RunE: func(cmd *cobra.Command, _ []string) error { return a.mover(cmd, action) },
 		})
 	}
+	cmd.AddCommand(&cobra.Command{
+		Use:   "relay",
+		Short: "Pass this process's streams on to the mover of the pod",
+		Long: `Pass this process's streams on to the mover of the pod.
+
+The controller runs this in a mover's pod, to pass on what a command prints or reads in another.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return stream.Relay(cmd.Context(), mover.StreamSocket, a.stdin, a.stdout)
+		},
+	})
 	return cmd
 }
 
@@ -52,7 +66,7 @@ func (a *app) mover(cmd *cobra.Command, action mover.Action) error {
 	if err := repository.GuardTransport(); err != nil {
 		return err
 	}
-	e := work.Pod(probe.Type, readVersion().Version)
+	e := work.Pod(probe.Type, readVersion().Version, a.log)
 	e.Log = a.stdout
 	res := work.Run(cmd.Context(), e, task)
 	if err := os.WriteFile(mover.TerminationPath, res.Encode(), 0o644); err != nil {

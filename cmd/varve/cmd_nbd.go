@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/varve-io/varve/backup/disk"
+	"github.com/varve-io/varve/internal/bytesize"
 	"github.com/varve-io/varve/nbdserver/nbdclient"
 	"github.com/varve-io/varve/nbdserver/proto"
 )
@@ -21,8 +22,8 @@ func newNBDCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "nbd",
 		GroupID: groupRead,
-		Short:   "Look at any NBD server: list, describe, map and read its exports",
-		Long: `Look at any NBD server, as a debugging client. An export is named by an NBD
+		Short:   "Debug any NBD server: list, describe, map and read its exports",
+		Long: `A debugging client for any NBD server. An export is named by an NBD
 URI: nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH, and nbds: for TLS
 with ?tls-certificates=DIRECTORY (ca-cert.pem, client-cert.pem, client-key.pem).`,
 	}
@@ -30,7 +31,7 @@ with ?tls-certificates=DIRECTORY (ca-cert.pem, client-cert.pem, client-key.pem).
 	return cmd
 }
 
-// dialNBD connects to the server of a URI and agrees on the newest headers.
+// dialNBD connects to the server of a URI and negotiates the newest headers.
 func dialNBD(ctx context.Context, text string) (*nbdclient.URI, *nbdclient.Client, nbdclient.Headers, error) {
 	u, err := nbdclient.ParseURI(text)
 	if err != nil {
@@ -81,7 +82,7 @@ type nbdInfo struct {
 	Contexts []string `json:"contexts"`
 }
 
-// abilities is what a server's transmission flags say, in words.
+// abilities are a server's transmission flags, in words.
 var abilities = []struct {
 	flag proto.TransmissionFlags
 	word string
@@ -145,10 +146,10 @@ func writeNBDInfo(t *table, in *nbdInfo) {
 	if in.Description != "" {
 		t.row("Description:", in.Description)
 	}
-	t.row("Size:", fmt.Sprintf("%d (%s)", in.Size, t.bytes(int64(in.Size))))
+	t.row("Size:", bytesize.Exact(int64(in.Size)))
 	t.row("Headers:", in.Headers)
 	t.row("TLS:", in.TLS)
-	t.row("Block sizes:", fmt.Sprintf("%d minimum, %d preferred, %d maximum", in.MinimumBlock, in.PreferredBlock, in.MaximumPayload))
+	t.row("Block sizes:", fmt.Sprintf("%s minimum, %s preferred, %s maximum", t.bytes(int64(in.MinimumBlock)), t.bytes(int64(in.PreferredBlock)), t.bytes(int64(in.MaximumPayload))))
 	for i, word := range in.Can {
 		head := ""
 		if i == 0 {
@@ -165,19 +166,19 @@ func writeNBDInfo(t *table, in *nbdInfo) {
 	}
 }
 
-// nbdRange is the part of an export that a command is about.
-type nbdRange struct{ offset, length byteSize }
+// nbdRange is the part of an export that a command processes.
+type nbdRange struct{ offset, length bytesize.Value }
 
 func (r *nbdRange) flags(cmd *cobra.Command) {
 	cmd.Flags().Var(&r.offset, "offset", "where to begin")
 	cmd.Flags().Var(&r.length, "length", "how much (default to the end)")
 }
 
-// within returns the range on an export of a size.
+// within returns the range in an export of a size.
 func (r *nbdRange) within(size uint64) (off, length int64, err error) {
 	off, length = int64(r.offset), int64(r.length)
 	if uint64(off) > size || uint64(length) > size-uint64(off) {
-		return 0, 0, usagef("%d bytes at %d are not within an export of %d bytes", length, off, size)
+		return 0, 0, usagef("--offset %d with --length %d is beyond the end of the export, which has %s", off, length, bytesize.Exact(int64(size)))
 	}
 	if length == 0 {
 		length = int64(size) - off
@@ -185,7 +186,7 @@ func (r *nbdRange) within(size uint64) (off, length int64, err error) {
 	return off, length, nil
 }
 
-// nbdExtent is a run in what "varve nbd map -o json" prints.
+// nbdExtent is a run that "varve nbd map -o json" prints.
 type nbdExtent struct {
 	Offset int64  `json:"offset"`
 	Length int64  `json:"length"`
@@ -223,7 +224,7 @@ back the data was written) and qemu:dirty-bitmap:POINT (changed since POINT).`,
 	return cmd
 }
 
-// enterExport connects and begins transmission, with metadata contexts.
+// enterExport connects and enters transmission, with metadata contexts.
 func enterExport(ctx context.Context, uri string, contexts ...string) (*nbdclient.Export, error) {
 	u, c, h, err := dialNBD(ctx, uri)
 	if err != nil {
@@ -261,7 +262,7 @@ func mapExport(ctx context.Context, e *nbdclient.Export, name string, r *nbdRang
 	return runs, err
 }
 
-// flagsMean puts a context's flags in words.
+// flagsMean describes a context's flags in words.
 func flagsMean(context string, flags uint64) string {
 	pick := func(words ...string) string { return words[min(flags, uint64(len(words)-1))] }
 	switch {
@@ -283,7 +284,7 @@ func newNBDReadCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "read URI [FILE]", Short: "Read bytes of an export to a file or standard output", Args: cobra.RangeArgs(1, 2),
 		Long: `Read bytes of an export to a file, a device that is not in use, or standard output
-('-', and without FILE).`,
+('-', and without FILE). Zeroes become holes in a file.`,
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			toFile := len(args) == 2 && args[1] != "-"
 			if toFile {
@@ -300,31 +301,34 @@ func newNBDReadCommand(a *app) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			out := a.stdout
-			if toFile {
-				f, err := createOutput(args[1])
-				if err != nil {
-					return err
-				}
-				out = f
-				defer func() { err = errors.Join(err, f.Close()) }()
+			if !toFile {
+				return copyExport(cmd.Context(), a.stdout, e, off, length, dump)
 			}
-			return copyExport(cmd.Context(), out, e, off, length, dump)
+			f, err := createOutput(args[1])
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, f.Close()) }()
+			if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+				return errors.Join(err, copyExport(cmd.Context(), f, e, off, length, dump))
+			}
+			sparse := &sparseWriter{file: f}
+			return errors.Join(copyExport(cmd.Context(), sparse, e, off, length, dump), sparse.Finish())
 		},
 	}
 	r.flags(cmd)
 	cmd.Flags().BoolVar(&dump, "hex", false, "show a hex dump, numbered from the beginning of the range")
-	cmd.Flags().BoolVar(&overwrite, "overwrite", false, "write over a file that exists, or what a device holds")
+	cmd.Flags().BoolVar(&overwrite, "overwrite", false, "overwrite a file that exists, or what a device holds")
 	return cmd
 }
 
-// mayReplace refuses to write over a file and over what a device holds, unless told to, and over what
-// is in use.
+// mayReplace refuses to overwrite a file, or what a device holds, unless overwrite is set,
+// and anything in use.
 func mayReplace(path string, overwrite bool) error {
 	info, err := os.Stat(path)
 	switch {
 	case err != nil:
-		return nil //nolint:nilerr // there is nothing, or creating it tells what is wrong
+		return nil //nolint:nilerr // it does not exist, or creating it reports the error
 	case info.Mode().IsRegular() && info.Size() > 0 && !overwrite:
 		return fmt.Errorf("%w: %s: replace it with --overwrite, or choose another name", errTargetExists, path)
 	case !info.Mode().IsRegular() && !isBlockDevice(info):
@@ -342,8 +346,8 @@ func mayReplace(path string, overwrite bool) error {
 	return nil
 }
 
-// createOutput opens what is written to. A device is claimed, so that nobody mounts it
-// meanwhile.
+// createOutput opens the output. A device is claimed, so that no other process mounts it
+// during the copy.
 func createOutput(path string) (*os.File, error) {
 	if info, err := os.Stat(path); err == nil && isBlockDevice(info) {
 		return os.OpenFile(path, os.O_WRONLY|os.O_EXCL, 0)

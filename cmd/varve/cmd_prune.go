@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 )
 
@@ -31,13 +32,16 @@ func newPruneCommand(a *app) *cobra.Command {
 		Long: `Delete the recovery points that a policy does not keep, volume by volume.
 
 Each --keep-... keeps the newest point of each of that many hours, days and so on
-that have one, counted from the newest back. A point may be kept by several, and
-is deleted when none keeps it. The points of each disk that a volume had, its
-lineages, are counted by themselves: the last one of a disk that was replaced
-stays, unless --merge-lineages is given. Points that are pinned, being read, or damaged
-stay; damaged ones do not count. Volumes of other clusters are touched only when --volume names them.
+that have one, counted from the newest back. A point is deleted when no rule keeps
+it. The points of each disk that a volume had (its lineages) are counted
+separately: the last one of a replaced disk is kept, unless --merge-lineages is
+given. Points that are pinned, being read, or damaged are kept; damaged ones do not
+count. Volumes of other clusters are pruned only if --volume names them.
 
---dry-run shows what would go, and why the others stay.`,
+A group is kept or deleted as one: it is kept while one of its points is, or while
+one is of a volume that is not pruned.
+
+--dry-run shows what would be deleted, and why the others are kept.`,
 		Example: `  varve prune --keep-daily 7 --keep-weekly 4 --keep-monthly 12 --dry-run
   varve prune --volume shop/db --keep-latest 3 --keep-within 48h`,
 		Args: cobra.NoArgs,
@@ -50,17 +54,17 @@ stay; damaged ones do not count. Volumes of other clusters are touched only when
 		},
 	}
 	fl := cmd.Flags()
-	fl.IntVar(&f.policy.Latest, "keep-latest", 0, "keep this many newest points")
+	fl.IntVar(&f.policy.Latest, "keep-latest", 0, "keep this many of the newest points")
 	fl.IntVar(&f.policy.Hourly, "keep-hourly", 0, "keep one for each of this many hours")
 	fl.IntVar(&f.policy.Daily, "keep-daily", 0, "keep one for each of this many days")
 	fl.IntVar(&f.policy.Weekly, "keep-weekly", 0, "keep one for each of this many weeks, from Monday")
 	fl.IntVar(&f.policy.Monthly, "keep-monthly", 0, "keep one for each of this many months")
 	fl.IntVar(&f.policy.Yearly, "keep-yearly", 0, "keep one for each of this many years")
 	fl.StringVar(&f.within, "keep-within", "", "keep all taken this long before the newest: 36h, 14d")
-	fl.BoolVar(&f.policy.MergeLineages, "merge-lineages", false, "count all points of a volume together, whatever disk they are of: the last point of a disk that was replaced may go")
+	fl.BoolVar(&f.policy.MergeLineages, "merge-lineages", false, "count the points of all disks of a volume together: the last point of a replaced disk may be deleted")
 	fl.StringVar(&f.zone, "time-zone", "UTC", "where days begin, for example Europe/Berlin, or Local")
-	fl.StringArrayVar(&f.volumes, "volume", nil, "only this volume, namespace/name or cluster:namespace/name; may be repeated")
-	fl.BoolVarP(&f.dry, "dry-run", "n", false, "only show what would go, and why the others stay")
+	fl.StringArrayVar(&f.volumes, "volume", nil, "only this volume, namespace/name or cluster:namespace/name, or all volumes of a group of this name; may be repeated")
+	fl.BoolVarP(&f.dry, "dry-run", "n", false, "only show what would be deleted, and why the others are kept")
 	return cmd
 }
 
@@ -81,7 +85,7 @@ func (f *pruneFlags) parse() error {
 type pruneResult struct {
 	DryRun   bool          `json:"dryRun"`
 	Volumes  []pruneVolume `json:"volumes"`
-	Others   []string      `json:"otherClusters,omitempty"` // volumes left alone
+	Others   []string      `json:"otherClusters,omitempty"` // volumes not pruned
 	DeadRuns int           `json:"killedBackupsCleared"`
 }
 
@@ -101,11 +105,19 @@ type prunePoint struct {
 func (a *app) prune(ctx context.Context, repo *repository.Repository, f pruneFlags) error {
 	opt := backup.PruneOptions{Policy: f.policy, Cluster: a.clusterOf(repo), DryRun: f.dry}
 	for _, text := range f.volumes {
-		v, err := backup.ParseVolume(text, opt.Cluster)
+		v, err := points.ParseVolume(text, opt.Cluster)
 		if err != nil {
 			return &usageError{err}
 		}
-		opt.Volumes = append(opt.Volumes, v)
+		of, err := a.volumesOf(ctx, repo, v)
+		if err != nil {
+			return err
+		}
+		for _, v := range of {
+			if !slices.Contains(opt.Volumes, v) {
+				opt.Volumes = append(opt.Volumes, v)
+			}
+		}
 	}
 	plan, err := backup.Prune(ctx, repo, opt)
 	if err != nil {
@@ -127,6 +139,27 @@ func (a *app) prune(ctx context.Context, repo *repository.Repository, f pruneFla
 		backup.MaybeMaintain(ctx, repo)
 	}
 	return err
+}
+
+// volumesOf returns a volume, or, if it has no points and is the name of groups, the volumes
+// with points in them.
+func (a *app) volumesOf(ctx context.Context, repo *repository.Repository, v points.Volume) ([]points.Volume, error) {
+	cat, err := points.List(ctx, repo, points.ListOptions{})
+	if err != nil {
+		return nil, err
+	}
+	var out []points.Volume
+	for _, g := range cat.Groups().All() {
+		for _, p := range g.Points {
+			if g.Name == v && !slices.Contains(out, p.Volume) {
+				out = append(out, p.Volume)
+			}
+		}
+	}
+	if len(out) == 0 || len(cat.Of(v)) > 0 {
+		return []points.Volume{v}, nil
+	}
+	return out, nil
 }
 
 func writePrune(t *table, res pruneResult) {
@@ -167,7 +200,7 @@ func writePrune(t *table, res pruneResult) {
 	}
 	t.line("%s kept, %d %s", count(kept, "recovery point", "recovery points"), gone, verb)
 	if n := len(res.Others); n > 0 {
-		t.line("%s of other clusters left alone: name them with --volume cluster:namespace/name", count(n, "volume", "volumes"))
+		t.line("%s of other clusters skipped: name them with --volume cluster:namespace/name", count(n, "volume", "volumes"))
 	}
 	if res.DeadRuns > 0 {
 		t.line("cleared what %s left", count(res.DeadRuns, "killed backup", "killed backups"))

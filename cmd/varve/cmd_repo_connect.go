@@ -55,7 +55,7 @@ func newRepoConnectStorageCommand(a *app, kind storageKind) *cobra.Command {
 	}
 	readStore = kind.flags(a, cmd)
 	connect.add(cmd)
-	cmd.Flags().BoolVar(&readOnly, "read-only", false, "never write to the repository from here")
+	cmd.Flags().BoolVar(&readOnly, "read-only", false, "connect read-only")
 	inSection(cmd.Flags(), "repo", "read-only")
 	return cmd
 }

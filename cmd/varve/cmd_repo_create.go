@@ -18,7 +18,7 @@ func newRepoCreateCommand(a *app) *cobra.Command {
 
 The repository is a Kopia repository (format version 3) that stock kopia reads
 as well. Everything in it is encrypted with keys that the password unlocks:
-without the password nothing can be read, and nobody can reset it.
+without the password nothing can be read, and it cannot be reset.
 
 A create that was interrupted is finished by running it again. Where a
 repository exists already, nothing is touched.`,

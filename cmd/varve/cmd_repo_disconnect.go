@@ -9,7 +9,7 @@ import (
 func newRepoDisconnectCommand(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "disconnect",
-		Short: "Forget the connection and its cache; the repository stays as it is",
+		Short: "Forget the connection and its cache; the repository does not change",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			config, err := a.configFile()

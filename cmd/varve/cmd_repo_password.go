@@ -9,12 +9,12 @@ import (
 func newRepoChangePasswordCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "change-password",
-		Short: "Give the repository a new password",
-		Long: `Give the repository a new password. Other machines need it from their next
-run on. What is stored stays as it is: a password that leaked still opens
+		Short: "Change the password of the repository",
+		Long: `Change the password of the repository. Other machines need it from their next
+run on. Stored data does not change: a password that leaked still opens
 copies of the repository made before.
 
-When the change is interrupted, run it again with the same two passwords.`,
+If the change is interrupted, run it again with the same two passwords.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			config, err := a.configFile()
@@ -35,7 +35,7 @@ When the change is interrupted, run it again with the same two passwords.`,
 			}
 			return a.print(struct {
 				Changed bool `json:"changed"`
-			}{true}, func(t *table) { t.line("The repository has a new password.") })
+			}{true}, func(t *table) { t.line("The password was changed.") })
 		},
 	}
 	addPasswordFlags(cmd.Flags(), "new-", &a.flags.newPasswordFile, &a.flags.newPasswordCommand)

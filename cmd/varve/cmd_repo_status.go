@@ -3,17 +3,20 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 )
 
 func newRepoStatusCommand(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use:   "status",
-		Short: "Show the connected repository: where, what format, who maintains it",
+		Short: "Show the connected repository: storage, format, maintenance",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			rep, err := a.openRepository(cmd.Context())
@@ -25,7 +28,7 @@ func newRepoStatusCommand(a *app) *cobra.Command {
 	}
 }
 
-// printStatus opens what was just connected and shows it.
+// printStatus opens the repository just connected and shows its status.
 func (a *app) printStatus(ctx context.Context, password string) error {
 	config, err := a.configFile()
 	if err != nil {
@@ -38,16 +41,34 @@ func (a *app) printStatus(ctx context.Context, password string) error {
 	return a.showStatus(ctx, rep)
 }
 
-// showStatus shows and closes rep.
+// showStatus shows the status of rep, and closes it.
 func (a *app) showStatus(ctx context.Context, rep *repository.Repository) error {
 	s, err := rep.Status(ctx)
+	res := statusResult{Status: s}
 	if err == nil {
-		err = a.print(s, func(t *table) { writeStatus(t, s) })
+		res.Missing, err = missingPoints(ctx, rep)
+	}
+	if err == nil {
+		err = a.print(res, func(t *table) { writeStatus(t, res) })
 	}
 	return errors.Join(err, rep.Close(context.WithoutCancel(ctx)))
 }
 
-func writeStatus(t *table, s *repository.Status) {
+// statusResult is what "varve repo status -o json" prints.
+type statusResult struct {
+	*repository.Status
+	Missing []backup.MissingPoint `json:"missingPoints,omitempty"`
+}
+
+func missingPoints(ctx context.Context, rep *repository.Repository) ([]backup.MissingPoint, error) {
+	cat, err := points.List(ctx, rep, points.ListOptions{})
+	if err != nil {
+		return nil, err
+	}
+	return backup.MissingPoints(ctx, rep, cat)
+}
+
+func writeStatus(t *table, s statusResult) {
 	t.row("Repository:", s.Place)
 	if s.UniqueID != "" {
 		t.row("Unique ID:", s.UniqueID)
@@ -85,6 +106,16 @@ func writeStatus(t *table, s *repository.Status) {
 	for _, u := range s.Unreadable {
 		t.row("Unreadable:", "pack "+u.Pack+", a part of the list of recovery points: "+u.Reason)
 	}
+	for _, m := range s.Missing {
+		t.row("Missing:", m.String())
+	}
+	for i, u := range s.Unknown {
+		if i == shownProblems {
+			t.row("In no index:", fmt.Sprintf("and %d more packs", len(s.Unknown)-i))
+			break
+		}
+		t.row("In no index:", fmt.Sprintf("pack %s, %s: an index blob is lost", u.Pack, t.bytes(u.Bytes)))
+	}
 	if s.Capacity != nil {
 		t.row("Space left:", t.bytes(s.Capacity.Free)+" of "+t.bytes(s.Capacity.Size))
 	}
@@ -102,7 +133,7 @@ func writeStatus(t *table, s *repository.Status) {
 	owner := s.Maintenance.Owner
 	switch {
 	case owner == "":
-		owner = "nobody: it never runs"
+		owner = "none: it never runs"
 	case s.Maintenance.Here:
 		owner += " (this client)"
 	}

@@ -20,8 +20,8 @@ import (
 // TestMain lets a test run this binary as varve itself, in a process that can
 // be killed.
 func TestMain(m *testing.M) {
-	// Kernel mounts start this program again, with no environment to speak of.
-	aside := len(os.Args) > 1 && (os.Args[1] == mountWatchName || os.Args[1] == mountLoopName)
+	// Kernel mounts and frozen guests start this program again, with an almost empty environment.
+	aside := len(os.Args) > 1 && (os.Args[1] == mountWatchName || os.Args[1] == mountLoopName || os.Args[1] == guestFreezeName)
 	if os.Getenv("VARVE_TEST_AS_MAIN") != "" || aside {
 		main()
 		return
@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// varveProcess starts varve in a process of its own.
+// varveProcess starts varve in a separate process.
 func varveProcess(t *testing.T, env testEnv, args ...string) (cmd *exec.Cmd, stdout, stderr *bytes.Buffer) {
 	t.Helper()
 	self, err := os.Executable()
@@ -125,7 +125,7 @@ func TestRestoreCommand(t *testing.T) {
 	if out := mustRun(t, env, "restore", "shop/db@latest~1", "-").stdout; out != string(want) {
 		t.Error("standard output differs")
 	}
-	// What is there is not replaced unasked, nor cut.
+	// An existing file is neither replaced nor truncated without --overwrite.
 	if r := runVarve(t, env, "restore", "shop/db@latest", target); r.code != exitRefused || !strings.Contains(r.stderr, "--overwrite") {
 		t.Errorf("over a file that exists: exit code %d, %s", r.code, r.stderr)
 	}
@@ -160,7 +160,7 @@ func TestRestoreCommandRefuses(t *testing.T) {
 		{exitUsage, "does not exist", []string{"shop/db@latest", filepath.Join(dir, "none"), "--delta"}},
 		{exitNotFound, "shop/nothing", []string{"shop/nothing@latest", "x"}},
 		{exitFailure, "attached", []string{"shop/db@latest", "/dev/no-such-disk"}},
-		{exitRefused, "not what it has there", []string{"shop/db@latest", filepath.Join(dir, "other.img"), "--delta", "--base", "shop/db@latest"}},
+		{exitRefused, "were not listed as changed", []string{"shop/db@latest", filepath.Join(dir, "other.img"), "--delta", "--base", "shop/db@latest"}},
 	} {
 		r := runVarve(t, env, append([]string{"restore"}, c.args...)...)
 		if r.code != c.code || !strings.Contains(r.stderr, c.says) {
@@ -169,8 +169,8 @@ func TestRestoreCommandRefuses(t *testing.T) {
 	}
 }
 
-// TestRestoreWithoutStateDirectory: notes that cannot be kept are no reason not to
-// restore, and a restore that is refused leaves nothing behind.
+// TestRestoreWithoutStateDirectory: a restore works without its journal, and a refused
+// restore leaves nothing.
 func TestRestoreWithoutStateDirectory(t *testing.T) {
 	env, disk := newBackupEnv(t)
 	backupJSON(t, env, disk, "--volume", "shop/db", "--block-size", "64K")
@@ -226,11 +226,12 @@ func writtenBy(pid int) int64 {
 
 // TestKilledRestore kills restores at random moments, then lets one finish.
 func TestKilledRestore(t *testing.T) {
+	t.Parallel()
 	env := newTestEnv(t)
 	dir := env["HOME"]
 	mustRun(t, env, "repo", "create", "filesystem", "--path", filepath.Join(dir, "repo"))
 	disk, target := filepath.Join(dir, "disk.img"), filepath.Join(dir, "target.img")
-	const size = 384 << 20
+	const size = 256 << 20
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
@@ -239,7 +240,7 @@ func TestKilledRestore(t *testing.T) {
 		if i/(1<<20)%7 == 3 {
 			continue // a MiB of zeroes
 		}
-		for j := range 32 { // compressible, so that the test is about restoring
+		for j := range 32 { // compressible, so that the restore dominates
 			data[i+j] = byte(rng.Uint32())
 		}
 		copy(data[i+32:i+4096], bytes.Repeat(data[i:i+32], 127))
@@ -250,7 +251,7 @@ func TestKilledRestore(t *testing.T) {
 	backupJSON(t, env, disk, "--volume", "shop/db")
 
 	const kills = 10
-	before, resumed := int64(0), int64(0) // bytes in place before the run that is killed next
+	before, resumed := int64(0), int64(0) // bytes written before the next run to be killed
 	killed := 0
 	for range kills {
 		cmd, stdout, stderr := varveProcess(t, env, "restore", "shop/db@latest", target, "--workers", "2", "-o", "json")
@@ -297,7 +298,7 @@ func TestKilledRestore(t *testing.T) {
 	sameFiles(t, target, disk)
 }
 
-// journaled adds up what the one journal there is says is done.
+// journaled returns how much the only journal lists as done.
 func journaled(t *testing.T, env testEnv) int64 {
 	t.Helper()
 	names, err := filepath.Glob(filepath.Join(env["HOME"], ".local/state/varve/restore-*.journal"))
@@ -321,7 +322,8 @@ func journaled(t *testing.T, env testEnv) int64 {
 	return n
 }
 
-// TestRestoreToAClosedOutput: what a shell closes (restore POINT - >&-) takes nothing.
+// TestRestoreToAClosedOutput: a standard output that the shell closed (restore POINT - >&-)
+// is an error.
 func TestRestoreToAClosedOutput(t *testing.T) {
 	env, disk := newBackupEnv(t)
 	mustRun(t, env, "backup", disk, "--volume", "shop/db")

@@ -4,20 +4,18 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"runtime/debug"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/varve-io/varve/backup/hydrate"
 	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/backup/overlay"
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/bytesize"
 	"github.com/varve-io/varve/internal/serve"
 	"github.com/varve-io/varve/nbdserver"
 )
@@ -28,7 +26,7 @@ type serveFlags struct {
 	once        bool
 	parent      bool // end with the process that started this one
 	parentGiven bool // by its flag
-	activated   bool // the sockets are a supervisor's, and so is standard output
+	activated   bool // a supervisor passed the sockets, and owns standard output
 	volumes     []string
 	foreign     bool
 	tls         nbdserver.TLSFiles
@@ -37,21 +35,21 @@ type serveFlags struct {
 	allow       []string
 	writable    bool
 	overlays    serve.Overlays
-	limit       byteSize
+	limit       bytesize.Value
 	pad         bool
-	cacheSize   byteSize
+	cacheSize   bytesize.Value
 	hydrate     bool
 	copies      hydrate.Options
-	copyLimit   byteSize
+	copyLimit   bytesize.Value
 	readers     int
 	metrics     string
 	refresh     time.Duration
 	idle        time.Duration
 	readTime    time.Duration
 	clients     int
-	memory      byteSize
-	perClient   byteSize
-	minRate     byteSize
+	memory      bytesize.Value
+	perClient   bytesize.Value
+	minRate     bytesize.Value
 	grace       time.Duration
 }
 
@@ -70,13 +68,13 @@ points are. Where just one point is served, the empty name means it.
 New points appear, and deleted ones refuse new clients, without a restart.
 What a client has open is held by a lease, so that prune skips it.
 
-With --hydrate the disks that clients open arrive in local files as a whole, in
-the background, while reads go first: from then on they are as fast as the local
-disk. What does not fit is read from the repository.
+With --hydrate the disks that clients open are copied to local files in the
+background, after clients' reads: then they are as fast as the local disk. What
+does not fit is read from the repository.
 
 Exports are read-only. With --writable each has a copy-on-write overlay, shared
-by all its clients, gone at the end unless --keep is given; "varve commit" saves
-one as a new recovery point.`,
+by all its clients and deleted at the end unless --keep is given; "varve commit"
+saves one as a new recovery point.`,
 		Example: `  varve serve
   varve serve shop/db --listen unix:/run/shop.sock
   varve serve shop/db@latest --writable --listen 127.0.0.1:10809
@@ -96,32 +94,32 @@ one as a new recovery point.`,
 	fl.BoolVar(&f.once, "once", false, "end when the last client has left; always so with --stdio")
 	fl.BoolVar(&f.parent, "exit-with-parent", false, "end when the process that started this one does (default with --stdio, and where a client such as nbdcopy passes the socket)")
 	fl.StringArrayVar(&f.volumes, "volume", nil, "serve this volume only; repeatable, the same as an argument")
-	fl.BoolVar(&f.foreign, "foreign", false, "serve disk images that Kopia or Velero stored, too")
+	fl.BoolVar(&f.foreign, "foreign", false, "also serve disk images that Kopia or Velero stored")
 	fl.StringVar(&f.tls.Certificate, "tls-cert", "", "PEM file with the server's certificate")
 	fl.StringVar(&f.tls.Key, "tls-key", "", "PEM file with its key")
 	fl.StringVar(&f.tls.ClientCA, "tls-client-ca", "", "PEM file with the authority of client certificates; clients must have one")
 	fl.BoolVar(&f.tls.AllowTLS12, "tls-1.2", false, "accept TLS 1.2 beside 1.3")
 	fl.BoolVar(&f.plain, "tls-optional-local", false, "let clients of this machine (unix sockets, loopback) do without TLS")
-	fl.BoolVar(&f.insecure, "insecure", false, "listen beyond this machine without TLS: anybody who connects reads the disks")
-	fl.StringArrayVar(&f.allow, "allow", nil, "who may open what: CLIENT=EXPORT, where CLIENT is a name in a client certificate, or * for all, and * in EXPORT matches anything; repeatable")
+	fl.BoolVar(&f.insecure, "insecure", false, "listen beyond this machine without TLS: every client that connects can read the disks")
+	fl.StringArrayVar(&f.allow, "allow", nil, "allow clients to open exports: CLIENT=EXPORT, where CLIENT is a name in a client certificate, or * for all, and * in EXPORT matches anything; repeatable")
 	fl.BoolVar(&f.writable, "writable", false, "put a copy-on-write overlay over each export")
 	fl.StringVar(&f.overlays.Dir, "overlay-dir", "", "directory of overlays (default a temporary one in $TMPDIR or /var/tmp)")
-	fl.BoolVar(&f.overlays.Keep, "keep", false, "keep overlays, and go on with those that are there; needs --overlay-dir")
-	fl.Var(&f.limit, "overlay-limit", "most bytes that an overlay may take; writes beyond it fail for lack of space (default no limit)")
+	fl.BoolVar(&f.overlays.Keep, "keep", false, "keep overlays, and continue with those in the directory; needs --overlay-dir")
+	fl.Var(&f.limit, "overlay-limit", "largest size of an overlay; writes beyond it fail with ENOSPC (default no limit)")
 	fl.BoolVar(&f.pad, "pad", false, "round the size of each disk up to whole sectors of 512 bytes")
 	fl.Var(&f.cacheSize, "cache-size", "memory for decoded blocks, shared by all exports")
-	fl.BoolVar(&f.hydrate, "hydrate", false, "copy whole disks that clients open to local files, in the background, and read from those")
-	fl.StringVar(&f.copies.Dir, "hydrate-dir", "", "directory of those copies, which stay for the next run (default a temporary one in $TMPDIR or /var/tmp)")
-	fl.Var(&f.copyLimit, "hydrate-limit", "most bytes that the copies may take together (default nine tenths of the free space)")
+	fl.BoolVar(&f.hydrate, "hydrate", false, "copy the disks that clients open to local files in the background, and read from those")
+	fl.StringVar(&f.copies.Dir, "hydrate-dir", "", "directory in which these copies are kept (default a temporary one in $TMPDIR or /var/tmp)")
+	fl.Var(&f.copyLimit, "hydrate-limit", "largest size of all copies together (default nine tenths of the free space)")
 	fl.IntVar(&f.readers, "readers", 0, "blocks read ahead at once (default one for each CPU; 16 or more help with object stores)")
 	fl.StringVar(&f.metrics, "metrics", "", "serve Prometheus metrics on this address: PORT or :PORT (loopback), or HOST:PORT")
-	fl.DurationVar(&f.refresh, "refresh", 30*time.Second, "time between looks for new and deleted recovery points")
-	fl.DurationVar(&f.readTime, "read-timeout", 30*time.Second, "time that a read may wait for the repository's storage; then it fails, and clients may try again")
+	fl.DurationVar(&f.refresh, "refresh", 30*time.Second, "time between checks for new and deleted recovery points")
+	fl.DurationVar(&f.readTime, "read-timeout", 30*time.Second, "time that a read may wait for the storage; then it fails, and clients may retry")
 	fl.DurationVar(&f.idle, "idle-timeout", 0, "disconnect clients without requests after this time (default never)")
-	fl.IntVar(&f.clients, "max-connections", nbdserver.DefaultMaxConnections, "most clients at once")
-	fl.Var(&f.memory, "max-memory", "most memory for requests in flight, at least 32MiB")
-	fl.Var(&f.perClient, "max-connection-memory", "most memory for requests in flight of one client, at least 32MiB")
-	fl.Var(&f.minRate, "min-rate", "bytes a second that a client must take of replies, or send of a write, at the least; one that stays a minute behind is disconnected")
+	fl.IntVar(&f.clients, "max-connections", nbdserver.DefaultMaxConnections, "maximum number of clients")
+	fl.Var(&f.memory, "max-memory", "memory for requests in flight, at least 32 MiB")
+	fl.Var(&f.perClient, "max-connection-memory", "memory for requests in flight of one client, at least 32 MiB")
+	fl.Var(&f.minRate, "min-rate", "lowest rate in bytes per second at which a client must take replies or send writes; a client that is a minute behind is disconnected")
 	fl.DurationVar(&f.grace, "shutdown-timeout", 10*time.Second, "time for requests in flight to end at shutdown")
 	return cmd
 }
@@ -137,7 +135,7 @@ func (f *serveFlags) check() error {
 	case f.copies.Dir != "" && f.overlays.Dir != "" && filepath.Clean(f.copies.Dir) == filepath.Clean(f.overlays.Dir):
 		return usagef("--hydrate-dir and --overlay-dir are both %s: give each a directory of its own", f.copies.Dir)
 	case f.stdio && len(f.listen) > 0:
-		return usagef("--stdio serves one client and listens nowhere: leave out --listen")
+		return usagef("--stdio serves one client and does not listen: leave out --listen")
 	case f.readTime <= 0:
 		return usagef("--read-timeout must be positive")
 	case f.refresh <= 0:
@@ -154,8 +152,8 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 		return err
 	}
 	if os.Getenv("GOGC") == "" {
-		// Most of the heap is the block cache, which is cheap to mark: half of it
-		// for garbage keeps the process near the cache's own bound.
+		// Most of the heap is the block cache, which is cheap to mark: half of it for garbage
+		// keeps the process near the cache's own bound.
 		defer debug.SetGCPercent(debug.SetGCPercent(50))
 	}
 	rules, err := f.rules()
@@ -180,7 +178,7 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 	if !f.parentGiven {
 		f.parent = f.stdio || f.activated && !a.bySystemd()
 	}
-	defer func() { closeAll(listeners) }() // those that Serve has are closed by it
+	defer func() { closeAll(listeners) }() // Serve closes those that it has
 	began := time.Now()
 	repo, err := a.openRepository(ctx)
 	if err != nil {
@@ -217,7 +215,7 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 		defer cancel()
 		err = errors.Join(err, catalog.Close(done))
 		if f.writable && !f.overlays.Keep {
-			_ = os.Remove(f.overlays.Dir) // empty now, or somebody else's too
+			_ = os.Remove(f.overlays.Dir) // it may be in use by another process
 		}
 	}()
 	cfg.Catalog = clientView(catalog, rules)
@@ -225,8 +223,8 @@ func (a *app) serve(ctx context.Context, selected []string, f serveFlags) (err e
 	return run.run(ctx, cfg)
 }
 
-// clientView is a catalogue as clients see it. The rules go before the aliases: a client
-// that may not open what an alias leads to must not touch what others have it bound to.
+// clientView returns the catalogue that clients see. The rules apply before the aliases: a
+// client that may not open what an alias leads to must not affect its binding for others.
 func clientView(catalog nbdserver.Resolver, rules []nbdserver.AccessRule) nbdserver.Catalog {
 	aliases := nbdserver.NewAliases(catalog, nbdserver.AliasGrace, nil)
 	if rules == nil {
@@ -235,15 +233,15 @@ func clientView(catalog nbdserver.Resolver, rules []nbdserver.AccessRule) nbdser
 	return nbdserver.Restrict(aliases, rules)
 }
 
-// serveScratch is the directories of a server: temporary ones, of which the next server
-// deletes what a killed one left, and the one that a user named for overlays.
+// serveScratch are the directories of a server: temporary ones, which the next server deletes
+// if this one is killed, and the directory that a user named for overlays.
 type serveScratch struct {
-	overlays, copies *overlay.Scratch // nil where none is needed
-	named            *overlay.Dir     // nil where none is
+	overlays, copies *overlay.Scratch // nil if not needed
+	named            *overlay.Dir     // nil if none
 }
 
-// scratch makes the directories that flags do not name, and locks those they do. That of
-// copies has a lock of its own.
+// scratch makes the directories that flags do not name, and locks those they do. The one for
+// copies has its own lock.
 func (f *serveFlags) scratch() (s serveScratch, err error) {
 	switch {
 	case f.writable && f.overlays.Dir == "":
@@ -274,10 +272,10 @@ func (s serveScratch) close() error {
 	return errors.Join(errs...)
 }
 
-// openCopies opens the cache of --hydrate; nil without.
+// openCopies opens the cache of --hydrate; nil without it.
 func (f *serveFlags) openCopies(log *slog.Logger, scratch serveScratch) (*hydrate.Cache, error) {
 	if !f.hydrate {
-		return nil, nil //nolint:nilnil // there is none, and that is no error
+		return nil, nil // no cache, and no error
 	}
 	opt := f.copies
 	opt.Log, opt.Keep = log, opt.Dir != ""
@@ -324,150 +322,4 @@ func (f *serveFlags) rules() ([]nbdserver.AccessRule, error) {
 		rules = append(rules, r)
 	}
 	return rules, nil
-}
-
-// listeners opens what to listen on. A supervisor's sockets go before flags.
-func (f *serveFlags) listeners() ([]net.Listener, error) {
-	if f.stdio {
-		return nil, nil
-	}
-	ls, err := nbdserver.Activated()
-	if err != nil || len(ls) > 0 {
-		f.activated = true
-		return ls, err
-	}
-	addresses := f.listen
-	if len(addresses) == 0 {
-		path, err := defaultSocket()
-		if err != nil {
-			return nil, err
-		}
-		addresses = []string{"unix:" + path}
-	}
-	for _, address := range addresses {
-		l, err := nbdserver.Listen(address)
-		if err == nil && f.tls.Certificate == "" && !f.insecure && !nbdserver.IsLocal(l.Addr()) {
-			err = errors.Join(usagef("listen on %s: %w", l.Addr(), nbdserver.ErrNeedsTLS), l.Close())
-		}
-		if err != nil {
-			closeAll(ls)
-			return nil, err
-		}
-		ls = append(ls, l)
-	}
-	return ls, nil
-}
-
-func closeAll(ls []net.Listener) {
-	for _, l := range ls {
-		_ = l.Close()
-	}
-}
-
-// serving is a server at work.
-type serving struct {
-	*app
-	flags     serveFlags
-	catalog   *serve.Catalog
-	cache     *image.Cache
-	copies    *hydrate.Cache // nil without --hydrate
-	listeners []net.Listener
-	parent    int           // process that started this one
-	opening   time.Duration // that it took to open the repository
-	opened    time.Time     // when that was done
-}
-
-func (s *serving) run(ctx context.Context, cfg nbdserver.Config) error {
-	metrics, err := s.startMetrics(&cfg)
-	if err != nil {
-		return err
-	}
-	ctx, stop := context.WithCancel(ctx)
-	defer stop()
-	if s.flags.once {
-		cfg.LastLeft = stop
-	}
-	srv, err := nbdserver.New(cfg)
-	if err != nil {
-		metrics.close()
-		return usagef("%w", err)
-	}
-	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return s.catalog.Follow(ctx, s.flags.refresh) })
-	g.Go(func() error { return metrics.serve() })
-	for _, l := range s.listeners {
-		g.Go(func() error {
-			if err := srv.Serve(l); !errors.Is(err, nbdserver.ErrServerClosed) {
-				return err
-			}
-			return nil
-		})
-	}
-	if s.flags.stdio {
-		g.Go(func() error {
-			defer stop()
-			return s.serveStdio(srv)
-		})
-	}
-	if s.flags.parent {
-		g.Go(func() error {
-			if awaitParent(ctx, s.parent) == nil {
-				s.log.Info("the process that started this server has ended, and so does the server", "process", s.parent)
-				stop()
-			}
-			return nil
-		})
-	}
-	g.Go(func() error {
-		<-ctx.Done()
-		metrics.close()
-		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.flags.grace)
-		defer cancel()
-		if err := srv.Shutdown(grace); err != nil {
-			s.log.Warn("cut off clients that did not end in time", "timeout", s.flags.grace)
-		}
-		srv.Close()
-		return nil
-	})
-	if !s.flags.stdio {
-		// Standard output is that of the client who passes the socket, or a journal.
-		if !s.flags.activated {
-			if err := s.announce(metrics); err != nil {
-				stop()
-				return errors.Join(err, g.Wait())
-			}
-		}
-		s.log.Info("ready", "exports", s.catalog.Len(), "opening", s.opening, "after_opening", time.Since(s.opened))
-	}
-	err = g.Wait()
-	if s.flags.writable && s.flags.overlays.Keep {
-		if bytes, n := s.catalog.OverlayBytes(); n > 0 {
-			s.log.Info("overlays are kept", "directory", s.flags.overlays.Dir, "overlays", n, "bytes", bytes)
-		}
-	}
-	return err
-}
-
-func (s *serving) serveStdio(srv *nbdserver.Server) error {
-	in, ok1 := s.stdin.(*os.File)
-	out, ok2 := s.stdout.(*os.File)
-	if !ok1 || !ok2 {
-		return usagef("--stdio needs a socket or pipes as standard input and output")
-	}
-	c, err := nbdserver.Stdio(in, out)
-	if err != nil {
-		return err
-	}
-	return srv.ServeConn(c, true)
-}
-
-// loopbackIfBare makes an address that is a port only one of this machine.
-func loopbackIfBare(address string) string {
-	if !strings.Contains(address, ":") {
-		address = ":" + address
-	}
-	if strings.HasPrefix(address, ":") {
-		address = "127.0.0.1" + address
-	}
-	return address
 }

@@ -1,28 +1,39 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"fmt"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
 func newShowCommand(a *app) *cobra.Command {
-	return &cobra.Command{
+	var group bool
+	cmd := &cobra.Command{
 		Use:     "show POINT",
 		GroupID: groupKeep,
-		Short:   "Show all that is known of a recovery point",
-		Args:    cobra.ExactArgs(1),
+		Short:   "Show the details of a recovery point, or of a group",
+		Example: `  varve show shop/db@latest
+  varve show --group shop/vm@latest`,
+		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
+			if group {
+				return a.withRepository(ctx, func(repo *repository.Repository) error { return a.showGroup(ctx, repo, args[0]) })
+			}
 			return a.withRepository(ctx, func(repo *repository.Repository) error { return a.show(ctx, repo, args[0]) })
 		},
 	}
+	addGroupFlag(cmd, &group)
+	return cmd
 }
 
 // showResult is what "varve show -o json" prints.
@@ -32,7 +43,7 @@ type showResult struct {
 }
 
 func (a *app) show(ctx context.Context, repo *repository.Repository, name string) error {
-	cat, err := backup.List(ctx, repo, backup.ListOptions{Foreign: true})
+	cat, err := points.List(ctx, repo, points.ListOptions{Foreign: true})
 	if err != nil {
 		return err
 	}
@@ -40,31 +51,31 @@ func (a *app) show(ctx context.Context, repo *repository.Repository, name string
 	if err != nil {
 		return err
 	}
-	n, err := loadNotes(ctx, repo)
+	n, err := loadNotes(ctx, repo, cat)
 	if err != nil {
 		return err
 	}
 	res := showResult{pointView: n.view(p)}
 	if p.Foreign == "" {
-		if res.Record, err = backup.LoadRecord(ctx, repo, p); err != nil {
+		if res.Record, err = points.LoadRecord(ctx, repo, p); err != nil {
 			return err
 		}
 	}
 	return a.print(res, func(t *table) { writePoint(t, res, cat.ByID(p.Parent)) })
 }
 
-func writePoint(t *table, res showResult, parent *backup.Point) {
+func writePoint(t *table, res showResult, parent *points.Point) {
 	t.row("Name:", res.Name)
 	t.row("ID:", res.ID)
 	t.row("Cluster:", res.Cluster)
-	t.row("Kind:", res.Kind)
+	t.row("Kind:", cmp.Or(res.Content, res.Kind))
 	switch {
 	case parent != nil:
 		t.row("Parent:", parent.Name()+" ("+parent.ShortID()+")")
 	case res.Parent != "":
-		t.row("Parent:", shortID(res.Parent)+", deleted; nothing of it is missed")
+		t.row("Parent:", shortID(res.Parent)+", deleted; this point does not need it")
 	}
-	t.row("Size:", t.bytes(res.Size), res.Size)
+	t.row("Size:", bytesize.Exact(res.Size))
 	if rec := res.Record; rec != nil {
 		t.row("Generation:", rec.Generation)
 		if rec.Disk != nil {
@@ -83,14 +94,18 @@ func writePoint(t *table, res showResult, parent *backup.Point) {
 		default:
 			t.row("Lineage:", shortID(rec.Lineage))
 		}
-		t.row("Block size:", t.bytes(rec.BlockSize))
-		t.row("Changed blocks from:", rec.Source)
+		if !rec.IsStream() {
+			t.row("Block size:", t.bytes(rec.BlockSize))
+			t.row("Changed blocks from:", rec.Source)
+		}
 		for _, f := range rec.Fallbacks {
 			t.row("Fallback:", f.From+" to "+f.To, f.Reason)
 		}
 		t.row("Taken:", t.time(rec.Start), rec.End.Sub(rec.Start).Round(time.Millisecond))
 		t.row("Read:", t.bytes(rec.Stats.Read))
-		t.row("Changed:", t.bytes(rec.Stats.Changed), t.bytes(rec.Stats.Zero)+" of it zeroes")
+		if !rec.IsStream() {
+			t.row("Changed:", t.bytes(rec.Stats.Changed), t.bytes(rec.Stats.Zero)+" of it zeroes")
+		}
 		t.row("Uploaded:", t.bytes(rec.Stats.Uploaded))
 		for _, c := range []struct{ what, text string }{
 			{"Change ID:", rec.ChangeID}, {"Snapshot handle:", rec.SnapshotHandle}, {"Volume handle:", rec.VolumeHandle}, {"File system:", rec.FileSystem}, {"Varve:", rec.ToolVersion},
@@ -99,15 +114,20 @@ func writePoint(t *table, res showResult, parent *backup.Point) {
 				t.row(c.what, c.text)
 			}
 		}
-		if rec.NotCrashConsistent {
-			t.row("Consistency:", "none: the disk was written to while it was read")
-		}
+		writeConsistency(t, rec)
 		for _, r := range rec.ReadErrors {
-			t.row("Could not be read:", r.Offset, r.Offset+r.Length)
+			t.row("Could not be read:", r.Offset, r.End())
 		}
 		for _, n := range rec.Notes {
 			t.row("Note:", n)
 		}
+	}
+	if g := res.Group; g != nil {
+		incomplete := ""
+		if res.GroupIncomplete {
+			incomplete = ", incomplete"
+		}
+		t.row("Group:", fmt.Sprintf("%s (%s), of %s%s", g.Name, shortID(g.ID), count(len(g.Members), "member", "members"), incomplete))
 	}
 	if len(res.Pins) > 0 {
 		t.row("Pins:", strings.Join(res.Pins, ", "))
@@ -123,5 +143,39 @@ func writePoint(t *table, res showResult, parent *backup.Point) {
 	}
 	if q := res.Quarantined; q != nil {
 		t.row("Quarantined:", t.time(q.Since), q.Reason)
+	}
+}
+
+// writeConsistency shows how the moment of the point was made.
+func writeConsistency(t *table, rec *blocktree.Record) {
+	c := rec.Consistency
+	switch {
+	case rec.NotCrashConsistent && (c == nil || c.Detail == "" && len(c.Holds) == 0):
+		t.row("Consistency:", "none: the disk was written to while it was read")
+		return
+	case c == nil:
+		return
+	}
+	text := c.Level
+	if c.Method != "" {
+		text += ", by " + c.Method
+	}
+	if c.OneMoment {
+		text += ", one moment for the whole group"
+	}
+	t.row("Consistency:", text, c.Detail)
+	for _, h := range c.Holds {
+		proof := "proven to last beyond the moment"
+		if !h.Proven {
+			proof = "not proven to last beyond the moment"
+		}
+		held := ""
+		if h.Duration > 0 {
+			held = " for " + h.Duration.Round(time.Millisecond).String()
+		}
+		if h.Target != "" {
+			held = " in " + h.Target + held
+		}
+		t.row("Held:", h.Name+held+", "+proof, h.Detail)
 	}
 }

@@ -11,8 +11,11 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/fusefs/browse"
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/fusefs/files"
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
 func newStatCommand(a *app) *cobra.Command {
@@ -20,7 +23,7 @@ func newStatCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "stat POINT:/PATH...",
 		GroupID: groupRead,
-		Short:   "Show all that is known of files of a recovery point",
+		Short:   "Show the details of files in a recovery point",
 		Args:    cobra.MinimumNArgs(1),
 		RunE:    func(cmd *cobra.Command, args []string) error { return a.stat(cmd.Context(), args, stale) },
 	}
@@ -30,7 +33,7 @@ func newStatCommand(a *app) *cobra.Command {
 
 // statInfo is what "varve stat -o json" prints of a file.
 type statInfo struct {
-	fileInfo
+	files.Info
 	Point    string            `json:"point"`
 	Path     string            `json:"path"`
 	Inode    uint64            `json:"inode"`
@@ -40,22 +43,22 @@ type statInfo struct {
 	Created  *time.Time        `json:"birthTime,omitempty"`
 	Device   string            `json:"device,omitempty"`
 	Xattrs   map[string]string `json:"xattrs,omitempty"` // base64
-	// Damage is what of the file cannot be read: link target, attributes, the map of its
-	// content, entries of a directory. Content is not read for it.
+	// Damage lists what cannot be read: link target, attributes, the map of the content,
+	// entries of a directory. Content itself is not read.
 	Damage []string `json:"damage,omitempty"`
 }
 
 func (a *app) stat(ctx context.Context, args []string, stale bool) error {
 	list := []statInfo{}
-	err := a.eachFile(ctx, "stat", holdLate, args, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool, report *damageReport) error {
+	err := a.eachFile(ctx, "stat", disks.Late, args, stale, func(from *files.Point, fsys diskfs.FileSystem, name string, _ bool, report *damageReport) error {
 		e, err := browse.Lstat(fsys, name)
 		if err != nil {
-			return files.at(err)
+			return from.Explain(err)
 		}
 		s, err := statOf(e, func(what string, err error) error {
-			return report.fail(files.point.Name(), name, &browse.PartialError{Missing: what, Err: withoutPath(err)})
+			return report.fail(from.Name(), name, &browse.PartialError{Missing: what, Err: files.WithoutPath(err)})
 		})
-		s.Point = files.point.Name()
+		s.Point = from.Name()
 		list = append(list, s)
 		return err
 	})
@@ -70,7 +73,7 @@ func (a *app) stat(ctx context.Context, args []string, stale bool) error {
 			}
 			t.line("File: %s", shown)
 			t.line("  Mode: %s  Owner: %d:%d  Links: %d  Inode: %d", s.Mode, s.UID, s.GID, s.Links, s.Inode)
-			t.line("  Size: %d bytes, %s on disk", s.Size, t.bytes(s.Blocks*512))
+			t.line("  Size: %s, %s on disk", bytesize.Exact(s.Size), t.bytes(s.Blocks*512))
 			if s.Device != "" {
 				t.line("  Device: %s", s.Device)
 			}
@@ -88,19 +91,19 @@ func (a *app) stat(ctx context.Context, args []string, stale bool) error {
 	}))
 }
 
-// statOf gathers all that is known of a file; fail is told what of it cannot be read.
+// statOf collects all metadata of a file; fail is called for each part that cannot be read.
 func statOf(e *browse.Entry, fail func(what string, err error) error) (statInfo, error) {
 	st := e.Stat
-	f, err := describe(e)
+	f, err := files.Describe(e)
 	s := statInfo{
-		fileInfo: f, Path: rooted(e.Path), Inode: st.Ino, Blocks: st.Blocks,
+		Info: f, Path: files.Rooted(e.Path), Inode: st.Ino, Blocks: st.Blocks,
 		Accessed: st.Atime.UTC(), Changed: st.Ctime.UTC(),
 	}
 	damaged := func(what string, err error) error {
 		if err == nil {
 			return nil
 		}
-		s.Damage = append(s.Damage, what+": "+message(withoutPath(err)))
+		s.Damage = append(s.Damage, what+": "+message(files.WithoutPath(err)))
 		return fail(what, err)
 	}
 	if err := damaged("the target", err); err != nil {
@@ -110,7 +113,7 @@ func statOf(e *browse.Entry, fail func(what string, err error) error) (statInfo,
 		b := st.Btime.UTC()
 		s.Created = &b
 	}
-	if letter := typeLetter(st.Mode); letter == 'b' || letter == 'c' {
+	if letter := files.TypeLetter(st.Mode); letter == 'b' || letter == 'c' {
 		s.Device = fmt.Sprintf("%d:%d", st.Major, st.Minor)
 	}
 	attrs, err := e.Xattrs()

@@ -12,8 +12,10 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/fusefs/browse"
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/fusefs/files"
 )
 
 func newTreeCommand(a *app) *cobra.Command {
@@ -34,20 +36,20 @@ func newTreeCommand(a *app) *cobra.Command {
 }
 
 func (a *app) tree(ctx context.Context, arg string, depth int, stale bool) error {
-	return a.eachFile(ctx, "tree", holdLate, []string{arg}, stale, func(files *pointFiles, fsys diskfs.FileSystem, name string, _ bool, report *damageReport) error {
+	return a.eachFile(ctx, "tree", disks.Late, []string{arg}, stale, func(from *files.Point, fsys diskfs.FileSystem, name string, _ bool, report *damageReport) error {
 		if depth <= 0 || depth > maxTreeDepth {
 			depth = maxTreeDepth
 		}
-		d := &treeDrawer{damageReport: report, point: files.point.Name(), fsys: fsys, out: bufio.NewWriter(a.stdout), visited: browse.Visited{}}
+		d := &treeDrawer{damageReport: report, point: from.Name(), fsys: fsys, out: bufio.NewWriter(a.stdout), visited: browse.Visited{}}
 		e, err := browse.Lstat(fsys, name)
 		if err != nil {
-			return files.at(err)
+			return from.Explain(err)
 		}
 		if a.flags.output == "json" {
 			err = d.node(e, "", depth)
 			fmt.Fprintln(d.out)
 		} else {
-			fmt.Fprintln(d.out, quoted(d.point+":"+rooted(name)))
+			fmt.Fprintln(d.out, quoted(d.point+":"+files.Rooted(name)))
 			if err = d.draw(e, "", depth); err == nil {
 				fmt.Fprintf(d.out, "\n%d directories, %d files\n", d.dirs, d.others)
 			}
@@ -59,10 +61,10 @@ func (a *app) tree(ctx context.Context, arg string, depth int, stale bool) error
 	})
 }
 
-// maxTreeDepth bounds what a hostile image can make of a tree.
+// maxTreeDepth bounds the depth of a hostile image's tree.
 const maxTreeDepth = 1000
 
-// treeDrawer goes through a tree, past what cannot be read.
+// treeDrawer walks a tree and skips what cannot be read.
 type treeDrawer struct {
 	*damageReport
 	point   string
@@ -73,7 +75,7 @@ type treeDrawer struct {
 	dirs, others int
 }
 
-// below visits what is in a directory, if depth levels more than none are to be shown.
+// below visits the entries of a directory, to a depth of depth levels.
 func (d *treeDrawer) below(e *browse.Entry, depth int, visit func(c browse.Child, first, last bool) error) (err error) {
 	if !e.IsDir() || depth == 0 {
 		return nil
@@ -83,7 +85,7 @@ func (d *treeDrawer) below(e *browse.Entry, depth int, visit func(c browse.Child
 	}
 	dir, err := browse.ReadDir(d.ctx, e)
 	if err != nil {
-		return err //nolint:wrapcheck // names the path itself
+		return err
 	}
 	defer func() { err = errors.Join(err, dir.Close()) }()
 	if err := dir.Damage(); err != nil {
@@ -94,7 +96,7 @@ func (d *treeDrawer) below(e *browse.Entry, depth int, visit func(c browse.Child
 	n := 0
 	for c, err := range dir.All() {
 		if err != nil {
-			return err //nolint:wrapcheck // names the path itself
+			return err
 		}
 		if n++; c.Err != nil {
 			if err := d.fail(d.point, c.Path, c.Err); err != nil {
@@ -108,10 +110,10 @@ func (d *treeDrawer) below(e *browse.Entry, depth int, visit func(c browse.Child
 	return nil
 }
 
-// node prints the tree of JSON: an object as "varve ls -o json" has it, and in a directory
-// that holds something "children", an array of such objects.
+// node prints a tree as JSON: an object as "varve ls -o json" has it, and in a non-empty
+// directory "children", an array of such objects.
 func (d *treeDrawer) node(e *browse.Entry, indent string, depth int) error {
-	f, err := describe(e)
+	f, err := files.Describe(e)
 	if err != nil {
 		if err := d.fail(d.point, e.Path, err); err != nil {
 			return err
@@ -133,7 +135,7 @@ func (d *treeDrawer) node(e *browse.Entry, indent string, depth int) error {
 		if c.Err == nil {
 			return d.node(c.Entry, indent+"    ", depth-1)
 		}
-		if err := d.object(fileInfo{Name: c.Name(), Error: message(c.Err)}, indent+"    "); err != nil {
+		if err := d.object(files.Info{Name: c.Name(), Error: message(c.Err)}, indent+"    "); err != nil {
 			return err
 		}
 		fmt.Fprintf(d.out, "\n%s    }", indent)
@@ -147,7 +149,7 @@ func (d *treeDrawer) node(e *browse.Entry, indent string, depth int) error {
 }
 
 // object prints an object without its end.
-func (d *treeDrawer) object(f fileInfo, indent string) error {
+func (d *treeDrawer) object(f files.Info, indent string) error {
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)
 	enc.SetIndent(indent, "  ")
@@ -156,10 +158,10 @@ func (d *treeDrawer) object(f fileInfo, indent string) error {
 		return fmt.Errorf("print result: %w", err)
 	}
 	_, err := d.out.WriteString(strings.TrimSuffix(b.String(), "\n"+indent+"}\n"))
-	return err //nolint:wrapcheck // told when the output is flushed
+	return err
 }
 
-// draw draws what is below a directory.
+// draw draws the entries below a directory.
 func (d *treeDrawer) draw(e *browse.Entry, indent string, depth int) error {
 	return d.below(e, depth, func(c browse.Child, _, last bool) error {
 		branch, below := "├── ", "│   "

@@ -6,6 +6,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/varve-io/varve/blockdev"
 	"github.com/varve-io/varve/fusefs"
 )
 
@@ -16,13 +17,13 @@ func newUmountCommand(_ *app) *cobra.Command {
 		Aliases: []string{"unmount"},
 		GroupID: groupRead,
 		Short:   "Unmount what 'varve mount' mounted",
-		Long: `Unmount what 'varve mount' mounted; the process that serves it ends by itself.
-What a killed one left behind is cleaned up as well.`,
+		Long: `Unmount what 'varve mount' mounted; its process ends by itself. What a killed
+process left is removed too.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			unmount := fusefs.Unmount
 			if fusefs.IsKernelMount(args[0]) {
-				unmount = func(dir string, lazy bool) error { return fusefs.UnmountKernel(dir, lazy, nbdDevices{}) }
+				unmount = func(dir string, lazy bool) error { return fusefs.UnmountKernel(dir, lazy, blockdev.NBD{}) }
 			}
 			err := unmount(args[0], lazy)
 			if errors.Is(err, fusefs.ErrBusy) {

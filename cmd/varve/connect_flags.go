@@ -4,23 +4,24 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
-// connectFlags are what create and connect have in common. Their settings are
-// in the section "repo".
+// connectFlags are the common flags of create and connect. Their settings are in the section
+// "repo".
 type connectFlags struct {
 	cacheDirectory                 string
-	contentCache, metadataCache    byteSize
+	contentCache, metadataCache    bytesize.Value
 	noCache                        bool
-	upload, download               byteSize
+	upload, download               bytesize.Value
 	concurrentReads, concurrentPut int
 }
 
 func (c *connectFlags) add(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&c.cacheDirectory, "cache-directory", "", "parent directory of the cache (default below the user's cache directory)")
-	f.Var(&c.contentCache, "content-cache-size", "hard limit of the cache of blocks (default 4GiB; none for a local repository)")
-	f.Var(&c.metadataCache, "metadata-cache-size", "hard limit of the cache of indexes (default 2GiB; none for a local repository)")
+	f.StringVar(&c.cacheDirectory, "cache-directory", "", "parent directory of the cache (default in the user's cache directory)")
+	f.Var(&c.contentCache, "content-cache-size", "hard limit of the cache of blocks (default 4 GiB; none for a local repository)")
+	f.Var(&c.metadataCache, "metadata-cache-size", "hard limit of the cache of indexes (default 2 GiB; none for a local repository)")
 	f.BoolVar(&c.noCache, "no-cache", false, "keep no cache on disk")
 	f.Var(&c.upload, "max-upload-rate", "bytes per second sent to the storage, 0 for no limit")
 	f.Var(&c.download, "max-download-rate", "bytes per second read from the storage, 0 for no limit")

@@ -4,39 +4,31 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/fusefs/files"
 )
 
-// damageReport names what of files cannot be read, and has a command go on. Its methods
-// must not be called at once.
+// damageReport reports what cannot be read of files, so that a command continues. It is not
+// safe for concurrent use.
 type damageReport struct {
 	app    *app
-	ctx    context.Context //nolint:containedctx // lives for one command
+	ctx    context.Context // of one command
 	failed []error
 }
 
-// fail names what cannot be read. Where the storage does not answer, nothing else could be
-// read either: the error comes back.
+// fail reports what cannot be read. If the storage does not answer, it returns the error,
+// since nothing else could be read either.
 func (r *damageReport) fail(point, name string, err error) error {
 	if errors.Is(err, repository.ErrUnreachable) || r.ctx.Err() != nil {
 		return err
 	}
-	r.app.log.Error("cannot read", "file", point+":"+rooted(name), "error", withoutPath(err))
+	r.app.log.Error("cannot read", "file", point+":"+files.Rooted(name), "error", files.WithoutPath(err))
 	r.failed = append(r.failed, err)
 	return nil
 }
 
-// withoutPath is an error without the path that stands before it.
-func withoutPath(err error) error {
-	if path, ok := err.(*fs.PathError); ok { //nolint:errorlint // one within another error is part of its text
-		return path.Err
-	}
-	return err
-}
-
-// err is the error behind output that lacks what was named.
+// err returns the error of a command whose output lacks what was reported.
 func (r *damageReport) err() error {
 	if len(r.failed) == 0 {
 		return nil
@@ -53,5 +45,5 @@ func (e *unreadableError) Error() string {
 	return fmt.Sprintf("%d files or directories could not be read in full: they are named above; everything else is complete", len(e.causes))
 }
 
-// Unwrap gives all causes, for the exit code.
+// Unwrap returns all causes, for the exit code.
 func (e *unreadableError) Unwrap() []error { return e.causes }

@@ -57,8 +57,8 @@ func newDamagedEnv(t *testing.T) testEnv {
 	return env
 }
 
-// Damage hides itself only: an archive and a list of changes have all else, and what is
-// damaged is named at the end.
+// Damage hides nothing else: an archive and a list of changes have all the rest, and name
+// what is damaged at the end.
 func TestDamageHidesItselfOnly(t *testing.T) {
 	env := newDamagedEnv(t)
 	r := runVarve(t, env, "cp", "--tar", "shop/db@latest:/")

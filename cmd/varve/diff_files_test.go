@@ -9,15 +9,16 @@ import (
 	"testing"
 
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+	"github.com/varve-io/varve/fusefs/files"
 )
 
 // diffFilesOf runs "varve diff --files -o json".
-func diffFilesOf(t *testing.T, env testEnv, from, to string) []fileChange {
+func diffFilesOf(t *testing.T, env testEnv, from, to string) []files.Change {
 	t.Helper()
 	out := mustRun(t, env, "diff", "--files", from, to, "-o", "json").stdout
-	var list []fileChange
+	var list []files.Change
 	for dec := json.NewDecoder(strings.NewReader(out)); dec.More(); {
-		var c fileChange
+		var c files.Change
 		if err := dec.Decode(&c); err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
@@ -26,7 +27,7 @@ func diffFilesOf(t *testing.T, env testEnv, from, to string) []fileChange {
 	return list
 }
 
-func summary(list []fileChange) string {
+func summary(list []files.Change) string {
 	var out []string
 	for _, c := range list {
 		out = append(out, strings.TrimSpace(c.Change+" "+c.Path+" "+strings.Join(c.What, ",")))

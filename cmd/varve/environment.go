@@ -9,7 +9,7 @@ import (
 )
 
 // secretVariables are the ends of the names of varve's own variables that hold secrets.
-// Those that storages' own tools read (AWS_SECRET_ACCESS_KEY) are not varve's to take.
+// Variables of storages' own tools (AWS_SECRET_ACCESS_KEY) are left to them.
 var secretVariables = []string{
 	"PASSWORD", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "CREDENTIALS_JSON", "ACCOUNT_KEY", "SAS_TOKEN", "CLIENT_SECRET", "B2_KEY",
 }
@@ -19,9 +19,9 @@ func isSecretVariable(name string) bool {
 		slices.ContainsFunc(secretVariables, func(end string) bool { return strings.HasSuffix(name, end) })
 }
 
-// hideSecrets takes secrets out of the process's environment, so that the programs it
-// starts (a password command, fusermount3, mount, ssh) do not inherit them, and keeps the
-// process's memory, where keys are, out of core dumps.
+// hideSecrets removes secrets from the process's environment, so that the programs it starts
+// (a password command, fusermount3, mount, ssh) do not inherit them, and keeps the process's
+// memory, which holds keys, out of core dumps.
 func (a *app) hideSecrets() {
 	hidden := map[string]string{}
 	for _, variable := range os.Environ() {
@@ -40,6 +40,6 @@ func (a *app) hideSecrets() {
 		}
 		return lookup(name)
 	}
-	// 1, not 0: a dump that goes into a program is left out for the former only (core(5)).
+	// 1, not 0: only 1 also prevents a dump that is piped into a program (core(5)).
 	_ = unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{Cur: 1, Max: 1})
 }

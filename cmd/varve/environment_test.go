@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// TestSecretVariablesAreKnown: each setting that is a secret has a variable that is hidden.
+// TestSecretVariablesAreKnown: each secret setting has a variable that is hidden.
 func TestSecretVariablesAreKnown(t *testing.T) {
 	a := newApp()
 	newRootCommand(a)
@@ -30,7 +30,7 @@ func TestSecretVariablesAreKnown(t *testing.T) {
 	}
 }
 
-// TestChildrenInheritNoSecret has a password command print its environment and its limit of
+// TestChildrenInheritNoSecret: a password command prints its environment and its limit of
 // core dumps. The password comes from the variable for the new one.
 func TestChildrenInheritNoSecret(t *testing.T) {
 	env := newTestEnv(t)

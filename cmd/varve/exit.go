@@ -8,17 +8,27 @@ import (
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/cbt"
 	"github.com/varve-io/varve/backup/disk"
+	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/backup/hydrate"
+	"github.com/varve-io/varve/backup/imageio"
+	"github.com/varve-io/varve/backup/libvirt"
+	"github.com/varve-io/varve/backup/nbddisk"
 	"github.com/varve-io/varve/backup/overlay"
+	"github.com/varve-io/varve/backup/points"
+	"github.com/varve-io/varve/backup/qemu"
+	"github.com/varve-io/varve/backup/qemu/qmp"
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/backup/source"
+	"github.com/varve-io/varve/backup/target"
+	"github.com/varve-io/varve/blockdev/nbdattach"
 	"github.com/varve-io/varve/fusefs"
+	"github.com/varve-io/varve/internal/plain"
 	"github.com/varve-io/varve/internal/serve"
 	"github.com/varve-io/varve/nbdserver"
-	"github.com/varve-io/varve/nbdserver/nbdattach"
 )
 
-// Exit codes. docs/exit-codes.md tells users what they mean; scripts depend on
-// them, so a code never changes its meaning.
+// Exit codes, as documented in docs/exit-codes.md. Scripts depend on them: a code never
+// changes its meaning.
 const (
 	exitOK          = 0
 	exitFailure     = 1   // anything without a code of its own
@@ -38,8 +48,8 @@ type usageError struct{ err error }
 func (e *usageError) Error() string { return e.err.Error() }
 func (e *usageError) Unwrap() error { return e.err }
 
-// exitCodes is the one table from errors to exit codes. The first row that
-// matches by errors.Is decides; errors of a type are matched in exitCode.
+// exitCodes is the table from errors to exit codes. The first row that matches by errors.Is
+// decides; errors of a type are matched in exitCode.
 var exitCodes = []struct {
 	is   error
 	code int
@@ -58,21 +68,28 @@ var exitCodes = []struct {
 	{repository.ErrReplaced, exitRepository},
 	{repository.ErrPasswordChangeInterrupted, exitRepository},
 	{repository.ErrAlreadyExists, exitRefused},
-	{backup.ErrNoSuchPoint, exitNotFound},
-	{backup.ErrAmbiguous, exitNotFound},
-	{backup.ErrLeased, exitRefused},
+	{points.ErrNoSuchPoint, exitNotFound},
+	{points.ErrAmbiguous, exitNotFound},
+	{points.ErrLeased, exitRefused},
 	{backup.ErrPinned, exitRefused},
+	{backup.ErrPartOfGroup, exitRefused},
+	{backup.ErrIncompleteGroup, exitDamaged},
 	{errDeclined, exitRefused},
 	{backup.ErrEmptyPolicy, exitUsage},
 	{repository.ErrNotOwner, exitRefused},
-	{backup.ErrDamaged, exitDamaged},
+	{points.ErrDamaged, exitDamaged},
 	{repository.ErrContentMissing, exitDamaged},
 	{repository.ErrContentCorrupt, exitDamaged},
 	{repository.ErrReadOnly, exitRefused},
+	{repository.ErrDenied, exitRefused},
 	{backup.ErrVerify, exitDamaged},
 	{backup.ErrWrongParent, exitRefused},
 	{backup.ErrOtherDisk, exitRefused},
 	{backup.ErrShrunk, exitRefused},
+	{backup.ErrStreamLength, exitRefused},
+	{backup.ErrEmptyStream, exitRefused},
+	{points.ErrStream, exitUsage},
+	{backup.ErrTooLarge, exitRefused},
 	{backup.ErrSourceLied, exitRefused},
 	{cbt.ErrBaseMismatch, exitRefused},
 	{cbt.ErrVolumeMismatch, exitRefused},
@@ -87,6 +104,27 @@ var exitCodes = []struct {
 	{backup.ErrOtherRestore, exitRefused},
 	{backup.ErrTargetTooSmall, exitRefused},
 	{errTargetExists, exitRefused},
+	{target.ErrExists, exitRefused},
+	{target.ErrFormat, exitUsage},
+	{nbddisk.ErrReadOnly, exitRefused},
+	{nbddisk.ErrTooSmall, exitRefused},
+	{nbddisk.ErrNoBitmap, exitNotFound},
+	{nbddisk.ErrOtherDisk, exitRefused},
+	{imageio.ErrSize, exitRefused},
+	{imageio.ErrHidden, exitRefused},
+	{imageio.ErrReadOnly, exitRefused},
+	{imageio.ErrTooSmall, exitRefused},
+	{qemu.ErrLocked, exitRefused},
+	{qemu.ErrLeadsOut, exitRefused},
+	{qemu.ErrImage, exitRefused},
+	{source.ErrFormat, exitUsage},
+	{source.ErrNoTracking, exitUsage},
+	{source.ErrMachineBusy, exitRefused},
+	{source.ErrNoDisk, exitNotFound},
+	{qmp.ErrBusy, exitRefused},
+	{libvirt.ErrNoDomain, exitNotFound},
+	{errDomainExists, exitRefused},
+	{errNoDefinition, exitUsage},
 	{errOtherCluster, exitRefused},
 	{errNotPrivate, exitRefused},
 	{disk.ErrMounted, exitRefused},
@@ -98,8 +136,8 @@ var exitCodes = []struct {
 	{hydrate.ErrInUse, exitRefused},
 	{hydrate.ErrNotACache, exitRefused},
 	{overlay.ErrKept, exitRefused},
-	{serve.ErrPadded, exitRefused},
-	{serve.ErrNotPadded, exitRefused},
+	{disks.ErrPadded, exitRefused},
+	{disks.ErrNotPadded, exitRefused},
 	{serve.ErrNotWritable, exitUsage},
 	{nbdserver.ErrUnknownExport, exitNotFound},
 	{nbdattach.ErrWritable, exitUsage},
@@ -129,15 +167,14 @@ func exitCode(err error) int {
 	return exitFailure
 }
 
-// message is what a user reads of an error: one line, or one for each point that a name
-// may mean, and nothing that would do harm to a terminal, since names of files in it can
-// be a stranger's.
+// message returns the text of an error for the user: one line, or one per point that a name
+// may mean, safe for a terminal, since it may contain names of files from an untrusted disk.
 func message(err error) string {
 	lines := strings.Split(strings.TrimSpace(withoutRepeats(brief(err))), "\n")
 	for i, line := range lines {
-		lines[i] = printable(line)
+		lines[i] = plain.Text(line)
 	}
-	if errors.Is(err, backup.ErrAmbiguous) {
+	if errors.Is(err, points.ErrAmbiguous) {
 		return strings.Join(lines, "\n")
 	}
 	return strings.Join(lines, "; ")

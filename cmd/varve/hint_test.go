@@ -15,7 +15,7 @@ import (
 	"github.com/varve-io/varve/nbdserver/proto"
 )
 
-// An error of the system ends with what to do, unless whoever passed it on said so.
+// An error of the system ends with what to do, unless its text already says so.
 func TestHint(t *testing.T) {
 	_, missing := os.Open("/nowhere/at/all")
 	for _, c := range []struct {
@@ -24,7 +24,7 @@ func TestHint(t *testing.T) {
 	}{
 		{fmt.Errorf("open list: %w", missing), "check the path"},
 		{fmt.Errorf("open list: %w: give another one", missing), ""},
-		{&net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}, "nobody listens there"},
+		{&net.OpError{Op: "dial", Net: "tcp", Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}, "nothing listens there"},
 		{&net.DNSError{Err: "no such host", Name: "x"}, "spelling"},
 		{x509.UnknownAuthorityError{}, "authority"},
 		{fmt.Errorf("a/b@latest: %w: there are only zeroes", diskfs.ErrNotRecognised), "varve restore"},

@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// A shrunk, an emptied and another disk are refused, and what is accepted does not
-// push out the points of the disk before.
+// A shrunk, an emptied and another disk are refused, and an accepted one does not replace the
+// points of the disk before.
 func TestBackupOfAnotherDisk(t *testing.T) {
 	env, disk := newBackupEnv(t)
 	whole := contents(t, disk)

@@ -1,15 +1,20 @@
-// Command varve backs up block volumes into a Kopia repository and gives any
-// recovery point back at once, as a whole disk.
+// Command varve backs up block volumes into a Kopia repository and serves any recovery point
+// at once, as a whole disk.
 package main
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/signal"
 	"syscall"
 )
 
 func main() {
+	if err := checkAddressSpace(addressSpace()); err != nil {
+		fmt.Fprintf(os.Stderr, "varve: %v\n", err)
+		os.Exit(exitFailure)
+	}
 	ctx, stop := interruptible(context.Background())
 	a := newApp()
 	a.hideSecrets()
@@ -18,8 +23,8 @@ func main() {
 	os.Exit(code)
 }
 
-// interruptible returns a context that the first SIGINT or SIGTERM cancels, so
-// that commands end cleanly; the second ends the process at once.
+// interruptible returns a context that the first SIGINT or SIGTERM cancels, so that commands
+// end cleanly; the second ends the process at once.
 func interruptible(parent context.Context) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(parent)
 	signals := make(chan os.Signal, 2)

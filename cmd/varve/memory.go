@@ -8,13 +8,13 @@ import (
 	"strings"
 )
 
-// cgroupMemory is the file that holds the memory limit of the container that the
-// process runs in (Linux, cgroup v2); "max" for none.
+// cgroupMemory is the file with the memory limit of the process's container (Linux, cgroup
+// v2); "max" for none.
 const cgroupMemory = "/sys/fs/cgroup/memory.max"
 
-// boundMemory has the garbage collector keep the process below what its container
-// may take: without a bound the heap grows to twice of what is in use, and the
-// kernel kills the process. $GOMEMLIMIT, which Go reads by itself, goes first.
+// boundMemory makes the garbage collector keep the process below the limit of its container:
+// otherwise the heap grows to twice its live size, and the kernel kills the process.
+// $GOMEMLIMIT, which Go reads itself, takes precedence.
 func (a *app) boundMemory(container int64) {
 	if _, set := a.lookupEnv("GOMEMLIMIT"); set {
 		return
@@ -22,7 +22,7 @@ func (a *app) boundMemory(container int64) {
 	if container == 0 {
 		text, err := os.ReadFile(cgroupMemory)
 		if err != nil {
-			return // no container, or another kind of system
+			return // no container, or another system
 		}
 		container = parseMemoryMax(string(text))
 	}
@@ -32,8 +32,7 @@ func (a *app) boundMemory(container int64) {
 	}
 }
 
-// parseMemoryMax reads what the kernel says of a container's limit, in bytes; 0 for
-// none.
+// parseMemoryMax parses a container's limit as the kernel writes it, in bytes; 0 for none.
 func parseMemoryMax(text string) int64 {
 	n, err := strconv.ParseInt(strings.TrimSpace(text), 10, 64)
 	if err != nil || n < 0 {
@@ -42,8 +41,8 @@ func parseMemoryMax(text string) int64 {
 	return n
 }
 
-// memoryLimit leaves a tenth of the container's memory to what the garbage
-// collector does not count: threads, mapped indexes, files in memory.
+// memoryLimit reserves a tenth of the container's memory for what the garbage collector does
+// not count: threads, mapped indexes, files in memory.
 func memoryLimit(container int64) int64 {
 	if container <= 0 || container > math.MaxInt64/2 {
 		return 0

@@ -10,10 +10,13 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/points"
+	"github.com/varve-io/varve/blockdev"
+	"github.com/varve-io/varve/blockdev/nbdattach"
 	"github.com/varve-io/varve/fusefs"
 )
 
@@ -31,7 +34,7 @@ func (a *app) mountKernel(ctx context.Context, point, dir string, f mountFlags) 
 	if err != nil {
 		return err
 	}
-	cat, err := backup.List(ctx, repo, backup.ListOptions{Foreign: true})
+	cat, err := points.List(ctx, repo, points.ListOptions{Foreign: true})
 	if err != nil {
 		return err
 	}
@@ -49,8 +52,8 @@ func (a *app) mountKernel(ctx context.Context, point, dir string, f mountFlags) 
 		return err
 	}
 	defer func() { err = errors.Join(err, stopMetrics()) }()
-	// Before there is a watch: what that finds in the end is this process's own.
-	if err := fusefs.CleanKernel(dir, nbdDevices{a.log}); err != nil {
+	// Before the watch starts, which would clean up this mount.
+	if err := fusefs.CleanKernel(dir, blockdev.NBD{Log: a.log}); err != nil {
 		return err
 	}
 	stop, err := startWatch(dir)
@@ -58,7 +61,7 @@ func (a *app) mountKernel(ctx context.Context, point, dir string, f mountFlags) 
 		return err
 	}
 	defer func() { err = errors.Join(err, stop()) }()
-	m, err := tree.MountKernel(dir, f.partition, a.kernelDevices(f.loop))
+	m, err := tree.MountKernel(dir, f.partition, a.kernelDevices(f.loop, f.readTime))
 	if err != nil {
 		return err
 	}
@@ -69,8 +72,21 @@ func (a *app) mountKernel(ctx context.Context, point, dir string, f mountFlags) 
 	return waitMounted(ctx, m)
 }
 
-// startWatch runs a process that cleans up at dir when this one dies, however it
-// does: the kernel's mount and its device would stay otherwise. stop ends it.
+// kernelDevices chooses the device below a kernel mount: NBD if the driver is loaded, else
+// (nil) a loop device.
+func (a *app) kernelDevices(loop bool, readTime time.Duration) blockdev.Driver {
+	if loop {
+		return nil
+	}
+	if err := nbdattach.Available(); err != nil {
+		a.log.Debug("a loop device is used", "reason", err)
+		return nil
+	}
+	return blockdev.NBD{Log: a.log, ReadTimeout: readTime}
+}
+
+// startWatch runs a process that cleans up at dir when this one ends in any way: otherwise
+// the kernel's mount and its device would stay. stop ends it.
 func startWatch(dir string) (stop func() error, err error) {
 	full, err := filepath.Abs(dir)
 	if err != nil {
@@ -92,24 +108,24 @@ func startWatch(dir string) (stop func() error, err error) {
 	}, nil
 }
 
-// thisProgram runs this very program, even when the file was replaced since.
+// thisProgram runs this program, even if its file was replaced since.
 func thisProgram(args ...string) *exec.Cmd {
-	cmd := exec.Command("/proc/self/exe", args...) //nolint:gosec // this program
+	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // Ctrl-C is not for it
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // Ctrl-C must not end it
 	return cmd
 }
 
-// aside runs this program again for what the process that serves a tree must not do itself.
+// aside runs this program again for what a process that serves a tree must not do itself.
 type aside struct{}
 
 var _ fusefs.Aside = aside{}
 
-func (aside) MountLoop(image string, v fusefs.LoopVolume, dir string) error {
+func (aside) MountLoop(image string, v blockdev.LoopVolume, dir string) error {
 	return runAside(mountLoopName, "--type="+v.Type, fmt.Sprintf("--start=%d", v.Start), fmt.Sprintf("--length=%d", v.Length), "--", image, dir)
 }
 
-// Unmount has a watch that has nothing to wait for.
+// Unmount runs a watch that has nothing to wait for.
 func (aside) Unmount(dir string) error { return runAside(mountWatchName, "--", dir) }
 
 func runAside(args ...string) error {
@@ -125,15 +141,15 @@ func runAside(args ...string) error {
 
 const mountLoopName = "mount-loop"
 
-// newMountLoopCommand is for aside only.
+// newMountLoopCommand makes the hidden command of aside.
 func newMountLoopCommand() *cobra.Command {
-	var v fusefs.LoopVolume
+	var v blockdev.LoopVolume
 	cmd := &cobra.Command{
 		Use:    mountLoopName + " IMAGE DIR",
 		Hidden: true,
 		Args:   cobra.ExactArgs(2),
 		RunE: func(_ *cobra.Command, args []string) error {
-			return fusefs.MountLoop(args[0], v, args[1])
+			return blockdev.MountLoop(args[0], v, args[1])
 		},
 	}
 	fl := cmd.Flags()
@@ -145,8 +161,8 @@ func newMountLoopCommand() *cobra.Command {
 
 const mountWatchName = "mount-watch"
 
-// newMountWatchCommand is for startWatch only: it waits for the end of its standard
-// input, and cleans up at a directory.
+// newMountWatchCommand makes the hidden command of startWatch: it waits for the end of its
+// standard input, and then cleans up at a directory.
 func newMountWatchCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:    mountWatchName + " DIR",
@@ -157,9 +173,9 @@ func newMountWatchCommand() *cobra.Command {
 				return fmt.Errorf("watch over a mount: %w", err)
 			}
 			if !fusefs.IsKernelMount(args[0]) {
-				return nil // all is clean
+				return nil // all cleaned up
 			}
-			return fusefs.UnmountKernel(args[0], true, nbdDevices{})
+			return fusefs.UnmountKernel(args[0], true, blockdev.NBD{})
 		},
 	}
 }

@@ -15,8 +15,8 @@ import (
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
 
-// newKernelVolume backs the disk up under a name of its own, since loop devices are the whole
-// machine's, and gives what counts those over it.
+// newKernelVolume backs the disk up under a separate name, since loop devices belong to the
+// whole machine, and returns what counts those over it.
 func newKernelVolume(t *testing.T, env testEnv) (volume string, loops func() int) {
 	t.Helper()
 	volume = fmt.Sprintf("shop/kernel-%d-%s", os.Getpid(), strings.ToLower(t.Name()))
@@ -73,8 +73,8 @@ func TestKernelMountSurvivesNothing(t *testing.T) {
 	waitUntil(t, "the loop device goes", func() bool { return isEmpty(dir) && loops() == 0 })
 }
 
-// A partition is mounted from its place on the disk, and a signal ends the mount while files are
-// open.
+// A partition is mounted at its offset on the disk, and a signal ends the mount while files
+// are open.
 func TestKernelMountOfAPartition(t *testing.T) {
 	needFUSE(t)
 	diskfstest.NeedRoot(t)
@@ -113,8 +113,8 @@ dd if="$1.part" of="$1" bs=1M seek=2 conv=notrunc status=none`, "sh", image)
 	waitUntil(t, "the loop device goes", func() bool { return loops() == 0 && !fusefs.IsKernelMount(dir) })
 }
 
-// Where the process is killed and the one that watches over it as well, nobody is left to clean up
-// but the next 'varve umount' or 'varve mount --kernel' on the directory.
+// If both the process and its watch are killed, the next 'varve umount' or 'varve mount
+// --kernel' on the directory cleans up.
 func TestKernelMountIsCleanedUpLater(t *testing.T) {
 	needFUSE(t)
 	diskfstest.NeedRoot(t)
@@ -161,7 +161,7 @@ func TestKernelMountIsCleanedUpLater(t *testing.T) {
 	waitUntil(t, "the loop device goes", func() bool { return isEmpty(dir) && loops() == 0 })
 }
 
-// children lists the processes that a process has started.
+// children lists the child processes of a process.
 func children(t *testing.T, pid int) (list []int) {
 	t.Helper()
 	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
@@ -184,15 +184,15 @@ func children(t *testing.T, pid int) (list []int) {
 	return list
 }
 
-// A loop device that is not ours is let alone, whatever its file is called and wherever it is
-// mounted.
+// A loop device of another program is not touched, whatever its file is called and wherever
+// it is mounted.
 func TestKernelMountLeavesOtherLoopDevices(t *testing.T) {
 	needFUSE(t)
 	diskfstest.NeedRoot(t)
 	env := newFilesEnv(t)
 	program := buildVarve(t)
 	volume, loops := newKernelVolume(t, env)
-	image := filepath.Join(env["HOME"], "disk.img") // as ours are called
+	image := filepath.Join(env["HOME"], "disk.img") // the name that Varve uses
 	other, _ := diskfstest.Mount(t, image, "")
 	mark := filepath.Join(other, "mine")
 	if err := os.WriteFile(mark, []byte("mine"), 0o600); err != nil {
@@ -210,7 +210,7 @@ func TestKernelMountLeavesOtherLoopDevices(t *testing.T) {
 		}
 		check("after umount")
 	}
-	// Ours on top of it, killed, cleaned up, and unmounted.
+	// Varve's mount on top of it, killed, cleaned up, and unmounted.
 	cmd := start(t, env, program, "mount", "--kernel", "--loop", volume+"@latest", other)
 	waitUntil(t, "ours lies on top", func() bool { return fusefs.IsKernelMount(other) && loops() == 1 && !exists(mark) })
 	if err := cmd.Process.Kill(); err != nil {

@@ -7,8 +7,8 @@ import (
 	"github.com/varve-io/varve/fusefs"
 )
 
-// serveMountMetrics serves a tree's metrics at an address until stop is called; with an
-// empty address it does nothing.
+// serveMountMetrics serves a tree's metrics at an address until stop is called; with an empty
+// address it does nothing.
 func (a *app) serveMountMetrics(address string, tree *fusefs.FS) (stop func() error, err error) {
 	if address == "" {
 		return func() error { return nil }, nil

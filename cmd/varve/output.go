@@ -12,11 +12,12 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
-	"unicode"
 
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
+	"github.com/varve-io/varve/internal/bytesize"
+	"github.com/varve-io/varve/internal/plain"
 	"github.com/varve-io/varve/internal/progress"
 )
 
@@ -44,8 +45,7 @@ func (a *app) print(result any, write func(t *table)) error {
 	return nil
 }
 
-// jsonList prints the elements of a JSON array as they come, in the form that print
-// gives the whole.
+// jsonList prints the elements of a JSON array one by one, in the same form as print.
 type jsonList struct {
 	out  *bufio.Writer
 	some bool
@@ -71,11 +71,11 @@ func (l *jsonList) add(v any) error {
 	return nil
 }
 
-// end closes the array. After an error an array without elements is not printed.
+// end closes the array. After an error an empty array is not printed.
 func (l *jsonList) end(err error) error {
 	switch {
 	case l.some:
-		_, _ = l.out.WriteString("\n]\n") // Flush tells
+		_, _ = l.out.WriteString("\n]\n") // Flush reports it
 	case err == nil:
 		_, _ = l.out.WriteString("[]\n")
 	}
@@ -85,7 +85,7 @@ func (l *jsonList) end(err error) error {
 	return err
 }
 
-// tableRows is how many rows are aligned with each other at most.
+// tableRows is the maximum number of rows aligned together.
 const tableRows = 10_000
 
 // table aligns rows of cells in columns.
@@ -95,22 +95,22 @@ type table struct {
 	rows int
 }
 
-// row writes one row. Control characters in a cell, which might come from a
-// stranger's repository, do not reach the terminal.
+// row writes one row. Control characters in a cell, which may come from an untrusted
+// repository, do not reach the terminal.
 func (t *table) row(cells ...any) {
 	line := make([]string, len(cells))
 	for i, c := range cells {
-		line[i] = printable(fmt.Sprint(c))
+		line[i] = plain.Text(fmt.Sprint(c))
 	}
 	t.write(strings.Join(line, "\t"))
 	if t.rows++; t.rows%tableRows == 0 && t.err == nil {
-		t.err = t.w.Flush() // so that a table of any length takes no more memory
+		t.err = t.w.Flush() // to bound the memory of a table
 	}
 }
 
-// line writes text outside of the columns.
+// line writes text outside the columns.
 func (t *table) line(format string, args ...any) {
-	t.write(printable(fmt.Sprintf(format, args...)))
+	t.write(plain.Text(fmt.Sprintf(format, args...)))
 }
 
 func (t *table) write(s string) {
@@ -119,23 +119,14 @@ func (t *table) write(s string) {
 	}
 }
 
-func (t *table) bytes(n int64) string { return progress.FormatBytes(n) }
+func (t *table) bytes(n int64) string { return bytesize.Format(n) }
 
-// time shows a time as recovery points are named by it: UTC, to the second.
+// time formats a time as in names of recovery points: UTC, to the second.
 func (t *table) time(at time.Time) string {
 	if at.IsZero() {
 		return "-"
 	}
 	return at.UTC().Format("2006-01-02T15:04:05Z")
-}
-
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f || (r >= 0x80 && r < 0xa0) || unicode.Is(unicode.Bidi_Control, r) {
-			return '\ufffd'
-		}
-		return r
-	}, s)
 }
 
 // startOutput sets up logging and progress, both on stderr.
@@ -145,7 +136,7 @@ func (a *app) startOutput() error {
 
 	level := slog.LevelInfo
 	if isTerminal {
-		level = slog.LevelWarn // the bar tells the rest
+		level = slog.LevelWarn // the bar shows the rest
 	}
 	if a.flags.logLevel != "" {
 		if err := level.UnmarshalText([]byte(a.flags.logLevel)); err != nil {
@@ -184,12 +175,12 @@ func (a *app) startOutput() error {
 	a.progress.Close()
 	a.progress = progress.New(show)
 	a.log = slog.New(newHandler(a.progress.Writer(a.stderr)))
-	slog.SetDefault(a.log) // what the packages below log goes the same way
+	slog.SetDefault(a.log) // for libraries that log to the default logger
 	return nil
 }
 
-// errorText logs an error as one line with its whole chain: Kopia's errors print a stack
-// trace for every frame they passed when they are formatted in full.
+// errorText logs an error as one line with its whole chain: Kopia's errors, formatted in
+// full, print a stack trace for every frame they passed.
 func errorText(_ []string, at slog.Attr) slog.Attr {
 	if err, ok := at.Value.Any().(error); ok {
 		at.Value = slog.StringValue(inFull(err))
@@ -197,8 +188,8 @@ func errorText(_ []string, at slog.Attr) slog.Attr {
 	return at
 }
 
-// isClosed tells whether a standard stream was closed when the process started. Go's runtime
-// opens /dev/null in place of such a one (runtime.checkfds), for reading and writing, which a
+// isClosed reports whether a standard stream was closed when the process started. Go's
+// runtime then opens /dev/null (runtime.checkfds) for reading and writing, which a
 // redirection to it does not.
 func isClosed(w io.Writer) bool {
 	f, ok := w.(*os.File)

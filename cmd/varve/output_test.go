@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"github.com/pkg/errors"
+
+	"github.com/varve-io/varve/internal/plain"
 )
 
 func TestErrorsAreLoggedInOneLine(t *testing.T) {
@@ -26,7 +28,7 @@ func TestNamesThatTurnTheLine(t *testing.T) {
 		if got := quoted(name); !strings.HasPrefix(got, `"invoice\u`) || strings.ContainsRune(got, c) {
 			t.Errorf("%U: %s", c, got)
 		}
-		if got := printable(name); strings.ContainsRune(got, c) {
+		if got := plain.Text(name); strings.ContainsRune(got, c) {
 			t.Errorf("%U is printed", c)
 		}
 	}

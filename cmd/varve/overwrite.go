@@ -10,14 +10,16 @@ import (
 
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/disk"
+	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/bytesize"
 	"github.com/varve-io/varve/internal/probe"
-	"github.com/varve-io/varve/internal/progress"
 )
 
-// contentsOf describes what stands on a device or in a file of size bytes; empty if that is nothing
-// known.
+// contentsOf describes the content of a device or a file of size bytes; empty if there is
+// nothing known.
 func contentsOf(r io.ReaderAt, size int64) (*probe.Contents, string, error) {
 	c, err := probe.ReadContents(r, size)
 	var table *probe.TableError
@@ -25,35 +27,42 @@ func contentsOf(r io.ReaderAt, size int64) (*probe.Contents, string, error) {
 	case errors.As(err, &table):
 		return &probe.Contents{}, "a damaged partition table (" + table.What + ")", nil
 	case err != nil:
-		return nil, "", err //nolint:wrapcheck // says what could not be read
+		return nil, "", err
 	}
 	return c, c.Describe(), nil
 }
 
-// refuseContents is the error of a command that would write over something unasked.
+// refuseContents returns the error of a command that would overwrite something without
+// --overwrite.
 func refuseContents(path, holds, advice string) error {
 	return fmt.Errorf("%w: %s holds %s: nothing was written; %s", errTargetExists, path, holds, advice)
 }
 
-// mayRestore refuses to write over what a target holds, unless it is what the restore is about: the
-// disk itself, or its base, which a delta or the rest of an interrupted restore is written to.
-func mayRestore(ctx context.Context, repo *repository.Repository, p *backup.Point, target *disk.Target, info fs.FileInfo, opt backup.RestoreOptions) error {
-	// With a journal the target is that of a restore that was interrupted.
+// mayRestore refuses to overwrite what a target holds, unless it is what the restore
+// replaces: the disk itself, or its base for a delta or the rest of an interrupted restore.
+func mayRestore(ctx context.Context, repo *repository.Repository, p *points.Point, target *disk.Target, info fs.FileInfo, opt backup.RestoreOptions) error {
+	// With a journal for it, the target is that of an interrupted restore.
 	interrupted := !opt.Delta && backup.JournalTarget(opt.Journal) == target.Identity()
 	if info.Mode().IsRegular() && info.Size() > 0 && !opt.Delta && !interrupted {
 		return fmt.Errorf("%w: %s: replace it with --overwrite, write only what differs with --delta, or choose another name", errTargetExists, target.Path())
 	}
 	have, holds, err := targetContents(target)
 	if err != nil {
-		return fmt.Errorf("%w: see what %s holds: %w; with --overwrite it is written to unseen", errTargetExists, target.Path(), err)
+		return fmt.Errorf("%w: read what %s holds: %w; --overwrite writes without that check", errTargetExists, target.Path(), err)
 	}
+	return mayRestoreOver(ctx, repo, p, target.Path(), have, holds, opt.Delta || interrupted, opt.Base)
+}
+
+// mayRestoreOver refuses to overwrite what a target holds, unless it is known to be the disk
+// of the point or its base, and same allows that.
+func mayRestoreOver(ctx context.Context, repo *repository.Repository, p *points.Point, path string, have *probe.Contents, holds string, same bool, base *points.Point) error {
 	if holds == "" {
 		return nil
 	}
-	if !opt.Delta && !interrupted {
-		return refuseContents(target.Path(), holds, "write over it with --overwrite, write only what differs with --delta, or choose another target")
+	if !same {
+		return refuseContents(path, holds, "write over it with --overwrite, write only what differs with --delta, or choose another target")
 	}
-	for _, known := range []*backup.Point{p, opt.Base} {
+	for _, known := range []*points.Point{p, base} {
 		if known == nil {
 			continue
 		}
@@ -65,15 +74,15 @@ func mayRestore(ctx context.Context, repo *repository.Repository, p *backup.Poin
 			return nil
 		}
 	}
-	return refuseContents(target.Path(), holds, "that is another disk than that of "+p.Name()+"; if it is to be lost use --overwrite, else choose another target")
+	return refuseContents(path, holds, "that is not the disk of "+p.Name()+"; to replace it use --overwrite, else choose another target")
 }
 
-// targetContents reads through another descriptor: a target is the size that it is to have, a file
-// may be longer or shorter.
+// targetContents reads through another descriptor: a target has the size that it will have, a
+// file may be longer or shorter.
 func targetContents(target *disk.Target) (*probe.Contents, string, error) {
 	f, err := os.Open(target.Path())
 	if err != nil {
-		return nil, "", err //nolint:wrapcheck // names the file
+		return nil, "", err
 	}
 	defer f.Close()
 	size, err := f.Seek(0, io.SeekEnd)
@@ -83,33 +92,33 @@ func targetContents(target *disk.Target) (*probe.Contents, string, error) {
 	return contentsOf(f, size)
 }
 
-// pointContents recognises what a point's disk holds; nothing where its partition table is damaged.
-func pointContents(ctx context.Context, repo *repository.Repository, p *backup.Point) (*probe.Contents, error) {
-	root, err := backup.OpenRoot(ctx, repo, p)
+// pointContents recognises what a point's disk holds; nothing if its partition table is
+// damaged.
+func pointContents(ctx context.Context, repo *repository.Repository, p *points.Point) (_ *probe.Contents, err error) {
+	cache := image.NewCacheWithWorkers(probeCacheBytes, 1)
+	defer cache.Close()
+	held := disks.New(repo, cache, disks.Options{Purpose: "restore", Lease: disks.Late, Streams: true})
+	defer func() { err = errors.Join(err, held.Close(context.WithoutCancel(ctx))) }()
+	d, err := held.Hold(ctx, p)
 	if err != nil {
 		return nil, err
 	}
-	cache := image.NewCacheWithWorkers(probeCacheBytes, 1)
-	defer cache.Close()
-	img, err := image.Open(repo, cache, root, p.Generation)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", p.Name(), err)
-	}
-	c, _, err := contentsOf(img, img.Size())
+	defer d.Release()
+	c, _, err := contentsOf(d.Image(), d.Size())
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", p.Name(), err)
 	}
 	return c, nil
 }
 
-// probeCacheBytes bounds the blocks kept while a disk is recognised.
+// probeCacheBytes bounds the cache while a disk is recognised.
 const probeCacheBytes = 16 << 20
 
-// mayOverwriteDevice refuses a device that holds anything known.
+// mayOverwriteDevice refuses a device with known content.
 func mayOverwriteDevice(path string) error {
 	f, err := os.Open(path)
 	if err != nil {
-		return nil //nolint:nilerr // opening it for writing says what is wrong
+		return nil // opening it for writing will report the error
 	}
 	defer f.Close()
 	size, err := f.Seek(0, io.SeekEnd)
@@ -118,7 +127,7 @@ func mayOverwriteDevice(path string) error {
 	}
 	_, holds, err := contentsOf(f, size)
 	if err != nil {
-		return fmt.Errorf("%w: see what %s holds: %w; with --overwrite it is written to unseen", errTargetExists, path, err)
+		return fmt.Errorf("%w: read what %s holds: %w; --overwrite writes without that check", errTargetExists, path, err)
 	}
 	if holds != "" {
 		return refuseContents(path, holds, "write over it with --overwrite, or choose another name")
@@ -126,12 +135,12 @@ func mayOverwriteDevice(path string) error {
 	return nil
 }
 
-// tailAdvice says what to know of a device that is larger than the disk that was restored to it.
+// tailAdvice returns advice about a device that is larger than the disk restored to it.
 func tailAdvice(path string, target io.ReaderAt, size, diskSize int64) []string {
 	if size <= diskSize {
 		return nil
 	}
-	lines := []string{fmt.Sprintf("the device is %s larger than the disk; what it has there was left as it is", progress.FormatBytes(size-diskSize))}
+	lines := []string{fmt.Sprintf("the device is %s larger than the disk; the rest of it was not changed", bytesize.Format(size-diskSize))}
 	disk, _, err := contentsOf(io.NewSectionReader(target, 0, diskSize), diskSize)
 	if err != nil {
 		return lines
@@ -142,7 +151,7 @@ func tailAdvice(path string, target io.ReaderAt, size, diskSize int64) []string 
 	return append(lines, growAdvice(path, disk)...)
 }
 
-// growAdvice says how what a disk holds takes the rest of a larger device.
+// growAdvice says how to grow what a disk holds to the end of a larger device.
 func growAdvice(path string, c *probe.Contents) []string {
 	switch {
 	case c.Table != nil && c.Table.Scheme == "gpt":

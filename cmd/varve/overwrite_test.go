@@ -26,7 +26,7 @@ func loopOf(t *testing.T, path string) string {
 	return device
 }
 
-// formatted makes a file with what a tool of the name writes into it.
+// formatted makes a file formatted by a tool.
 func formatted(t *testing.T, size int64, tool string, args ...string) string {
 	t.Helper()
 	if _, err := exec.LookPath(tool); err != nil {
@@ -82,14 +82,14 @@ func TestRestoreAsksBeforeADevice(t *testing.T) {
 			t.Errorf("%s: the device was changed (%v)", c.says, err)
 		}
 		r := mustRun(t, env, "restore", "shop/db@latest", device, "--overwrite", "--verify")
-		if !strings.Contains(r.stdout, "3.0 MiB larger than the disk") {
+		if !strings.Contains(r.stdout, "3 MiB larger than the disk") {
 			t.Errorf("nothing is said of the device's tail: %s", r.stdout)
 		}
 	}
 }
 
-// TestRestoreOntoItself writes a delta to a device that holds an older state of the disk, and a full
-// restore onto a blank one, without being told to.
+// TestRestoreOntoItself writes a delta to a device that holds an older state of the disk, and
+// a full restore onto a blank one, without --overwrite.
 func TestRestoreOntoItself(t *testing.T) {
 	env, _ := newBackupEnv(t)
 	disk := formatted(t, 4<<20, "mke2fs", "-q", "-F", "-t", "ext4")
@@ -109,18 +109,18 @@ func TestRestoreOntoItself(t *testing.T) {
 	if r := runVarve(t, env, "restore", "shop/fs@latest", device); r.code != exitRefused {
 		t.Errorf("a full restore over the same file system: exit code %d, %s", r.code, r.stderr)
 	}
-	// A file is no different.
+	// The same for a file.
 	other := formatted(t, 4<<20, "mke2fs", "-q", "-F", "-t", "ext4")
 	for _, args := range [][]string{{"--delta"}, {"--delta", "--base", "shop/fs@latest", "--verify-unchanged", "0"}} {
 		r := runVarve(t, env, append([]string{"restore", "shop/fs@latest", other}, args...)...)
-		if r.code != exitRefused || !strings.Contains(r.stderr, "another disk than that of shop/fs@") {
+		if r.code != exitRefused || !strings.Contains(r.stderr, "not the disk of shop/fs@") {
 			t.Errorf("%v onto another file system: exit code %d, %s", args, r.code, r.stderr)
 		}
 	}
 	mustRun(t, env, "restore", "shop/fs@latest", other, "--delta", "--overwrite", "--verify")
 }
 
-// TestRestoreTailHides tells of metadata at the end of a larger device that hides the disk.
+// TestRestoreTailHides warns of metadata at the end of a larger device that hides the disk.
 func TestRestoreTailHides(t *testing.T) {
 	env, _ := newBackupEnv(t)
 	disk := formatted(t, 4<<20, "mke2fs", "-q", "-F", "-t", "ext4")
@@ -140,7 +140,7 @@ func TestRestoreTailHides(t *testing.T) {
 	}
 }
 
-// TestJournalOfAnotherDevice: a journal counts only for the device that it is of.
+// TestJournalOfAnotherDevice: a journal counts only for its device.
 func TestJournalOfAnotherDevice(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "journal")
 	if got := backup.JournalTarget(path); got != "" {

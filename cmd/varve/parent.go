@@ -12,12 +12,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// parentPoll is how often the parent is looked at where the kernel cannot tell of its
-// end, before Linux 5.3.
+// parentPoll is how often the parent is checked if the kernel cannot report its end, before
+// Linux 5.3.
 const parentPoll = time.Second
 
-// awaitParent returns nil once the process that started this one, by its ID, has ended,
-// or ctx's error.
+// awaitParent returns nil when the process that started this one, by its ID, has ended, or
+// ctx's error.
 func awaitParent(ctx context.Context, parent int) error {
 	fd, err := unix.PidfdOpen(parent, unix.PIDFD_NONBLOCK)
 	if errors.Is(err, unix.EINVAL) { // before Linux 5.10
@@ -35,7 +35,7 @@ func awaitParent(ctx context.Context, parent int) error {
 	f := os.NewFile(uintptr(fd), "pidfd") // closed below, or by the end of ctx
 	defer f.Close()
 	if os.Getppid() != parent {
-		return nil // it ended before, and the ID may be another process's
+		return nil // it has ended, and the ID may be another process's
 	}
 	stop := context.AfterFunc(ctx, func() { _ = f.Close() })
 	defer stop()
@@ -69,8 +69,7 @@ func pollParent(ctx context.Context, parent int) error {
 	return nil
 }
 
-// bySystemd reports whether systemd started this process, which then lives for as long
-// as systemd wants it to.
+// bySystemd reports whether systemd started this process and so decides how long it lives.
 func (a *app) bySystemd() bool {
 	if pid, ok := a.lookupEnv("SYSTEMD_EXEC_PID"); ok && pid == strconv.Itoa(os.Getpid()) {
 		return true

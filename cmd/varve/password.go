@@ -16,11 +16,11 @@ import (
 	"github.com/varve-io/varve/internal/secret"
 )
 
-// passwordPurpose tells which password is asked for, and how.
+// passwordPurpose says which password is needed.
 type passwordPurpose struct {
 	prefix  string // of the settings: "" or "new-"
 	prompt  string
-	confirm bool // typed twice: nobody has proved it yet
+	confirm bool // typed twice: it has not been used yet
 }
 
 var (
@@ -31,9 +31,9 @@ var (
 
 var errNoPassword = errors.New("no repository password")
 
-// noPassword says what is wrong with the way to the password, and what to do. Without
-// the password of a repository that cannot be opened, and the exit code says so; a new
-// password is a matter of how varve was called.
+// noPassword returns the error about a password that could not be got, with what to do.
+// Without the password a repository cannot be opened, and the exit code says so; a missing
+// new password is an error of usage.
 func (p passwordPurpose) noPassword(why error, next string) error {
 	if p.prefix != "" {
 		return usagef("no new repository password: %w: %s", why, next)
@@ -41,13 +41,13 @@ func (p passwordPurpose) noPassword(why error, next string) error {
 	return fmt.Errorf("%w: %w: %s", errNoPassword, why, next)
 }
 
-// ways are those in which a password can be given.
+// ways lists the ways to give a password.
 func (p passwordPurpose) ways() string {
 	return fmt.Sprintf("give --%[1]spassword-file, --%[1]spassword-command or $%[2]s, or type it on a terminal", p.prefix, environmentOf("", p.prefix+"password"))
 }
 
-// addPasswordFlags adds the two ways to name a password on the command line;
-// the password itself is never there.
+// addPasswordFlags adds the two ways to refer to a password on the command line, which never
+// contains the password itself.
 func addPasswordFlags(f *pflag.FlagSet, prefix string, file, command *string) {
 	what := "the repository password"
 	if prefix != "" {
@@ -63,8 +63,8 @@ func addPasswordFlags(f *pflag.FlagSet, prefix string, file, command *string) {
 	}
 }
 
-// password finds a password: named on the command line, else in the
-// environment, else in the settings file, else asked for on a terminal.
+// password gets a password as the command line says, else from the environment, else from the
+// settings file, else from a terminal.
 func (a *app) password(ctx context.Context, purpose passwordPurpose) (string, error) {
 	file, command := a.flags.passwordFile, a.flags.passwordCommand
 	if purpose.prefix != "" {
@@ -76,7 +76,7 @@ func (a *app) password(ctx context.Context, purpose passwordPurpose) (string, er
 			p, err := secret.Line([]byte(p))
 			if err != nil {
 				name := environmentOf("", purpose.prefix+"password")
-				return "", purpose.noPassword(fmt.Errorf("$%s %w", name, err), "set it to the password, or unset it and give another way to it")
+				return "", purpose.noPassword(fmt.Errorf("$%s %w", name, err), "set it to the password, or unset it and give the password another way")
 			}
 			return p, nil
 		}
@@ -95,7 +95,7 @@ func (a *app) password(ctx context.Context, purpose passwordPurpose) (string, er
 	case file != "" && command != "":
 		return "", usagef("both %s and %s are given; give one", fileName, commandName)
 	case file != "":
-		return passwordFromFile(file, purpose)
+		return a.passwordFromFile(file, purpose)
 	case command != "":
 		return a.passwordFromCommand(ctx, command, purpose)
 	default:
@@ -103,8 +103,8 @@ func (a *app) password(ctx context.Context, purpose passwordPurpose) (string, er
 	}
 }
 
-func passwordFromFile(file string, purpose passwordPurpose) (string, error) {
-	p, err := readSecretFile(file)
+func (a *app) passwordFromFile(file string, purpose passwordPurpose) (string, error) {
+	p, err := a.readSecretFile(file)
 	if err != nil {
 		return "", purpose.noPassword(fmt.Errorf("password file: %w", err), "name a file that this user may read, with the password as its one line")
 	}
@@ -112,12 +112,13 @@ func passwordFromFile(file string, purpose passwordPurpose) (string, error) {
 }
 
 // readSecretFile reads one line from a file, without its line end.
-func readSecretFile(file string) (string, error) {
+func (a *app) readSecretFile(file string) (string, error) {
 	f, err := os.Open(file)
 	if err != nil {
 		return "", err
 	}
 	defer f.Close()
+	a.checkSecretFile(file)
 	p, err := io.ReadAll(io.LimitReader(f, secret.Max+1))
 	if err != nil {
 		return "", err
@@ -131,8 +132,8 @@ func readSecretFile(file string) (string, error) {
 
 func (a *app) passwordFromCommand(ctx context.Context, command string, purpose passwordPurpose) (string, error) {
 	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", command)
-	// It may ask for something itself. What is piped into varve is not for it: a list
-	// of extents, or the NBD client of --stdio.
+	// It may ask a question itself. What is piped into varve is not for it: a list of
+	// extents, or the NBD client of --stdio.
 	if in, ok := a.stdin.(*os.File); ok && term.IsTerminal(int(in.Fd())) {
 		cmd.Stdin = in
 	}
@@ -142,11 +143,11 @@ func (a *app) passwordFromCommand(ctx context.Context, command string, purpose p
 		if ctx.Err() != nil {
 			return "", context.Cause(ctx)
 		}
-		return "", purpose.noPassword(fmt.Errorf("the password command failed: %w", err), "run it by itself (sh -c) to see why; it has to print the password and end with 0")
+		return "", purpose.noPassword(fmt.Errorf("the password command failed: %w", err), "run it with sh -c to see why; it must print the password and exit with 0")
 	}
 	s, err := secret.Line(p)
 	if err != nil {
-		return "", purpose.noPassword(fmt.Errorf("what the password command printed %w", err), "it has to print the password, as one line, to standard output")
+		return "", purpose.noPassword(fmt.Errorf("what the password command printed %w", err), "it must print the password, as one line, to standard output")
 	}
 	return s, nil
 }
@@ -185,7 +186,7 @@ func (a *app) passwordFromTerminal(purpose passwordPurpose) (string, error) {
 	return p, nil
 }
 
-// configFile is where the connection to the repository is kept.
+// configFile returns the path of the connection to the repository.
 func (a *app) configFile() (string, error) {
 	file := a.flags.config // a flag, $VARVE_CONFIG or a setting
 	if file == "" {

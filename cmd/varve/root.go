@@ -39,17 +39,18 @@ import (
 // without any code in the command. Its test stands beside it and calls
 // runVarve (app_test.go).
 
-// app is what one run of varve knows: its streams, global flags and output.
+// app is the state of one run of varve: its streams, global flags and output.
 type app struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
 	lookupEnv      func(string) (string, bool)
-	hidden         []string // variables with secrets, which no child gets by itself
+	begun          bool     // a backup has begun to read its disk
+	hidden         []string // variables with secrets, which children do not inherit
 
 	flags struct {
 		config                              string
 		settings                            string
-		passwordFile                        string // an empty one was not given on the command line
+		passwordFile                        string // empty if not given on the command line
 		passwordCommand                     string // likewise
 		cluster                             string
 		output                              string
@@ -61,10 +62,11 @@ type app struct {
 	}
 
 	settings *settings         // the settings file, once read
-	secrets  []*secretSetting  // what storages keep secret (secrets.go)
+	secrets  []*secretSetting  // secrets of storages (secrets.go)
 	log      *slog.Logger      // to stderr
 	progress *progress.Display // to stderr
-	started  bool              // a command's own code ran: errors are no longer about usage
+	warned   map[string]bool   // files with secrets already warned of
+	started  bool              // a command's own code has run: errors are not about usage
 }
 
 func newApp() *app {
@@ -96,10 +98,10 @@ func (a *app) run(ctx context.Context, args []string) int {
 	}
 	code := exitCode(err)
 	next := ""
-	if h := hint(err); h != "" && code == exitFailure { // errors with a code of their own say it
+	if h := hint(err); h != "" && code == exitFailure { // errors with a code of their own include advice
 		next = ": " + h
 	}
-	fmt.Fprintf(a.stderr, "varve: %s\n", whatStays(cmd.CommandPath(), code, message(err)+next))
+	fmt.Fprintf(a.stderr, "varve: %s\n", whatStays(cmd.CommandPath(), code, a.begun, message(err)+next))
 	if text := inFull(err); a.flags.verbose && text != message(err) {
 		fmt.Fprintf(a.stderr, "varve: in full: %s\n", text)
 	}
@@ -115,12 +117,12 @@ func (a *app) run(ctx context.Context, args []string) int {
 func newRootCommand(a *app) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "varve",
-		Short: "Block backup into a Kopia repository, every recovery point a whole disk at once",
+		Short: "Block backup to a Kopia repository; every recovery point is a whole disk",
 		Long: `Varve backs up block volumes into a Kopia repository, as a full and then as
-changed-block increments. Every recovery point can be read at once as a whole
-disk, without being rebuilt first.
+changed-block increments. Every recovery point can be used at once as a whole
+disk, without a restore.
 
-Every flag can also be given by environment (shown in brackets) or in a
+Every flag can also be set in the environment (shown in brackets) or in a
 settings file (--from-file, YAML or JSON). Flags win over the environment, the
 environment over the file. Secrets are never flags.`,
 		SilenceUsage:      true,
@@ -133,7 +135,7 @@ environment over the file. Secrets are never flags.`,
 	root.SetErr(a.stderr)
 	root.SetVersionTemplate("varve {{.Version}}\n")
 	root.SetFlagErrorFunc(flagError)
-	root.DisableSuggestions = true // cobra's are on lines of their own
+	root.DisableSuggestions = true // cobra's are on separate lines
 	root.SuggestionsMinimumDistance = 2
 
 	f := root.PersistentFlags()
@@ -151,12 +153,13 @@ environment over the file. Secrets are never flags.`,
 		&cobra.Group{ID: groupRepository, Title: "Repository:"},
 		&cobra.Group{ID: groupBackup, Title: "Backup and restore:"},
 		&cobra.Group{ID: groupRead, Title: "Reading recovery points:"},
-		&cobra.Group{ID: groupKeep, Title: "Looking after recovery points:"},
+		&cobra.Group{ID: groupKeep, Title: "Managing recovery points:"},
 		&cobra.Group{ID: groupKubernetes, Title: "Kubernetes:"},
 	)
 	root.AddCommand(
 		newAttachCommand(a),
 		newBackupCommand(a),
+		newSourceCommand(a),
 		newCatCommand(a),
 		newCommitCommand(a),
 		newControllerCommand(a),
@@ -165,6 +168,7 @@ environment over the file. Secrets are never flags.`,
 		newDiffCommand(a),
 		newFindCommand(a),
 		newForgetCommand(a),
+		newGuestFreezeCommand(),
 		newListCommand(a),
 		newLsCommand(a),
 		newMaintenanceCommand(a),
@@ -200,12 +204,12 @@ const (
 	groupKubernetes = "kubernetes"
 )
 
-// instrument prepares every command below c: flags learn their environment
-// variables, and errors before a command's own code are told apart.
+// instrument prepares every command below c: flags get their environment variables, and
+// errors before a command's own code are errors of usage.
 func (a *app) instrument(c *cobra.Command) {
 	describeEnvironment(c)
 	if c.HasParent() && !c.Runnable() {
-		// Cobra would print help and succeed, whatever the word after it.
+		// Cobra would print help and succeed for any word.
 		c.SuggestionsMinimumDistance = 2
 		c.RunE = func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {
@@ -236,7 +240,11 @@ func (a *app) prepare(cmd *cobra.Command) error {
 	if a.flags.output != "table" && a.flags.output != "json" {
 		return usagef("--output is table or json, not %q", a.flags.output)
 	}
-	return a.startOutput()
+	if err := a.startOutput(); err != nil {
+		return err
+	}
+	a.checkSettingsFile()
+	return nil
 }
 
 func usagef(format string, args ...any) error {
@@ -245,16 +253,21 @@ func usagef(format string, args ...any) error {
 
 // openRepository opens the connected repository. The caller closes it.
 func (a *app) openRepository(ctx context.Context) (*repository.Repository, error) {
+	return a.openRepositoryBy(ctx, repository.Open)
+}
+
+func (a *app) openRepositoryBy(ctx context.Context, open func(context.Context, repository.OpenOptions) (*repository.Repository, error)) (*repository.Repository, error) {
 	config, err := a.configFile()
 	if err != nil {
 		return nil, err
 	}
 	if err := repository.Connected(config); err != nil {
-		return nil, err // before a password is asked for in vain
+		return nil, err // before asking for a password in vain
 	}
+	a.checkSecretFile(config)
 	password, err := a.password(ctx, existingPassword)
 	if err != nil {
 		return nil, err
 	}
-	return repository.Open(ctx, repository.OpenOptions{ConfigFile: config, Password: password, Log: a.log})
+	return open(ctx, repository.OpenOptions{ConfigFile: config, Password: password, Log: a.log})
 }

@@ -30,7 +30,7 @@ func TestUsageErrorsHaveTheirExitCode(t *testing.T) {
 	}
 }
 
-// TestGroupsOfCommandsShowTheirHelp has a command that only has others below it.
+// TestGroupsOfCommandsShowTheirHelp calls commands that only have subcommands.
 func TestGroupsOfCommandsShowTheirHelp(t *testing.T) {
 	if r := mustRun(t, newTestEnv(t), "repo", "--help"); !strings.Contains(r.stdout, "change-password") {
 		t.Errorf("help of repo: %q", r.stdout)

@@ -6,12 +6,12 @@ import (
 	"github.com/varve-io/varve/internal/secret"
 )
 
-// secretSetting is a setting that must not stand on a command line, where every user
-// of the machine could read it: it is taken from --<name>-file, from the
-// environment, or from the settings file.
+// secretSetting is a setting that must not be on a command line, which every user of the
+// machine can read: it is read from --<name>-file, from the environment, or from the settings
+// file.
 type secretSetting struct {
 	section, name string
-	also          []string // further variables, as the storage's own tools name them
+	also          []string // more variables, of the storage's own tools
 	file          string   // --<name>-file
 	into          *string
 }
@@ -34,11 +34,11 @@ func (a *app) addSecret(cmd *cobra.Command, into *string, section, name, usage s
 	return s
 }
 
-// readSecrets fills in the secrets given.
+// readSecrets sets the secrets that were given.
 func (a *app) readSecrets(secrets []*secretSetting) error {
 	for _, s := range secrets {
 		if s.file != "" {
-			v, err := readSecretFile(s.file)
+			v, err := a.readSecretFile(s.file)
 			if err != nil {
 				return usagef("%s: %w", s.name, err)
 			}

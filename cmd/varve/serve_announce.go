@@ -6,7 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/nbdserver"
 	"github.com/varve-io/varve/nbdserver/nbdclient"
 )
@@ -19,7 +19,7 @@ type serveView struct {
 	Metrics   string         `json:"metrics,omitempty"`
 }
 
-// listenerView is how to reach one listener.
+// listenerView says how to reach one listener.
 type listenerView struct {
 	Address string `json:"address"`
 	// URI names the newest recovery point; the name in it may be replaced.
@@ -27,14 +27,14 @@ type listenerView struct {
 	Commands map[string]string `json:"commands"` // by client
 }
 
-// clients is the order in which commands are shown.
+// clients are the clients whose commands are shown, in order.
 var clients = []string{"nbdinfo", "nbdcopy", "qemu-img", "nbd-client"}
 
-// announce tells where the server is and lines to paste.
+// announce prints the addresses of the server and commands to paste.
 func (s *serving) announce(m *metricsServer) error {
-	names, points := s.catalog.Points()
-	view := serveView{Exports: len(points), Writable: s.flags.writable, Metrics: m.url(), Listeners: []listenerView{}}
-	example := exampleName(names, points)
+	names, pts := s.catalog.Points()
+	view := serveView{Exports: len(pts), Writable: s.flags.writable, Metrics: m.url(), Listeners: []listenerView{}}
+	example := exampleName(names, pts)
 	for _, l := range s.listeners {
 		view.Listeners = append(view.Listeners, s.listener(l.Addr(), example))
 	}
@@ -45,7 +45,7 @@ func (s *serving) announce(m *metricsServer) error {
 		}
 		t.line("Serving %s over NBD, %s.", count(view.Exports, "recovery point", "recovery points"), kind)
 		if view.Exports == 0 {
-			t.line("There is none yet of what was asked for; new ones appear by themselves. See: varve list")
+			t.line("None of the requested points exists yet; new ones appear by themselves. See: varve list")
 		}
 		if view.Metrics != "" {
 			t.line("Metrics: %s", view.Metrics)
@@ -60,19 +60,19 @@ func (s *serving) announce(m *metricsServer) error {
 	})
 }
 
-// exampleName is a name that a user may paste: the newest point's volume
-// @latest, or the name of the only point.
-func exampleName(names []string, points []*backup.Point) string {
+// exampleName returns a name that a user may paste: the newest point's volume @latest, or the
+// name of the only point.
+func exampleName(names []string, pts []*points.Point) string {
 	newest := -1
-	for i, p := range points {
-		if newest < 0 || p.Time.After(points[newest].Time) {
+	for i, p := range pts {
+		if newest < 0 || p.Time.After(pts[newest].Time) {
 			newest = i
 		}
 	}
 	if newest < 0 {
 		return "NAMESPACE/NAME@latest"
 	}
-	if len(points) == 1 || points[newest].Foreign != "" {
+	if len(pts) == 1 || pts[newest].Foreign != "" {
 		return names[newest]
 	}
 	return names[newest][:strings.LastIndexByte(names[newest], '@')] + "@latest"
@@ -93,7 +93,7 @@ func (s *serving) listener(addr net.Addr, export string) listenerView {
 		qemu = "server.type=unix,server.path=" + u.Address
 	case *net.TCPAddr:
 		host := a.IP.String()
-		if a.IP.IsUnspecified() { // all addresses: which one a client means is for the reader to say
+		if a.IP.IsUnspecified() { // all addresses: the user has to choose one
 			host = "SERVER"
 			if !tls {
 				host = "127.0.0.1"
@@ -104,7 +104,7 @@ func (s *serving) listener(addr net.Addr, export string) listenerView {
 		direct = host + " " + port
 		qemu = "server.type=inet,server.host=" + host + ",server.port=" + port
 	}
-	const certificates = "CERTIFICATES" // the directory as libnbd and qemu have it
+	const certificates = "CERTIFICATES" // the directory in the form of libnbd and qemu
 	if tls {
 		u.Certificates = certificates
 	}

@@ -20,7 +20,7 @@ import (
 	"github.com/varve-io/varve/nbdserver/nbdclient"
 )
 
-// child is a server that a process of its own started, as a client does.
+// child is a server started by a separate process, as a client does.
 type child struct {
 	parent *exec.Cmd
 	pid    int
@@ -119,7 +119,7 @@ func (c *child) wantEnd(t *testing.T) {
 	t.Helper()
 	select {
 	case <-c.ended:
-	case <-time.After(time.Minute):
+	case <-time.After(5 * time.Minute):
 		t.Fatal("the server outlives its client")
 	}
 }
@@ -152,8 +152,8 @@ func enterSocket(t *testing.T, path string) *nbdclient.Export {
 	}
 }
 
-// A server that a client started ends with it, however it ends, and leaves the client's
-// standard output alone. One that a user or systemd started stays.
+// A server that a client started ends with the client, however that ends, and does not write
+// to the client's standard output. A server that a user or systemd started stays.
 func TestServeEndsWithItsClient(t *testing.T) {
 	env := newTestEnv(t)
 	mustRun(t, env, "repo", "create", "filesystem", "--path", filepath.Join(env["HOME"], "repo"))

@@ -17,14 +17,13 @@ import (
 	"github.com/varve-io/varve/nbdserver/nbdmetrics"
 )
 
-// metricsServer serves /metrics on a mux and a listener of its own. A nil one
-// serves nothing.
+// metricsServer serves /metrics on its own mux and listener. A nil one serves nothing.
 type metricsServer struct {
 	listener net.Listener
 	http     *http.Server
 }
 
-// startMetrics opens the listener, and has the NBD server counted.
+// startMetrics opens the listener, and registers the NBD server's counters.
 func (s *serving) startMetrics(cfg *nbdserver.Config) (*metricsServer, error) {
 	if s.flags.metrics == "" {
 		return nil, nil
@@ -40,7 +39,7 @@ func (s *serving) startMetrics(cfg *nbdserver.Config) (*metricsServer, error) {
 	return listenMetrics(s.flags.metrics, registry)
 }
 
-// listenMetrics opens the listener for what a registry gathers.
+// listenMetrics opens the listener for the metrics of a registry.
 func listenMetrics(address string, registry *prometheus.Registry) (*metricsServer, error) {
 	l, err := net.Listen("tcp", loopbackIfBare(address))
 	if err != nil {
@@ -51,7 +50,7 @@ func listenMetrics(address string, registry *prometheus.Registry) (*metricsServe
 	return &metricsServer{l, &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, WriteTimeout: time.Minute}}, nil
 }
 
-// metricCollector registers metrics whose values are asked for when they are read.
+// metricCollector registers metrics whose values are read at each scrape.
 type metricCollector struct{ prometheus.Registerer }
 
 func (r metricCollector) counter(name, help string, value func() float64) {
@@ -62,7 +61,7 @@ func (r metricCollector) gauge(name, help string, value func() float64) {
 	r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value))
 }
 
-// collectCache registers what a cache of blocks tells.
+// collectCache registers the metrics of a block cache.
 func (r metricCollector) collectCache(stats func() image.CacheStats) {
 	r.counter("varve_cache_hits_total", "Blocks that were in the cache, or on their way.",
 		func() float64 { return float64(stats().Hits) })
@@ -78,7 +77,7 @@ func (r metricCollector) collectCache(stats func() image.CacheStats) {
 		func() float64 { return float64(stats().MaxBytes) })
 }
 
-// collect registers what cache, catalogue and overlays tell.
+// collect registers the metrics of cache, catalogue and overlays.
 func (s *serving) collect(registry prometheus.Registerer) {
 	r := metricCollector{registry}
 	r.collectCache(s.cache.Stats)
@@ -87,7 +86,7 @@ func (s *serving) collect(registry prometheus.Registerer) {
 	r.gauge("varve_overlay_bytes", "Scratch space that overlays take.",
 		func() float64 { n, _ := s.catalog.OverlayBytes(); return float64(n) })
 	if s.copies != nil {
-		r.counter("varve_hydrate_filled_bytes_total", "Bytes of disks that arrived in local copies, zeroes included.",
+		r.counter("varve_hydrate_filled_bytes_total", "Bytes of disks copied to local files, zeroes included.",
 			func() float64 { return float64(s.copies.Stats().Filled) })
 		r.counter("varve_hydrate_read_bytes_total", "Bytes read from local copies.",
 			func() float64 { return float64(s.copies.Stats().Read) })
@@ -97,7 +96,7 @@ func (s *serving) collect(registry prometheus.Registerer) {
 			func() float64 { return float64(s.copies.Stats().Limit) })
 		r.gauge("varve_hydrate_disks", "Disks in use that have a local copy.",
 			func() float64 { return float64(s.copies.Stats().Open) })
-		r.gauge("varve_hydrate_disks_complete", "Those of them that are here as a whole.",
+		r.gauge("varve_hydrate_disks_complete", "Those of them with a complete copy.",
 			func() float64 { return float64(s.copies.Stats().Complete) })
 	}
 	r.gauge("varve_overlays", "Overlays in use.",

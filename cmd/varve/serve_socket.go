@@ -10,7 +10,7 @@ import (
 	"syscall"
 )
 
-// defaultSocket is a path that only this user can reach.
+// defaultSocket returns a path that only this user can reach.
 func defaultSocket() (string, error) {
 	dir := os.Getenv("XDG_RUNTIME_DIR")
 	switch {
@@ -26,11 +26,11 @@ func defaultSocket() (string, error) {
 	return filepath.Join(dir, "varve-nbd.sock"), nil
 }
 
-// errNotPrivate means that others can get at a directory that must be this user's only.
-var errNotPrivate = errors.New("it must be a directory of this user that nobody else may enter: remove it, or name another place by --listen or XDG_RUNTIME_DIR")
+// errNotPrivate means that other users can access a directory that must be private.
+var errNotPrivate = errors.New("it must be a directory that only this user may enter: remove it, or give another place with --listen or XDG_RUNTIME_DIR")
 
-// privateDirectory makes a directory, or makes sure that the one that is there was not
-// put there by somebody else, as anybody may in /tmp.
+// privateDirectory makes a directory, or checks that an existing one was not made by another
+// user, as any user can in /tmp.
 func privateDirectory(dir string) error {
 	if err := os.Mkdir(dir, 0o700); !errors.Is(err, fs.ErrExist) {
 		return err

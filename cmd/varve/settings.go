@@ -19,25 +19,24 @@ import (
 //	global flag --log-level         VARVE_LOG_LEVEL         log-level: debug
 //	flag --bucket of a command s3   VARVE_S3_BUCKET         s3: {bucket: b}
 //
-// where a command goes by its last word. A flag annotated with sectionKey
+// The section of a command is its last word. A flag annotated with sectionKey
 // belongs to that section instead, so that sibling commands share it.
 
 const (
 	sectionKey          = "varve-section"           // annotation: the section a flag belongs to
-	appliedElsewhereKey = "varve-applied-elsewhere" // annotation: code of its own weighs the flag's sources
+	appliedElsewhereKey = "varve-applied-elsewhere" // annotation: other code chooses between the flag's sources
 	settingsFlag        = "from-file"
 	environmentRoot     = "VARVE_"
 )
 
-// settings is a settings file: values of global flags, and sections of values
-// by command.
+// settings is a settings file: values of global flags, and sections of values by command.
 type settings struct {
 	file     string
 	global   map[string][]string
 	sections map[string]map[string][]string
 }
 
-// readSettings reads a settings file. JSON is read as the YAML it is.
+// readSettings reads a settings file in YAML, which includes JSON.
 func readSettings(file string) (*settings, error) {
 	p, err := os.ReadFile(file)
 	if err != nil {
@@ -94,7 +93,7 @@ func settingValues(n *yaml.Node) ([]string, error) {
 		var all []string
 		for _, e := range n.Content {
 			if e.Kind != yaml.ScalarNode {
-				return nil, errors.New("is a list of something else than plain values")
+				return nil, errors.New("is a list of values that are not plain")
 			}
 			all = append(all, e.Value)
 		}
@@ -104,8 +103,8 @@ func settingValues(n *yaml.Node) ([]string, error) {
 	}
 }
 
-// applySettings gives the flags of cmd that the command line did not set the
-// values that the environment or the settings file has for them.
+// applySettings sets the flags of cmd that the command line did not, from the environment or
+// the settings file.
 func (a *app) applySettings(cmd *cobra.Command) error {
 	if f := cmd.Flags().Lookup(settingsFlag); f != nil && !f.Changed {
 		if v, ok := a.lookupEnv(environmentName(cmd, f)); ok {
@@ -154,8 +153,7 @@ func (s *settings) lookup(section, name string) ([]string, bool) {
 	return v, ok
 }
 
-// check refuses names that no command knows: a typing error must not silently
-// leave a default in force.
+// check rejects unknown names: a typing error must not silently leave a default in force.
 func (s *settings) check(root *cobra.Command, secrets []*secretSetting) error {
 	known := map[string][]string{}
 	var walk func(c *cobra.Command)
@@ -198,8 +196,7 @@ func settable(f *pflag.Flag) bool {
 	return f.Name != "help" && f.Name != "version"
 }
 
-// flagSection is the section that a flag of cmd belongs to; empty for global
-// flags.
+// flagSection returns the section of a flag of cmd; empty for global flags.
 func flagSection(cmd *cobra.Command, f *pflag.Flag) string {
 	if s := f.Annotations[sectionKey]; len(s) == 1 {
 		return s[0]
@@ -221,7 +218,7 @@ func environmentOf(section, name string) string {
 	return environmentRoot + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
 }
 
-// describeEnvironment adds the name of its variable to each flag's usage.
+// describeEnvironment adds to each flag's usage the name of its variable.
 func describeEnvironment(cmd *cobra.Command) {
 	seen := map[*pflag.Flag]bool{}
 	add := func(f *pflag.Flag) {

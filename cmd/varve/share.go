@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// parseShare reads a part of a whole: 0.1%, or 0.001.
+// parseShare parses a share: 0.1%, or 0.001.
 func parseShare(s string) (float64, error) {
 	text, percent := strings.CutSuffix(strings.TrimSpace(s), "%")
 	x, err := strconv.ParseFloat(strings.TrimSpace(text), 64)

@@ -10,8 +10,8 @@ import (
 	"github.com/varve-io/varve/backup/repository"
 )
 
-// storageKind is a storage as a subcommand of create and connect. flags adds
-// its flags to cmd and returns what reads them, once they are set.
+// storageKind is a storage as a subcommand of create and connect. flags adds its flags to cmd
+// and returns the function that reads them once they are set.
 type storageKind struct {
 	name, short, example string
 	flags                func(a *app, cmd *cobra.Command) func() (repository.Storage, error)
@@ -58,13 +58,13 @@ func s3Flags(a *app, cmd *cobra.Command) func() (repository.Storage, error) {
 	f.StringVar(&s.AccessKeyID, "access-key-id", "", "access key ID; without one the machine's own role or environment (AWS_*) is used")
 	f.StringVar(&s.RoleARN, "role-arn", "", "role to assume")
 	f.StringVar(&s.SessionName, "role-session-name", "", "session name of the assumed role")
-	f.DurationVar(&s.RoleDuration, "role-duration", time.Hour, "how long the assumed role lasts before it is assumed anew")
-	f.StringVar(&s.RoleEndpoint, "role-endpoint", "https://sts.amazonaws.com", "endpoint that gives out the role")
+	f.DurationVar(&s.RoleDuration, "role-duration", time.Hour, "how long an assumed role is used before it is renewed")
+	f.StringVar(&s.RoleEndpoint, "role-endpoint", "https://sts.amazonaws.com", "endpoint that issues the role")
 	f.StringVar(&s.RoleRegion, "role-region", "", "region of the role")
 	f.BoolVar(&s.DisableTLS, "disable-tls", false, "use plain HTTP")
 	f.BoolVar(&s.DisableTLSVerification, "disable-tls-verification", false, "accept any certificate")
 	f.StringVar(&rootCA, "root-ca-file", "", "PEM file of the authorities to trust instead of the machine's")
-	f.StringVar(&pointInTime, "point-in-time", "", "see a versioned bucket as it was then, read-only (RFC 3339)")
+	f.StringVar(&pointInTime, "point-in-time", "", "read a versioned bucket as of this time (RFC 3339), read-only")
 	secrets := []*secretSetting{
 		a.addSecret(cmd, &s.SecretAccessKey, "s3", "secret-access-key", "the secret access key"),
 		a.addSecret(cmd, &s.SessionToken, "s3", "session-token", "the session token"),
@@ -74,8 +74,8 @@ func s3Flags(a *app, cmd *cobra.Command) func() (repository.Storage, error) {
 		if err := a.readSecrets(secrets); err != nil {
 			return nil, err
 		}
-		// The usual variables go together, so that a key given to varve is never
-		// paired with a secret of another one.
+		// The usual variables are used together, so that a key given to varve is never paired
+		// with another key's secret.
 		if s.AccessKeyID == "" && s.SecretAccessKey == "" {
 			s.AccessKeyID, _ = a.lookupEnv("AWS_ACCESS_KEY_ID")
 			s.SecretAccessKey, _ = a.lookupEnv("AWS_SECRET_ACCESS_KEY")

@@ -9,7 +9,7 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// unknownCommand is the error about a word that is no command of cmd.
+// unknownCommand returns the error about a word that is no command of cmd.
 func unknownCommand(cmd *cobra.Command, word string) error {
 	err := fmt.Sprintf("unknown command %q for %q", word, cmd.CommandPath())
 	if like := cmd.SuggestionsFor(word); len(like) > 0 {
@@ -18,7 +18,7 @@ func unknownCommand(cmd *cobra.Command, word string) error {
 	return usagef("%s", err)
 }
 
-// needsCommand is the error about a group of commands that was called without one.
+// needsCommand returns the error about a group of commands that was called without a command.
 func needsCommand(cmd *cobra.Command) error {
 	var names []string
 	for _, c := range cmd.Commands() {
@@ -29,13 +29,13 @@ func needsCommand(cmd *cobra.Command) error {
 	return usagef("%q needs one of: %s", cmd.CommandPath(), strings.Join(names, ", "))
 }
 
-// flagError adds what may have been meant to an error about flags.
+// flagError adds a suggestion to an error about flags.
 func flagError(cmd *cobra.Command, err error) error {
 	name, ok := strings.CutPrefix(err.Error(), "unknown flag: --")
 	if !ok {
 		return &usageError{err}
 	}
-	nearest, distance := "", 3 // a further one is another word
+	nearest, distance := "", 3 // a more distant one is another word
 	cmd.Flags().VisitAll(func(f *pflag.Flag) {
 		d := editDistance(name, f.Name)
 		if strings.HasPrefix(f.Name, name) {
@@ -51,8 +51,7 @@ func flagError(cmd *cobra.Command, err error) error {
 	return usagef("unknown flag --%s; did you mean --%s?", name, nearest)
 }
 
-// editDistance is how many letters have to be put in, left out or replaced to make b of a
-// (Levenshtein).
+// editDistance returns the Levenshtein distance of a and b.
 func editDistance(a, b string) int {
 	row := make([]int, len(b)+1)
 	for j := range row {
@@ -73,8 +72,8 @@ func editDistance(a, b string) int {
 	return row[len(b)]
 }
 
-// checkArgs runs a command's check of its arguments and says what is missing in the words
-// of its usage line, where cobra counts.
+// checkArgs runs a command's check of its arguments and names what is missing by the usage
+// line, where cobra counts.
 func checkArgs(cmd *cobra.Command, check cobra.PositionalArgs, args []string) error {
 	if i := slices.Index(args, ""); i >= 0 {
 		return usagef("argument %d is empty", i+1)

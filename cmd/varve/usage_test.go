@@ -5,8 +5,7 @@ import (
 	"testing"
 )
 
-// TestUsageErrors: what is wrong is said in words of varve's, on one line, with what may have
-// been meant.
+// TestUsageErrors: errors are in Varve's own words, on one line, with a suggestion.
 func TestUsageErrors(t *testing.T) {
 	env := newTestEnv(t)
 	for args, want := range map[string]string{
@@ -19,10 +18,10 @@ func TestUsageErrors(t *testing.T) {
 		"list --volum a/b":           "unknown flag --volum; did you mean --volume?",
 		"list --nothing-of-the-kind": "unknown flag --nothing-of-the-kind\n",
 		"backup":                     "name the disk to back up: a block device or an image file",
-		"backup -":                   "standard input is not a disk",
-		"backup a.img":               "name the volume that the disk is a state of: --volume NAMESPACE/NAME",
+		"backup -":                   "name the volume of the disk: --volume NAMESPACE/NAME",
+		"backup a.img":               "name the volume of the disk: --volume NAMESPACE/NAME",
 		"restore":                    "\"varve restore\" needs POINT TARGET",
-		"restore shop/db@latest":     "\"varve restore\" takes POINT TARGET, and got 1 argument",
+		"restore shop/db@latest":     "\"varve restore\" takes POINT TARGET..., and got 1 argument",
 		"version 1":                  "\"varve version\" takes no arguments, and got \"1\"",
 		"pin ":                       "argument 1 is empty",
 	} {

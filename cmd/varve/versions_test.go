@@ -58,7 +58,7 @@ func TestVersionsOfAFile(t *testing.T) {
 	}
 }
 
-// The states of a large file are told apart without reading it.
+// The states of a large file are distinguished without reading it.
 func TestVersionsReadLittle(t *testing.T) {
 	diskfstest.NeedTool(t, "mke2fs")
 	diskfstest.NeedTool(t, "debugfs")
@@ -93,7 +93,7 @@ func TestVersionsReadLittle(t *testing.T) {
 	}
 }
 
-// bytesRead is what this process has read so far, see proc_pid_io(5).
+// bytesRead returns what this process has read so far, see proc_pid_io(5).
 func bytesRead(t *testing.T) (n int64) {
 	t.Helper()
 	b, err := os.ReadFile("/proc/self/io")

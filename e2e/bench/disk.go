@@ -19,7 +19,7 @@ type bench struct {
 	cfg     config
 	disk    string  // 4 GiB ext4 with about 2 GiB of files
 	changes         // what a busy system changed of it
-	pages   changes // what databases alone change: pages of files that exist
+	pages   changes // what databases alone change: pages of existing files
 	maker   string  // program that makes many points
 	load    string  // before the run
 	results []result
@@ -28,7 +28,7 @@ type bench struct {
 // changes is a later state of the disk.
 type changes struct {
 	changed string // the image
-	extents string // the list of what changed, in bytes
+	extents string // the list of changes, in bytes
 	really  int64  // bytes of pages that differ
 }
 
@@ -55,7 +55,7 @@ func (b *bench) prepare() error {
 	return err
 }
 
-// change makes a copy of the disk, has do change its files, and lists what differs.
+// change makes a copy of the disk, changes its files by do, and lists what differs.
 func (b *bench) change(name string, do func(dir string) error) (changes, error) {
 	c := changes{changed: filepath.Join(b.cfg.dir, name+".img"), extents: filepath.Join(b.cfg.dir, name+".jsonl")}
 	if err := sh("cp", "--sparse=always", b.disk, c.changed); err != nil {
@@ -126,7 +126,7 @@ func fillTree(dir string) error {
 			return err
 		}
 	}
-	// A lean machine: what is missing is made, half of it compressible.
+	// On a small machine the rest is generated, half of it compressible.
 	rng := rand.New(rand.NewPCG(1, 1))
 	for n := 0; left > 0; n++ {
 		p := make([]byte, 32<<20)
@@ -147,7 +147,7 @@ func fillTree(dir string) error {
 func copyFile(from, to string) error {
 	src, err := os.Open(from)
 	if err != nil {
-		return nil //nolint:nilerr // unreadable: not needed
+		return nil
 	}
 	defer src.Close()
 	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
@@ -330,6 +330,5 @@ func sh(name string, args ...string) error {
 	return nil
 }
 
-// settle writes back what is dirty, so that one side's writes are not the
-// other's wait.
+// settle writes back dirty data, so that one side does not wait for the other's writes.
 func settle() { syscall.Sync() }

@@ -1,8 +1,8 @@
 // Command bench measures Varve beside its peers on one machine and writes the
 // table of docs/benchmarks.md. Every row runs both sides in turn, several
-// times, and gives medians; a peer is also run against itself, and a row whose
-// peer does not repeat within ten percent is marked. It needs root, for it makes
-// and mounts a real file system.
+// times, and gives medians; a peer is also run against itself, and a row whose peer does
+// not repeat within ten percent is marked. It needs root, since it makes and mounts a
+// real file system.
 package main
 
 import (
@@ -15,6 +15,7 @@ import (
 
 type config struct {
 	varve, kopia string
+	before       string // an older varve
 	dir          string
 	root         string // of the source tree
 	runs         int
@@ -28,6 +29,7 @@ func main() {
 	rows := flag.String("rows", "", "comma-separated rows to run (default all)")
 	flag.StringVar(&cfg.varve, "varve", os.Getenv("VARVE"), "varve binary")
 	flag.StringVar(&cfg.kopia, "kopia", os.Getenv("KOPIA"), "stock kopia binary")
+	flag.StringVar(&cfg.before, "before", "", "older varve binary for the rows \"before\", which compare the two")
 	flag.StringVar(&cfg.dir, "dir", "", "scratch directory with 20 GiB free (default below $TMPDIR or /var/tmp)")
 	flag.StringVar(&cfg.root, "root", "..", "source tree of Varve, to build the maker of many recovery points from")
 	flag.IntVar(&cfg.runs, "runs", 5, "runs of each side")

@@ -19,7 +19,7 @@ type sample struct {
 	stdout []byte
 }
 
-// env is what both programs get; passwords stay out of their arguments.
+// env is the environment of both programs; passwords stay out of their arguments.
 func (b *bench) env() []string {
 	return []string{
 		"HOME=" + b.cfg.dir, "PATH=" + os.Getenv("PATH"), "XDG_STATE_HOME=" + b.cfg.dir, "VARVE_PASSWORD=bench", "KOPIA_PASSWORD=bench",
@@ -69,8 +69,8 @@ func (b *bench) pair(ours, peer func() (sample, error)) (a, p []sample, err erro
 	return a, p, nil
 }
 
-// synced counts the time until path is on the disk to the run: one program may
-// sync what it wrote, and another leave it to the system.
+// synced includes in the run the time until path is on the disk: one program may sync its
+// writes, and another leave that to the system.
 func synced(s sample, err error, path string) (sample, error) {
 	if err != nil {
 		return s, err
@@ -100,7 +100,7 @@ func medianOf(all []sample, of func(sample) float64) float64 {
 func wallOf(s sample) float64 { return s.wall.Seconds() }
 func cpuOf(s sample) float64  { return s.cpu.Seconds() }
 
-// goal is what a row is to reach.
+// goal is the goal of a row.
 type goal struct {
 	text  string
 	limit float64
@@ -125,7 +125,7 @@ type result struct {
 	goal               goal
 	reached            bool
 	note               string
-	why                string // for a goal that is not reached
+	why                string // if the goal is missed
 }
 
 // faster makes a row out of two series: how many times faster ours is.

@@ -20,7 +20,7 @@ const chainDepth = 16
 // files compressed with zstd.
 type chain struct {
 	*site
-	raw string // what the newest of both reads as
+	raw string // content of the newest of both
 	top string // the newest qcow2 file
 }
 
@@ -59,8 +59,8 @@ func (b *bench) newChain() (*chain, error) {
 // clusterBytes is qcow2's unit.
 const clusterBytes = 64 << 10
 
-// addLayer puts a qcow2 file with the changed clusters on the chain, the first
-// with all.
+// addLayer adds a qcow2 file with the changed clusters to the chain, the first one with
+// all.
 func (c *chain) addLayer(n int, changed map[int64]bool) error {
 	next := filepath.Join(c.dir, fmt.Sprintf("layer-%d.qcow2", n))
 	if n == 0 {
@@ -188,11 +188,16 @@ func randomReads(uri string, args ...string) (float64, error) {
 			} `json:"read"`
 		} `json:"jobs"`
 	}
-	// fio may say something before its answer.
+	// fio may print something before its answer.
 	if err := json.Unmarshal(out[max(bytes.IndexByte(out, '{'), 0):], &doc); err != nil || len(doc.Jobs) != 1 {
 		return 0, fmt.Errorf("fio's answer: %d jobs, %w", len(doc.Jobs), err)
 	}
 	return doc.Jobs[0].Read.IOPS, nil
+}
+
+// readSet makes a server read and cache the measured set.
+func readSet(uri string, set []string) error {
+	return sh("fio", append([]string{"--name=w", "--ioengine=nbd", "--uri=" + uri, "--rw=read", "--bs=1M", "--iodepth=4", "--output=/dev/null"}, set...)...)
 }
 
 // fresh measures on a server started for each run.
@@ -245,7 +250,7 @@ func nbdRows(b *bench) ([]result, error) {
 	}
 	set := []string{"--size=256M", "--offset=64M"}
 	cached := func(uri string) (float64, error) {
-		if err := sh("fio", append([]string{"--name=w", "--ioengine=nbd", "--uri=" + uri, "--rw=read", "--bs=1M", "--iodepth=4", "--output=/dev/null"}, set...)...); err != nil {
+		if err := readSet(uri, set); err != nil {
 			return 0, err
 		}
 		return randomReads(uri, append(set, "--time_based", "--runtime=5")...)
@@ -266,8 +271,8 @@ func nbdRows(b *bench) ([]result, error) {
 	return append(out, r), nil
 }
 
-// walled takes a measured time for a sample; what the client costs in CPU says
-// nothing of the servers.
+// walled makes a sample of a measured time; the client's CPU time says nothing about the
+// servers.
 func walled(f func(uri string) (time.Duration, error)) func(uri string) (sample, error) {
 	return func(uri string) (sample, error) {
 		d, err := f(uri)
@@ -275,14 +280,14 @@ func walled(f func(uri string) (time.Duration, error)) func(uri string) (sample,
 	}
 }
 
-// times is a row of how long ours takes as a part of the peer's time.
+// times makes a row of our time as a fraction of the peer's.
 func times(work, peerName string, g goal, why string, ours, peer []sample) result {
 	r := slower(work, peerName, g, why, ours, peer)
 	r.cpu = "-"
 	return r
 }
 
-// rates runs both in turn and compares the medians of what they reach.
+// rates runs both in turn and compares the medians of their rates.
 func (b *bench) rates(ours, peer func() (float64, error)) (result, error) {
 	var a, p []float64
 	for range b.cfg.runs {

@@ -25,6 +25,10 @@ var allRows = []row{
 	{"nbd", nbdRows, true},
 	{"serve", serveRows, false},
 	{"files", fileRows, false},
+	{"image", imageRows, true},
+	{"far", farRows, false},
+	{"living", livingRows, false},
+	{"before", beforeRows, true},
 }
 
 const (
@@ -138,7 +142,7 @@ func incrementalBackup(b *bench) ([]result, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Each run is an increment of the same state, so the repositories are made anew.
+	// Each run is an increment of the same state, so the repositories are made again.
 	ours := func() (sample, error) {
 		s, err := b.newSite("--compression", sameCompressor)
 		if err != nil {
@@ -273,7 +277,7 @@ func (b *bench) metadataOf(tib int64) ([]result, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The second process made a full increment of nothing and one of one page.
+	// The second process made an empty increment and one of one page.
 	stored := after - before
 	g := atMost(0.1, "<= 0.1 MB")
 	out := []result{{
@@ -312,7 +316,7 @@ func memoryRows(b *bench) ([]result, error) {
 	if err := sparse(image, 256<<30); err != nil {
 		return nil, err
 	}
-	// 4 Mi blocks of 64 KiB, one in 32 with data of its own.
+	// 4 Mi blocks of 64 KiB, one in 32 with unique data.
 	const dots = 128 << 10
 	if err := dot(image, 2<<20, dots); err != nil {
 		return nil, err

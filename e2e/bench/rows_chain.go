@@ -92,7 +92,7 @@ func (b *bench) maintainChain(long, short *site, points int) ([]result, error) {
 			return b.varve(s.conf, "maintenance", "run", "--full", "--safety", "none")
 		}
 	}
-	// The first of each repacks what the flushes left; it can be had only from a copy.
+	// The first of each repacks what the flushes left; only a copy gives it.
 	first := func(s *site) func() (sample, error) {
 		return func() (sample, error) {
 			kept := s.varve + ".kept"

@@ -16,8 +16,8 @@ import (
 // servedPoints are the exports of one server.
 const servedPoints = 10_000
 
-// serveRows start "varve serve" over a repository of many points: how long
-// until it is ready, and what memory it takes once a client has listed all.
+// serveRows start "varve serve" over a repository of many points: how long until it is
+// ready, and its memory once a client has listed all.
 func serveRows(b *bench) ([]result, error) {
 	s, err := b.newSite()
 	if err != nil {
@@ -49,7 +49,7 @@ func serveRows(b *bench) ([]result, error) {
 	}, nil
 }
 
-// served is what one server tells of itself.
+// served is what one server reports of itself.
 type served struct {
 	opening, ready float64 // seconds
 	rss            int64
@@ -104,7 +104,7 @@ func (s *site) serveOnce() (served, error) {
 	return r, errors.Join(err, cmd.Wait())
 }
 
-// peakMemory is the most a running process ever had resident, in bytes.
+// peakMemory returns the peak resident set of a running process, in bytes.
 func peakMemory(pid int) (int64, error) {
 	status, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "status"))
 	if err != nil {

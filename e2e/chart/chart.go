@@ -15,14 +15,14 @@ import (
 	"helm.sh/helm/v3/pkg/releaseutil"
 )
 
-// Namespace and release that the plain manifests are rendered for.
+// Namespace and release for which the plain manifests are rendered.
 const (
 	Namespace = "varve-system"
 	Release   = "varve"
 )
 
-// PlainValues are those of the plain manifests: they bring their namespace. The admission
-// policy is in files of its own, as its API is another in each Kubernetes.
+// PlainValues are those of the plain manifests: they include their namespace. The
+// admission policy is in separate files, since its API depends on the Kubernetes version.
 func PlainValues() map[string]any {
 	return map[string]any{
 		"namespace":       map[string]any{"create": true},
@@ -31,7 +31,7 @@ func PlainValues() map[string]any {
 }
 
 // Render the chart in a directory as helm template would, with values over its own.
-// Objects come in the order in which Helm installs them.
+// Objects are in the order in which Helm installs them.
 func Render(dir string, values map[string]any) ([]byte, error) {
 	return renderTemplates(dir, values, func(string) bool { return true })
 }
@@ -65,7 +65,7 @@ func renderTemplates(dir string, values map[string]any, wanted func(template str
 	kinds := slices.Index[[]string, string]
 	slices.SortStableFunc(objects, func(a, b releaseutil.Manifest) int {
 		ai, bi := kinds(releaseutil.InstallOrder, a.Head.Kind), kinds(releaseutil.InstallOrder, b.Head.Kind)
-		if ai < 0 { // of a kind that Helm does not know: last
+		if ai < 0 { // of a kind unknown to Helm: last
 			ai = len(releaseutil.InstallOrder)
 		}
 		if bi < 0 {
@@ -74,7 +74,6 @@ func renderTemplates(dir string, values map[string]any, wanted func(template str
 		if ai != bi {
 			return ai - bi
 		}
-
 		return strings.Compare(a.Head.Kind+"/"+a.Head.Metadata.Name, b.Head.Kind+"/"+b.Head.Metadata.Name)
 	})
 
@@ -82,6 +81,5 @@ func renderTemplates(dir string, values map[string]any, wanted func(template str
 	for _, o := range objects {
 		fmt.Fprintf(&out, "---\n%s\n", strings.TrimSpace(strings.TrimPrefix(strings.TrimSpace(o.Content), "---")))
 	}
-
 	return out.Bytes(), nil
 }

@@ -54,7 +54,7 @@ const (
 	metadataModule    = "github.com/kubernetes-csi/external-snapshot-metadata"
 )
 
-// components in an order in which a cold build's progress is worth looking at.
+// components in an order that shows the progress of a cold build well.
 var components = []component{
 	{name: "etcd", pkg: "go.etcd.io/etcd/server/v3"},
 	kube("kube-apiserver"), kube("kube-controller-manager"), kube("kube-scheduler"), kube("kubelet"), kube("kube-proxy"), kube("kubectl"),
@@ -66,8 +66,8 @@ var components = []component{
 	{name: "versitygw", pkg: "github.com/versity/versitygw/cmd/versitygw"},
 }
 
-// upstreamManifests are taken from the modules beside the binaries, so that the
-// sidecars have the definitions and the rights that their makers ship.
+// upstreamManifests are taken from the modules beside the binaries, so that the sidecars
+// have the definitions and the rights that upstream ships.
 var upstreamManifests = []struct{ module, glob, prefix string }{
 	{snapshotterModule[:len(snapshotterModule)-len("/v8")] + "/client/v8", "config/crd/*.yaml", "crd-"},
 	{metadataModule + "/client", "config/crd/*.yaml", "crd-"},
@@ -89,7 +89,7 @@ type Builder struct {
 	Log    *slog.Logger
 }
 
-// FindSource is the e2e module's directory, looked for from the working directory up.
+// FindSource returns the e2e module's directory, searched from the working directory up.
 func FindSource() (string, error) {
 	wd, err := os.Getwd()
 	if err != nil {
@@ -107,7 +107,7 @@ func FindSource() (string, error) {
 	}
 }
 
-// Dir is where this version of the components is or will be kept. It is named after
+// Dir returns the directory for this version of the components. Its name depends on
 // everything that a build depends on.
 func (b Builder) Dir() (string, error) {
 	cache, err := CacheDir()
@@ -133,7 +133,7 @@ func (b Builder) Dir() (string, error) {
 	return filepath.Join(cache, "components-"+hex.EncodeToString(h.Sum(nil))[:12]), err
 }
 
-// Warm tells whether the components of this version are built already.
+// Warm reports whether the components of this version are built already.
 func (b Builder) Warm() (bool, error) {
 	dir, err := b.Dir()
 	if err != nil {
@@ -143,8 +143,8 @@ func (b Builder) Warm() (bool, error) {
 	return err == nil, nil
 }
 
-// Build makes what is missing and returns the directory of the binaries. The
-// project's own ones are made every time; Go's cache makes that quick.
+// Build makes what is missing and returns the directory of the binaries. The project's
+// own are built every time; Go's cache makes that quick.
 func (b Builder) Build(ctx context.Context) (string, error) {
 	dir, err := b.Dir()
 	if err != nil {
@@ -233,12 +233,12 @@ func (b Builder) copyManifests(ctx context.Context, src, to string) error {
 }
 
 func (b Builder) goBuild(ctx context.Context, dir, out, pkg, ldflags string) error {
-	_, err := goCommand(ctx, dir, "build", "-p", "1", "-trimpath", "-buildvcs=false", "-tags", buildTags,
+	_, err := goCommand(ctx, dir, "build", "-trimpath", "-buildvcs=false", "-tags", buildTags,
 		"-ldflags", "-s -w"+ldflags, "-o", out, pkg)
 	return err
 }
 
-// goCommand runs go at the lowest priority: a cold build is long and nobody waits for it alone.
+// goCommand runs go at the lowest priority: a cold build is long and other work runs beside it.
 func goCommand(ctx context.Context, dir string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, "nice", append([]string{"-n", "19", "go"}, args...)...)
 	cmd.Dir = dir

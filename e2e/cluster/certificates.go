@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// authority signs the cluster's certificates. Its files lie in the pki directory as
+// authority signs the cluster's certificates. Its files are in the pki directory as
 // NAME.crt and NAME.key.
 type authority struct {
 	dir  string

@@ -20,7 +20,7 @@ var users = map[string][]string{
 }
 
 // sidecarAccounts are the service accounts that the sidecars run as. They run as
-// processes, not pods, so a certificate stands for the account's token.
+// processes, not pods, so a certificate replaces the account's token.
 var sidecarAccounts = []string{"csi-provisioner", "csi-attacher", "csi-resizer", "csi-snapshotter", "snapshot-controller", "csi-snapshot-metadata"}
 
 func (c *Cluster) makeCertificates() error {
@@ -62,7 +62,7 @@ func (c *Cluster) apiServer() supervisor.Process {
 		"--requestheader-username-headers=X-Remote-User", "--requestheader-group-headers=X-Remote-Group",
 		"--requestheader-extra-headers-prefix=X-Remote-Extra-",
 		"--proxy-client-cert-file=" + pki + "/front-proxy.crt", "--proxy-client-key-file=" + pki + "/front-proxy.key",
-		"--authorization-mode=Node,RBAC", "--allow-privileged=true", "--profiling=false"}}
+		"--authorization-mode=Node,RBAC", "--allow-privileged=true"}}
 }
 
 func (c *Cluster) startControlPlane(ctx context.Context) error {
@@ -91,7 +91,7 @@ func (c *Cluster) startControlPlane(ctx context.Context) error {
 			"--service-account-private-key-file="+pki+"/sa.key", "--root-ca-file="+pki+"/ca.crt",
 			"--cluster-signing-cert-file="+pki+"/ca.crt", "--cluster-signing-key-file="+pki+"/ca.key",
 			"--use-service-account-credentials=true", "--controllers=*",
-			// A lost node is noticed, and its pods are given up, within seconds.
+			// A lost node is noticed, and its pods are evicted, within seconds.
 			"--node-monitor-period=1s", "--node-monitor-grace-period=20s")...), Restart: true},
 		{Name: "kube-scheduler", Argv: append([]string{"kube-scheduler"}, kubeconfigs("scheduler")...), Restart: true},
 		{Name: "coredns", Argv: []string{"coredns", "-conf", c.Path("Corefile")}, Restart: true},
@@ -119,7 +119,7 @@ func (c *Cluster) StartAPIServer(ctx context.Context) error {
 	})
 }
 
-// startSnapshotController starts what all drivers share.
+// startSnapshotController starts the controller that all drivers share.
 func (c *Cluster) startSnapshotController(ctx context.Context) error {
 	return c.run(ctx, c.Control(), supervisor.Process{Name: "snapshot-controller", Restart: true, Argv: []string{"snapshot-controller",
 		"--kubeconfig", c.Path("snapshot-controller.kubeconfig"), "--leader-election=false", "--http-endpoint=",

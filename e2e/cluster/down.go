@@ -17,8 +17,8 @@ import (
 	"github.com/varve-io/varve/e2e/cluster/supervisor"
 )
 
-// Down ends the cluster and frees all it had: processes, loop devices, cgroups and
-// the run directory. Where none runs it clears what a crash left.
+// Down ends the cluster and frees all it had: processes, loop devices, cgroups and the
+// run directory. If none runs it removes what a crash left.
 func Down(ctx context.Context) error {
 	run, err := RunDir()
 	if err != nil {
@@ -53,20 +53,20 @@ func Down(ctx context.Context) error {
 	})
 }
 
-// deadline shortens a context for a last step that nothing follows.
+// deadline shortens a context for a final step.
 func deadline(ctx context.Context, d time.Duration) context.Context {
 	ctx, cancel := context.WithTimeout(ctx, d)
 	context.AfterFunc(ctx, cancel)
 	return ctx
 }
 
-// isSupervisor guards against a PID that was used anew after a crash or reboot.
+// isSupervisor guards against a PID that was reused after a crash or reboot.
 func isSupervisor(n *Node) bool {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", n.PID))
 	return err == nil && strings.Contains(string(b), "node-init") && strings.Contains(string(b), n.Name)
 }
 
-// killAndWait kills the first process of a PID namespace, and with it all of it.
+// killAndWait kills the first process of a PID namespace, and so the whole namespace.
 func killAndWait(ctx context.Context, pid int) error {
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
 		return err
@@ -79,8 +79,8 @@ func killAndWait(ctx context.Context, pid int) error {
 		if err != nil {
 			return err
 		}
-		// The state follows the name in parentheses. A zombie has ended; whoever
-		// started it will learn of it.
+		// The state follows the name in parentheses. A zombie has ended; its parent will
+		// reap it.
 		if _, rest, ok := strings.Cut(string(b), ") "); ok && strings.HasPrefix(rest, "Z") {
 			return nil
 		}
@@ -88,13 +88,13 @@ func killAndWait(ctx context.Context, pid int) error {
 	})
 }
 
-// loopDevices are those whose file lies below prefix, and those that stand on them:
-// a kubelet keeps a block volume's device open by a loop device over it, and while
-// that one lives the lower one stays.
+// loopDevices are those whose file is below prefix, and those on top of them: a kubelet
+// keeps a block volume's device open by a loop device over it, and while that exists the
+// lower one stays.
 func loopDevices(ctx context.Context, prefix string) ([]string, error) {
-	// The file comes last, for it may hold spaces. That of a device in a node's own
-	// mount namespace reads as "/" once the namespace has gone: what names it then is
-	// the inode of the device node.
+	// The file comes last, since it may contain spaces. That of a device in a node's own
+	// mount namespace reads as "/" once the namespace is gone: then only the inode of the
+	// device node identifies it.
 	out, err := run(ctx, "losetup", "-n", "-l", "-O", "NAME,BACK-MAJ:MIN,BACK-INO,BACK-FILE")
 	if err != nil {
 		return nil, err
@@ -132,7 +132,7 @@ func detachLoops(ctx context.Context, devices []string) error {
 		var errs []error
 		for _, d := range devices {
 			if _, err := run(ctx, "losetup", d); err != nil {
-				continue // it has no file any more
+				continue // it no longer has a file
 			}
 			if _, err := run(ctx, "losetup", "-d", d); err != nil {
 				errs = append(errs, err)

@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// What a crash leaves of a block volume: the driver's loop device, held by the
-// kubelet's loop device over it.
+// A crash leaves of a block volume the driver's loop device, held by the kubelet's loop
+// device over it.
 func TestDetachStackedLoopDevices(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("loop devices need root")

@@ -16,7 +16,7 @@ import (
 // Driver is one CSI driver with its sidecars.
 type Driver struct {
 	Name string `json:"name"`
-	// Options it was started with; csidriver.WriteOptions changes them while it runs.
+	// Options at its start; csidriver.WriteOptions changes them while it runs.
 	Options csidriver.Options `json:"options"`
 	// Port is the metadata sidecar's.
 	Port int `json:"port"`
@@ -30,7 +30,7 @@ func (d *Driver) Class() string {
 	return label
 }
 
-// Audience is what the metadata sidecar wants tokens to be made for.
+// Audience is the audience of tokens for the metadata sidecar.
 func (d *Driver) Audience() string { return d.Class() + "-snapshot-metadata" }
 
 // DriverState is a driver's state directory.
@@ -46,13 +46,13 @@ func (c *Cluster) sidecars(d *Driver) []supervisor.Process {
 		return supervisor.Process{Name: d.process(name), Restart: true, Argv: append([]string{name, "--kubeconfig", c.Path(name + ".kubeconfig"),
 			"--csi-address", socket, "--v=2"}, more...)}
 	}
-	// Backed off retries would make tests wait for what has long become possible.
+	// Long back-off would make tests wait for what is possible by then.
 	retry := []string{"--leader-election=false", "--http-endpoint=", "--timeout=60s", "--retry-interval-start=500ms", "--retry-interval-max=5s"}
 	provisioner := append([]string{"--extra-create-metadata", "--default-fstype=ext4",
-		// A snapshot whose finalizer could not be removed at once waits for this.
+		// A snapshot whose finalizer could not be removed at once waits this long.
 		"--snapshot-orphan-sweep-interval=2s"}, retry...)
 	if d.Options.NodeLocal {
-		// The selected node or none: a source that lies elsewhere is an error.
+		// The selected node or none: a source elsewhere is an error.
 		provisioner = append(provisioner, "--strict-topology")
 	}
 	out := []supervisor.Process{
@@ -110,12 +110,13 @@ func (c *Cluster) driverManifest(d *Driver) ([]byte, error) {
 	})
 }
 
-// AddDriver starts a driver of its own name with its sidecars and classes, and waits
-// until every node has it.
+// AddDriver starts another driver with its sidecars and classes, and waits until every
+// node has it.
 func (c *Cluster) AddDriver(ctx context.Context, name string, o csidriver.Options) (*Driver, error) {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
-	d := &Driver{Name: name, Options: o, Port: 50051}
+	// Below the ports that the kernel gives to connections.
+	d := &Driver{Name: name, Options: o, Port: 20051}
 	if err := c.change(func() error {
 		for _, other := range c.Drivers {
 			if other.Class() == d.Class() {
@@ -195,8 +196,8 @@ func (c *Cluster) startNodeDrivers(ctx context.Context, n *Node) error {
 	return nil
 }
 
-// RemoveDriver ends a driver. Its volumes should be gone; what is left of them goes
-// with its state.
+// RemoveDriver ends a driver. Its volumes should be deleted; any that are left are
+// deleted with its state.
 func (c *Cluster) RemoveDriver(ctx context.Context, d *Driver) error {
 	var errs []error
 	manifest, err := c.driverManifest(d)

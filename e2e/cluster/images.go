@@ -17,8 +17,8 @@ const busybox = "/bin/busybox" // of the package busybox-static
 
 func imageDir(bin string) string { return filepath.Join(filepath.Dir(bin), "images") }
 
-// buildImages makes the images every cluster has, unless they are newer than what
-// they are made of.
+// buildImages makes the images of every cluster, unless they are newer than their
+// sources.
 func (b Builder) buildImages(ctx context.Context, bin string) error {
 	dir := imageDir(bin)
 	if err := os.MkdirAll(dir, 0o755); err != nil {

@@ -41,11 +41,11 @@ const (
 	podCIDR     = "10.244.0.0/16"
 )
 
-// socketRoom is what the longest socket path below the run directory needs of the
-// 107 bytes a unix socket's path may have.
+// socketRoom is the part of a unix socket path's 107 bytes that the longest one below the
+// run directory needs.
 const socketRoom = 60
 
-// Options is how a cluster is brought up.
+// Options says how a cluster is started.
 type Options struct {
 	// Nodes is how many nodes it has at first, 1 to 9.
 	Nodes int `json:"nodes"`
@@ -80,8 +80,8 @@ func CacheDir() (string, error) {
 	return filepath.Join(d, "varve-e2e"), err
 }
 
-// RunDir is where a running cluster keeps everything it writes: $VARVE_E2E_RUN, else
-// run in the cache directory.
+// RunDir is where a running cluster writes everything: $VARVE_E2E_RUN, else run in the
+// cache directory.
 func RunDir() (string, error) {
 	d := os.Getenv("VARVE_E2E_RUN")
 	if d == "" {
@@ -127,7 +127,7 @@ type Node struct {
 	Name string `json:"name"`
 	// Number is 1 for the node with the control plane.
 	Number int `json:"number"`
-	// PID is of the node's first process, as the machine counts.
+	// PID is that of the node's first process, in the machine's namespace.
 	PID int `json:"pid"`
 }
 
@@ -179,12 +179,12 @@ func (c *Cluster) nodeNames() []string {
 	return names
 }
 
-// changing orders those of a process who change the cluster's record: tests in
-// parallel, each with a Cluster of its own.
+// changing serialises changes of the cluster's record in this process: by parallel tests,
+// each with its own Cluster.
 var changing sync.Mutex
 
-// change applies do to the record as it now is, and writes it. Nodes and drivers that
-// c has already stay the same objects.
+// change applies do to the current record, and writes it. Nodes and drivers that c has
+// already stay the same objects.
 func (c *Cluster) change(do func() error) error {
 	changing.Lock()
 	defer changing.Unlock()
@@ -223,7 +223,7 @@ func (c *Cluster) save() error {
 	return os.Rename(tmp, c.Path("cluster.json"))
 }
 
-// ErrNotUp says that no cluster runs.
+// ErrNotUp means that no cluster runs.
 var ErrNotUp = errors.New("no cluster is up; run make e2e-cluster")
 
 // Open finds the cluster that runs in the run directory.

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// Space is a choice of a node's namespaces to run a command in.
+// Space selects the namespaces of a node in which a command runs.
 type Space int
 
 // In NetworkOnly a command sees the machine's files and processes and the node's
@@ -60,7 +60,7 @@ func (c *Cluster) Apply(ctx context.Context, yaml []byte) error {
 	return err
 }
 
-// until asks until the answer is nil. A deadline ends it, with the last answer.
+// until polls until the result is nil. A deadline ends it, with the last result.
 func until(ctx context.Context, what string, ask func(context.Context) error) error {
 	const pause = 50 * time.Millisecond
 	for {

@@ -16,8 +16,8 @@ import (
 	"github.com/varve-io/varve/e2e/cluster/supervisor"
 )
 
-// startTimeout is for what takes seconds on an idle machine; the team's is not idle.
-const startTimeout = 3 * time.Minute
+// startTimeout is for what takes seconds on an idle machine; the machine may be busy.
+const startTimeout = 5 * time.Minute
 
 // spawn makes a node's namespaces and waits until its supervisor answers.
 func (c *Cluster) spawn(ctx context.Context, n *Node) error {
@@ -43,7 +43,7 @@ func (c *Cluster) spawn(ctx context.Context, n *Node) error {
 		return fmt.Errorf("start node %s (it needs root): %w", n.Name, err)
 	}
 	n.PID = cmd.Process.Pid
-	// It outlives this process; until then its end must be noticed.
+	// It outlives this process; until it answers, its end must be noticed.
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
 	return until(ctx, "the supervisor of "+n.Name, func(ctx context.Context) error {
@@ -59,8 +59,8 @@ func (c *Cluster) spawn(ctx context.Context, n *Node) error {
 	})
 }
 
-// link gives a node its network: the first has the bridge, the others are joined to
-// it. Each knows the way to the others' pods.
+// link sets up a node's network: the first has the bridge, the others are joined to it.
+// Each has routes to the others' pods.
 func (c *Cluster) link(ctx context.Context, n *Node) error {
 	ip := func(n *Node, args ...string) error {
 		_, err := c.Exec(ctx, n, NetworkOnly, nil, append([]string{"ip"}, args...)...)
@@ -132,16 +132,22 @@ func (c *Cluster) configure(n *Node) error {
 	return os.WriteFile(c.NodePath(n, "resolv.conf"), []byte("nameserver "+c.Control().IP()+"\n"), 0o644)
 }
 
+// thrifty makes Go's garbage collector run less often, and goroutines begin with stacks that need
+// not grow: the components' memory is small, and the tests are short of processors. The limit is
+// for a component that grows in spite of that.
+var thrifty = []string{"GOGC=400", "GOMEMLIMIT=1GiB", "GODEBUG=adaptivestackstart=1"}
+
 // run starts a process of the node from the cluster's binaries.
 func (c *Cluster) run(ctx context.Context, n *Node, p supervisor.Process) error {
 	p.Log = c.Log(n, p.Name)
+	p.Env = append(p.Env, thrifty...)
 	if filepath.Base(p.Argv[0]) == p.Argv[0] {
 		p.Argv[0] = c.bin(p.Argv[0])
 	}
 	return c.Supervisor(n).Start(ctx, p)
 }
 
-// startRuntime starts containerd and brings the images in.
+// startRuntime starts containerd and imports the images.
 func (c *Cluster) startRuntime(ctx context.Context, n *Node) error {
 	if err := c.run(ctx, n, supervisor.Process{Name: "containerd", Argv: []string{"containerd", "--config", c.NodePath(n, "containerd.toml")}}); err != nil {
 		return err
@@ -174,7 +180,7 @@ func (c *Cluster) importImage(ctx context.Context, n *Node, archive string) erro
 	return err
 }
 
-// ImportImage brings an OCI archive to every node, and to those added later.
+// ImportImage imports an OCI archive on every node, and on those added later.
 func (c *Cluster) ImportImage(ctx context.Context, archive string) error {
 	b, err := os.ReadFile(archive)
 	if err != nil {
@@ -198,7 +204,7 @@ func (c *Cluster) ImportImage(ctx context.Context, archive string) error {
 	return nil
 }
 
-// TagImage gives an image one more name on every node that runs.
+// TagImage gives an image another name on every running node.
 func (c *Cluster) TagImage(ctx context.Context, image, name string) error {
 	for _, node := range c.nodeNames() {
 		if n := c.Nodes[node]; n.PID != 0 {
@@ -210,14 +216,19 @@ func (c *Cluster) TagImage(ctx context.Context, image, name string) error {
 	return nil
 }
 
-// startKubelet starts what makes a node of Kubernetes out of the namespaces.
+// startKubelet starts what turns the namespaces into a Kubernetes node.
 func (c *Cluster) startKubelet(ctx context.Context, n *Node) error {
-	if err := c.run(ctx, n, supervisor.Process{Name: "kubelet", Argv: []string{"kubelet", "--config=" + c.NodePath(n, "kubelet.yaml"),
-		"--kubeconfig=" + c.Path("kubelet-"+n.Name+".kubeconfig"), "--root-dir=" + c.NodePath(n, "kubelet"),
-		"--cert-dir=" + c.NodePath(n, "kubelet-pki"), "--node-ip=" + n.IP(), "--hostname-override=" + n.Name, "--v=2"}}); err != nil {
+	if err := c.StartKubelet(ctx, n); err != nil {
 		return err
 	}
 	return c.run(ctx, n, supervisor.Process{Name: "kube-proxy", Argv: []string{"kube-proxy", "--config=" + c.NodePath(n, "kube-proxy.yaml")}})
+}
+
+// StartKubelet starts the kubelet of a node, or again if it was killed.
+func (c *Cluster) StartKubelet(ctx context.Context, n *Node) error {
+	return c.run(ctx, n, supervisor.Process{Name: "kubelet", Argv: []string{"kubelet", "--config=" + c.NodePath(n, "kubelet.yaml"),
+		"--kubeconfig=" + c.Path("kubelet-"+n.Name+".kubeconfig"), "--root-dir=" + c.NodePath(n, "kubelet"),
+		"--cert-dir=" + c.NodePath(n, "kubelet-pki"), "--node-ip=" + n.IP(), "--hostname-override=" + n.Name, "--v=2"}})
 }
 
 func (c *Cluster) waitReady(ctx context.Context, n *Node) error {
@@ -257,8 +268,8 @@ func (c *Cluster) AddNode(ctx context.Context, number int) (*Node, error) {
 	return n, nil
 }
 
-// LoseNode ends a node as a power cut would: nothing on it gets to clean up. Its
-// object stays in the API until somebody deletes it; AddNode brings it back.
+// LoseNode ends a node as a power cut would: nothing on it cleans up. Its object stays in
+// the API until it is deleted; AddNode brings it back.
 func (c *Cluster) LoseNode(ctx context.Context, n *Node) error {
 	if n.Number == 1 {
 		return errors.New("the node with the control plane cannot be lost")
@@ -266,7 +277,7 @@ func (c *Cluster) LoseNode(ctx context.Context, n *Node) error {
 	if n.PID == 0 {
 		return nil
 	}
-	// The kernel of a real node would forget its loop devices; this one is shared.
+	// A real node's kernel would lose its loop devices; this one is shared.
 	loops, err := loopDevices(ctx, c.NodePath(n)+"/")
 	if err != nil {
 		return err
@@ -283,8 +294,8 @@ func (c *Cluster) LoseNode(ctx context.Context, n *Node) error {
 	}))
 }
 
-// SetDeviceOwnership switches containerd's device_ownership_from_security_context on
-// all nodes; it holds for containers started from then on.
+// SetDeviceOwnership switches containerd's device_ownership_from_security_context on all
+// nodes, for containers started from then on.
 func (c *Cluster) SetDeviceOwnership(ctx context.Context, on bool) error {
 	if c.Options.DeviceOwnership == on {
 		return nil
@@ -303,7 +314,7 @@ func (c *Cluster) SetDeviceOwnership(ctx context.Context, on bool) error {
 		if err := c.Supervisor(n).Stop(ctx, "containerd", syscall.SIGTERM); err != nil {
 			return err
 		}
-		// Its shims, and so all containers, live on.
+		// Its shims, and so all containers, keep running.
 		if err := c.startRuntime(ctx, n); err != nil {
 			return err
 		}

@@ -26,7 +26,7 @@ func renderTo(path, name string, values any) error {
 	return os.WriteFile(path, b, 0o600)
 }
 
-// nodeValues is what the configuration of a node is made of.
+// nodeValues are the values of a node's configuration.
 type nodeValues struct {
 	Name, IP, PodRange, Dir, Run, PKI, Bin, ControlIP, PodCIDR, Pause string
 	DeviceOwnership                                                   bool

@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# Runs the tests that stand on package framework, and those of the cluster itself, in one cluster brought up for them
-# (or in the one that is up), and takes it down. RUN chooses tests by regexp; counts
-# what was skipped and why.
+# Runs the tests that stand on package framework, and those of the cluster itself, in clusters brought up
+# for them, and takes those down. RUN chooses tests by regexp, which then share one cluster
+# (the one that is up, if there is one). Counts what was skipped and why.
+#
+# All tests take three clusters beside each other: in two of them are those of the cluster itself, and those of
+# package kubernetes that need a cluster to themselves, because they kill the controller or a node. Those mostly wait,
+# one after the other.
 #
 # test.sh prepare builds the image and the tests: a cluster is not kept up while a
 # compiler runs. test.sh run runs them.
@@ -14,7 +18,7 @@ packages=(./cluster/... ./csidriver/... "${packages[@]}")
 case "${1:-}" in
 prepare)
 	VERSION=e2e make --no-print-directory -C .. image IMAGE=localhost/varve:e2e || exit 1
-	go vet "${packages[@]}" && go test -count=1 -run '^$' "${packages[@]}" >/dev/null
+	go vet "${packages[@]}" && go test -vet=off -count=1 -run '^$' "${packages[@]}" >/dev/null
 	exit
 	;;
 run) ;;
@@ -23,35 +27,80 @@ run) ;;
 	exit 2
 	;;
 esac
-log=$(mktemp)
-own=
+export VARVE_E2E_IMAGE=localhost/varve:e2e VARVE_E2E_KILLS=${VARVE_E2E_KILLS:-all} VARVE_E2E_UP=1
+logs=$(mktemp -d)
+said=$(mktemp) # what failed tests said
+own=() # run directories of the clusters brought up here, "" for the usual one
+
+# in_cluster RUNDIR COMMAND... is for the cluster in a run directory.
+in_cluster() {
+	local run=$1
+	shift
+	if [ -n "$run" ]; then export VARVE_E2E_RUN=$run; fi
+	"$@"
+}
+e2e_cluster() { (in_cluster "$1" go run ./cluster/cmd/e2e-cluster "${@:2}"); }
 finish() {
 	rc=$?
-	if [ -n "$own" ]; then
-		go run ./cluster/cmd/e2e-cluster down || rc=1
-	fi
-	rm -f "$log"
+	for run in "${own[@]}"; do e2e_cluster "$run" down || rc=1; done
+	rm -rf "$logs" "$said" "${own[@]}"
 	exit $rc
 }
 trap finish EXIT
 trap 'exit 130' INT TERM
-if ! go run ./cluster/cmd/e2e-cluster exec true 2>/dev/null; then
-	own=yes
-	go run ./cluster/cmd/e2e-cluster up || exit 1
+
+# ready RUNDIR has a cluster with the image up. A failure is noted with what failed tests said.
+ready() {
+	if ! e2e_cluster "$1" exec true 2>/dev/null; then
+		own+=("$1")
+		e2e_cluster "$1" up
+	fi && e2e_cluster "$1" image ../bin/image/varve.tar && return
+	echo "--- the cluster ${1:-of the usual directory} did not come up" >>"$said"
+	return 1
+}
+
+# tests NAME RUNDIR ARGUMENTS... runs tests in a cluster and keeps what they say in $logs/NAME.
+# They wait for the cluster more than they work: more at once than there are processors.
+tests() {
+	local name=$1 run=$2
+	shift 2
+	(in_cluster "$run" go test -vet=off -p 1 -parallel 5 -count=1 -timeout 90m -v "$@" 2>&1) | tee "$logs/$name" |
+		grep --line-buffered -E '^(ok|FAIL|panic:)|^ *--- (FAIL|PASS)'
+	[ "${PIPESTATUS[0]}" -eq 0 ] && return
+	{
+		echo "--- what failed said ($name):"
+		awk -f cluster/failed.awk "$logs/$name" "$logs/$name"
+	} >>"$said"
+}
+
+if [ -n "${RUN:-}" ]; then
+	ready "" && tests chosen "" -run "$RUN" "${packages[@]}"
+else
+	mapfile -t alone <kubernetes/alone.txt
+	mapfile -t others < <(printf '%s\n' "${packages[@]}" | grep -vE '/(kubernetes|framework)$')
+	# any TEST... prints a regexp of tests.
+	any() { (IFS='|' && echo "^($*)\$"); }
+	# Short paths: that of a socket has 107 bytes at most.
+	for _ in second third; do
+		run=$(mktemp -d /var/tmp/e2e.XXXX) || exit
+		own+=("$run")
+	done
+	half=$((${#alone[@]} / 2))
+	ready "${own[0]}" && {
+		tests framework "${own[0]}" ./framework
+		tests faults "${own[0]}" -run "$(any "${alone[@]::half}")" ./kubernetes
+	} &
+	ready "${own[1]}" && {
+		tests others "${own[1]}" "${others[@]}"
+		tests alone "${own[1]}" -run "$(any "${alone[@]:half}")" ./kubernetes
+	} &
+	ready "" && tests together "" -skip "$(any "${alone[@]}")" ./kubernetes
+	wait
 fi
-go run ./cluster/cmd/e2e-cluster image ../bin/image/varve.tar || exit 1
-export VARVE_E2E_IMAGE=localhost/varve:e2e VARVE_E2E_KILLS=${VARVE_E2E_KILLS:-all}
-rc=0
-VARVE_E2E_UP=1 go test -p 1 -count=1 -timeout 90m -v -run "${RUN:-.}" "${packages[@]}" 2>&1 | tee "$log" |
-	grep --line-buffered -E '^(ok|FAIL|panic:)|^ *--- (FAIL|PASS)'
-[ "${PIPESTATUS[0]}" -eq 0 ] || rc=1
-if [ $rc -ne 0 ]; then
-	echo "--- what failed said:"
-	grep -vE '^(=== |--- PASS| *--- PASS|ok|\?|PASS)' "$log" | tail -n 200
-fi
-passed=$(grep -cE '^ *--- PASS' "$log")
-failed=$(grep -cE '^ *--- FAIL' "$log")
-skipped=$(grep -cE '^ *--- SKIP' "$log")
-grep -A3 -E '^ *--- SKIP' "$log"
+passed=$(cat "$logs"/* | grep -cE '^ *--- PASS')
+failed=$(cat "$logs"/* | grep -cE '^ *--- FAIL')
+skipped=$(cat "$logs"/* | grep -cE '^ *--- SKIP')
+cat "$logs"/* | grep -A3 -E '^ *--- SKIP'
+cat "$said"
 echo "e2e: $passed passed, $failed failed, $skipped skipped"
-exit $rc
+[ ! -s "$said" ]

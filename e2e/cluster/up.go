@@ -11,8 +11,8 @@ import (
 	"github.com/varve-io/varve/e2e/csidriver"
 )
 
-// Up starts a cluster from the binaries in bin and returns when pods can run and
-// volumes can be had. What a failure leaves stays to be looked at until Down.
+// Up starts a cluster from the binaries in bin and returns once pods can run and volumes
+// can be made. What a failure leaves stays for inspection until Down.
 func Up(ctx context.Context, bin string, o Options, log *slog.Logger) (*Cluster, error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("the cluster needs root: namespaces, loop devices, mounts")
@@ -76,7 +76,7 @@ func (c *Cluster) startS3(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// The account that pods run under is made by a controller, in its own time.
+	// A controller makes the account that pods run under, at some time.
 	if err := until(ctx, "the namespace's service account", func(ctx context.Context) error {
 		_, err := c.Kubectl(ctx, nil, "get", "serviceaccount", "default", "-n", SystemNamespace)
 		return err

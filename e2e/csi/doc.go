@@ -1,3 +1,3 @@
-// Package csi holds the changed-block source of backup/cbt/csi against a driver's real
+// Package csi tests the changed-block source of backup/cbt/csi with a driver's real
 // metadata sidecar, in a real cluster.
 package csi

@@ -65,7 +65,7 @@ func reader(f *framework.F) client.Client {
 // options are those of a backup of second on first.
 func options(f *framework.F, d *cluster.Driver, first, second *snapshotv1.VolumeSnapshot, volume string) csi.Options {
 	f.T.Helper()
-	f.BlockService(d) // makes the account and gives it the client's rights
+	f.BlockService(d) // makes the account with the client's rights
 	c := reader(f)
 	endpoint, err := csikube.Service(f.T.Context(), c, d.Name)
 	if err != nil || endpoint.Address == "" {
@@ -95,7 +95,7 @@ func open(f *framework.F, opt csi.Options) *csi.Session {
 	return s
 }
 
-// list is what a source says, ranges that touch joined.
+// list returns a source's list, with adjacent ranges merged.
 func list(f *framework.F, source cbt.Source, base *cbt.Base) ([]cbt.Extent, cbt.Report, error) {
 	f.T.Helper()
 	var got []cbt.Extent
@@ -110,8 +110,8 @@ func list(f *framework.F, source cbt.Source, base *cbt.Base) ([]cbt.Extent, cbt.
 	return got, report, err
 }
 
-// TestSource lists through the sidecar whatever the driver does: right, or with the
-// reason for a fallback.
+// TestSource lists through the sidecar for each behaviour of the driver: the list is
+// right, or there is a reason for a fallback.
 func TestSource(t *testing.T) {
 	f := framework.New(t)
 	d := f.Cluster.Drivers[cluster.DefaultDriver]
@@ -176,8 +176,8 @@ func covers(list []cbt.Extent, w cbt.Extent) bool {
 	return false
 }
 
-// TestUnchanged compares two snapshots with nothing written between them, and a
-// stranger's token, and a base that is gone.
+// TestUnchanged compares two snapshots without a write in between, with a stranger's
+// token, and with a deleted base.
 func TestUnchanged(t *testing.T) {
 	f := framework.New(t)
 	d := f.Cluster.Drivers[cluster.DefaultDriver]

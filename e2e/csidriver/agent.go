@@ -16,11 +16,11 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// The agent is how the controller reaches the process of a node: a unix socket in
-// the state directory with /alive, /freeze?path= and /thaw?path=. A node that is
-// lost does not answer, and what lies on it cannot be had.
+// The agent is how the controller reaches the process of a node: a unix socket in the
+// state directory with /alive, /freeze?path= and /thaw?path=. A lost node does not
+// answer, and its volumes are unavailable.
 
-// freezeLimit thaws what the controller forgot: it may die while a node is frozen.
+// freezeLimit thaws what the controller left frozen: it may die while a node is frozen.
 const freezeLimit = 30 * time.Second
 
 type frozenPaths struct {
@@ -102,7 +102,7 @@ func (d *Driver) thawHere(path string) error {
 	}
 	t.Stop()
 	delete(d.frozen.timers, path)
-	// Whoever asked may be gone; a frozen file system must not stay so.
+	// The caller may have died; a file system must not stay frozen.
 	_, err := run(context.Background(), "fsfreeze", "-u", path)
 	return err
 }
@@ -135,8 +135,8 @@ func (d *Driver) agentAlive(ctx context.Context, node string) error {
 	return d.askAgent(ctx, node, "alive", "")
 }
 
-// freeze stops writes to a staged volume. A Block volume has no file system to
-// freeze; its node must answer all the same.
+// freeze stops writes to a staged volume. A Block volume has no file system to freeze;
+// its node must still answer.
 func (d *Driver) freeze(ctx context.Context, node, path string, filesystem bool) (thaw func(), err error) {
 	if !filesystem {
 		return func() {}, d.agentAlive(ctx, node)

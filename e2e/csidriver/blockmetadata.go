@@ -147,8 +147,8 @@ func changedBlocks(ctx context.Context, target, base *os.File, offset, blockSize
 	return end()
 }
 
-// nextData is the next range at or after off that is no hole; at the end it is empty
-// and lies at size.
+// nextData returns the next range at or after off that is no hole; at the end it is empty
+// and at size.
 func nextData(f *os.File, off, size int64) (start, end int64) {
 	start, err := unix.Seek(int(f.Fd()), off, unix.SEEK_DATA)
 	if err != nil || start > size {
@@ -161,7 +161,7 @@ func nextData(f *os.File, off, size int64) (start, end int64) {
 	return start, end
 }
 
-// readBlock fills b; what lies beyond the end of the file reads as zeros.
+// readBlock fills b; beyond the end of the file are zeros.
 func readBlock(f *os.File, b []byte, off int64) error {
 	n, err := f.ReadAt(b, off)
 	if err != nil && !errors.Is(err, io.EOF) {
@@ -183,7 +183,7 @@ type tupleStream struct {
 	send      sendFunc
 
 	pending []*csi.BlockMetadata
-	sent    int64 // tuples, of those pending too
+	sent    int64 // tuples, including pending ones
 	seen    int64 // blocks, also those left out
 }
 
@@ -201,7 +201,7 @@ func newTupleStream(ctx context.Context, m MetadataOptions, req request, capacit
 	return s
 }
 
-// add takes the block at off.
+// add adds the block at off.
 func (s *tupleStream) add(off int64) error {
 	s.seen++
 	if s.m.OmitEvery > 0 && s.seen%s.m.OmitEvery == 0 {
@@ -233,7 +233,7 @@ func (s *tupleStream) add(off int64) error {
 	return nil
 }
 
-// end sends what is left. Where nothing changed there is no message at all.
+// end sends the rest. If nothing changed there is no message at all.
 func (s *tupleStream) end() error {
 	return s.flush()
 }

@@ -18,8 +18,8 @@ func run(ctx context.Context, name string, args ...string) (string, error) {
 	return text, nil
 }
 
-// copyImage copies an image by reference where the file system can, else only its
-// data, leaving holes as holes.
+// copyImage copies an image by reference if the file system can, else only its data,
+// keeping holes.
 func copyImage(ctx context.Context, from, to string) error {
 	_, err := run(ctx, "cp", "--reflink=auto", "--sparse=auto", from, to)
 	if err != nil {
@@ -28,7 +28,7 @@ func copyImage(ctx context.Context, from, to string) error {
 	return nil
 }
 
-// loopOf is the loop device of an image, or "".
+// loopOf returns the loop device of an image, or "".
 func loopOf(ctx context.Context, img string) (string, error) {
 	out, err := run(ctx, "losetup", "-j", img, "-n", "-O", "NAME")
 	if err != nil {
@@ -67,13 +67,13 @@ func flushLoop(ctx context.Context, img string) error {
 	return err
 }
 
-// mountpoint tells whether something is mounted on p, be it a directory or a file.
+// mountpoint reports whether something is mounted on p, a directory or a file.
 func mountpoint(ctx context.Context, p string) bool {
 	out, err := exec.CommandContext(ctx, "findmnt", "-n", "--mountpoint", p).Output()
 	return err == nil && len(out) > 0
 }
 
-// probeFS is the file system on a device, or "" if blkid knows none.
+// probeFS returns the file system on a device, or "" if blkid knows none.
 func probeFS(ctx context.Context, dev string) string {
 	out, _ := run(ctx, "blkid", "-p", "-o", "value", "-s", "TYPE", dev)
 	return out
@@ -93,7 +93,7 @@ func makeFS(ctx context.Context, fsType, dev string) error {
 }
 
 // growExt4 grows an unmounted ext4 to its device. Growing a mounted one needs
-// CAP_SYS_RESOURCE, which not every machine grants.
+// CAP_SYS_RESOURCE, which some machines do not grant.
 func growExt4(ctx context.Context, dev string) error {
 	if _, err := run(ctx, "e2fsck", "-f", "-p", dev); err != nil {
 		var exit *exec.ExitError

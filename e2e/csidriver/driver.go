@@ -21,7 +21,7 @@ import (
 	registration "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
 )
 
-// Config is what a driver process is started with.
+// Config is the configuration of a driver process.
 type Config struct {
 	Name  string // the driver's name, as in CSIDriver objects
 	Node  string // the node this process serves
@@ -108,7 +108,7 @@ func (d *Driver) Run(ctx context.Context) error {
 		return err
 	}
 	if d.cfg.Registration != "" {
-		// A socket left behind would have the kubelet call a driver that is gone.
+		// With a leftover socket the kubelet would call a driver that has ended.
 		defer func() { _ = os.Remove(d.cfg.Registration) }()
 		if err := serve(d.cfg.Registration, func(s grpc.ServiceRegistrar) {
 			registration.RegisterRegistrationServer(s, d)
@@ -146,7 +146,7 @@ func (d *Driver) begin(key string) (func(), error) {
 	return end, nil
 }
 
-// internal makes a plain error a gRPC one; errors with a code keep it.
+// internal turns a plain error into a gRPC one; errors with a code keep it.
 func internal(err error) error {
 	if err == nil {
 		return nil

@@ -237,8 +237,8 @@ func TestGroupSnapshots(t *testing.T) {
 	}
 }
 
-// Random writes: whatever the options of form, a delta read to its end, resumed as
-// often as it is cut, makes the target out of the base; and each vice is one.
+// Random writes: with every form option, a delta read to its end, resumed after each cut,
+// turns the base into the target; and each vice breaks that.
 func TestDeltaAgainstBytes(t *testing.T) {
 	const size = 2 * mib
 	c := start(t, Options{})
@@ -343,8 +343,8 @@ func TestMetadataRefusals(t *testing.T) {
 	}
 }
 
-// BlockModeOnly refuses the changed blocks of what is mounted as a file system, and
-// answers for what is not.
+// BlockModeOnly refuses the changed blocks of volumes mounted as a file system, and
+// answers for others.
 func TestBlockModeOnly(t *testing.T) {
 	c := start(t, Options{Metadata: MetadataOptions{BlockModeOnly: true}})
 	req := create("f", mib)

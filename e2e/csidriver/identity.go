@@ -49,7 +49,7 @@ func (d *Driver) GetPluginCapabilities(context.Context, *csi.GetPluginCapabiliti
 }
 
 // GetInfo implements the kubelet's plugin registration, so that the driver needs no
-// registrar beside it.
+// registrar.
 func (d *Driver) GetInfo(context.Context, *registration.InfoRequest) (*registration.PluginInfo, error) {
 	return &registration.PluginInfo{Type: registration.CSIPlugin, Name: d.cfg.Name, Endpoint: d.cfg.Endpoint,
 		SupportedVersions: []string{"1.0.0"}}, nil

@@ -56,7 +56,7 @@ func (d *Driver) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRe
 	}
 	defer end()
 	var v *volume
-	// Recorded first: from here on the volume is in use, whatever becomes of this call.
+	// Recorded first: from here on the volume is in use, even if this call fails.
 	if err := d.state.with(func(r *records) error {
 		var err error
 		if v, err = r.volume(req.GetVolumeId()); err != nil {
@@ -225,8 +225,8 @@ func (d *Driver) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublish
 	return &csi.NodeUnpublishVolumeResponse{}, internal(removeImage(target))
 }
 
-// NodeExpandVolume implements csi.NodeServer. A file system was grown when it was
-// staged, as volumes grow only while no pod uses them.
+// NodeExpandVolume implements csi.NodeServer. A file system is grown when it is staged,
+// since volumes grow only while no pod uses them.
 func (d *Driver) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeRequest) (*csi.NodeExpandVolumeResponse, error) {
 	var v *volume
 	if err := d.state.with(func(r *records) (err error) { v, err = r.volume(req.GetVolumeId()); return err }); err != nil {

@@ -12,10 +12,10 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// Options is how a driver behaves. The zero value is a well-behaved driver.
+// Options control a driver's behaviour. The zero value is a well-behaved driver.
 type Options struct {
-	// AttachRequired makes the driver want ControllerPublishVolume before a
-	// volume can be staged, and refuse to publish to a second node.
+	// AttachRequired makes the driver require ControllerPublishVolume before staging, and
+	// refuse to publish to a second node.
 	AttachRequired bool `json:"attachRequired,omitempty"`
 	// DetachDelay is how long ControllerUnpublishVolume takes.
 	DetachDelay Duration `json:"detachDelay,omitempty"`
@@ -25,12 +25,11 @@ type Options struct {
 	NoBlock bool `json:"noBlock,omitempty"`
 	// KeepSourceOfSnapshots refuses DeleteVolume while snapshots of it exist.
 	KeepSourceOfSnapshots bool `json:"keepSourceOfSnapshots,omitempty"`
-	// RoundTo is what sizes are rounded up to, in bytes; 0 means 1 MiB.
+	// RoundTo is the unit to which sizes are rounded up, in bytes; 0 means 1 MiB.
 	RoundTo int64 `json:"roundTo,omitempty"`
 	// ShortBy is how many bytes a device lacks of the size the driver reports.
 	ShortBy int64 `json:"shortBy,omitempty"`
-	// RequiredSecret, when set, must come as secret "token" with each call that
-	// can carry secrets.
+	// RequiredSecret, if set, must be secret "token" of each call that can carry secrets.
 	RequiredSecret string `json:"requiredSecret,omitempty"`
 	// NodeLocal keeps a volume, its snapshots and clones on the node it was made
 	// for and reports topology.
@@ -39,7 +38,7 @@ type Options struct {
 	Metadata MetadataOptions `json:"metadata,omitzero"`
 }
 
-// MetadataOptions is how the SnapshotMetadata service answers.
+// MetadataOptions control the SnapshotMetadata service.
 type MetadataOptions struct {
 	// Absent drops the capability and answers UNIMPLEMENTED.
 	Absent bool `json:"absent,omitempty"`
@@ -50,9 +49,9 @@ type MetadataOptions struct {
 	// MessageTuples is the number of tuples in a message if the caller names none;
 	// 0 means 256.
 	MessageTuples int32 `json:"messageTuples,omitempty"`
-	// CutAfter ends a stream with UNAVAILABLE after so many tuples.
+	// CutAfter ends a stream with UNAVAILABLE after this many tuples.
 	CutAfter int64 `json:"cutAfter,omitempty"`
-	// TruncateAfter ends a stream after so many tuples as if it were complete.
+	// TruncateAfter ends a stream after this many tuples as if it were complete.
 	TruncateAfter int64 `json:"truncateAfter,omitempty"`
 	// OmitEvery leaves out each Nth tuple: a driver that lies.
 	OmitEvery int64 `json:"omitEvery,omitempty"`
@@ -66,7 +65,7 @@ type MetadataOptions struct {
 	FailWith string `json:"failWith,omitempty"`
 	// FailDeltaOnly restricts FailWith to deltas.
 	FailDeltaOnly bool `json:"failDeltaOnly,omitempty"`
-	// FailCalls ends FailWith after so many calls of this process; 0 means never.
+	// FailCalls ends FailWith after this many calls of this process; 0 means never.
 	FailCalls int64 `json:"failCalls,omitempty"`
 }
 
@@ -89,7 +88,7 @@ const (
 	defaultMessageTuples = int32(256)
 )
 
-// Validate tells what cannot work.
+// Validate returns an error for options that cannot work.
 func (o Options) Validate() error {
 	if o.RoundTo < 0 || o.ShortBy < 0 {
 		return errors.New("roundTo and shortBy must not be negative")
@@ -136,7 +135,7 @@ func (o Options) size(n int64) (int64, error) {
 	return n, nil
 }
 
-// WriteOptions makes o the options of the driver whose state lies in dir.
+// WriteOptions makes o the options of the driver whose state is in dir.
 func WriteOptions(dir string, o Options) error {
 	if err := o.Validate(); err != nil {
 		return err
@@ -148,8 +147,8 @@ func WriteOptions(dir string, o Options) error {
 	return replaceFile(filepath.Join(dir, "options.json"), b)
 }
 
-// ReadOptions reads the options of the driver whose state lies in dir; without a
-// file they are the zero value.
+// ReadOptions reads the options of the driver whose state is in dir; without a file they
+// are the zero value.
 func ReadOptions(dir string) (Options, error) {
 	var o Options
 	b, err := os.ReadFile(filepath.Join(dir, "options.json"))

@@ -92,7 +92,7 @@ func (d *Driver) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshotRequ
 	return &csi.CreateSnapshotResponse{Snapshot: found.proto()}, nil
 }
 
-// dropSnapshot forgets a snapshot; its image stays while it may be a delta's base.
+// dropSnapshot drops a snapshot; its image stays while it may be a delta's base.
 func (d *Driver) dropSnapshot(r *records, s *snapshot, keep bool) error {
 	if _, alive := r.Vols[s.VolID]; keep && alive {
 		s.Deleted = true

@@ -57,13 +57,13 @@ type records struct {
 // only under the lock file, and image files.
 type state struct {
 	dir string
-	mu  sync.Mutex // flock is per open file; this orders the goroutines of a process
+	mu  sync.Mutex // flock is per open file; this serialises the goroutines of a process
 }
 
 func (s *state) image(id string) string { return filepath.Join(s.dir, id+".img") }
 
-// with runs fn on the current records and stores what fn left of them, unless it
-// fails. fn must not block.
+// with runs fn on the current records and stores them afterwards, unless fn fails. fn
+// must not block.
 func (s *state) with(fn func(*records) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -129,8 +129,8 @@ func (f *inFlight) begin(key string) (end func(), ok bool) {
 	}, true
 }
 
-// Held lists what the driver whose state lies in dir keeps, sorted: the IDs of its
-// volumes and of the snapshots that were not deleted.
+// Held lists what the driver whose state is in dir keeps, sorted: the IDs of its volumes
+// and of the snapshots that were not deleted.
 func Held(dir string) (volumes, snapshots []string, err error) {
 	s := &state{dir: dir}
 	err = s.with(func(r *records) error {

@@ -80,8 +80,8 @@ func findSource(r *records, c *csi.VolumeContentSource) (*source, error) {
 	return nil, nil
 }
 
-// place chooses the node of a node-local volume: its source's, else the first
-// preferred. A source on another node than those allowed cannot be had there.
+// place chooses the node of a node-local volume: its source's, else the first preferred.
+// A source on a node that is not allowed is an error.
 func (o Options) place(src *source, t *csi.TopologyRequirement, self string) (string, error) {
 	if !o.NodeLocal {
 		return "", nil
@@ -335,7 +335,7 @@ func (d *Driver) ControllerPublishVolume(_ context.Context, req *csi.ControllerP
 }
 
 // ControllerUnpublishVolume implements csi.ControllerServer. It takes
-// Options.DetachDelay, and nothing is detached if the caller gives up before.
+// Options.DetachDelay; nothing is detached if the caller gives up before.
 func (d *Driver) ControllerUnpublishVolume(ctx context.Context, req *csi.ControllerUnpublishVolumeRequest) (*csi.ControllerUnpublishVolumeResponse, error) {
 	o, err := d.options()
 	if err != nil {
@@ -355,7 +355,7 @@ func (d *Driver) ControllerUnpublishVolume(ctx context.Context, req *csi.Control
 		if !ok {
 			return nil
 		}
-		if gone { // a node that is gone unstages nothing: what it had is void
+		if gone { // a lost node unstages nothing: its state is void
 			delete(v.Staged, req.GetNodeId())
 		}
 		if n := req.GetNodeId(); n == "" || n == v.Published {

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/varve-io/varve/internal/mounttest"
 )
 
 func command(t *testing.T, name string, args ...string) string {
@@ -29,8 +31,8 @@ func needRoot(t *testing.T) {
 	}
 }
 
-// lockLoops keeps the tests of other packages from taking the few loop devices
-// meanwhile; it is released when the test has given its own back.
+// lockLoops keeps other packages' tests from using the few loop devices; it is released
+// once the test has detached its own.
 func lockLoops(t *testing.T) {
 	t.Helper()
 	needRoot(t)
@@ -58,12 +60,12 @@ func mount(t *testing.T, args ...string) string {
 	t.Helper()
 	dir := t.TempDir()
 	command(t, "mount", append(args, dir)...)
-	t.Cleanup(func() { command(t, "umount", dir) })
+	t.Cleanup(func() { mounttest.Unmount(t, dir) })
 	return dir
 }
 
-// TestBadSector backs up a device whose end cannot be read: a loop device over
-// a file that was cut behind its back.
+// TestBadSector backs up a device whose end cannot be read: a loop device over a file
+// that was truncated later.
 func TestBadSector(t *testing.T) {
 	lockLoops(t)
 	const size, good = 4 << 20, 3<<20 + 64<<10
@@ -130,7 +132,7 @@ func TestLargeSectors(t *testing.T) {
 	}
 }
 
-// TestMountedDevice has a mounted device refused as source and as target.
+// TestMountedDevice: a mounted device is refused as source and as target.
 func TestMountedDevice(t *testing.T) {
 	lockLoops(t)
 	s := newSite(t, "", 8<<20)

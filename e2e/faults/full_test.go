@@ -21,7 +21,7 @@ func TestRepositoryFull(t *testing.T) {
 	s.backup()
 	s.data = whole
 	s.scribble(0, 8)
-	// Kopia tries a failed write again for more than a minute.
+	// Kopia retries a failed write for more than a minute.
 	r := s.run("backup", s.disk, "--volume", volume)
 	if r.code != 1 || !strings.Contains(r.stderr, "storage is full") || !strings.Contains(r.stderr, "varve prune") {
 		t.Errorf("exit code %d: %s", r.code, r.stderr)
@@ -38,8 +38,8 @@ func TestRepositoryFull(t *testing.T) {
 	s.varve("verify", "--read", "100%")
 }
 
-// TestTargetFull fills the file system of a restore's target, and goes on when
-// there is room.
+// TestTargetFull fills the file system of a restore's target, and continues once there is
+// room.
 func TestTargetFull(t *testing.T) {
 	t.Parallel()
 	needRoot(t)

@@ -2,6 +2,7 @@ package faults
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -25,7 +26,7 @@ func run(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(dir)
-	if varveBin = os.Getenv("VARVE"); varveBin == "" {
+	if varveBin = cmp.Or(os.Getenv("VARVE_QUICK"), os.Getenv("VARVE")); varveBin == "" {
 		varveBin = filepath.Join(dir, "varve")
 		build := exec.Command("go", "build", "-o", varveBin, "./cmd/varve")
 		build.Dir = filepath.Join("..", "..")
@@ -118,7 +119,7 @@ func (s *site) varve(args ...string) string {
 	return r.stdout
 }
 
-// made is what "varve backup -o json" tells.
+// made is the output of "varve backup -o json".
 type made struct {
 	Name               string `json:"name"`
 	ID                 string `json:"id"`
@@ -146,7 +147,7 @@ func (s *site) made(stdout string) made {
 	return p
 }
 
-// ids lists the points there are.
+// ids lists the existing points.
 func (s *site) ids() []string {
 	s.t.Helper()
 	var list []struct {
@@ -163,8 +164,8 @@ func (s *site) ids() []string {
 	return ids
 }
 
-// check restores every point and compares it byte by byte. There must be those
-// that are known; one more may be of a backup that was killed when it was done.
+// check restores every point and compares it byte by byte. The known ones must exist; one
+// more may be from a backup that was killed at its end.
 func (s *site) check() {
 	s.t.Helper()
 	ids := s.ids()
@@ -184,9 +185,8 @@ func (s *site) check() {
 	}
 }
 
-// size is what the blobs of the repository take, in bytes. The file that Kopia was
-// writing when it was killed is no blob yet (kopia repo/blob/filesystem), and
-// stays.
+// size returns the size of the repository's blobs, in bytes. The file that Kopia was
+// writing when it was killed is no blob yet (kopia repo/blob/filesystem), and stays.
 func (s *site) size() int64 {
 	s.t.Helper()
 	var n int64

@@ -32,10 +32,10 @@ func (f *F) collect() {
 	}
 }
 
-// Collect writes the evidence into dir. What cannot be had is left out and named in
-// the error.
+// Collect writes the evidence into dir. What is unavailable is left out and named in the
+// error.
 func (f *F) Collect(dir string) error {
-	// The test's context may be what ended it.
+	// The test may have ended because of its context.
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	if err := os.MkdirAll(dir, 0o755); err != nil {

@@ -28,7 +28,7 @@ import (
 // Extent is a run of bytes of a disk.
 type Extent struct{ Offset, Length int64 }
 
-// Blocks is what the metadata sidecar said of a snapshot.
+// Blocks is the metadata sidecar's answer about a snapshot.
 type Blocks struct {
 	Variable bool
 	Capacity int64 // 0 if there was no message
@@ -36,9 +36,9 @@ type Blocks struct {
 	Messages int
 }
 
-// BlockService asks a driver's metadata sidecar the way a backup application does:
-// found through its SnapshotMetadataService, over TLS, as a service account that has
-// the client's rights and nothing else.
+// BlockService calls a driver's metadata sidecar as a backup application does: found
+// through its SnapshotMetadataService, over TLS, as a service account with only the
+// client's rights.
 type BlockService struct {
 	f      *F
 	client snapshotmetadata.SnapshotMetadataClient
@@ -55,7 +55,7 @@ func (f *F) BlockService(d *cluster.Driver) *BlockService {
 	return f.BlockServiceWithToken(d, f.blockToken(d.Audience()))
 }
 
-// BlockServiceWithToken is BlockService with a token of the caller's.
+// BlockServiceWithToken is BlockService with the caller's token.
 func (f *F) BlockServiceWithToken(d *cluster.Driver, token string) *BlockService {
 	f.T.Helper()
 	ctx := f.T.Context()
@@ -141,9 +141,9 @@ type message interface {
 	GetBlockMetadata() []*snapshotmetadata.BlockMetadata
 }
 
-// receive reads a stream to its end and holds it to KEP-3314: one type, one capacity,
-// offsets that rise, nothing beyond the end. What came before an error is returned
-// with it.
+// receive reads a stream to its end and checks it against KEP-3314: one type, one
+// capacity, rising offsets, nothing beyond the end. What was received before an error is
+// returned with it.
 func receive[M any, P interface {
 	*M
 	message
@@ -175,9 +175,9 @@ func receive[M any, P interface {
 	}
 }
 
-// Verify is the comparison that a delta must stand: copied from target onto base, the
-// listed extents make the two disks equal. Both are devices in the pod; base is
-// changed. It returns whether they are equal.
+// Verify checks a delta: copying the listed extents from target to base must make the two
+// disks equal. Both are devices in the pod; base is changed. It reports whether they are
+// equal.
 func (f *F) Verify(pod, base, target string, extents []Extent) bool {
 	f.T.Helper()
 	const sector = 512

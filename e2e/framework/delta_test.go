@@ -5,12 +5,10 @@ import (
 	"io"
 	"testing"
 
-	corev1 "k8s.io/api/core/v1"
-
+	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-
-	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
+	corev1 "k8s.io/api/core/v1"
 
 	"github.com/varve-io/varve/e2e/cluster"
 	"github.com/varve-io/varve/e2e/csidriver"
@@ -64,6 +62,7 @@ func equal(a, b []framework.Extent) bool {
 func defaultDriver(f *framework.F) *cluster.Driver { return f.Cluster.Drivers[cluster.DefaultDriver] }
 
 func TestSnapshotDelta(t *testing.T) {
+	t.Parallel()
 	f := framework.New(t)
 	first, second := twoSnapshots(f, "")
 	blocks := f.BlockService(defaultDriver(f))
@@ -94,6 +93,7 @@ func TestSnapshotDelta(t *testing.T) {
 
 // A stranger's token must not open the service.
 func TestSnapshotMetadataWantsRights(t *testing.T) {
+	t.Parallel()
 	f := framework.New(t)
 	f.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "8Mi"})
 	f.WaitBound("data")
@@ -104,7 +104,7 @@ func TestSnapshotMetadataWantsRights(t *testing.T) {
 	}
 }
 
-// Through the sidecar and TLS, a driver's vices arrive as a backup will meet them.
+// Through the sidecar and TLS, a driver's vices look as they will to a backup.
 func TestMetadataVices(t *testing.T) {
 	f := framework.New(t)
 	d := defaultDriver(f)
@@ -142,7 +142,7 @@ func TestMetadataVices(t *testing.T) {
 	}
 }
 
-// A base snapshot that has been deleted serves some drivers and not others.
+// Some drivers accept a deleted base snapshot, others do not.
 func TestDeletedBase(t *testing.T) {
 	for _, c := range []struct {
 		name string

@@ -16,7 +16,7 @@ import (
 	"github.com/varve-io/varve/e2e/framework"
 )
 
-// refused waits until an event about an object says why it cannot be.
+// refused waits until an event about an object says why it is refused.
 func refused(f *framework.F, name, why string) {
 	f.T.Helper()
 	f.Eventually(name+" to be refused", func(ctx context.Context) error {
@@ -27,9 +27,10 @@ func refused(f *framework.F, name, why string) {
 	})
 }
 
-// One driver that sizes oddly, wants a secret, does not list snapshots and has no
-// Block volumes: these need no driver each.
+// One driver that rounds sizes, requires a secret, does not list snapshots and has no
+// Block volumes: these do not need a driver each.
 func TestDriverSizesSecretsAndLists(t *testing.T) {
+	t.Parallel()
 	f := framework.New(t)
 	const gib, short = int64(1 << 30), int64(16 << 20)
 	o := csidriver.Options{RoundTo: gib, ShortBy: short, RequiredSecret: "open-sesame", NoListSnapshots: true}
@@ -46,7 +47,7 @@ func TestDriverSizesSecretsAndLists(t *testing.T) {
 	if got := f.ImageSize(d, pv.Spec.CSI.VolumeHandle); got != gib-short {
 		t.Errorf("the image has %d bytes, want %d", got, gib-short)
 	}
-	// Without LIST_SNAPSHOTS the snapshotter takes the driver's word from creation.
+	// Without LIST_SNAPSHOTS the snapshotter relies on the driver's answer at creation.
 	snap := f.Snapshot("s", "data", d.Class())
 	if _, err := f.BlockService(d).Allocated(t.Context(), snap, 0); err != nil {
 		t.Errorf("snapshot metadata, with the class's secret: %v", err)
@@ -69,7 +70,7 @@ func TestDriverSizesSecretsAndLists(t *testing.T) {
 	f.WaitBound("files")
 }
 
-// A volume whose snapshots exist stays until they are gone.
+// A volume with snapshots stays until they are deleted.
 func TestDriverKeepsSourceOfSnapshots(t *testing.T) {
 	f := framework.New(t)
 	d := defaultDriver(f)
@@ -103,9 +104,10 @@ func TestDriverKeepsSourceOfSnapshots(t *testing.T) {
 	})
 }
 
-// With a driver that attaches, a VolumeAttachment comes before the pod and outlives it
-// for as long as the driver takes.
+// With a driver that attaches, a VolumeAttachment precedes the pod and outlives it for as
+// long as the driver needs.
 func TestDriverAttaches(t *testing.T) {
+	t.Parallel()
 	f := framework.New(t)
 	d := f.Driver(csidriver.Options{AttachRequired: true, DetachDelay: csidriver.Duration(2e9)})
 	f.CreateClaim(framework.Claim{Name: "data", Class: d.Class(), Mode: framework.Block, Size: "8Mi"})

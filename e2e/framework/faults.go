@@ -11,6 +11,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -43,8 +44,42 @@ func (f *F) StopAPIServer() (start func()) {
 	return start
 }
 
+// KillKubelet kills the kubelet of a pod's node; its containers continue. The function it returns
+// starts it again; the test's end does so too.
+func (f *F) KillKubelet(pod *corev1.Pod) (start func()) {
+	f.T.Helper()
+	n := f.Cluster.Nodes[pod.Spec.NodeName]
+	ctx, cancel := context.WithTimeout(f.T.Context(), Patience)
+	defer cancel()
+	if err := f.Cluster.Supervisor(n).Stop(ctx, "kubelet", syscall.SIGKILL); err != nil {
+		f.T.Fatal(err)
+	}
+	start = sync.OnceFunc(func() {
+		if err := f.Cluster.StartKubelet(context.Background(), n); err != nil {
+			f.T.Error(err)
+		}
+	})
+	f.T.Cleanup(start)
+	return start
+}
+
+// ReadFile reads a file of a pod's containers without Kubernetes, which may be down.
+func (f *F) ReadFile(pod *corev1.Pod, path string) (string, error) {
+	pids, err := f.processes(pod)
+	if err != nil {
+		return "", err
+	}
+	for _, pid := range pids {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/root%s", pid, path))
+		if err == nil {
+			return string(text), nil
+		}
+	}
+	return "", fmt.Errorf("pod %s has no file %s", pod.Name, path)
+}
+
 // KillPod kills the processes of a pod's containers at once, as a crash would. The
-// kubelet restarts them as the pod says.
+// kubelet restarts them by the pod's policy.
 func (f *F) KillPod(pod *corev1.Pod) error {
 	pids, err := f.processes(pod)
 	if err != nil {
@@ -55,7 +90,7 @@ func (f *F) KillPod(pod *corev1.Pod) error {
 	for _, pid := range pids {
 		comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
 		if err != nil || strings.TrimSpace(string(comm)) == "pause" {
-			continue // gone, or what holds the pod's namespaces
+			continue // ended, or what holds the pod's namespaces
 		}
 		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
 			errs = append(errs, err)
@@ -68,8 +103,8 @@ func (f *F) KillPod(pod *corev1.Pod) error {
 	return errors.Join(errs...)
 }
 
-// KillWhen kills a pod's processes as soon as reached says yes: the way to stop a
-// controller at a step that the API shows.
+// KillWhen kills a pod's processes as soon as reached reports true: it stops a controller
+// at a step that the API shows.
 func (f *F) KillWhen(pod *corev1.Pod, step string, reached func(context.Context) (bool, error)) {
 	f.T.Helper()
 	const pause = 5 * time.Millisecond // a step may be over soon
@@ -94,9 +129,9 @@ func (f *F) KillWhen(pod *corev1.Pod, step string, reached func(context.Context)
 	}
 }
 
-// KillAtLog kills a pod's processes when a container writes a line that matches: the
-// way to stop a controller at a step that only its log shows. It begins to look when
-// it is called and returns when it has killed.
+// KillAtLog kills a pod's processes when a container writes a matching line: it stops a
+// controller at a step that only its log shows. It watches from the call on and returns
+// after the kill.
 func (f *F) KillAtLog(pod *corev1.Pod, container string, line *regexp.Regexp) {
 	f.T.Helper()
 	ctx, cancel := context.WithTimeout(f.T.Context(), Patience)
@@ -119,8 +154,8 @@ func (f *F) KillAtLog(pod *corev1.Pod, container string, line *regexp.Regexp) {
 	f.T.Fatalf("pod %s never wrote %s: %v", pod.Name, line, errors.Join(lines.Err(), ctx.Err()))
 }
 
-// CutNetwork drops everything that goes into or out of a pod, its node's probes too.
-// The function it returns ends that; so does the test's end.
+// CutNetwork drops all traffic of a pod, including its node's probes. The function it
+// returns ends that; so does the test's end.
 func (f *F) CutNetwork(pod *corev1.Pod) (restore func()) {
 	f.T.Helper()
 	pids, err := f.processes(pod)
@@ -131,7 +166,7 @@ func (f *F) CutNetwork(pod *corev1.Pod) (restore func()) {
 	inPod := func(ctx context.Context, rules string) error {
 		pids, err := f.processes(pod)
 		if err != nil || len(pids) == 0 {
-			return err // the pod is gone, and its network with it
+			return err // the pod is gone, with its network
 		}
 		n := &cluster.Node{PID: pids[0]}
 		_, err = f.Cluster.Exec(ctx, n, cluster.NetworkOnly, strings.NewReader(rules), "nft", "-f", "-")
@@ -157,7 +192,7 @@ func (f *F) CutNetwork(pod *corev1.Pod) (restore func()) {
 	return restore
 }
 
-// processes are the PIDs, as the machine counts, of all a pod's containers and its
+// processes returns the PIDs, in the machine's namespace, of a pod's containers and its
 // sandbox.
 func (f *F) processes(pod *corev1.Pod) ([]int, error) {
 	node := f.Cluster.Nodes[pod.Spec.NodeName]
@@ -201,7 +236,7 @@ func (f *F) processes(pod *corev1.Pod) ([]int, error) {
 	return pids, nil
 }
 
-// Nodes makes sure that the cluster has so many nodes that run.
+// Nodes makes sure that the cluster has this many running nodes.
 func (f *F) Nodes(count int) []*cluster.Node {
 	f.T.Helper()
 	nodes := []*cluster.Node{f.Cluster.Control()}

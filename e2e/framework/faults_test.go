@@ -30,6 +30,7 @@ func TestStopAPIServer(t *testing.T) {
 }
 
 func TestCutNetwork(t *testing.T) {
+	t.Parallel()
 	f := framework.New(t)
 	server := f.RunPod(framework.Pod{Name: "server", Change: func(p *corev1.Pod) {
 		p.Spec.Containers[0].Command = []string{"httpd", "-f", "-p", "8080", "-h", "/etc"}
@@ -50,7 +51,7 @@ func TestCutNetwork(t *testing.T) {
 	}
 }
 
-// steps is a pod that writes a step, then the next when it is restarted.
+// steps is a pod that writes a step, and the next one after a restart.
 func steps(f *framework.F) *corev1.Pod {
 	return f.RunPod(framework.Pod{Name: "controller", Change: func(p *corev1.Pod) {
 		p.Spec.Volumes = []corev1.Volume{{Name: "state", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}}}
@@ -78,6 +79,7 @@ func restarted(f *framework.F, times int32) {
 }
 
 func TestKillAtStep(t *testing.T) {
+	t.Parallel()
 	f := framework.New(t)
 	pod := steps(f)
 	f.KillAtLog(pod, "tool", regexp.MustCompile(`^step one$`))
@@ -94,7 +96,7 @@ func TestKillAtStep(t *testing.T) {
 }
 
 // Evidence has the objects, events and logs of the test, and no Secrets.
-func TestEvidence(t *testing.T) {
+func TestEvidence(t *testing.T) { // alone: it looks for its lines among the kubelet's last
 	f := framework.New(t)
 	f.RunPod(framework.Pod{Name: "p", Change: func(p *corev1.Pod) {
 		p.Spec.Containers[0].Command = []string{"sh", "-c", "echo evidence of a run; exec sleep 1000000"}

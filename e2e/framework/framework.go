@@ -27,14 +27,14 @@ import (
 	"github.com/varve-io/varve/e2e/cluster"
 )
 
-// Patience is how long a test waits for any one thing. It is long because the machine
-// may be busy; a test that passes hardly waits.
-const Patience = 3 * time.Minute
+// Patience is how long a test waits for any one event. It is long because the machine may
+// be busy; a passing test hardly waits.
+const Patience = 6 * time.Minute
 
-// pollPause is between two looks at something awaited.
-const pollPause = 100 * time.Millisecond
+// The pause between two checks of something awaited is a tenth of the time waited, within these.
+const shortPause, longPause = 20 * time.Millisecond, 500 * time.Millisecond
 
-// F is what one test has of the cluster.
+// F is one test's part of the cluster.
 type F struct {
 	T         *testing.T
 	Cluster   *cluster.Cluster
@@ -44,8 +44,8 @@ type F struct {
 	Namespace string // the test's own
 }
 
-// New gives a test its namespace. What it made is deleted when it ends; if it failed,
-// evidence is collected before.
+// New creates a test's namespace. What the test made is deleted at its end; if it failed,
+// evidence is collected first.
 func New(t *testing.T) *F {
 	t.Helper()
 	if why := os.Getenv(envWhyNot); why != "" {
@@ -55,23 +55,11 @@ func New(t *testing.T) *F {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg, err := clientcmd.BuildConfigFromFlags("", c.Kubeconfig())
+	cl, err := clientsOf(c.Kubeconfig())
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg.QPS, cfg.Burst = 200, 400
-	if err := addKinds(); err != nil {
-		t.Fatal(err)
-	}
-	cl, err := client.NewWithWatch(cfg, client.Options{Scheme: scheme.Scheme})
-	if err != nil {
-		t.Fatal(err)
-	}
-	cs, err := kubernetes.NewForConfig(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	f := &F{T: t, Cluster: c, Config: cfg, Client: cl, Clientset: cs, Namespace: namespaceFor(t)}
+	f := &F{T: t, Cluster: c, Config: rest.CopyConfig(cl.config), Client: cl.client, Clientset: cl.clientset, Namespace: namespaceFor(t)}
 	f.Create(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: f.Namespace, Labels: map[string]string{
 		"pod-security.kubernetes.io/enforce": "privileged"}}})
 	t.Cleanup(func() {
@@ -80,17 +68,52 @@ func New(t *testing.T) *F {
 		}
 		f.clear()
 	})
-	// Pods are refused until the namespace's account is there.
+	// Pods are refused until the namespace's account exists.
 	f.Eventually("the namespace's service account", func(ctx context.Context) error {
 		return f.Client.Get(ctx, f.Key("default"), &corev1.ServiceAccount{})
 	})
 	return f
 }
 
-// addKinds makes snapshots known to client-go's scheme, once: tests run in parallel.
-var addKinds = sync.OnceValue(func() error {
-	return errors.Join(snapshotv1.AddToScheme(scheme.Scheme), groupsnapshotv1.AddToScheme(scheme.Scheme))
-})
+// clients are the administrator's.
+type clients struct {
+	config    *rest.Config
+	client    client.WithWatch
+	clientset kubernetes.Interface
+}
+
+var made struct {
+	sync.Mutex // tests run in parallel
+	of         map[string]*clients
+}
+
+// clientsOf makes clients once for all tests, so that the kinds are listed once.
+func clientsOf(kubeconfig string) (*clients, error) {
+	made.Lock()
+	defer made.Unlock()
+	if c := made.of[kubeconfig]; c != nil {
+		return c, nil
+	}
+	cfg, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	cfg.QPS, cfg.Burst = 1000, 2000
+	if err := errors.Join(snapshotv1.AddToScheme(scheme.Scheme), groupsnapshotv1.AddToScheme(scheme.Scheme)); err != nil {
+		return nil, err
+	}
+	cl, err := client.NewWithWatch(cfg, client.Options{Scheme: scheme.Scheme})
+	if err != nil {
+		return nil, err
+	}
+	cs, err := kubernetes.NewForConfig(cfg)
+	if err != nil {
+		return nil, err
+	}
+	c := &clients{cfg, cl, cs}
+	made.of = map[string]*clients{kubeconfig: c}
+	return c, nil
+}
 
 var notName = regexp.MustCompile(`[^a-z0-9]+`)
 
@@ -118,7 +141,7 @@ func (f *F) Create(o client.Object) {
 	}
 }
 
-// Delete deletes an object and waits until it is gone.
+// Delete deletes an object and waits for its end.
 func (f *F) Delete(o client.Object) {
 	f.T.Helper()
 	if err := client.IgnoreNotFound(f.Client.Delete(f.T.Context(), o, client.PropagationPolicy(metav1.DeletePropagationBackground))); err != nil {
@@ -139,8 +162,8 @@ func gone(err error) error {
 	return err
 }
 
-// Eventually asks until the answer is nil, and ends the test after Patience with the
-// last answer.
+// Eventually polls until the result is nil, and ends the test after Patience with the
+// last result.
 func (f *F) Eventually(what string, ask func(context.Context) error) {
 	f.T.Helper()
 	if err := f.Await(f.T.Context(), what, ask); err != nil {
@@ -148,11 +171,12 @@ func (f *F) Eventually(what string, ask func(context.Context) error) {
 	}
 }
 
-// Await is Eventually for those who handle the error themselves.
+// Await is Eventually for callers that handle the error.
 func (f *F) Await(ctx context.Context, what string, ask func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, Patience)
 	defer cancel()
-	var last error // that is not about the time being over
+	start := time.Now()
+	var last error // that is not the timeout itself
 	for {
 		err := ask(ctx)
 		if err == nil {
@@ -164,56 +188,26 @@ func (f *F) Await(ctx context.Context, what string, ask func(context.Context) er
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("wait for %s: %w", what, errors.Join(last, ctx.Err()))
-		case <-time.After(pollPause):
+		case <-time.After(min(max(time.Since(start)/10, shortPause), longPause)):
 		}
 	}
 }
 
-// clear deletes what the test made, in an order in which drivers can let go, and
-// fails the test if volumes stay.
-func (f *F) clear() {
-	ctx, cancel := context.WithTimeout(context.Background(), Patience)
+// notYet says why something is not as awaited. The newest event is only read when the error is
+// printed, which is rare: events are many, and the API server does not cache them.
+type notYet struct {
+	f    *F
+	name string
+	said string
+}
+
+func (e notYet) Error() string {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	var errs []error
-	for _, kinds := range []string{
-		"deployments,statefulsets,daemonsets,jobs,cronjobs",
-		"pods",
-		// A pending claim holds the snapshot it comes from, and a snapshot being taken
-		// its claim: they go together.
-		"persistentvolumeclaims,volumesnapshots.snapshot.storage.k8s.io,volumegroupsnapshots.groupsnapshot.storage.k8s.io",
-	} {
-		_, err := f.Cluster.Kubectl(ctx, nil, "delete", kinds, "--all", "-n", f.Namespace, "--ignore-not-found", "--grace-period=1", "--wait=false")
-		errs = append(errs, err, f.Await(ctx, kinds+" to be gone", func(ctx context.Context) error {
-			left, err := f.Cluster.Kubectl(ctx, nil, "get", kinds, "-n", f.Namespace, "-o", "name")
-			if err == nil && left != "" {
-				err = fmt.Errorf("left: %s", strings.Join(strings.Fields(left), ", "))
-			}
-			return err
-		}))
-	}
-	errs = append(errs, f.Await(ctx, "the namespace's volumes to be gone", func(ctx context.Context) error {
-		var pvs corev1.PersistentVolumeList
-		if err := f.Client.List(ctx, &pvs); err != nil {
-			return err
-		}
-		for _, pv := range pvs.Items {
-			if r := pv.Spec.ClaimRef; r != nil && r.Namespace == f.Namespace && pv.Spec.PersistentVolumeReclaimPolicy == corev1.PersistentVolumeReclaimDelete {
-				return fmt.Errorf("volume %s of claim %s is still there", pv.Name, r.Name)
-			}
-		}
-		var contents snapshotv1.VolumeSnapshotContentList
-		if err := f.Client.List(ctx, &contents); err != nil {
-			return err
-		}
-		for _, c := range contents.Items {
-			if c.Spec.VolumeSnapshotRef.Namespace == f.Namespace && c.Spec.DeletionPolicy == snapshotv1.VolumeSnapshotContentDelete {
-				return fmt.Errorf("content %s of snapshot %s is still there", c.Name, c.Spec.VolumeSnapshotRef.Name)
-			}
-		}
-		return nil
-	}))
-	_, err := f.Cluster.Kubectl(ctx, nil, "delete", "namespace", f.Namespace, "--ignore-not-found", "--wait=false")
-	if err := errors.Join(append(errs, err)...); err != nil {
-		f.T.Errorf("clear namespace %s: %v", f.Namespace, err)
-	}
+	return e.said + "; " + e.f.LastEvent(ctx, e.name)
+}
+
+// NotYet is the error for something that an object's events may explain.
+func (f *F) NotYet(name, format string, args ...any) error {
+	return notYet{f, name, fmt.Sprintf(format, args...)}
 }

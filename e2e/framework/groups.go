@@ -16,8 +16,8 @@ import (
 	"github.com/varve-io/varve/e2e/cluster"
 )
 
-// GroupSnapshot takes a snapshot of all claims with the labels, at one moment, and
-// waits until it can be used.
+// GroupSnapshot takes a snapshot of all claims with the labels, at one moment, and waits
+// until it is usable.
 func (f *F) GroupSnapshot(name, class string, labels map[string]string) {
 	f.T.Helper()
 	g := &groupsnapshotv1.VolumeGroupSnapshot{
@@ -31,7 +31,7 @@ func (f *F) GroupSnapshot(name, class string, labels map[string]string) {
 			return err
 		}
 		if s := g.Status; s == nil || s.ReadyToUse == nil || !*s.ReadyToUse {
-			return fmt.Errorf("it is not ready; %s", f.LastEvent(ctx, name))
+			return f.NotYet(name, "it is not ready")
 		}
 		return nil
 	})
@@ -65,8 +65,8 @@ func (f *F) GroupMember(group, claim string) string {
 	return found
 }
 
-// SnapshotDropped asks whether a driver has deleted a snapshot, as its API tells it: a
-// driver that keeps the data for later deltas has dropped it all the same.
+// SnapshotDropped reports whether a driver has deleted a snapshot, by its API: a driver
+// that keeps the data for later deltas has still dropped it.
 func (f *F) SnapshotDropped(d *cluster.Driver, handle string) func(context.Context) error {
 	return func(ctx context.Context) error {
 		var list snapshotv1.VolumeSnapshotContentList
@@ -82,7 +82,7 @@ func (f *F) SnapshotDropped(d *cluster.Driver, handle string) func(context.Conte
 	}
 }
 
-// Images is how many image files a driver has: volumes and snapshots that were not
+// Images returns how many image files a driver has: volumes and snapshots that were not
 // deleted.
 func (f *F) Images(d *cluster.Driver) int {
 	f.T.Helper()

@@ -14,7 +14,7 @@ import (
 	"github.com/varve-io/varve/e2e/cluster"
 )
 
-// These carry what Main decided into the process that it becomes.
+// These pass Main's decisions to the process that it becomes.
 const (
 	envInside = "VARVE_E2E_INSIDE"
 	envOwn    = "VARVE_E2E_OWN"

@@ -13,8 +13,8 @@ import (
 	"github.com/varve-io/varve/e2e/framework"
 )
 
-// Node-local volumes lie where their first pod runs; a clone for another node cannot
-// be had, and neither can a snapshot once the node is lost.
+// Node-local volumes are where their first pod runs; there is no clone for another node,
+// and no snapshot once the node is lost.
 func TestNodeLocalVolumes(t *testing.T) {
 	f := framework.New(t)
 	nodes := f.Nodes(2)

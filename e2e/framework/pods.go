@@ -2,11 +2,7 @@ package framework
 
 import (
 	"context"
-	"errors"
-	"fmt"
-	"io"
 	"os"
-	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -14,13 +10,13 @@ import (
 	"github.com/varve-io/varve/e2e/cluster"
 )
 
-// Pod describes a pod that sleeps until it is told what to do.
+// Pod describes a pod that sleeps and runs commands on request.
 type Pod struct {
 	Name string
 	// Claims by name: a Block claim is the device /dev/NAME, a Filesystem claim the
 	// directory /NAME.
 	Claims map[string]corev1.PersistentVolumeMode
-	// Node to run on, by the node selector that users have; empty: any.
+	// Node to run on, by the users' node selector; empty: any.
 	Node string
 	// Change is applied to the pod before it is created.
 	Change func(*corev1.Pod)
@@ -29,6 +25,13 @@ type Pod struct {
 // CreatePod creates a pod of the tool image and does not wait for it.
 func (f *F) CreatePod(p Pod) *corev1.Pod {
 	f.T.Helper()
+	pod := f.PodOf(p)
+	f.Create(pod)
+	return pod
+}
+
+// PodOf is the pod that CreatePod creates.
+func (f *F) PodOf(p Pod) *corev1.Pod {
 	grace := int64(1)
 	c := corev1.Container{Name: "tool", Image: cluster.ToolImage, ImagePullPolicy: corev1.PullNever, Command: []string{"sleep", "1000000"}}
 	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: f.Namespace, Name: p.Name},
@@ -49,7 +52,6 @@ func (f *F) CreatePod(p Pod) *corev1.Pod {
 	if p.Change != nil {
 		p.Change(pod)
 	}
-	f.Create(pod)
 	return pod
 }
 
@@ -73,46 +75,13 @@ func (f *F) WaitReady(name string) *corev1.Pod {
 				return nil
 			}
 		}
-		return fmt.Errorf("it is %s; %s", pod.Status.Phase, f.LastEvent(ctx, name))
+		return f.NotYet(name, "it is %s", pod.Status.Phase)
 	})
 	return pod
 }
 
-// Exec runs a shell command in a pod's first container and returns its output.
-func (f *F) Exec(pod, command string) string {
-	f.T.Helper()
-	out, err := f.TryExec(f.T.Context(), pod, nil, command)
-	if err != nil {
-		f.T.Fatal(err)
-	}
-	return out
-}
-
-// TryExec is Exec for commands that may fail, with an input; nil is none.
-func (f *F) TryExec(ctx context.Context, pod string, stdin io.Reader, command string) (string, error) {
-	args := []string{"exec", "-n", f.Namespace}
-	if stdin != nil {
-		args = append(args, "-i")
-	}
-	out, err := f.Cluster.Kubectl(ctx, stdin, append(args, pod, "--", "sh", "-ec", command)...)
-	if err != nil {
-		return out, fmt.Errorf("in pod %s: %w", pod, err)
-	}
-	return out, nil
-}
-
-// SHA256 is the hash of a file or device in a pod, in hex.
-func (f *F) SHA256(pod, path string) string {
-	f.T.Helper()
-	sum, _, ok := strings.Cut(f.Exec(pod, "sha256sum "+path), " ")
-	if !ok {
-		f.T.Fatal(errors.New("sha256sum says nothing"))
-	}
-	return sum
-}
-
-// VarveImage is the name of Varve's own image, as make e2e built and imported it. The
-// test is skipped where a run has none.
+// VarveImage returns the name of Varve's own image, as make e2e built and imported it.
+// The test is skipped if a run has none.
 func (f *F) VarveImage() string {
 	f.T.Helper()
 	image := os.Getenv("VARVE_E2E_IMAGE")

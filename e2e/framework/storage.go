@@ -14,7 +14,7 @@ import (
 	"github.com/varve-io/varve/e2e/csidriver"
 )
 
-// Volume modes, for those who need a pointer less.
+// Volume modes, as variables for pointers.
 const (
 	Block      = corev1.PersistentVolumeBlock
 	Filesystem = corev1.PersistentVolumeFilesystem
@@ -65,14 +65,14 @@ func (f *F) WaitBound(name string) *corev1.PersistentVolume {
 			return err
 		}
 		if pvc.Status.Phase != corev1.ClaimBound {
-			return fmt.Errorf("it is %s; %s", pvc.Status.Phase, f.LastEvent(ctx, name))
+			return f.NotYet(name, "it is %s", pvc.Status.Phase)
 		}
 		return f.Client.Get(ctx, client.ObjectKey{Name: pvc.Spec.VolumeName}, pv)
 	})
 	return pv
 }
 
-// LastEvent is the newest event about a named object, for error messages and for
+// LastEvent returns the newest event about a named object, for error messages and for
 // tests that await one.
 func (f *F) LastEvent(ctx context.Context, name string) string {
 	var list corev1.EventList
@@ -92,15 +92,15 @@ func (f *F) LastEvent(ctx context.Context, name string) string {
 	return last.Reason + ": " + last.Message
 }
 
-// Snapshot takes a snapshot of a claim and waits until it can be used.
+// Snapshot takes a snapshot of a claim and waits until it is usable.
 func (f *F) Snapshot(name, claim, class string) *snapshotv1.VolumeSnapshot {
 	f.T.Helper()
 	f.CreateSnapshot(name, claim, class)
 	return f.WaitSnapshot(name)
 }
 
-// CreateSnapshot asks for a snapshot of a claim and does not wait for it. An empty
-// class is the driver's default one.
+// CreateSnapshot creates a snapshot of a claim and does not wait for it. An empty class
+// is the driver's default one.
 func (f *F) CreateSnapshot(name, claim, class string) *snapshotv1.VolumeSnapshot {
 	f.T.Helper()
 	s := &snapshotv1.VolumeSnapshot{
@@ -127,7 +127,7 @@ func (f *F) WaitSnapshot(name string) *snapshotv1.VolumeSnapshot {
 			if st != nil && st.Error != nil && st.Error.Message != nil {
 				return fmt.Errorf("it is not ready: %s", *st.Error.Message)
 			}
-			return fmt.Errorf("it is not ready; %s", f.LastEvent(ctx, name))
+			return f.NotYet(name, "it is not ready")
 		}
 		return nil
 	})
@@ -165,9 +165,8 @@ func (f *F) AllowModeChange(s *snapshotv1.VolumeSnapshot) {
 	}
 }
 
-// Driver starts a CSI driver of the test's own, with its sidecars. It ends with the
-// test, after the test's volumes; the test fails if the driver still holds any, or a
-// snapshot.
+// Driver starts a CSI driver for the test, with its sidecars. It ends with the test,
+// after the test's volumes; the test fails if the driver still holds any, or a snapshot.
 func (f *F) Driver(o csidriver.Options) *cluster.Driver {
 	f.T.Helper()
 	d, err := f.Cluster.AddDriver(f.T.Context(), "d"+random()+".csi.varve.io", o)
@@ -198,7 +197,7 @@ func (f *F) Driver(o csidriver.Options) *cluster.Driver {
 }
 
 // SetDriver changes a driver's options while it runs, for the rest of the test. Those
-// that are read only once (see package csidriver) need a driver of their own.
+// that are read only once (see package csidriver) need a separate driver.
 func (f *F) SetDriver(d *cluster.Driver, o csidriver.Options) {
 	f.T.Helper()
 	dir := f.Cluster.DriverState(d)

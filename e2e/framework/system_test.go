@@ -2,7 +2,6 @@ package framework_test
 
 import (
 	"context"
-	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -24,7 +23,7 @@ func read(t *testing.T, elem ...string) string {
 	return string(b)
 }
 
-// grep is the first file below dir that has s.
+// grep returns the first file below dir that contains s.
 func grep(t *testing.T, dir, s string) (found string) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(p string, e fs.DirEntry, err error) error {
@@ -40,8 +39,9 @@ func grep(t *testing.T, dir, s string) (found string) {
 	return found
 }
 
-// The sidecars may do their work and no more.
+// The sidecars may do only their work.
 func TestSidecarsAreNotAdministrators(t *testing.T) {
+	t.Parallel()
 	f := framework.New(t)
 	for account, may := range map[string][]string{
 		"csi-provisioner":       {"create persistentvolumes", "list storageclasses.storage.k8s.io"},
@@ -69,8 +69,9 @@ func TestSidecarsAreNotAdministrators(t *testing.T) {
 	}
 }
 
-// The S3 server keeps what it is given and lets nobody in without the key.
+// The S3 server keeps its data and refuses access without the key.
 func TestS3(t *testing.T) {
+	t.Parallel()
 	f := framework.New(t)
 	ip, err := f.Cluster.Kubectl(t.Context(), nil, "get", "service", "s3", "-n", cluster.SystemNamespace, "-o", "jsonpath={.spec.clusterIP}")
 	if err != nil {
@@ -95,15 +96,15 @@ func TestS3(t *testing.T) {
 		t.Fatalf("a stranger got %q", got)
 	}
 	f.RunPod(framework.Pod{Name: "p"})
-	// By name, from a pod: DNS, the service, and a refusal that S3 itself gives.
+	// By name, from a pod: DNS, the service, and a refusal by S3 itself.
 	f.Eventually("S3 by name", func(ctx context.Context) error {
 		_, err := f.TryExec(ctx, "p", nil, "wget -S -O - "+cluster.S3Endpoint+"/ 2>&1 | grep -q '403'")
 		return err
 	})
 }
 
-// A pod that is not root reads a raw device only where the runtime hands it over.
-func TestDeviceOwnership(t *testing.T) {
+// A pod that is not root reads a raw device only if the runtime changes its owner.
+func TestDeviceOwnership(t *testing.T) { // alone: it restarts the container runtime
 	f := framework.New(t)
 	f.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "8Mi"})
 	user := int64(65532)
@@ -127,6 +128,7 @@ func TestDeviceOwnership(t *testing.T) {
 
 // Varve's own image runs as a restricted pod, in any namespace.
 func TestImage(t *testing.T) {
+	t.Parallel()
 	f := framework.New(t)
 	image := f.VarveImage()
 	yes, no := true, false
@@ -144,7 +146,7 @@ func TestImage(t *testing.T) {
 			return err
 		}
 		if p.Status.Phase != corev1.PodSucceeded {
-			return errors.New(string(p.Status.Phase) + "; " + f.LastEvent(ctx, "varve"))
+			return f.NotYet("varve", "it is %s", p.Status.Phase)
 		}
 		return nil
 	})

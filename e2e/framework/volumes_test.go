@@ -20,11 +20,13 @@ func fsPod(f *framework.F, name, claim string) {
 
 // A file system volume is restored, cloned, read as a raw disk, and grown.
 func TestFilesystems(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct{ fs, class, size, larger, magic, offset string }{
 		{"ext4", "e2e-wffc", "64Mi", "128Mi", "53ef", "1080"},
 		{"xfs", "e2e-xfs", "320Mi", "400Mi", "5846", "0"}, // "XF"
 	} {
 		t.Run(c.fs, func(t *testing.T) {
+			t.Parallel()
 			f := framework.New(t)
 			f.CreateClaim(framework.Claim{Name: "data", Class: c.class, Mode: framework.Filesystem, Size: c.size})
 			fsPod(f, "writer", "data")
@@ -102,7 +104,7 @@ func grow(f *framework.F, claim, size string) {
 	if err := f.Client.Patch(f.T.Context(), &pvc, client.MergeFrom(old)); err != nil {
 		f.T.Fatal(err)
 	}
-	// The volume grows while no pod has it; the file system when the next one gets it.
+	// The volume grows while no pod has it, the file system when the next pod gets it.
 	f.Eventually("the volume to grow", func(ctx context.Context) error {
 		var pv corev1.PersistentVolume
 		if err := f.Client.Get(ctx, client.ObjectKey{Name: pvc.Spec.VolumeName}, &pv); err != nil {
@@ -118,6 +120,7 @@ func grow(f *framework.F, claim, size string) {
 // Members of a group snapshot are of one moment: a counter written to two volumes in
 // turn is never further on the second.
 func TestGroupSnapshot(t *testing.T) {
+	t.Parallel()
 	f := framework.New(t)
 	both := map[string]corev1.PersistentVolumeMode{"one": framework.Filesystem, "two": framework.Filesystem}
 	for name := range both {

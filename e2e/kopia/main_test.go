@@ -94,7 +94,7 @@ func (s *site) connectKopia() {
 		"--override-username=varve", "--override-hostname=repository")
 }
 
-// point is what "varve backup -o json" tells.
+// point is the output of "varve backup -o json".
 type point struct {
 	Name string `json:"name"`
 	ID   string `json:"id"`

@@ -11,8 +11,8 @@ import (
 	"testing"
 )
 
-// TestThroughAKopiaServer reads recovery points through a real Kopia API
-// server, where no content can be asked for, only objects.
+// TestThroughAKopiaServer reads recovery points through a real Kopia API server, where
+// only objects can be requested, no contents.
 func TestThroughAKopiaServer(t *testing.T) {
 	s := newSite(t)
 	s.varve("repo", "create", "filesystem", "--path", s.repo)
@@ -76,7 +76,7 @@ func (s *site) startServer() (url, fingerprint string) {
 		_ = cmd.Process.Kill()
 		<-exited
 	})
-	for { // polled, for the server gives no signal
+	for { // polled, since the server gives no signal
 		select {
 		case err := <-exited:
 			exited <- err

@@ -15,7 +15,7 @@ import (
 	"github.com/varve-io/varve/e2e/framework"
 )
 
-// startBackup asks for a backup to the main store.
+// startBackup requests a backup to the main store.
 func (s *site) startBackup(name, claim string, change func(*v1alpha1.VolumeBackup)) *v1alpha1.VolumeBackup {
 	s.T.Helper()
 	vb := &v1alpha1.VolumeBackup{ObjectMeta: metav1.ObjectMeta{Namespace: s.Namespace, Name: name},
@@ -24,30 +24,27 @@ func (s *site) startBackup(name, claim string, change func(*v1alpha1.VolumeBacku
 		change(vb)
 	}
 	s.Create(vb)
-
 	return vb
 }
 
-// backup asks for a backup and waits until it succeeded.
+// backup requests a backup and waits until it succeeded.
 func (s *site) backup(name, claim string, change func(*v1alpha1.VolumeBackup)) *v1alpha1.VolumeBackup {
 	s.T.Helper()
 	s.startBackup(name, claim, change)
-
 	return s.waitBackup(name)
 }
 
-// waitBackup waits until a backup succeeded, and ends the test when it failed.
+// waitBackup waits until a backup succeeded, and ends the test if it failed.
 func (s *site) waitBackup(name string) *v1alpha1.VolumeBackup {
 	s.T.Helper()
 	vb := s.waitEnd(name)
 	if err := ready(vb.Status.Conditions, v1alpha1.ConditionComplete); err != nil || vb.Status.Phase != v1alpha1.BackupSucceeded || vb.Status.Point == nil {
 		s.T.Fatalf("backup %s ended %s: %v; %+v", name, vb.Status.Phase, err, vb.Status)
 	}
-
 	return vb
 }
 
-// waitEnd waits until a backup ended either way.
+// waitEnd waits until a backup succeeded or failed.
 func (s *site) waitEnd(name string) *v1alpha1.VolumeBackup {
 	s.T.Helper()
 	vb := &v1alpha1.VolumeBackup{}
@@ -59,10 +56,8 @@ func (s *site) waitEnd(name string) *v1alpha1.VolumeBackup {
 		case v1alpha1.BackupSucceeded, v1alpha1.BackupFailed:
 			return nil
 		}
-
 		return fmt.Errorf("it is %q at step %q: %s", vb.Status.Phase, vb.Status.Step, says(vb.Status.Conditions))
 	})
-
 	return vb
 }
 
@@ -74,7 +69,6 @@ func (s *site) waitFailed(name, reason string) *v1alpha1.VolumeBackup {
 	if vb.Status.Phase != v1alpha1.BackupFailed || c == nil || c.Status != metav1.ConditionTrue || c.Reason != reason {
 		s.T.Fatalf("backup %s is %s: %s; want it to fail for %s", name, vb.Status.Phase, says(vb.Status.Conditions), reason)
 	}
-
 	return vb
 }
 
@@ -83,7 +77,6 @@ func says(conditions []metav1.Condition) string {
 	for _, c := range conditions {
 		fmt.Fprintf(&b, "%s is %s: %s: %s; ", c.Type, c.Status, c.Reason, c.Message)
 	}
-
 	return b.String()
 }
 
@@ -101,13 +94,13 @@ func (s *site) source(name string, change func(*v1alpha1.RecoverySource)) {
 // restored describes a claim that is filled by Varve.
 type restored struct {
 	framework.Claim
-	// Kind and Source of what dataSourceRef names; a RecoverySource unless set.
+	// Kind and Source named by dataSourceRef; a RecoverySource unless set.
 	Kind, Source string
-	// Namespace in dataSourceRef, which nobody should write.
+	// Namespace in dataSourceRef, which users should not write.
 	Namespace string
 }
 
-// restoreClaim makes a claim that names where its data comes from.
+// restoreClaim makes a claim that names the source of its data.
 func (s *site) restoreClaim(r restored) *corev1.PersistentVolumeClaim {
 	s.T.Helper()
 	group := v1alpha1.GroupVersion.Group
@@ -129,11 +122,10 @@ func (s *site) restoreClaim(r restored) *corev1.PersistentVolumeClaim {
 		pvc.Spec.DataSourceRef.Namespace = &r.Namespace
 	}
 	s.Create(pvc)
-
 	return pvc
 }
 
-// events about an object in the test's namespace, as Reason: message lines.
+// events returns the events about an object in the test's namespace, as lines of "Reason: message".
 func (s *site) events(ctx context.Context, name string) (string, error) {
 	var list corev1.EventList
 	if err := s.Client.List(ctx, &list, inNamespace(s)); err != nil {
@@ -145,18 +137,16 @@ func (s *site) events(ctx context.Context, name string) (string, error) {
 			fmt.Fprintf(&b, "%s: %s\n", e.Reason, e.Message)
 		}
 	}
-
 	return b.String(), nil
 }
 
 // waitEvent waits for an event about an object with a reason.
 func (s *site) waitEvent(name, reason string) string {
 	s.T.Helper()
-
 	return s.waitSaid(name, reason, "")
 }
 
-// waitSaid waits for an event about an object with a reason and a part of its message.
+// waitSaid waits for an event about an object with a reason and a text in its message.
 func (s *site) waitSaid(name, reason, part string) string {
 	s.T.Helper()
 	var found string
@@ -168,14 +158,11 @@ func (s *site) waitSaid(name, reason, part string) string {
 		for line := range strings.Lines(all) {
 			if strings.HasPrefix(line, reason+": ") && strings.Contains(line, part) {
 				found = line
-
 				return nil
 			}
 		}
-
 		return errors.New("there are only:\n" + all)
 	})
-
 	return found
 }
 
@@ -201,13 +188,13 @@ func (s *site) blockPod(name string, claims ...string) {
 	s.RunPod(framework.Pod{Name: name, Claims: modes})
 }
 
-// deletePod deletes a pod and waits until it is gone.
+// deletePod deletes a pod and waits for its end.
 func (s *site) deletePod(name string) {
 	s.T.Helper()
 	s.Delete(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: s.Namespace, Name: name}})
 }
 
-// deleteClaim deletes a claim and waits until it is gone.
+// deleteClaim deletes a claim and waits for its end.
 func (s *site) deleteClaim(name string) {
 	s.T.Helper()
 	s.Delete(&corev1.PersistentVolumeClaim{ObjectMeta: metav1.ObjectMeta{Namespace: s.Namespace, Name: name}})

@@ -16,8 +16,8 @@ const fill = `dd if=/dev/urandom of=/dev/data bs=1M count=20 2>/dev/null
 dd if=/dev/urandom of=/dev/data bs=1M count=4 seek=40 conv=notrunc 2>/dev/null
 sync`
 
-// A Block claim comes back byte for byte: in full, by delta, and once more when its
-// namespace's claim is gone.
+// A Block claim comes back byte for byte: in full, by delta, and again after the original
+// claim was deleted.
 func TestBlock(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

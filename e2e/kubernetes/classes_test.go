@@ -17,7 +17,7 @@ import (
 )
 
 // A storage class whose Secrets are named after the claim: they are read once an
-// administrator allows it, and the volume ends up with the user's own.
+// administrator allows it, and in the end the volume has the user's own.
 func TestSecretsOfClaims(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -73,10 +73,10 @@ func TestSecretsOfClaims(t *testing.T) {
 	}
 }
 
-// Volumes that only one node reaches: they are read where they are, and filled where the
-// pod is to be that uses them first.
+// Volumes that only one node reaches: they are read on their node, and filled on the node
+// of the first pod that uses them.
 func TestVolumesOfOneNode(t *testing.T) {
-	s := newSite(t) // alone, as another node comes and stays
+	s := newSite(t) // alone, since another node is added and stays
 	nodes := s.Nodes(2)
 	if err := s.Cluster.TagImage(t.Context(), s.VarveImage(), shippedImage); err != nil {
 		t.Fatal(err)

@@ -25,7 +25,6 @@ func readDocument(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-
 	return string(text)
 }
 
@@ -50,7 +49,6 @@ func TestReasonsAreDocumented(t *testing.T) {
 		if !strings.Contains(text, "\n| "+reason+" |") {
 			t.Errorf("docs/kubernetes.md does not say what to do about %s", reason)
 		}
-
 		return true
 	})
 	if count < 30 {
@@ -97,8 +95,7 @@ func TestMetricsAreDocumented(t *testing.T) {
 	}
 }
 
-// The document's commands, as they stand and in their order, end with the restored
-// file.
+// The document's commands, unchanged and in order, end with the restored file.
 func TestDocument(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -121,7 +118,7 @@ func TestDocument(t *testing.T) {
 			}
 		}
 	})
-	// What the document promises to whoever follows it.
+	// The result that the document promises.
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "bash", "-euo", "pipefail", "-c", script.String())

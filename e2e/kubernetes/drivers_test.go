@@ -12,8 +12,8 @@ import (
 	"github.com/varve-io/varve/e2e/framework"
 )
 
-// twoBackups backs a Block claim of a driver up, changes a little of it, has the driver
-// take on a vice, and begins the second backup. It returns what the claim then holds.
+// twoBackups backs up a Block claim of a driver, changes a little of it, gives the driver
+// a vice, and begins the second backup. It returns the claim's content then.
 func (s *site) twoBackups(o, vice csidriver.Options) (d *cluster.Driver, sum string) {
 	s.T.Helper()
 	d = s.Driver(o)
@@ -25,7 +25,6 @@ func (s *site) twoBackups(o, vice csidriver.Options) (d *cluster.Driver, sum str
 	sum = s.SHA256("writer", "/dev/data")
 	s.SetDriver(d, vice)
 	s.startBackup("second", "data", nil)
-
 	return d, sum
 }
 
@@ -41,8 +40,8 @@ func (s *site) comesBack(class, sum string) {
 	}
 }
 
-// Whatever a driver does, what comes back is what was there; and the point says by
-// which way its blocks were found.
+// With every vice of a driver the restored content is right, and the point says how its
+// blocks were found.
 func TestDriverVices(t *testing.T) {
 	t.Parallel()
 	for _, tc := range []struct {
@@ -60,7 +59,8 @@ func TestDriverVices(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			s := newSite(t)
-			// The base that is kept goes with the claim, or the driver would not let that go.
+			// The retained base is deleted with the claim, else the driver would not delete the
+			// volume.
 			well := csidriver.Options{KeepSourceOfSnapshots: true}
 			d, sum := s.twoBackups(well, csidriver.Options{KeepSourceOfSnapshots: true, Metadata: tc.vice})
 			p := s.waitBackup("second").Status.Point
@@ -86,14 +86,13 @@ func TestDriverWithoutMetadata(t *testing.T) {
 		if err == nil && len(snapshots) > 0 {
 			err = fmt.Errorf("it has %v", snapshots)
 		}
-
 		return err
 	})
 	s.comesBack(d.Class(), sum)
 }
 
-// A driver that is silent about blocks that did change is found out: the spot check
-// reads blocks that were reported unchanged.
+// A driver that does not report changed blocks is detected: the spot check reads blocks
+// that were reported unchanged.
 func TestDriverLies(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -106,13 +105,13 @@ func TestDriverLies(t *testing.T) {
 	s.Exec("writer", all)
 	s.SetDriver(d, csidriver.Options{Metadata: csidriver.MetadataOptions{BlockSize: 1 << 20, OmitEvery: 2}})
 	s.startBackup("second", "data", nil)
-	// All of the disk changed and half of that was not told: whichever block is checked
-	// gives the driver away.
+	// All of the disk changed and half of that was not reported: any checked block shows
+	// it.
 	s.waitFailed("second", v1alpha1.ReasonSourceLied)
 }
 
-// A driver without Block volumes can be snapshot, but neither be read nor written: claims
-// of it stay pending, with what the driver says.
+// Volumes of a driver without Block mode can be snapshotted, but neither read nor
+// written: claims of it stay pending, with the driver's message.
 func TestDriverWithoutBlock(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -130,7 +129,7 @@ func TestDriverWithoutBlock(t *testing.T) {
 	t.Log(says(s.waitFailed("first", v1alpha1.ReasonBlockUnsupported).Status.Conditions))
 }
 
-// A device shorter than its driver says is backed up as it is, and comes back.
+// A device shorter than its driver reports is backed up as it is, and comes back.
 func TestDriverShortDevice(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

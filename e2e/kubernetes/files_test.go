@@ -25,8 +25,8 @@ func (s *site) filePod(name string, claims ...string) {
 	s.RunPod(framework.Pod{Name: name, Claims: modes})
 }
 
-// A claim is restored by the manifest it was made with, unchanged but for its name;
-// to a larger one, and to a class that binds on first use, too.
+// A claim is restored by its original manifest, with only another name; also to a larger
+// one, and to a class that binds on first use.
 func TestUnchangedManifest(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -46,7 +46,7 @@ func TestUnchangedManifest(t *testing.T) {
 	s.restoreClaim(restored{Claim: larger, Source: "named"})
 	first := framework.Claim{Name: "first-use", Class: "e2e-wffc", Mode: framework.Filesystem, Size: "64M"}
 	s.restoreClaim(restored{Claim: first, Source: "named"})
-	// A class whose driver would make XFS: what is there is ext4, and stays that.
+	// A class whose driver would make XFS: the existing ext4 stays.
 	other := framework.Claim{Name: "other-class", Class: "e2e-xfs", Mode: framework.Filesystem, Size: "64M"}
 	s.restoreClaim(restored{Claim: other, Source: "named"})
 	s.WaitBound("data")
@@ -98,7 +98,7 @@ func TestXFSBesideItsOriginal(t *testing.T) {
 	}
 }
 
-// What cannot be, is refused with an event that says why, and the claim stays pending.
+// An impossible restore is refused with an event that says why, and the claim stays pending.
 func TestRefusals(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -127,9 +127,12 @@ func TestRefusals(t *testing.T) {
 		t.Log(s.waitEvent(name, r.reason))
 		s.pending(name)
 	}
+	// Its own namespace changes nothing.
+	s.restoreClaim(restored{Claim: framework.Claim{Name: "own", Mode: framework.Block, Size: "64Mi"}, Source: "data", Namespace: s.Namespace})
+	s.WaitBound("own")
 }
 
-// A namespace deleted while a backup runs goes, and nothing of the run stays.
+// A namespace can be deleted while a backup runs, and nothing of the run stays.
 func TestNamespaceDeletedMidway(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -146,7 +149,6 @@ func TestNamespaceDeletedMidway(t *testing.T) {
 		for _, list := range []client.ObjectList{&snapshotv1.VolumeSnapshotList{}, &snapshotv1.VolumeSnapshotContentList{}} {
 			names, err2 := s.names(ctx, list, func(o client.Object) bool {
 				c, ok := o.(*snapshotv1.VolumeSnapshotContent)
-
 				return strings.Contains(o.GetName(), string(run.UID)) || ok && strings.Contains(c.Spec.VolumeSnapshotRef.Name, string(run.UID))
 			})
 			if len(names) > 0 {
@@ -154,7 +156,6 @@ func TestNamespaceDeletedMidway(t *testing.T) {
 			}
 			err = errors.Join(err, err2)
 		}
-
 		return err
 	})
 }

@@ -13,8 +13,8 @@ import (
 	"github.com/varve-io/varve/e2e/framework"
 )
 
-// A namespace that was deleted and made again by somebody else reads the earlier one's points
-// only by a grant, which it sees at once, where the store goes by UIDs.
+// With a store that uses UIDs, a namespace that was deleted and created again by another user
+// reads the earlier one's points only by a grant, which takes effect at once.
 func TestNamespaceMadeAgain(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -40,12 +40,11 @@ func TestNamespaceMadeAgain(t *testing.T) {
 		if err := s.Client.Get(ctx, client.ObjectKey{Name: tenant}, &ns); err != nil {
 			return client.IgnoreNotFound(err)
 		}
-
 		return errors.New("it is still there")
 	})
 
 	later := s.in(tenant)
-	// Backups of its own list and remove nothing of the earlier one's.
+	// Its own backups list and delete nothing of the earlier one's.
 	later.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "16Mi"})
 	later.WaitBound("data")
 	if vb := later.backup("first", "data", func(vb *v1alpha1.VolumeBackup) {

@@ -23,7 +23,7 @@ import (
 
 func quantity(s string) resource.Quantity { return resource.MustParse(s) }
 
-// inventory is what a cluster and a driver hold: kind to names, sorted.
+// inventory is the content of a cluster and a driver: kind to names, sorted.
 type inventory map[string][]string
 
 // names lists the objects of a list that match, in all namespaces, as kind
@@ -39,20 +39,18 @@ func (s *site) names(ctx context.Context, list client.ObjectList, match func(cli
 		if c, ok := o.(client.Object); ok && match(c) {
 			names = append(names, kind+" "+c.GetNamespace()+"/"+c.GetName())
 		}
-
 		return nil
 	})
 	slices.Sort(names)
-
 	return names, err
 }
 
-// take lists all that Varve's work may leave, and what the driver itself keeps.
+// take lists all that Varve may leave, and what the driver itself keeps.
 func (s *site) take(ctx context.Context, d *cluster.Driver) (inventory, error) {
 	inv := inventory{}
 	for _, list := range []client.ObjectList{
 		&corev1.PersistentVolumeList{}, &corev1.PersistentVolumeClaimList{}, &snapshotv1.VolumeSnapshotList{}, &snapshotv1.VolumeSnapshotContentList{},
-		&storagev1.VolumeAttachmentList{}, &corev1.PodList{}, &batchv1.JobList{}, &corev1.SecretList{}, &coordinationv1.LeaseList{}, &v1alpha1.VolumePopulationList{},
+		&storagev1.VolumeAttachmentList{}, &corev1.PodList{}, &batchv1.JobList{}, &corev1.SecretList{}, &coordinationv1.LeaseList{}, &v1alpha1.VolumePopulationList{}, &v1alpha1.VolumeReplacementList{},
 	} {
 		names, err := s.names(ctx, list, func(o client.Object) bool {
 			// Controllers come and go with the test.
@@ -65,11 +63,10 @@ func (s *site) take(ctx context.Context, d *cluster.Driver) (inventory, error) {
 	}
 	volumes, snapshots, err := csidriver.Held(s.Cluster.DriverState(d))
 	inv["volumes of the driver"], inv["snapshots of the driver"] = volumes, snapshots
-
 	return inv, err
 }
 
-// differs tells what is in one inventory and not in the other.
+// differs returns what is in one inventory and not in the other.
 func (inv inventory) differs(after inventory) error {
 	var wrong []string
 	for kind, names := range after {
@@ -90,6 +87,5 @@ func (inv inventory) differs(after inventory) error {
 		return nil
 	}
 	slices.Sort(wrong)
-
 	return fmt.Errorf("%s", strings.Join(wrong, "; "))
 }

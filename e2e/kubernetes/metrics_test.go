@@ -22,8 +22,8 @@ import (
 	"github.com/varve-io/varve/e2e/framework"
 )
 
-// A claim that names a recovery point and was bound by others to a volume of theirs is
-// told of, by an event and a metric that only who may can read.
+// A claim that names a recovery point and was bound by others to another volume is
+// reported, by an event and a metric that only permitted users can read.
 func TestBoundWithoutVarve(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -51,13 +51,12 @@ func TestBoundWithoutVarve(t *testing.T) {
 		if err == nil && !regexp.MustCompile(`(?m)^varve_claims_bound_without_varve_total [1-9]`).MatchString(text) {
 			err = errors.New("no controller counted it")
 		}
-
 		return err
 	})
 }
 
-// metrics of all controllers, read with the shipped right to do so; without it they are
-// refused.
+// metrics returns the metrics of all controllers, read with the shipped right; without it
+// they are refused.
 func (s *site) metrics(ctx context.Context) (string, error) {
 	account := &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: s.Namespace, Name: "scraper"}}
 	if err := client.IgnoreAlreadyExists(s.Client.Create(ctx, account)); err != nil {
@@ -78,7 +77,6 @@ func (s *site) metrics(ctx context.Context) (string, error) {
 		if err != nil {
 			return "", err
 		}
-
 		return tr.Status.Token, nil
 	}
 	may, err := token(account.Name)
@@ -102,14 +100,13 @@ func (s *site) metrics(ctx context.Context) (string, error) {
 				return 0, "", err
 			}
 			req.Header.Set("Authorization", "Bearer "+token)
-			// The certificate is signed by itself.
-			res, err := (&http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true}}).Do(req) //nolint:gosec
+			// The certificate is self-signed.
+			res, err := (&http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true}}).Do(req)
 			if err != nil {
 				return 0, "", err
 			}
 			defer func() { _ = res.Body.Close() }()
 			text, err := io.ReadAll(res.Body)
-
 			return res.StatusCode, string(text), err
 		}
 		if code, _, err := get(mayNot); err != nil || code != http.StatusForbidden {
@@ -121,6 +118,5 @@ func (s *site) metrics(ctx context.Context) (string, error) {
 		}
 		all.WriteString(text)
 	}
-
 	return all.String(), nil
 }

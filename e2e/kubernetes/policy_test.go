@@ -16,7 +16,7 @@ import (
 )
 
 // A policy backs up what it selects, takes a full backup when the last is too old, and
-// has old points removed; its user sees when the next run is.
+// deletes old points; its user sees when the next run is.
 func TestPolicy(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -70,7 +70,6 @@ func TestPolicy(t *testing.T) {
 		if pv.Status.LastScheduled == nil || pv.Status.LastPrune == nil {
 			return errors.New(strings.Join(said, ", "))
 		}
-
 		return ready(pv.Status.Conditions, v1alpha1.ConditionProtected)
 	})
 	if n := pv.Status.PointCount; n != 2 {
@@ -86,14 +85,14 @@ func TestPolicy(t *testing.T) {
 	if err := ready(policy.Status.Conditions, v1alpha1.ConditionReady); err != nil || policy.Status.Claims != 1 {
 		t.Errorf("the policy has %d claims, %v", policy.Status.Claims, err)
 	}
-	// What was removed cannot be restored, and the claim says so.
+	// A deleted point cannot be restored, and the claim says so.
 	s.source("gone", func(rs *v1alpha1.RecoverySource) { rs.Spec.From.Volume, rs.Spec.At.ID = "data", first.ID })
 	s.restoreClaim(restored{Claim: framework.Claim{Name: "back", Mode: framework.Block, Size: "16Mi"}, Source: "gone"})
 	s.waitEvent("back", v1alpha1.ReasonNoRecoveryPoint)
 	s.pending("back")
 }
 
-// A tenant's retention goes no lower than the store's floor, and does not remove what the
+// A tenant's retention cannot go below the store's floor, and does not delete what the
 // store's administrator pinned.
 func TestRetentionFloor(t *testing.T) {
 	t.Parallel()
@@ -121,7 +120,6 @@ func TestRetentionFloor(t *testing.T) {
 				return err
 			}
 		}
-
 		return ready(bs.Status.Conditions, v1alpha1.ConditionPinned)
 	})
 	second := run("second").Status.Point.ID

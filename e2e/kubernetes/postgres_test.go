@@ -16,8 +16,8 @@ import (
 	"github.com/varve-io/varve/e2e/cluster"
 )
 
-// ledger is the manifest of a database; it is applied unchanged where it is restored.
-// The first time there is no recovery point, and its source says that this is right.
+// ledger is the manifest of a database; the restore applies it unchanged. The first time
+// there is no recovery point, which its source allows.
 const ledger = `
 apiVersion: apps/v1
 kind: StatefulSet
@@ -50,19 +50,18 @@ spec:
       dataSourceRef: {apiGroup: varve.io, kind: RecoverySource, name: ledger}
 `
 
-// rows of the ledger, each with a checksum of its own.
+// rows of the ledger, each with its checksum.
 const (
 	makeRows = `create table ledger(id bigint primary key, payload text not null, sum text not null)`
 	addRows  = `psql -q -h /tmp -U postgres -c "insert into ledger select n, p, md5(n || p) from (select n, md5(random()::text) as p from generate_series(%d, %d) n) x"`
-	// writes rows one by one, each in a transaction of its own, until it is killed.
+	// writes rows one by one, each in a separate transaction, until it is killed.
 	load = `(i=$(psql -h /tmp -U postgres -Atc 'select coalesce(max(id),0) from ledger'); while :; do i=$((i+1)); echo "insert into ledger select $i, p, md5($i || p) from (select md5(random()::text) as p) x;"; usleep 5000; done | psql -q -h /tmp -U postgres) >/dev/null 2>&1 &`
-	// how many rows, the last, and how many are not what they were.
+	// number of rows, the last one, and how many are damaged.
 	checkRows = `select count(*), coalesce(max(id), 0), count(*) filter (where sum <> md5(id || payload)) from ledger`
 )
 
 func (s *site) sql(query string) string {
 	s.T.Helper()
-
 	return s.Exec("ledger-0", `psql -h /tmp -U postgres -Atc "`+query+`"`)
 }
 
@@ -73,8 +72,8 @@ func (s *site) apply(manifest string) {
 	}
 }
 
-// checkLedger fails the test unless rows are there without a gap, at least as many as
-// were committed before the snapshot, and each is what it was.
+// checkLedger fails the test unless there are rows without a gap, at least as many as
+// were committed before the snapshot, and each is unchanged.
 func checkLedger(t *testing.T, said string, atLeast int64) {
 	t.Helper()
 	var count, last, wrong int64
@@ -86,9 +85,9 @@ func checkLedger(t *testing.T, said string, atLeast int64) {
 	}
 }
 
-// A database under load is backed up three times, its namespace deleted, and restored
-// by its own manifest into a new one; and the same disk is read over NBD, outside of
-// the cluster, with nothing but the repository.
+// A database under load is backed up three times, its namespace deleted, and restored by
+// its own manifest into a new one; and the same disk is read over NBD, outside the
+// cluster, from only the repository.
 func TestPostgres(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -119,7 +118,6 @@ func TestPostgres(t *testing.T) {
 				return fmt.Errorf("there are %d rows, %w", now, err)
 			}
 			committed = now
-
 			return nil
 		})
 		vb := here.backup(fmt.Sprintf("run-%d", i), "data-ledger-0", func(vb *v1alpha1.VolumeBackup) { vb.Spec.StoreRef.Name = name })
@@ -142,9 +140,9 @@ func TestPostgres(t *testing.T) {
 	s.overNBD(bucket, old+"/data-ledger-0", committed)
 }
 
-// overNBD serves the newest point of a volume over NBD on this machine, copies the
-// disk, and starts Debian's PostgreSQL on it.
-func (s *site) overNBD(bucket v1alpha1.S3Storage, volume string, committed int64) {
+// connect connects the binary of Varve's image to the repository in a bucket, on this machine, with
+// a separate environment and folder.
+func (s *site) connect(bucket v1alpha1.S3Storage) (varve string, env []string, dir string) {
 	s.T.Helper()
 	varve, err := filepath.Abs(filepath.Join("..", "..", "bin", "image", "varve"))
 	if err == nil {
@@ -153,8 +151,21 @@ func (s *site) overNBD(bucket v1alpha1.S3Storage, volume string, committed int64
 	if err != nil {
 		s.T.Fatalf("the binary of the image: %v", err)
 	}
-	dir := s.T.TempDir()
-	env := append(os.Environ(), "HOME="+dir, "VARVE_PASSWORD="+password, "AWS_ACCESS_KEY_ID="+cluster.S3AccessKey, "AWS_SECRET_ACCESS_KEY="+cluster.S3SecretKey)
+	dir = s.T.TempDir()
+	env = append(os.Environ(), "HOME="+dir, "VARVE_PASSWORD="+password, "AWS_ACCESS_KEY_ID="+cluster.S3AccessKey, "AWS_SECRET_ACCESS_KEY="+cluster.S3SecretKey)
+	cmd := exec.Command(varve, "repo", "connect", "s3", "--bucket", bucket.Bucket, "--endpoint", bucket.Endpoint, "--region", bucket.Region, "--disable-tls", "--cluster", "e2e")
+	cmd.Env = env
+	if out, err := cmd.CombinedOutput(); err != nil {
+		s.T.Fatalf("connect: %v\n%s", err, out)
+	}
+	return varve, env, dir
+}
+
+// overNBD serves the newest point of a volume over NBD on this machine, copies the
+// disk, and starts Debian's PostgreSQL on it.
+func (s *site) overNBD(bucket v1alpha1.S3Storage, volume string, committed int64) {
+	s.T.Helper()
+	varve, env, dir := s.connect(bucket)
 	run := func(argv ...string) string {
 		s.T.Helper()
 		cmd := exec.Command(argv[0], argv[1:]...)
@@ -163,10 +174,8 @@ func (s *site) overNBD(bucket v1alpha1.S3Storage, volume string, committed int64
 		if err != nil {
 			s.T.Fatalf("%s: %v\n%s", strings.Join(argv, " "), err, out)
 		}
-
 		return string(out)
 	}
-	run(varve, "repo", "connect", "s3", "--bucket", bucket.Bucket, "--endpoint", bucket.Endpoint, "--region", bucket.Region, "--disable-tls", "--cluster", "e2e")
 	socket := filepath.Join(dir, "nbd.sock")
 	serve := exec.Command(varve, "serve", "--listen", "unix:"+socket)
 	serve.Env = env
@@ -183,7 +192,6 @@ func (s *site) overNBD(bucket v1alpha1.S3Storage, volume string, committed int64
 		if err != nil {
 			return fmt.Errorf("%w: %s", err, out)
 		}
-
 		return nil
 	})
 	mount := filepath.Join(dir, "mnt")
@@ -193,7 +201,7 @@ func (s *site) overNBD(bucket v1alpha1.S3Storage, volume string, committed int64
 	run("mount", "-o", "loop", disk, mount) // the journal is replayed on the copy
 	defer run("umount", mount)
 	bin := filepath.Join(s.postgresDir(), "bin")
-	// Where PostgreSQL's user may reach it: not below a test's own directory.
+	// PostgreSQL's user must reach it: not below a test's own directory.
 	sockets, err := os.MkdirTemp("/tmp", "varve-pg-")
 	if err != nil {
 		s.T.Fatal(err)

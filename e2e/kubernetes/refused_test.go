@@ -16,13 +16,16 @@ import (
 	"github.com/varve-io/varve/e2e/framework"
 )
 
-// What the controller could not decode never gets to it: one such object in any namespace
-// would stop it for all. The API server says what to write instead.
+// Objects that the controller could not decode are refused: one in any namespace would
+// stop it for all. The API server says what to write instead.
 func TestWrittenWrong(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	for name, tc := range map[string]struct{ kind, spec, said string }{
 		"days":       {"BackupPolicy", `{"storeRef": {"name": "main"}, "schedule": {"cron": "0 0 1 1 *"}, "fullEvery": "30d"}`, "not days"},
+		"sunday":     {"BackupPolicy", `{"storeRef": {"name": "main"}, "schedule": {"cron": "0 0 * * 7"}}`, "with Sunday as 0"},
+		"zone":       {"BackupPolicy", `{"storeRef": {"name": "main"}, "schedule": {"cron": "0 0 1 1 *", "timeZone": "Berlin"}}`, "such as Europe/Berlin"},
+		"volume":     {"Repository", `{"clusterName": "a", "credentialsSecretRef": {"name": "a"}, "storage": {"volume": {"claimName": "a"}}}`, "spec: Invalid value"},
 		"lower-case": {"VolumeBackup", `{"storeRef": {"name": "main"}, "claimName": "none", "startBefore": "2026-11-21t06:00:00z"}`, "startBefore"},
 		"list":       {"VolumeBackup", `{"storeRef": {"name": "main"}, "claimName": "none", "startBefore": []}`, "startBefore"},
 		"quantity": {"Repository", `{"clusterName": "a", "credentialsSecretRef": {"name": "a"}, "storage": {"s3": {"bucket": "a", "endpoint": "a"}},
@@ -41,7 +44,7 @@ func TestWrittenWrong(t *testing.T) {
 	s.backup("first", "data", nil)
 }
 
-// A mover's pod that the API server refuses is explained in its words. Not in parallel: the
+// If the API server refuses a mover's pod, its message is reported. Not in parallel: the
 // quota is for all movers.
 func TestRefusedMover(t *testing.T) {
 	s := newSite(t)
@@ -65,7 +68,6 @@ func TestRefusedMover(t *testing.T) {
 		if _, known := q.Status.Hard[corev1.ResourcePods]; !known {
 			return fmt.Errorf("it does not hold yet")
 		}
-
 		return nil
 	})
 	s.startBackup("first", "data", nil)
@@ -78,9 +80,9 @@ func TestRefusedMover(t *testing.T) {
 		if c == nil || !strings.Contains(c.Message, "exceeded quota") {
 			return fmt.Errorf("it says %+v", c)
 		}
-
 		return nil
 	})
+	s.waitSaid("first", v1alpha1.ReasonMoverWaits, "exceeded quota")
 	s.Delete(quota)
 	s.waitBackup("first")
 }

@@ -31,7 +31,7 @@ func TestMain(m *testing.M) {
 	if err := v1alpha1.AddToScheme(scheme.Scheme); err != nil {
 		panic(err)
 	}
-	// Tests wait for the cluster more than they work: more at once than processors.
+	// Tests mostly wait for the cluster: run more than there are processors.
 	if err := flag.Set("test.parallel", "6"); err != nil {
 		panic(err)
 	}
@@ -42,7 +42,7 @@ func TestMain(m *testing.M) {
 const (
 	varveNamespace = "varve-system"
 	controllerName = "varve-controller"
-	// shippedImage is what the manifests run; the image under test gets that name.
+	// shippedImage is the image that the manifests run; the image under test gets that name.
 	shippedImage = "ghcr.io/varve-io/varve:0.1.0"
 	mainStore    = "main"
 	password     = "layers of sediment"
@@ -65,11 +65,10 @@ func newSite(t *testing.T) *site {
 	s := &site{framework.New(t), new(bool)}
 	s.atEnd(func() {})
 	install(s)
-
 	return s
 }
 
-// atEnd has something done when the test ends. If that failed, evidence is kept before.
+// atEnd runs something when the test ends. If the test failed, evidence is kept first.
 func (s *site) atEnd(do func()) {
 	s.T.Helper()
 	s.T.Cleanup(func() {
@@ -84,8 +83,8 @@ func (s *site) atEnd(do func()) {
 var installation sync.Mutex // tests run in parallel
 var installed bool
 
-// install applies the manifests as they are shipped, and makes the store that most
-// tests use. Varve stays installed: the cluster goes when the run ends.
+// install applies the manifests as shipped, and makes the store that most tests use.
+// Varve stays installed: the cluster ends with the run.
 func install(s *site) {
 	s.T.Helper()
 	image := s.VarveImage()
@@ -121,7 +120,7 @@ func install(s *site) {
 	installed = true
 }
 
-// admissionPolicy is the file with the policy for what the cluster serves.
+// admissionPolicy returns the file with the policy for the API version that the cluster serves.
 func admissionPolicy(s *site) string {
 	s.T.Helper()
 	kind := schema.GroupKind{Group: "admissionregistration.k8s.io", Kind: "MutatingAdmissionPolicy"}
@@ -129,7 +128,6 @@ func admissionPolicy(s *site) string {
 	if err != nil {
 		s.T.Fatal(err)
 	}
-
 	return filepath.Join(deploy, "varve-admission-"+served.GroupVersionKind.Version+".yaml")
 }
 
@@ -143,12 +141,11 @@ func (s *site) waitController() {
 		if d.Status.ObservedGeneration < d.Generation || d.Status.ReadyReplicas != *d.Spec.Replicas || d.Status.UpdatedReplicas != *d.Spec.Replicas {
 			return fmt.Errorf("%d of %d are ready", d.Status.ReadyReplicas, *d.Spec.Replicas)
 		}
-
 		return nil
 	})
 }
 
-// scaleController sets how many controllers run and waits until that is so.
+// scaleController sets how many controllers run and waits for that.
 func (s *site) scaleController(replicas int32) {
 	s.T.Helper()
 	d := &appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: varveNamespace, Name: controllerName}}
@@ -172,7 +169,6 @@ func (s *site) scaleController(replicas int32) {
 		if len(pods) != int(replicas) || ready != len(pods) {
 			return fmt.Errorf("there are %d, %d of them ready, want %d", len(pods), ready, replicas)
 		}
-
 		return nil
 	})
 	if err != nil {
@@ -183,18 +179,16 @@ func (s *site) scaleController(replicas int32) {
 func (s *site) controllers(ctx context.Context) ([]corev1.Pod, error) {
 	var pods corev1.PodList
 	err := s.Client.List(ctx, &pods, client.InNamespace(varveNamespace), client.MatchingLabels{"app.kubernetes.io/component": "controller"})
-
 	return pods.Items, err
 }
 
-// s3Address is the cluster's S3 server, host:port, as pods and this process reach it.
+// s3Address is the address of the cluster's S3 server, host:port, for pods and this process.
 func (s *site) s3Address() string {
 	s.T.Helper()
 	ip, err := s.Cluster.Kubectl(s.T.Context(), nil, "get", "service", "s3", "-n", cluster.SystemNamespace, "-o", "jsonpath={.spec.clusterIP}")
 	if err != nil {
 		s.T.Fatal(err)
 	}
-
 	return ip + ":7070"
 }
 
@@ -210,10 +204,8 @@ func (s *site) bucketAt(address, name string) v1alpha1.S3Storage {
 		_, err := s.Cluster.Exec(ctx, s.Cluster.Control(), cluster.NetworkOnly, nil, "curl", "-sS", "--fail", "--max-time", "5",
 			"--aws-sigv4", "aws:amz:us-east-1:s3", "--user", cluster.S3AccessKey+":"+cluster.S3SecretKey,
 			"-H", "x-amz-content-sha256: UNSIGNED-PAYLOAD", "-X", "PUT", "http://"+address+"/"+name)
-
 		return err
 	})
-
 	return v1alpha1.S3Storage{Bucket: name, Endpoint: address, Region: "us-east-1", DisableTLS: true}
 }
 
@@ -227,7 +219,6 @@ func (s *site) store(name string, bucket v1alpha1.S3Storage, change func(*v1alph
 		if err := s.Client.Get(ctx, client.ObjectKey{Name: name}, &bs); err != nil {
 			return err
 		}
-
 		return ready(bs.Status.Conditions, v1alpha1.ConditionReady)
 	})
 }
@@ -247,7 +238,7 @@ func (s *site) createStore(name string, bucket v1alpha1.S3Storage, change func(*
 	s.Create(bs)
 }
 
-// ready is nil if a condition is true, else what it says.
+// ready returns nil if a condition is true, else its message.
 func ready(conditions []metav1.Condition, kind string) error {
 	c := meta.FindStatusCondition(conditions, kind)
 	if c == nil {
@@ -256,11 +247,10 @@ func ready(conditions []metav1.Condition, kind string) error {
 	if c.Status != metav1.ConditionTrue {
 		return fmt.Errorf("%s is %s: %s: %s", kind, c.Status, c.Reason, c.Message)
 	}
-
 	return nil
 }
 
-// in is the test's part of another namespace, which is deleted when the test ends.
+// in returns the test's part of another namespace, which is deleted when the test ends.
 func (s *site) in(namespace string) *site {
 	s.T.Helper()
 	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}
@@ -278,7 +268,6 @@ func (s *site) in(namespace string) *site {
 			if err == nil {
 				return errors.New("it is still there")
 			}
-
 			return client.IgnoreNotFound(err)
 		}); err != nil {
 			f.T.Error(err)
@@ -287,12 +276,10 @@ func (s *site) in(namespace string) *site {
 	f.Eventually("the namespace's service account", func(ctx context.Context) error {
 		return f.Client.Get(ctx, f.Key("default"), &corev1.ServiceAccount{})
 	})
-
 	return &site{&f, s.collected}
 }
 
-// collectVarve keeps what Varve's namespace knows of a failure beside the test's own
-// evidence.
+// collectVarve keeps the evidence of Varve's namespace beside the test's own.
 func (s *site) collectVarve() {
 	root := os.Getenv("VARVE_E2E_ARTIFACTS")
 	if root == "" {
@@ -304,7 +291,7 @@ func (s *site) collectVarve() {
 		s.T.Logf("collect evidence of Varve: %v", err)
 	}
 	ctx := context.Background()
-	for _, kind := range []string{"backupstores.varve.io", "volumebackups.varve.io", "recoverysources.varve.io", "volumepopulations.varve.io"} {
+	for _, kind := range []string{"backupstores.varve.io", "volumebackups.varve.io", "recoverysources.varve.io", "volumepopulations.varve.io", "volumerestores.varve.io", "dumprestores.varve.io", "volumereplacements.varve.io"} {
 		out, err := s.Cluster.Kubectl(ctx, nil, "get", kind, "-A", "-o", "yaml")
 		if err == nil {
 			err = os.WriteFile(filepath.Join(root, s.Namespace, varveNamespace, kind+".yaml"), []byte(out), 0o644)

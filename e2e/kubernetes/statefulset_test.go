@@ -27,7 +27,6 @@ func (s *site) statefulSet(name, class, source string, replicas int32, script st
 			DataSourceRef: &corev1.TypedObjectReference{APIGroup: &group, Kind: "RecoverySource", Name: source},
 			Resources:     corev1.VolumeResourceRequirements{Requests: corev1.ResourceList{corev1.ResourceStorage: resource.MustParse("32Mi")}},
 		}}
-
 	return &appsv1.StatefulSet{
 		ObjectMeta: metav1.ObjectMeta{Namespace: s.Namespace, Name: name},
 		Spec: appsv1.StatefulSetSpec{
@@ -52,15 +51,14 @@ func (s *site) waitReplicas(name string, want int32) {
 			return err
 		}
 		if set.Status.ReadyReplicas != want {
-			return fmt.Errorf("%d of %d are ready; %s", set.Status.ReadyReplicas, want, s.LastEvent(ctx, fmt.Sprintf("data-%s-%d", name, want-1)))
+			return s.NotYet(fmt.Sprintf("data-%s-%d", name, want-1), "%d of %d are ready", set.Status.ReadyReplicas, want)
 		}
-
 		return nil
 	})
 }
 
-// A StatefulSet is installed, and brought back, by one manifest with one source: each
-// replica's claim gets its own volume.
+// A StatefulSet is installed and restored by one manifest with one source: each replica's
+// claim gets its own volume.
 func TestStatefulSet(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -95,7 +93,7 @@ func TestStatefulSet(t *testing.T) {
 	}
 }
 
-// A StatefulSet of twenty replicas, all at once, each a copy of one volume.
+// A StatefulSet of twenty replicas, all concurrently, each a copy of one volume.
 func TestTwentyAtOnce(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

@@ -22,8 +22,8 @@ import (
 	"github.com/varve-io/varve/e2e/framework"
 )
 
-// A tenant's own Repository: its Secret is read once an administrator has run the
-// command that the condition gives, and movers' copies of it do not stay.
+// A tenant's own Repository: its Secret is read once an administrator has run the command
+// in the condition, and movers' copies of it are deleted.
 func TestTenantRepository(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -45,7 +45,6 @@ func TestTenantRepository(t *testing.T) {
 		if said = regexp.MustCompile(`kubectl create rolebinding [^;"]+`).FindString(c.Message); said == "" {
 			t.Fatalf("no command in %q", c.Message)
 		}
-
 		return nil
 	})
 	t.Log(said)
@@ -56,7 +55,6 @@ func TestTenantRepository(t *testing.T) {
 		if err := s.Client.Get(ctx, s.Key("own"), own); err != nil {
 			return err
 		}
-
 		return ready(own.Status.Conditions, v1alpha1.ConditionReady)
 	})
 	ref := v1alpha1.StoreReference{Kind: v1alpha1.StoreKindRepository, Name: "own"}
@@ -77,13 +75,12 @@ func TestTenantRepository(t *testing.T) {
 	})
 }
 
-// copies is nil if Varve's namespace has no Secret and no Job of a run.
+// copies returns nil if Varve's namespace has no Secret and no Job of a run.
 func (s *site) copies(ctx context.Context, uid string) error {
 	var left []string
 	for _, list := range []client.ObjectList{&corev1.SecretList{}, &batchv1.JobList{}} {
 		names, err := s.names(ctx, list, func(o client.Object) bool {
 			labels := fmt.Sprint(o.GetLabels())
-
 			return o.GetNamespace() == varveNamespace && (strings.Contains(o.GetName(), uid) || strings.Contains(labels, uid))
 		})
 		if err != nil {
@@ -94,11 +91,10 @@ func (s *site) copies(ctx context.Context, uid string) error {
 	if len(left) > 0 {
 		return fmt.Errorf("left: %s", strings.Join(left, ", "))
 	}
-
 	return nil
 }
 
-// installWith installs the chart with values of its own, until the test ends.
+// installWith installs the chart with other values, until the test ends.
 func (s *site) installWith(values string) {
 	s.T.Helper()
 	dir := s.T.TempDir()
@@ -121,7 +117,6 @@ func (s *site) installWith(values string) {
 			return err
 		}
 		_, err = s.Cluster.Kubectl(ctx, nil, "rollout", "status", "-n", varveNamespace, "deployment/"+controllerName, "--timeout=180s")
-
 		return err
 	}
 	s.atEnd(func() {
@@ -134,8 +129,7 @@ func (s *site) installWith(values string) {
 	}
 }
 
-// A repository on a claim of Varve's, which the installation names, and the maintenance
-// of it.
+// A repository on a claim of Varve's, which the installation names, and its maintenance.
 func TestStoreOnClaim(t *testing.T) {
 	s := newSite(t) // alone: the controller is installed otherwise
 	shelf := s.Namespace
@@ -148,7 +142,7 @@ func TestStoreOnClaim(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	// The claim is one node's; an NFS export would be everybody's.
+	// The claim belongs to one node; an NFS export would be for all.
 	node := fmt.Sprintf("{kubernetes.io/hostname: %s}", s.Cluster.Control().Name)
 	s.installWith("storeVolumes: [" + shelf + "]\nmover: {nodeSelector: " + node + "}\n" +
 		"controller: {nodeSelector: " + node + ", extraArgs: [--maintain-every=5s]}\n")
@@ -169,7 +163,6 @@ func TestStoreOnClaim(t *testing.T) {
 		if err := s.Client.Get(ctx, client.ObjectKeyFromObject(bs), bs); err != nil {
 			return err
 		}
-
 		return ready(bs.Status.Conditions, v1alpha1.ConditionReady)
 	})
 	to := func(vb *v1alpha1.VolumeBackup) { vb.Spec.StoreRef.Name = shelf }
@@ -193,11 +186,10 @@ func TestStoreOnClaim(t *testing.T) {
 		if err := s.Client.Get(ctx, client.ObjectKeyFromObject(bs), bs); err != nil {
 			return err
 		}
-		// A failure notes an earlier time, so that the next comes sooner.
+		// A failure sets an earlier time, so that the next attempt comes sooner.
 		if m := bs.Status.LastMaintenance; m == nil || m.Before(&bs.CreationTimestamp) {
 			return fmt.Errorf("the last was at %v; %s", m, s.storeEvents(ctx, shelf))
 		}
-
 		return nil
 	})
 	// A deleted store's maintenance does not stay.
@@ -206,12 +198,11 @@ func TestStoreOnClaim(t *testing.T) {
 	s.Eventually("maintenance of the deleted store to be gone", func(ctx context.Context) error { return s.copies(ctx, uid) })
 }
 
-// storeEvents are what was said of a store, which has no namespace.
+// storeEvents returns the events about a store, which has no namespace.
 func (s *site) storeEvents(ctx context.Context, name string) string {
 	out, err := s.Cluster.Kubectl(ctx, nil, "get", "events", "-A", "--field-selector", "involvedObject.name="+name, "-o", `jsonpath={range .items[*]}{.reason}: {.message}{"\n"}{end}`)
 	if err != nil {
 		return err.Error()
 	}
-
 	return out
 }

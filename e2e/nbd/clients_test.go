@@ -54,7 +54,7 @@ func TestNbdinfo(t *testing.T) {
 	}
 }
 
-// Every point of the chain reads as it was backed up, over several connections.
+// Every point of the chain reads back unchanged, over several connections.
 func TestNbdcopy(t *testing.T) {
 	s := newSite(t)
 	srv := s.serve("--cache-size", "8M") // far less than the disk
@@ -140,7 +140,7 @@ func TestNbdfuse(t *testing.T) {
 	s.same(mnt, s.latest().want)
 }
 
-// waitFor waits for what comes by itself, and for minutes on a machine that is busy.
+// waitFor waits for what comes by itself, for minutes on a busy machine.
 func waitFor(t *testing.T, ok func() bool) {
 	t.Helper()
 	for tries := 0; !ok(); tries++ {
@@ -163,7 +163,7 @@ func TestQemuImg(t *testing.T) {
 	}
 	s.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", latest, s.path("copy.qcow2"))
 	s.has(s.run("qemu-img", "compare", "-F", "raw", s.path("copy.qcow2"), s.latest().want), "identical")
-	// What changed since a point, as qemu's backup tools ask for it.
+	// What changed since a point, as qemu's backup tools request it.
 	bitmap := fmt.Sprintf(`driver=nbd,server.type=unix,server.path=%s,export=%s,x-dirty-bitmap=qemu:dirty-bitmap:%s`,
 		srv.socket, s.latest().Name, s.points[1].Name)
 	s.has(s.run("qemu-img", "map", "--output=json", "--image-opts", bitmap), `"data": false`)

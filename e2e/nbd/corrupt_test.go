@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// onePoint adds a point whose changed block, at 16 MiB, lies in packs of its
-// own, and returns the files of these.
+// onePoint adds a point whose changed block, at 16 MiB, is in separate packs, and returns
+// their files.
 func (s *site) onePoint() (p point, packs []string) {
 	s.t.Helper()
 	file := s.path("extra.img")
@@ -38,8 +38,8 @@ func (s *site) onePoint() (p point, packs []string) {
 	return p, packs
 }
 
-// A pack is lost, or its bytes change: reads of its blocks fail with EIO and a
-// text that names point and block, and the connection lives on.
+// A pack is lost, or its bytes change: reads of its blocks fail with EIO and a text that
+// names point and block, and the connection stays open.
 func TestBadBlocks(t *testing.T) {
 	for _, c := range []struct {
 		name, harm, text string
@@ -55,8 +55,8 @@ func TestBadBlocks(t *testing.T) {
 			if err := exec.Command("/usr/bin/python3", "-c", "import nbd").Run(); err != nil {
 				t.Skip("Debian's Python has no module nbd: \"make setup\" installs python3-libnbd")
 			}
-			// The harm is done between the look at the export, which reads its
-			// record, and the first that stays: hydration begins with it.
+			// The damage is done after a look at the export, which reads its record, and
+			// before the first client that stays, with which hydration begins.
 			srv := s.serve(append([]string{"--refresh", "1h"}, c.flags...)...)
 			s.run("nbdsh", "-c", fmt.Sprintf(`
 import os
@@ -80,7 +80,7 @@ for i in range(3):
 				t.Fatal("a bad block was read")
 			}
 			s.has(stderr, p.Name, "block at 0x1000000", c.text)
-			// Other points that do not have the block are read whole.
+			// Other points without the block read completely.
 			s.run("nbdcopy", srv.uri(s.latest().Name), s.path("copy"))
 			s.same(s.path("copy"), s.latest().want)
 		})

@@ -7,17 +7,7 @@
 #	guest.sh CACHE VARVE SCRIPT [DIR]
 set -euo pipefail
 cache=$1 varve=$2 script=$3 data=${4:-}
-mkdir -p "$cache"
-if [ ! -e "$cache/ready" ]; then
-	rm -rf "$cache/root" "$cache/dl"
-	mkdir -p "$cache/root" "$cache/dl"
-	package=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image/ {print $2; exit}')
-	(cd "$cache/dl" && apt-get -qq download "$package" busybox-static)
-	for deb in "$cache"/dl/*.deb; do dpkg -x "$deb" "$cache/root"; done
-	rm -rf "$cache/dl"
-	"$cache/root/bin/busybox" depmod -b "$cache/root" "$(ls "$cache/root/lib/modules")" # the package has no modules.dep
-	touch "$cache/ready"
-fi
+"$(dirname "$0")/kernel.sh" "$cache"
 version=$(ls "$cache/root/lib/modules")
 modules=$cache/root/lib/modules/$version
 work=$(mktemp -d)

@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// The server is killed while a disk hydrates, and goes on when it is started
-// again; once all is here, the repository's blocks may go.
+// The server is killed while a disk hydrates, and continues after a restart; once the
+// copy is complete, the repository's blocks may be deleted.
 func TestHydrate(t *testing.T) {
 	s := newSite(t)
 	copies := s.path("copies")
@@ -32,7 +32,7 @@ func TestHydrate(t *testing.T) {
 		t.Fatal(err)
 	}
 	srv = s.serve(append(flags, "--writable")...)
-	// A look at the map reads the indexes, which lie in the repository.
+	// Reading the map reads the indexes, which are in the repository.
 	s.has(s.run("nbdinfo", "--map", srv.uri("shop/db@latest")), "data", "hole,zero")
 	for path := range s.packs() {
 		if strings.HasPrefix(filepath.Base(path), "p") {
@@ -50,8 +50,8 @@ func TestHydrate(t *testing.T) {
 	}
 }
 
-// Without a directory the copies go with the server; at their limit the disk
-// is read all the same.
+// Without a directory the copies end with the server; at their limit the disk can still
+// be read.
 func TestHydrateLimit(t *testing.T) {
 	s := newSite(t)
 	srv := s.serve("--hydrate", "--hydrate-limit", "4M")

@@ -21,7 +21,7 @@ func TestKernel(t *testing.T) {
 	if err := os.Mkdir(files, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	// A file in the root of each file system, with the hash the guest has to see.
+	// A file in the root of each file system, with the hash that the guest must see.
 	payload := strings.Repeat("the same bytes, read through a kernel\n", 100_000)
 	if err := os.WriteFile(filepath.Join(files, "payload"), []byte(payload), 0o644); err != nil {
 		t.Fatal(err)
@@ -131,8 +131,8 @@ wait
 	}
 }
 
-// guest runs a script in a virtual machine, and tells line of what it says; data,
-// if any, is /data there.
+// guest runs a script in a virtual machine, and passes its output to line; data, if any,
+// is /data there.
 func (s *site) guest(script, data string, line func(string)) {
 	s.t.Helper()
 	t := s.t

@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// "varve mount --kernel" on a machine that has NBD and neither FUSE nor loop devices:
-// what is mounted, and that nothing stays, however the mount or its process ends.
+// "varve mount --kernel" on a machine with NBD but without FUSE and loop devices: what is
+// mounted, and that nothing stays after any end of the mount or its process.
 func TestKernelMount(t *testing.T) {
 	if os.Getenv("VARVE_TEST_KERNEL") == "" {
 		t.Skip("boots a virtual machine: run it with \"make e2e-nbd\"")
@@ -132,7 +132,7 @@ until_gone
 `
 
 // fill writes files to the file system of an image. A copy, if one is named, is taken
-// as of a moment at work: with a journal that is not clean.
+// during writes: with a journal that is not clean.
 func (s *site) fill(image, copied, prefix string) {
 	s.t.Helper()
 	dir := s.path("mnt")
@@ -150,7 +150,7 @@ func (s *site) fill(image, copied, prefix string) {
 	if copied == "" {
 		return
 	}
-	// fsync writes the journal, and leaves the places themselves for later.
+	// fsync writes the journal, and leaves the final places for later.
 	f, err := os.OpenFile(filepath.Join(dir, prefix+"-7"), os.O_RDWR, 0)
 	if err != nil {
 		s.t.Fatal(err)

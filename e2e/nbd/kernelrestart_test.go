@@ -7,12 +7,12 @@ import (
 	"testing"
 )
 
-// A client's writes that were acknowledged and not flushed are there after kill -9.
+// A client's writes that were acknowledged but not flushed survive kill -9.
 func TestKilledServerKeepsWrites(t *testing.T) {
 	s := newSite(t)
 	overlays := s.path("overlays")
 	srv := s.serve("--writable", "--overlay-dir", overlays, "--keep")
-	// The client goes without a flush, as one does whose server died.
+	// The client ends without a flush, as if its server had died.
 	s.run("nbdsh", "-c", fmt.Sprintf(`
 import os
 h.connect_uri(%q)
@@ -33,8 +33,8 @@ h.shutdown()
 `, srv.uri("shop/db@latest")))
 }
 
-// The kernel writes to a kept overlay while the server is killed and started again, and
-// so is "varve attach": the device goes on, and has what was acknowledged before.
+// The kernel writes to a kept overlay while the server, and "varve attach", are killed
+// and restarted: the device continues, with all acknowledged writes.
 func TestKernelOutlivesKilledServer(t *testing.T) {
 	if os.Getenv("VARVE_TEST_KERNEL") == "" {
 		t.Skip("boots a virtual machine: run it with \"make e2e-nbd\"")

@@ -11,8 +11,8 @@ import (
 	"testing"
 )
 
-// A backup lands between the first and the second connection of a client that
-// asked for @latest: both read the same disk, and so does one that reconnects.
+// A backup ends between the first and the second connection of a client of @latest: both
+// read the same disk, and so does one that reconnects.
 func TestAliasStaysOnOneDisk(t *testing.T) {
 	s := newSite(t)
 	srv := s.serve("--refresh", "50ms")
@@ -48,14 +48,14 @@ r = nbd.NBD(); r.connect_uri(uri)
 assert r.pread(65536, 0) == want, "the client that came back is on another disk"
 `, srv.uri("shop/db@latest"), before.want, varveBin, srv.uri(""))
 	s.run("nbdsh", "-c", script)
-	// Asked for in other words, it is there.
+	// Under another name, it is found.
 	s.has(s.varve("nbd", "list", srv.uri("")), s.latest().Name)
 	s.run("nbdcopy", srv.uri("shop/db@latest~1"), s.path("copy"))
 	s.same(s.path("copy"), before.want)
 }
 
-// Maintenance in another process rewrites and deletes every pack while fio
-// reads a point and verifies what it reads: not one error.
+// Maintenance in another process rewrites and deletes every pack while fio reads and
+// verifies a point: without an error.
 func TestMaintenanceElsewhere(t *testing.T) {
 	s := newSite(t)
 	// fio verifies what it wrote itself: a disk with its pattern is backed up.
@@ -112,7 +112,7 @@ func (s *site) packs() map[string]bool {
 		if err == nil && !d.IsDir() && strings.HasPrefix(rel, "p") {
 			found[path] = true
 		}
-		return nil // a file that maintenance deletes meanwhile is none
+		return nil // skip files that maintenance deletes
 	})
 	if err != nil || len(found) == 0 {
 		s.t.Fatalf("packs of the repository: %d, %v", len(found), err)

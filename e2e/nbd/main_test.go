@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
@@ -25,7 +26,7 @@ func run(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(dir)
-	if varveBin = os.Getenv("VARVE"); varveBin == "" {
+	if varveBin = cmp.Or(os.Getenv("VARVE_QUICK"), os.Getenv("VARVE")); varveBin == "" {
 		varveBin = filepath.Join(dir, "varve")
 		build := exec.Command("go", "build", "-o", varveBin, "./cmd/varve")
 		build.Dir = filepath.Join("..", "..")
@@ -45,7 +46,7 @@ type site struct {
 	points []point // oldest first
 }
 
-// point is a recovery point and what it has to read as.
+// point is a recovery point and its expected content.
 type point struct {
 	Name string `json:"name"`
 	ID   string `json:"id"`
@@ -152,7 +153,7 @@ type server struct {
 	log       *lockedBuffer
 }
 
-// lockedBuffer is what a program says, readable while it runs.
+// lockedBuffer is a program's output, readable while it runs.
 type lockedBuffer struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -170,12 +171,12 @@ func (l *lockedBuffer) String() string {
 	return l.b.String()
 }
 
-// serve starts a server and returns once it is ready. The test's end stops it
-// and asserts that it ends well.
+// serve starts a server and returns once it is ready. The test's end stops it and checks
+// that it ends well.
 func (s *site) serve(args ...string) *server {
 	s.t.Helper()
 	srv := &server{site: s, socket: filepath.Join(s.t.TempDir(), "s"), log: &lockedBuffer{}}
-	// Not bound to the test's context: it is asked to end, and how it does is tested.
+	// Not bound to the test's context: it is told to end, and its end is tested.
 	srv.cmd = exec.Command(varveBin, append([]string{"serve", "-o", "json", "--listen", "unix:" + srv.socket}, args...)...)
 	srv.cmd.Env, srv.cmd.Dir, srv.cmd.Stderr = s.environment(), s.dir, srv.log
 	stdout, err := srv.cmd.StdoutPipe()
@@ -210,7 +211,7 @@ func (srv *server) stop() {
 	}
 }
 
-// kill ends the server as nothing it can see coming does.
+// kill ends the server without any warning.
 func (srv *server) kill() {
 	srv.t.Helper()
 	if err := srv.cmd.Process.Kill(); err != nil {

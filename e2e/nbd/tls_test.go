@@ -17,8 +17,8 @@ import (
 	"time"
 )
 
-// authority is a CA that gives out certificates as PEM files, one directory for
-// each client, named as libnbd and qemu look for them.
+// authority is a CA that issues certificates as PEM files, one directory for each client,
+// with the names that libnbd and qemu expect.
 type authority struct {
 	t    *testing.T
 	dir  string
@@ -84,8 +84,8 @@ func (a *authority) issue(role, name string) string {
 	return dir
 }
 
-// Over TCP with certificates on both sides: real clients read, each what its
-// name allows; a stranger's certificate, or none, gets nothing.
+// Over TCP with certificates on both sides: each real client reads what its name allows;
+// a stranger's certificate, or none, gets nothing.
 func TestMutualTLS(t *testing.T) {
 	s := newSite(t)
 	extra := s.path("pay.img")
@@ -141,7 +141,7 @@ func TestMutualTLS(t *testing.T) {
 			}
 		}
 	}
-	// And nobody is the worse for it.
+	// Other clients are not affected.
 	s.run("nbdcopy", uri(ops, s.points[0].Name), s.path("copy"))
 	s.same(s.path("copy"), s.points[0].want)
 }

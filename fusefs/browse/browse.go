@@ -1,8 +1,8 @@
-// Package browse walks, finds and copies the files of a file system inside an
-// image: what the file commands do, without a mount and without root.
+// Package browse walks, finds and copies the files of a file system inside an image: the work
+// of the file commands, without a mount and without root.
 //
-// An image can be damaged anywhere. Everything here gives all that can be read, and
-// tells of what cannot through a callback.
+// An image can be damaged anywhere. Everything here returns all that can be read, and reports
+// the rest to a callback.
 package browse
 
 import (
@@ -14,25 +14,25 @@ import (
 	"github.com/varve-io/varve/fusefs/diskfs"
 )
 
-// Entry is a file met on a walk.
+// Entry is a file found by a walk.
 type Entry struct {
-	Path string // in the file system, as diskfs has it
+	Path string // within the file system, in diskfs's form
 	Info fs.FileInfo
 	Stat *diskfs.Stat
 
 	in diskfs.Inodes
 }
 
-// IsDir tells whether the entry is a directory.
+// IsDir reports whether the entry is a directory.
 func (e *Entry) IsDir() bool { return e.Info.IsDir() }
 
-// Node reads the entry's inode: no path has to be searched again.
+// Node reads the entry's inode, without a search for its path.
 func (e *Entry) Node() (diskfs.Inode, error) {
 	node, err := e.in.Inode(e.Stat.Ino)
 	return node, e.err("read", err)
 }
 
-// Open opens what is no directory.
+// Open opens a file that is not a directory.
 func (e *Entry) Open() (diskfs.File, error) {
 	node, err := e.Node()
 	if err != nil {
@@ -41,7 +41,7 @@ func (e *Entry) Open() (diskfs.File, error) {
 	return diskfs.OpenInode(node, e.Path), nil
 }
 
-// ReadLink gives the target of a symbolic link.
+// ReadLink returns the target of a symbolic link.
 func (e *Entry) ReadLink() (string, error) {
 	node, err := e.Node()
 	if err != nil {
@@ -51,8 +51,7 @@ func (e *Entry) ReadLink() (string, error) {
 	return target, e.err("readlink", err)
 }
 
-// Xattrs lists the extended attributes: those that can be read, and the error that says
-// what cannot.
+// Xattrs lists the extended attributes that can be read, with the error of the others.
 func (e *Entry) Xattrs() ([]diskfs.Xattr, error) {
 	node, err := e.Node()
 	if err != nil {
@@ -72,13 +71,13 @@ func (e *Entry) err(op string, err error) error {
 // maxDepth bounds a walk.
 const maxDepth = 4096
 
-// Visited are the directories of a file system that a walk came through. A hostile image can
-// have a directory inside itself, or under many names each of which has many more
-// below: a walk that goes through each once has an end. Neighbouring inodes share a word.
+// Visited are the directories that a walk has visited. A hostile image can have a directory
+// inside itself, or under many names each of which has many more below: a walk that visits
+// each once ends. Neighbouring inodes share a word.
 type Visited map[uint64]uint64
 
-// Add notes a directory. It is an error (diskfs.ErrCorrupt) if it was there already: no file
-// system that is read here gives a directory two names.
+// Add adds a directory. It fails (diskfs.ErrCorrupt) if it was there already: in no supported
+// file system does a directory have two names.
 func (v Visited) Add(fsys diskfs.FileSystem, e *Entry) error {
 	word, bit := e.Stat.Ino/64, uint64(1)<<(e.Stat.Ino%64)
 	if v[word]&bit != 0 {
@@ -90,20 +89,20 @@ func (v Visited) Add(fsys diskfs.FileSystem, e *Entry) error {
 	return nil
 }
 
-// Lstat gives one entry.
+// Lstat returns one entry.
 func Lstat(fsys diskfs.FileSystem, name string) (*Entry, error) {
 	st, err := fsys.Lstat(name)
 	if err != nil {
-		return nil, err //nolint:wrapcheck // names the path itself
+		return nil, err
 	}
 	return newEntry(fsys, name, st), nil
 }
 
-// Stat gives one entry, that of the target where name is a symbolic link.
+// Stat returns one entry, following symbolic links.
 func Stat(fsys diskfs.FileSystem, name string) (*Entry, error) {
 	st, err := fsys.Stat(name)
 	if err != nil {
-		return nil, err //nolint:wrapcheck // names the path itself
+		return nil, err
 	}
 	return newEntry(fsys, name, st), nil
 }
@@ -111,14 +110,14 @@ func Stat(fsys diskfs.FileSystem, name string) (*Entry, error) {
 func newEntry(fsys diskfs.FileSystem, name string, st fs.FileInfo) *Entry {
 	s, ok := st.Sys().(*diskfs.Stat)
 	if !ok {
-		s = &diskfs.Stat{Size: st.Size(), Mtime: st.ModTime()} // not reached: diskfs gives nothing else
+		s = &diskfs.Stat{Size: st.Size(), Mtime: st.ModTime()} // not reached: diskfs always has it
 	}
 	return &Entry{Path: name, Info: st, Stat: s, in: fsys.Inodes()}
 }
 
-// Walk visits a file and, of a directory, all that is below, directories before
-// what they hold, by name. visit may answer fs.SkipDir. fail, if it is set, is
-// told of what cannot be read and may have the walk go on by answering nil.
+// Walk visits a file and, for a directory, all that is below, directories before their
+// content, by name. visit may return fs.SkipDir. fail, if set, is called for what cannot be
+// read; if it returns nil the walk continues.
 func Walk(ctx context.Context, fsys diskfs.FileSystem, name string, visit func(*Entry) error, fail func(name string, err error) error) error {
 	w := &walker{ctx: ctx, fsys: fsys, visit: visit, fail: fail, visited: Visited{}}
 	if fail == nil {
@@ -132,7 +131,7 @@ func Walk(ctx context.Context, fsys diskfs.FileSystem, name string, visit func(*
 }
 
 type walker struct {
-	ctx   context.Context //nolint:containedctx // lives for one walk
+	ctx   context.Context // of one walk
 	fsys  diskfs.FileSystem
 	visit func(*Entry) error
 	fail  func(string, error) error
@@ -140,10 +139,10 @@ type walker struct {
 	visited Visited
 }
 
-// walk visits e, which so many directories are above of.
+// walk visits e, at a depth of above.
 func (w *walker) walk(e *Entry, above int) (err error) {
 	if err := w.ctx.Err(); err != nil {
-		return err //nolint:wrapcheck // cancelled
+		return err
 	}
 	if err := w.visit(e); err != nil {
 		if errors.Is(err, fs.SkipDir) && e.IsDir() {
@@ -187,7 +186,7 @@ func (w *walker) walk(e *Entry, above int) (err error) {
 	return nil
 }
 
-// Join puts a name behind a directory's path.
+// Join appends a name to a directory's path.
 func Join(dir, name string) string {
 	if dir == "." {
 		return name

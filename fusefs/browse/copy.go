@@ -21,29 +21,27 @@ import (
 
 // CopyOptions say how to copy.
 type CopyOptions struct {
-	// Recursive copies directories with all that is below.
+	// Recursive copies directories with their content.
 	Recursive bool
-	// Force replaces files that are there already.
+	// Force replaces existing files.
 	Force bool
-	// Devices makes the device nodes of the image. They give access to the devices of this
-	// machine, by the modes that the image says.
+	// Devices makes the device nodes of the image. They give access to this machine's
+	// devices, by the modes in the image.
 	Devices bool
 	// SetID keeps the set-user-ID and set-group-ID bits and the capabilities of files, by
-	// which a program of the image runs with rights on this machine.
+	// which a program of the image gets rights on this machine.
 	SetID bool
-	// Workers copy files at once; 0 for twice the processors.
+	// Workers copy files concurrently; 0 for twice the processors.
 	Workers int
-	// Copied is told how many bytes were written, from any goroutine.
+	// Copied is called with the number of bytes written, from any goroutine.
 	Copied func(n int64)
-	// Warn is told, from any goroutine, what could not be kept of a file that was
-	// copied otherwise: an owner without root, an attribute that the target
-	// refuses.
+	// Warn is called, from any goroutine, with what could not be kept of a copied file: an
+	// owner without root, an attribute that the target refuses.
 	Warn func(name string, err error)
-	// Failed, if it is set, is told of each file and directory that cannot be read, one
-	// at a time but from any goroutine; where it answers nil the copy goes on. A file of
-	// which something can be read is copied without the rest, and the error then has a
-	// *PartialError; nothing of any other stays in the target. What cannot be written ends
-	// the copy always.
+	// Failed, if set, is called for each file and directory that cannot be read, one at a
+	// time but from any goroutine; if it returns nil the copy continues. A file that can be
+	// read in part is copied in part, and the error then has a *PartialError; nothing of any
+	// other stays in the target. A failed write always ends the copy.
 	Failed func(name string, err error) error
 }
 
@@ -53,7 +51,7 @@ type unreadable struct{ err error }
 func (e *unreadable) Error() string { return e.err.Error() }
 func (e *unreadable) Unwrap() error { return e.err }
 
-// reading marks an error of the image.
+// reading marks an error as one of the image.
 func reading(err error) error {
 	if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
@@ -61,8 +59,7 @@ func reading(err error) error {
 	return &unreadable{err}
 }
 
-// incomplete says of the damage of a directory, which is there nevertheless, that it
-// hides some of its entries.
+// incomplete describes the damage of a directory, which is copied but may lack entries.
 func incomplete(name string, err error) error {
 	var at *fs.PathError
 	if errors.As(err, &at) && at.Op == "readdir" && at.Path == name {
@@ -73,32 +70,32 @@ func incomplete(name string, err error) error {
 
 // CopyResult counts what was copied.
 type CopyResult struct {
-	Files int64 `json:"files"` // all but directories
+	Files int64 `json:"files"` // without directories
 	Dirs  int64 `json:"directories"`
 	Bytes int64 `json:"bytes"` // data; holes stay holes
-	// OwnersLost counts files and directories that belong to the copying user now, since only
+	// OwnersLost counts files and directories that now belong to the copying user, since only
 	// root can give files away.
 	OwnersLost int64 `json:"ownersLost,omitempty"`
-	// DevicesLeft counts device nodes that were left out, and SetIDLost files that do not have their
-	// set-ID bits or capabilities, both for want of the option.
+	// DevicesLeft counts skipped device nodes, and SetIDLost files without their set-ID bits
+	// or capabilities, both for want of the option.
 	DevicesLeft int64 `json:"devicesLeft,omitempty"`
 	SetIDLost   int64 `json:"setIDLost,omitempty"`
 }
 
-// Add adds what another copy counted.
+// Add adds the counts of another copy.
 func (r *CopyResult) Add(o CopyResult) {
 	r.Files, r.Dirs, r.Bytes = r.Files+o.Files, r.Dirs+o.Dirs, r.Bytes+o.Bytes
 	r.OwnersLost, r.DevicesLeft, r.SetIDLost = r.OwnersLost+o.OwnersLost, r.DevicesLeft+o.DevicesLeft, r.SetIDLost+o.SetIDLost
 }
 
-// Copy copies a file, or a directory with all that is below, out of an image to a
-// path that does not exist, or to a directory with another such tree in it.
-// Modes, owners, times, extended attributes, hard links, special files and holes are
-// kept as far as this process may; device nodes and set-ID bits where the options say so.
+// Copy copies a file, or a directory with its content, out of an image to a path that does
+// not exist, or to a directory with another such tree in it. It keeps modes, owners, times,
+// extended attributes, hard links, special files and holes as far as this process may; device
+// nodes and set-ID bits if the options say so.
 //
-// Nothing is written outside of the target, whatever the image holds: names are
-// checked by diskfs, files are opened below their directory by openat2 without
-// following links, and links are made, never followed.
+// Nothing is written outside the target, whatever the image contains: diskfs checks names,
+// files are opened below their directory by openat2 without following links, and links are
+// made, never followed.
 func Copy(ctx context.Context, fsys diskfs.FileSystem, name, target string, opt CopyOptions) (CopyResult, error) {
 	if opt.Workers <= 0 {
 		opt.Workers = 2 * runtime.GOMAXPROCS(0)
@@ -135,21 +132,21 @@ type copier struct {
 	root  *os.Root
 	opt   CopyOptions
 	group *errgroup.Group
-	ctx   context.Context //nolint:containedctx // lives for one copy
+	ctx   context.Context // of one copy
 
 	files, bytes, ownersLost, devicesLeft, setIDLost atomic.Int64
 
-	dirs  []made // their metadata is set last: writing into them changes it
-	later []made // hard links, whose first name must be there
+	dirs  []made // their metadata is set last, since writing into them changes it
+	later []made // hard links, after their first name
 	links map[uint64]string
 
-	telling sync.Mutex       // one at a time; guards what follows
-	missing map[string]bool  // paths in the target of files that could not be read
-	refused map[string]error // and of special files that were not made, with the reason
+	telling sync.Mutex       // one at a time; guards the following
+	missing map[string]bool  // target paths of files that could not be read
+	refused map[string]error // and of special files not made, with the reason
 }
 
-// failed decides whether the copy goes on after an error; to is the path in the target
-// of a file that is not there for it.
+// failed decides whether the copy continues after an error; to is the target path of the
+// missing file.
 func (c *copier) failed(name, to string, err error) error {
 	var source *unreadable
 	if c.opt.Failed == nil || !errors.As(err, &source) {
@@ -175,7 +172,7 @@ func (c *copier) add(e *Entry, to string) error {
 		if !c.opt.Recursive {
 			return fmt.Errorf("/%s is a directory: use --recursive", strings.TrimPrefix(e.Path, "."))
 		}
-		// Writable until all is in it.
+		// Writable until it is complete.
 		if err := c.root.Mkdir(to, 0o700); err != nil && !c.isDir(to, err) {
 			return fmt.Errorf("copy: %w", err)
 		}
@@ -240,7 +237,7 @@ func (c *copier) file(e *Entry, to string) error {
 	return c.keep(e, to)
 }
 
-// refuse leaves out a special file, and with it its other names.
+// refuse skips a special file, and with it its other names.
 func (c *copier) refuse(e *Entry, to string, why error) {
 	c.telling.Lock()
 	c.refused[to] = why
@@ -248,14 +245,14 @@ func (c *copier) refuse(e *Entry, to string, why error) {
 	c.warned(e.Path, why)
 }
 
-// inDirectory calls fn with the open directory that a target path lies in.
+// inDirectory calls fn with the open directory of a target path.
 func (c *copier) inDirectory(to string, fn func(dir int, name string) error) error {
 	d, err := c.root.Open(filepath.Dir(to))
 	if err != nil {
-		return err //nolint:wrapcheck // names the path itself
+		return err
 	}
 	defer d.Close()
-	return fn(int(d.Fd()), filepath.Base(to)) //nolint:gosec // a descriptor
+	return fn(int(d.Fd()), filepath.Base(to))
 }
 
 func (c *copier) special(e *Entry, to string) error {
@@ -263,19 +260,19 @@ func (c *copier) special(e *Entry, to string) error {
 	return c.inDirectory(to, func(dir int, name string) error {
 		dev := 0
 		if st.Mode&unix.S_IFMT == unix.S_IFCHR || st.Mode&unix.S_IFMT == unix.S_IFBLK {
-			dev = int(unix.Mkdev(st.Major, st.Minor)) //nolint:gosec // the kernel's own numbers have 32 bits
+			dev = int(unix.Mkdev(st.Major, st.Minor))
 		}
-		return unix.Mknodat(dir, name, st.Mode&unix.S_IFMT|0o600, dev) //nolint:wrapcheck // wrapped by the caller
+		return unix.Mknodat(dir, name, st.Mode&unix.S_IFMT|0o600, dev)
 	})
 }
 
 var (
 	errLinked  = errors.New("it is another name of a file that cannot be read")
 	errRefused = fmt.Errorf("special files need root: %w", unix.EPERM)
-	errDevice  = errors.New("it is a device node, which is made only where that is asked for")
+	errDevice  = errors.New("it is a device node, which is copied only on request")
 )
 
-// finish makes hard links, then gives directories their metadata, deepest first.
+// finish makes hard links, then sets the metadata of directories, deepest first.
 func (c *copier) finish() error {
 	for _, l := range c.later {
 		if c.missing[l.first] {
@@ -309,8 +306,8 @@ func (c *copier) finish() error {
 	return nil
 }
 
-// keep gives a file the owner, attributes, mode and times that it has in the image.
-// Owner first, since it takes set-id bits away; times last.
+// keep sets the owner, attributes, mode and times of a file as in the image. Owner first,
+// since it clears set-ID bits; times last.
 func (c *copier) keep(e *Entry, to string) error {
 	attrs, err := e.Xattrs()
 	if err != nil {
@@ -328,13 +325,13 @@ func (c *copier) keep(e *Entry, to string) error {
 			c.ownersLost.Add(1)
 		}
 		mode, lost := st.Mode&0o7777, false
-		if !c.opt.SetID && !e.IsDir() && mode&0o6000 != 0 { // a directory's only says whose new files are
+		if !c.opt.SetID && !e.IsDir() && mode&0o6000 != 0 { // a directory's only sets the group of new files
 			mode, lost = mode&^0o6000, true
 		}
 		if os.Geteuid() != 0 && (int(st.UID) != os.Geteuid() || int(st.GID) != os.Getegid()) {
-			mode &^= 0o6000 // set-id of another's program must not become ours
+			mode &^= 0o6000 // another's set-ID program must not get this user's rights
 		}
-		// The file was made by us, and is no link: the path of its descriptor leads to
+		// This process made the file, and it is no link: the path of its descriptor leads to
 		// itself.
 		self := fmt.Sprintf("/proc/self/fd/%d/%s", dir, name)
 		for _, a := range attrs {

@@ -14,11 +14,11 @@ import (
 
 	"github.com/varve-io/varve/fusefs/browse"
 	"github.com/varve-io/varve/fusefs/diskfs"
-	"github.com/varve-io/varve/fusefs/diskfs/disk"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+	"github.com/varve-io/varve/fusefs/diskfs/volumes"
 )
 
-// newFiles makes an ext4 image of files (a name that ends in "/" is a directory), changed
+// newFiles makes an ext4 image of files (a name that ends in "/" is a directory), changes it
 // by commands of debugfs, and opens it. It needs no root.
 func newFiles(t testing.TB, files map[string][]byte, commands ...string) diskfs.FileSystem {
 	t.Helper()
@@ -45,7 +45,7 @@ func newFiles(t testing.TB, files map[string][]byte, commands ...string) diskfs.
 	}
 	diskfstest.Run(t, "debugfs", "-w", "-f", script, image)
 	r, size := diskfstest.Open(t, image)
-	d, err := disk.Open(r, size)
+	d, err := volumes.Open(r, size)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -56,10 +56,10 @@ func newFiles(t testing.TB, files map[string][]byte, commands ...string) diskfs.
 	return fsys
 }
 
-// encrypted is the flag that has a reader refuse a file, with that for extents.
+// encrypted is the flag that makes a reader refuse a file, with that for extents.
 const encrypted = "flags 0x80800"
 
-// A file that cannot be read does not end a copy, unless the caller wants so, and leaves
+// A file that cannot be read does not end a copy, unless the caller says so, and leaves
 // nothing behind.
 func TestCopyGoesOnAfterUnreadableFiles(t *testing.T) {
 	fsys := newFiles(t, map[string][]byte{
@@ -102,7 +102,7 @@ func TestCopyGoesOnAfterUnreadableFiles(t *testing.T) {
 			t.Errorf("%s: %v, want %v", name, err, want)
 		}
 	}
-	// What the target refuses is no matter of single files.
+	// A refusal of the target does not concern single files.
 	full := filepath.Join(t.TempDir(), "copy")
 	if err := os.MkdirAll(filepath.Join(full, "a/good"), 0o755); err != nil {
 		t.Fatal(err)
@@ -113,7 +113,7 @@ func TestCopyGoesOnAfterUnreadableFiles(t *testing.T) {
 }
 
 // Several files, and several ranges of one large file, are copied at once, and progress
-// tells every byte.
+// counts every byte.
 func TestCopyInParallel(t *testing.T) {
 	const workers = 4
 	many := map[string][]byte{}

@@ -8,8 +8,8 @@ import (
 	"github.com/varve-io/varve/fusefs/diskfs"
 )
 
-// content writes a regular file's data. What lies between stays a hole, and so does what
-// cannot be read, unless that is all of it.
+// content writes a regular file's data. The rest stays a hole, and so does what cannot be
+// read, unless that is everything.
 func (c *copier) content(e *Entry, to string) (err error) {
 	src, err := e.Open()
 	if err != nil {
@@ -18,7 +18,7 @@ func (c *copier) content(e *Entry, to string) (err error) {
 	defer src.Close()
 	out, err := c.root.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
-		return err //nolint:wrapcheck // names the path itself
+		return err
 	}
 	r := ranges{c: c, src: src, out: out}
 	err = r.all(e.Stat.Size)
@@ -40,8 +40,8 @@ func (c *copier) content(e *Entry, to string) (err error) {
 	return nil
 }
 
-// all copies all ranges with data, each by whoever is free, the last one here: a worker
-// that waited for another to copy it would be one too few.
+// all copies all ranges with data, each by a free worker, the last one here, so that this
+// worker does not wait idly.
 func (r *ranges) all(size int64) error {
 	var last diskfs.Extent
 	var lost damage
@@ -67,10 +67,10 @@ func (r *ranges) all(size int64) error {
 	return reading(err)
 }
 
-// errStop ends a walk over ranges since one could not be copied.
+// errStop ends a walk over ranges after one could not be copied.
 var errStop = errors.New("stop")
 
-// copyUnit is what one worker copies at once, in bytes.
+// copyUnit is the unit of one worker's copy, in bytes.
 const copyUnit = 1 << 20
 
 var copyBuffers = sync.Pool{New: func() any { return new([copyUnit]byte) }}
@@ -82,7 +82,7 @@ type ranges struct {
 	out  *os.File
 	busy sync.WaitGroup
 
-	mu   sync.Mutex // guards what follows
+	mu   sync.Mutex // guards the following
 	err  error      // the first
 	lost damage
 	got  int64 // bytes that could be read
@@ -97,11 +97,11 @@ func (r *ranges) copy(x diskfs.Extent) bool {
 		return false
 	}
 	r.busy.Add(1)
-	// Whoever copies a file is a worker itself: it must not wait for another.
+	// The caller is a worker itself: it must not wait for another.
 	if !r.c.group.TryGo(func() error {
 		defer r.busy.Done()
 		r.copyHere(x)
-		return nil // told by wait, with the file's name
+		return nil // reported by wait, with the file's name
 	}) {
 		r.copyHere(x)
 		r.busy.Done()
@@ -109,7 +109,7 @@ func (r *ranges) copy(x diskfs.Extent) bool {
 	return true
 }
 
-// copyHere copies a range and notes whether that failed.
+// copyHere copies a range and records a failure.
 func (r *ranges) copyHere(x diskfs.Extent) {
 	if err := r.one(x.Offset, x.Length); err != nil {
 		r.mu.Lock()
@@ -129,9 +129,9 @@ func (r *ranges) wait() error {
 
 func (r *ranges) one(off, n int64) error {
 	if err := r.c.ctx.Err(); err != nil {
-		return err //nolint:wrapcheck // cancelled
+		return err
 	}
-	buf := copyBuffers.Get().(*[copyUnit]byte) //nolint:forcetypeassert // nothing else is put there
+	buf := copyBuffers.Get().(*[copyUnit]byte) // the pool has nothing else
 	defer copyBuffers.Put(buf)
 	var lost damage
 	p := buf[:n]
@@ -146,7 +146,7 @@ func (r *ranges) one(off, n int64) error {
 		return nil // stays a hole
 	}
 	if _, err := r.out.WriteAt(p, off); err != nil {
-		return err //nolint:wrapcheck // names the path itself
+		return err
 	}
 	r.c.bytes.Add(n)
 	if r.c.opt.Copied != nil {

@@ -14,14 +14,14 @@ import (
 
 	"github.com/varve-io/varve/fusefs/browse"
 	"github.com/varve-io/varve/fusefs/diskfs"
-	"github.com/varve-io/varve/fusefs/diskfs/disk"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+	"github.com/varve-io/varve/fusefs/diskfs/volumes"
 )
 
 const mapped = 12 + 256 + 40 // blocks of 1 KiB: mapped by the inode, by a block, and by a block of a block
 
 // newDamaged makes a file system in which an attribute, a link, a directory's entry and a
-// block that maps content are damaged, each beside what is whole.
+// block that maps content are damaged, each beside intact ones.
 func newDamaged(t *testing.T) (fsys diskfs.FileSystem, content []byte) {
 	t.Helper()
 	for _, tool := range []string{"mke2fs", "debugfs"} {
@@ -64,18 +64,18 @@ func newDamaged(t *testing.T) (fsys diskfs.FileSystem, content []byte) {
 		t.Fatal(err)
 	}
 	r, size := diskfstest.Open(t, image)
-	d, err := disk.Open(r, size)
+	d, err := volumes.Open(r, size)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if fsys, err = d.Volumes[0].Open(diskfs.Options{}); err != nil {
 		t.Fatal(err)
 	}
-	clear(content[12<<10 : (12+256)<<10]) // what is to be had of it
+	clear(content[12<<10 : (12+256)<<10]) // the readable part
 	return fsys, content
 }
 
-// told collects what cannot be read, those that are there in part with a '+'.
+// told collects what cannot be read, with a '+' for partial files.
 type told []string
 
 func (l *told) add(name string, err error) error {
@@ -94,7 +94,7 @@ func (l told) check(t *testing.T) {
 	}
 }
 
-// Damage hides itself only: all else is copied, also of the same file.
+// Damage hides nothing else: all the rest is copied, also of the same file.
 func TestCopyGivesAllThatCanBeRead(t *testing.T) {
 	fsys, content := newDamaged(t)
 	target := filepath.Join(t.TempDir(), "copy")
@@ -117,7 +117,7 @@ func TestCopyGivesAllThatCanBeRead(t *testing.T) {
 	}
 }
 
-// An archive is whole whatever is damaged: content that is lost is zeroes.
+// An archive is well-formed whatever is damaged: lost content is zeroes.
 func TestTarGivesAllThatCanBeRead(t *testing.T) {
 	for _, sparse := range []bool{false, true} {
 		fsys, content := newDamaged(t)
@@ -156,7 +156,7 @@ func TestTarGivesAllThatCanBeRead(t *testing.T) {
 	}
 }
 
-// Without a callback the first damage ends it.
+// Without a callback the first damage ends the copy.
 func TestDamageEndsWithoutCallback(t *testing.T) {
 	fsys, _ := newDamaged(t)
 	target := filepath.Join(t.TempDir(), "copy")
@@ -172,7 +172,7 @@ func TestDamageEndsWithoutCallback(t *testing.T) {
 	}
 }
 
-// "Does not exist" is said only of what was searched in whole.
+// "Does not exist" is reported only after a complete search.
 func TestLookupBesideDamage(t *testing.T) {
 	fsys, _ := newDamaged(t)
 	for _, name := range []string{"dir/a", "dir/z"} {

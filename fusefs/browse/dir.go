@@ -14,12 +14,11 @@ import (
 	"github.com/varve-io/varve/internal/extsort"
 )
 
-// sortBytes is what sorting one directory may hold in memory; more goes to a file. Some
+// sortBytes bounds the memory for sorting one directory, in bytes; more goes to a file. Some
 // 50,000 entries fit.
 const sortBytes = 8 << 20
 
-// Dir is a directory in the order of its names. It holds a bounded amount of memory,
-// however many entries there are.
+// Dir is a directory, sorted by name. It takes bounded memory for any number of entries.
 type Dir struct {
 	e      *Entry
 	sorted *extsort.Sorter // name, NUL, inode -> metadata, or nothing where it cannot be read
@@ -29,18 +28,17 @@ type Dir struct {
 
 // Child is an entry of a directory, or the error of one whose metadata cannot be read.
 type Child struct {
-	*Entry        // nil with an error
-	Path   string // also with an error
+	*Entry        // nil if Err is set
+	Path   string // set in any case
 	Err    error
 }
 
-// Name is the entry's name.
+// Name returns the entry's name.
 func (c Child) Name() string { return path.Base(c.Path) }
 
-// ReadDir reads a directory. Names are sorted twice: by inode to read the metadata as it
-// lies on the disk, then by themselves. An error is one of the context or of the place for
-// temporary files; what of the directory cannot be read is its Damage. Close gives back
-// what it holds.
+// ReadDir reads a directory. Names are sorted twice: by inode to read the metadata in disk
+// order, then by name. An error is one of the context or of the place for temporary files;
+// what cannot be read of the directory is its Damage. Close releases its resources.
 func ReadDir(ctx context.Context, e *Entry) (d *Dir, err error) {
 	d = &Dir{e: e, sorted: extsort.New(sortBytes)}
 	byInode := extsort.New(sortBytes)
@@ -64,11 +62,11 @@ func ReadDir(ctx context.Context, e *Entry) (d *Dir, err error) {
 		}
 		key = append(append(append(key[:0], r.Value...), 0), r.Key...)
 		value = value[:0]
-		// One that fails is read again where it is asked for, for the error.
+		// A failed one is read again later, for its error.
 		node, err := e.in.Inode(binary.BigEndian.Uint64(r.Key))
 		if err == nil {
 			value = appendStat(value, node.Stat())
-		} else if !diskfs.Local(err) { // so would every other
+		} else if !diskfs.Local(err) { // every other would fail, too
 			d.damage = errors.Join(d.damage, e.err("readdir", err))
 			return d, nil
 		}
@@ -80,7 +78,7 @@ func ReadDir(ctx context.Context, e *Entry) (d *Dir, err error) {
 	return d, nil
 }
 
-// names takes in the names of the directory.
+// names reads the names of the directory.
 func (d *Dir) names(ctx context.Context, byInode *extsort.Sorter) error {
 	node, err := d.e.Node()
 	if err != nil {
@@ -96,7 +94,7 @@ func (d *Dir) names(ctx context.Context, byInode *extsort.Sorter) error {
 			continue
 		}
 		if err := ctx.Err(); err != nil {
-			return err //nolint:wrapcheck // cancelled
+			return err
 		}
 		if err := byInode.Add(binary.BigEndian.AppendUint64(nil, ent.Ino), []byte(ent.Name)); err != nil {
 			return fmt.Errorf("list /%s: %w", d.e.Path, err)
@@ -106,7 +104,7 @@ func (d *Dir) names(ctx context.Context, byInode *extsort.Sorter) error {
 	return nil
 }
 
-// KeepDirectories forgets all entries that are no directories.
+// KeepDirectories drops all other entries.
 func (d *Dir) KeepDirectories() error {
 	dirs := extsort.New(sortBytes)
 	d.count = 0
@@ -124,20 +122,20 @@ func (d *Dir) KeepDirectories() error {
 	}
 	old := d.sorted
 	d.sorted = dirs
-	return old.Close() //nolint:wrapcheck // a file of our own
+	return old.Close()
 }
 
-// Damage says what of the directory cannot be read; nil if it is whole.
+// Damage returns what cannot be read of the directory; nil if it is intact.
 func (d *Dir) Damage() error { return d.damage }
 
-// Len is the number of entries that can be read.
+// Len returns the number of readable entries.
 func (d *Dir) Len() int { return d.count }
 
-// Close gives back what the directory holds.
-func (d *Dir) Close() error { return d.sorted.Close() } //nolint:wrapcheck // a file of our own
+// Close releases the directory's resources.
+func (d *Dir) Close() error { return d.sorted.Close() }
 
-// All gives the entries in order of their names, as often as it is called. An error of it
-// is one of the temporary file, and ends it.
+// All returns the entries by name; it may be called repeatedly. An error is one of the
+// temporary file, and ends it.
 func (d *Dir) All() iter.Seq2[Child, error] {
 	return func(yield func(Child, error) bool) {
 		for r, err := range d.sorted.Sorted() {
@@ -169,23 +167,23 @@ func (d *Dir) All() iter.Seq2[Child, error] {
 
 var le = binary.LittleEndian
 
-// appendStat writes metadata in a fixed form.
+// appendStat encodes metadata in a fixed form.
 func appendStat(b []byte, st *diskfs.Stat) []byte {
 	b = le.AppendUint64(b, st.Ino)
-	for _, v := range []uint32{st.Mode, st.Nlink, st.UID, st.GID, st.Major, st.Minor, uint32(st.BlockSize), st.Generation, st.Flags} { //nolint:gosec // only stored
+	for _, v := range []uint32{st.Mode, st.Nlink, st.UID, st.GID, st.Major, st.Minor, uint32(st.BlockSize), st.Generation, st.Flags} {
 		b = le.AppendUint32(b, v)
 	}
 	for _, v := range []int64{st.Size, st.Blocks} {
-		b = le.AppendUint64(b, uint64(v)) //nolint:gosec // only stored
+		b = le.AppendUint64(b, uint64(v))
 	}
 	for _, t := range []time.Time{st.Atime, st.Mtime, st.Ctime, st.Btime} {
-		b = le.AppendUint64(b, uint64(t.Unix()))       //nolint:gosec // only stored
-		b = le.AppendUint32(b, uint32(t.Nanosecond())) //nolint:gosec // only stored
+		b = le.AppendUint64(b, uint64(t.Unix()))
+		b = le.AppendUint32(b, uint32(t.Nanosecond()))
 	}
 	return b
 }
 
-// parseStat reads what appendStat wrote; false if there is nothing.
+// parseStat decodes what appendStat wrote; false if b is empty.
 func parseStat(b []byte) (*diskfs.Stat, bool) {
 	if len(b) == 0 {
 		return nil, false
@@ -202,10 +200,10 @@ func parseStat(b []byte) (*diskfs.Stat, bool) {
 	}
 	st := &diskfs.Stat{Ino: u64()}
 	st.Mode, st.Nlink, st.UID, st.GID, st.Major, st.Minor = u32(), u32(), u32(), u32(), u32(), u32()
-	st.BlockSize, st.Generation, st.Flags = int32(u32()), u32(), u32() //nolint:gosec // only stored
-	st.Size, st.Blocks = int64(u64()), int64(u64())                    //nolint:gosec // only stored
+	st.BlockSize, st.Generation, st.Flags = int32(u32()), u32(), u32()
+	st.Size, st.Blocks = int64(u64()), int64(u64())
 	for _, t := range []*time.Time{&st.Atime, &st.Mtime, &st.Ctime, &st.Btime} {
-		sec := int64(u64()) //nolint:gosec // only stored
+		sec := int64(u64())
 		if *t = time.Unix(sec, int64(u32())).UTC(); sec == zeroTime {
 			*t = time.Time{}
 		}

@@ -7,7 +7,7 @@ import (
 	"github.com/varve-io/varve/fusefs/browse"
 )
 
-// A directory comes sorted, with its metadata, as often as it is asked for.
+// A directory is returned sorted, with its metadata, repeatedly.
 func TestReadDir(t *testing.T) {
 	files := map[string][]byte{"dir/sub/": nil}
 	for i := range 300 {

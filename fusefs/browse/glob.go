@@ -11,23 +11,22 @@ import (
 	"github.com/varve-io/varve/fusefs/diskfs"
 )
 
-// HasGlob tells whether a path has a wildcard.
+// HasGlob reports whether a path has a wildcard.
 func HasGlob(name string) bool { return strings.ContainsAny(name, `*?[\`) }
 
-// Glob lists the files that a pattern matches, in order, with the wildcards of
-// path.Match within each element. A pattern that names a file as it is gives just
-// that. fail is told of directories that cannot be read in whole, and may have the search
-// go on by answering nil.
+// Glob lists the files that match a pattern, sorted, with the wildcards of path.Match within
+// each element. A pattern that is itself a file's name returns just that. fail is called for
+// directories that cannot be read completely; if it returns nil the search continues.
 func Glob(ctx context.Context, fsys diskfs.FileSystem, pattern string, fail func(name string, err error) error) ([]string, error) {
 	if _, err := fsys.Lstat(pattern); err == nil || !HasGlob(pattern) {
-		return []string{pattern}, err //nolint:wrapcheck // names the path itself
+		return []string{pattern}, err
 	}
 	found := []string{"."}
 	for elem := range strings.SplitSeq(pattern, "/") {
 		var next []string
 		for _, dir := range found {
 			if err := ctx.Err(); err != nil {
-				return nil, err //nolint:wrapcheck // cancelled
+				return nil, err
 			}
 			if !HasGlob(elem) {
 				name := Join(dir, elem)
@@ -60,12 +59,12 @@ func Glob(ctx context.Context, fsys diskfs.FileSystem, pattern string, fail func
 	return found, nil
 }
 
-// match lists what an element of a pattern matches in a directory, and the error of what
-// of the directory cannot be read.
+// match lists the matches of an element of a pattern in a directory, and the error of what
+// cannot be read there.
 func match(fsys diskfs.FileSystem, dir, elem, pattern string) (names []string, damage, err error) {
 	e, err := Stat(fsys, dir)
 	if err != nil || !e.IsDir() {
-		return nil, nil, nil //nolint:nilerr // it holds nothing that matches
+		return nil, nil, nil // nothing matches
 	}
 	node, err := e.Node()
 	if err != nil {

@@ -9,8 +9,8 @@ import (
 	"github.com/varve-io/varve/fusefs/diskfs"
 )
 
-// Damageable is a recovery point's disk as diskfs wants it: the error of a block that the
-// repository has lost is one of that block only.
+// Damageable returns a recovery point's disk for diskfs: the error of a block that the
+// repository has lost concerns that block only.
 func Damageable(r io.ReaderAt) io.ReaderAt { return damageable{r} }
 
 type damageable struct{ r io.ReaderAt }
@@ -20,5 +20,5 @@ func (d damageable) ReadAt(p []byte, off int64) (int, error) {
 	if errors.Is(err, repository.ErrContentMissing) || errors.Is(err, repository.ErrContentCorrupt) || errors.Is(err, blocktree.ErrMalformed) {
 		err = &diskfs.LostError{Err: err}
 	}
-	return n, err //nolint:wrapcheck // io.EOF must stay itself
+	return n, err
 }

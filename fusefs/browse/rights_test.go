@@ -14,8 +14,8 @@ import (
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
 
-// TestCopyGivesNoRights: what a stranger's image says gives nobody rights on this machine, unless
-// the caller wants so.
+// TestCopyGivesNoRights: an untrusted image grants no rights on this machine, unless the
+// caller says so.
 func TestCopyGivesNoRights(t *testing.T) {
 	diskfstest.NeedRoot(t)
 	fsys := newFiles(t, map[string][]byte{"tool": []byte("1"), "group": []byte("2"), "plain": []byte("3"), "shared/file": []byte("4")},

@@ -6,9 +6,10 @@ import (
 	"io"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
-// PartialError says that a file is in a copy without a part of it.
+// PartialError means that a file was copied in part.
 type PartialError struct {
 	Missing string // "attributes", "4096 bytes from byte 8192 on", …
 	Err     error  // why
@@ -20,14 +21,14 @@ func (e *PartialError) Error() string {
 
 func (e *PartialError) Unwrap() error { return e.Err }
 
-// damage counts what of a file's content cannot be read.
+// damage counts what cannot be read of a file's content.
 type damage struct {
-	first  int64 // where the first of it is
+	first  int64 // offset of the first
 	bytes  int64
 	faults diskfs.Faults
 }
 
-// add takes in a range.
+// add adds a range.
 func (d *damage) add(off, length int64, err error) {
 	if d.bytes == 0 || off < d.first {
 		d.first = off
@@ -36,7 +37,7 @@ func (d *damage) add(off, length int64, err error) {
 	d.faults.Add(err)
 }
 
-// merge takes in other damage of the same file.
+// merge adds other damage of the same file.
 func (d *damage) merge(other *damage) {
 	if other.bytes == 0 {
 		return
@@ -48,20 +49,20 @@ func (d *damage) merge(other *damage) {
 	d.faults.Add(other.faults.Err())
 }
 
-// err is what the copy of the file lacks, nil for nothing.
+// err returns what the copy of the file lacks, nil for nothing.
 func (d *damage) err() error {
 	if d.bytes == 0 {
 		return nil
 	}
-	return &PartialError{Missing: fmt.Sprintf("%d bytes of content, the first at byte %d, which are zeroes in the copy,", d.bytes, d.first), Err: d.faults.Err()}
+	return &PartialError{Missing: fmt.Sprintf("%s of content from byte %d on, zeroes in the copy,", bytesize.Exact(d.bytes), d.first), Err: d.faults.Err()}
 }
 
-// The steps in which a range that cannot be read as a whole is tried again: the smallest
-// block of a backup, then the usual block of a file system.
+// The sizes in which a range that cannot be read as a whole is retried: the smallest block of
+// a backup, then the usual block of a file system.
 var salvageSteps = []int64{64 << 10, 4 << 10}
 
-// salvage reads a range of a file. What cannot be read becomes zeroes and is counted in
-// lost. An error is one that does not lie in the image alone.
+// salvage reads a range of a file. What cannot be read becomes zeroes and is counted in lost.
+// An error concerns more than the image.
 func salvage(r io.ReaderAt, p []byte, off int64, lost *damage) error {
 	return salvageIn(r, p, off, salvageSteps, lost)
 }
@@ -86,7 +87,7 @@ func salvageIn(r io.ReaderAt, p []byte, off int64, steps []int64, lost *damage) 
 		return nil
 	}
 	for len(p) > 0 {
-		// Pieces begin where blocks do.
+		// Pieces are aligned to blocks.
 		size := min(int64(len(p)), steps[0]-off%steps[0])
 		if err := salvageIn(r, p[:size], off, steps[1:], lost); err != nil {
 			return err
@@ -96,8 +97,8 @@ func salvageIn(r io.ReaderAt, p []byte, off int64, steps []int64, lost *damage) 
 	return nil
 }
 
-// eachData calls visit for the ranges of a file of size bytes that hold data, in order. What
-// of the file's map is damaged is counted in lost.
+// eachData calls visit for the ranges of a file of size bytes that hold data, in order.
+// Damage of the file's map is counted in lost.
 func eachData(f diskfs.ExtentFinder, size int64, lost *damage, visit func(diskfs.Extent) error) error {
 	for off := int64(0); off < size; {
 		x, err := f.NextData(off)
@@ -125,8 +126,8 @@ func eachData(f diskfs.ExtentFinder, size int64, lost *damage, visit func(diskfs
 	return nil
 }
 
-// Damage looks for what of a directory's entries, or of the map of a file's content, cannot
-// be read. Content itself is not read.
+// Damage finds what cannot be read of a directory's entries, or of the map of a file's
+// content. It does not read content.
 func (e *Entry) Damage() (what string, err error) {
 	node, err := e.Node()
 	if err != nil {
@@ -149,14 +150,14 @@ func (e *Entry) Damage() (what string, err error) {
 	if err == nil {
 		err = lost.faults.Err()
 	}
-	return fmt.Sprintf("%d bytes of content, the first at byte %d,", lost.bytes, lost.first), err
+	return fmt.Sprintf("%s of content from byte %d on,", bytesize.Exact(lost.bytes), lost.first), err
 }
 
 // errSome ends a search for something that can be read.
 var errSome = errors.New("some")
 
-// readable says why nothing of a file can be read; nil if some of it can, or if there is
-// nothing in it.
+// readable returns why nothing of a file can be read; nil if part of it can, or if it is
+// empty.
 func readable(f diskfs.File, size int64) error {
 	var lost damage
 	buf := make([]byte, salvageSteps[len(salvageSteps)-1])

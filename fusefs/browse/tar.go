@@ -18,20 +18,19 @@ type TarOptions struct {
 	// Sparse keeps holes, in the form that GNU tar calls PAX 1.0; other readers may not
 	// know it. Without it holes are written as zeroes.
 	Sparse bool
-	// Copied is told how many bytes of content were written.
+	// Copied is called with the number of content bytes written.
 	Copied func(n int64)
-	// Skipped is told of sockets, which tar cannot hold.
+	// Skipped is called for sockets, which tar does not support.
 	Skipped func(name string)
-	// Failed, if it is set, is told of each file and directory that cannot be read; where
-	// it answers nil the archive goes on. A file of which something can be read is in the
-	// archive without the rest, zeroes in its place, and the error then has a
-	// *PartialError; any other is left out.
+	// Failed, if set, is called for each file and directory that cannot be read; if it
+	// returns nil the archive continues. A file that can be read in part is in the archive
+	// with zeroes for the rest, and the error then has a *PartialError; any other is skipped.
 	Failed func(name string, err error) error
 }
 
-// Tar writes files and all that is below them as a tar archive in the PAX format:
-// with nanoseconds, extended attributes and names of any bytes, hard links as such.
-// Paths begin with the last element of each name.
+// Tar writes files and all that is below them as a tar archive in the PAX format: with
+// nanoseconds, extended attributes, names of any bytes, and hard links. Paths begin with the
+// last element of each name.
 func Tar(ctx context.Context, fsys diskfs.FileSystem, w io.Writer, names []string, opt TarOptions) error {
 	t := &tarrer{ctx: ctx, out: w, w: tar.NewWriter(w), links: map[uint64]string{}, opt: opt}
 	for _, name := range names {
@@ -54,15 +53,15 @@ func Tar(ctx context.Context, fsys diskfs.FileSystem, w io.Writer, names []strin
 }
 
 type tarrer struct {
-	ctx   context.Context //nolint:containedctx // lives for one archive
+	ctx   context.Context // of one archive
 	out   io.Writer       // below w
 	w     *tar.Writer
-	links map[uint64]string // the first names of files with several
+	links map[uint64]string // first names of files with several
 	buf   []byte
 	opt   TarOptions
 }
 
-// failed decides whether the archive goes on after an error of the image.
+// failed decides whether the archive continues after an error of the image.
 func (t *tarrer) failed(name string, err error) error {
 	if t.opt.Failed == nil || t.ctx.Err() != nil {
 		return err
@@ -124,7 +123,7 @@ func (t *tarrer) add(e *Entry, name string) error {
 	return nil
 }
 
-// attributes puts extended attributes into records of the header.
+// attributes adds extended attributes to the header's records.
 func (t *tarrer) attributes(e *Entry, h *tar.Header) error {
 	attrs, err := e.Xattrs()
 	if err != nil {
@@ -139,7 +138,7 @@ func (t *tarrer) attributes(e *Entry, h *tar.Header) error {
 				continue
 			}
 		}
-		// What a PAX record cannot hold is a '=' in its key.
+		// A PAX record cannot hold a '=' in its key.
 		if key := "SCHILY.xattr." + a.Name; !strings.ContainsAny(key, "=\x00") {
 			h.PAXRecords[key] = string(a.Value)
 		}
@@ -147,11 +146,11 @@ func (t *tarrer) attributes(e *Entry, h *tar.Header) error {
 	return nil
 }
 
-// content writes a regular file; false if it is left out, since nothing of it can be read.
+// content writes a regular file; false if it is skipped, since nothing of it can be read.
 func (t *tarrer) content(e *Entry, h *tar.Header) (in bool, err error) {
 	f, err := e.Open()
 	if err == nil {
-		err = readable(f, h.Size) // a header that is written cannot be taken back
+		err = readable(f, h.Size) // a written header cannot be undone
 	}
 	if err != nil {
 		return false, t.failed(e.Path, err)
@@ -177,10 +176,10 @@ func (t *tarrer) write(f diskfs.File, h *tar.Header, lost *damage) error {
 		if data != nil {
 			return t.sparse(f, h, data, lost)
 		}
-		*lost = damage{} // it is met again
+		*lost = damage{} // it is counted again
 	}
 	if err := t.w.WriteHeader(h); err != nil {
-		return err //nolint:wrapcheck // by the caller
+		return err
 	}
 	return t.copy(t.w, f, 0, h.Size, lost)
 }
@@ -192,10 +191,10 @@ func (t *tarrer) copy(w io.Writer, f diskfs.File, off, length int64, lost *damag
 	}
 	for unmapped, end := off, off+length; off < end; {
 		if err := t.ctx.Err(); err != nil {
-			return err //nolint:wrapcheck // cancelled
+			return err
 		}
 		p := t.buf[:min(int64(len(t.buf)), end-off)]
-		if off < unmapped { // known to be damaged as far as that
+		if off < unmapped { // known to be damaged up to there
 			p = p[:min(int64(len(p)), unmapped-off)]
 			clear(p)
 			lost.add(off, int64(len(p)), nil)
@@ -211,15 +210,15 @@ func (t *tarrer) copy(w io.Writer, f diskfs.File, off, length int64, lost *damag
 		n, err := w.Write(p)
 		t.opt.Copied(int64(n))
 		if err != nil {
-			return err //nolint:wrapcheck // by the caller
+			return err
 		}
 		off += int64(len(p))
 	}
 	return nil
 }
 
-// unmappedUntil says how far a file's map is damaged from off on, within end: nothing
-// there needs to be tried.
+// unmappedUntil returns how far a file's map is damaged from off on, within end: no read is
+// needed there.
 func unmappedUntil(f diskfs.File, off, end int64) int64 {
 	_, err := f.NextData(off)
 	if err == nil || errors.Is(err, io.EOF) || !diskfs.Local(err) {

@@ -6,16 +6,16 @@ import (
 	"strings"
 )
 
-// Archives hold access lists as text (records of star, which GNU tar and bsdtar write as
-// well); GNU tar does not restore them as attributes.
+// Archives hold access lists as text (records of star, which GNU tar and bsdtar also write);
+// GNU tar does not restore them as attributes.
 var aclRecords = map[string]string{
 	"system.posix_acl_access":  "SCHILY.acl.access",
 	"system.posix_acl_default": "SCHILY.acl.default",
 }
 
-// aclText puts an access list as getxattr(2) gives it (posix_acl_xattr.h: a version, then
-// tag and permissions of 16 bits and a number of 32 each, little-endian) into the words of
-// acl(5), with numbers for names; false where it is none.
+// aclText converts an access list of getxattr(2) (posix_acl_xattr.h: a version, then per
+// entry a tag and permissions of 16 bits and a number of 32 bits, little-endian) to the text
+// form of acl(5), with numbers for names; false if it is invalid.
 func aclText(value []byte) (string, bool) {
 	const head, size, version = 4, 8, 2
 	if len(value) < head || (len(value)-head)%size != 0 || binary.LittleEndian.Uint32(value) != version {

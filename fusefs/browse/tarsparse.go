@@ -14,24 +14,24 @@ import (
 )
 
 // A file with holes in the form that GNU tar calls PAX 1.0 ("Storing Sparse Files" in its
-// manual): extended records GNU.sparse.major, minor, name and realsize; a header
-// whose name tells readers that do not know it; and as content a map of decimal numbers,
-// one a line (how many pieces; of each where it begins and how long it is), filled up to
-// 512 bytes, and behind it the pieces. archive/tar reads this and does not write it.
+// manual): extended records GNU.sparse.major, minor, name and realsize; a header whose name
+// informs readers that do not support it; and as content a map of decimal numbers, one per
+// line (the number of pieces; the offset and length of each), padded to 512 bytes, and then
+// the pieces. archive/tar reads this but does not write it.
 
 const (
 	tarBlock = 512
-	// smallestHole is what is worth an entry in the map.
+	// smallestHole is the smallest hole worth an entry in the map.
 	smallestHole = 64 << 10
-	// maxPieces bounds the map; more are joined.
+	// maxPieces bounds the map; more pieces are merged.
 	maxPieces = 1 << 16
 )
 
 // piece is a range of a file, in bytes. All but the file's last end on a block of tar.
 type piece struct{ off, length int64 }
 
-// dataOf lists the data of a file that has holes, nil where it has none that matter. What
-// of its map is damaged is a hole, and counted in lost.
+// dataOf lists the data of a file with holes, nil if it has no large ones. A damaged part of
+// its map is a hole, and counted in lost.
 func dataOf(f diskfs.File, size int64, lost *damage) ([]piece, error) {
 	list, total := []piece{}, int64(0)
 	err := eachData(f, size, lost, func(x diskfs.Extent) error {
@@ -51,7 +51,7 @@ func dataOf(f diskfs.File, size int64, lost *damage) ([]piece, error) {
 		return nil, nil
 	}
 	if n := len(list); n == 0 || list[n-1].off+list[n-1].length < size {
-		list = append(list, piece{off: size}) // tells where the file ends
+		list = append(list, piece{off: size}) // marks the end of the file
 	}
 	return list, nil
 }
@@ -68,7 +68,7 @@ func (t *tarrer) sparse(f diskfs.File, h *tar.Header, data []piece, lost *damage
 	pad(&index)
 	stored += int64(index.Len())
 
-	// Numbers and names that the header itself has no room for are in the records.
+	// Numbers and names that do not fit the header are in the records.
 	dir, base := path.Split(h.Name)
 	name := dir + "GNUSparseFile.0/" + base
 	records := map[string]string{
@@ -91,15 +91,15 @@ func (t *tarrer) sparse(f diskfs.File, h *tar.Header, data []piece, lost *damage
 	size := extended.Len()
 	pad(&extended)
 
-	if err := t.w.Flush(); err != nil { // the file before is whole
-		return err //nolint:wrapcheck // by the caller
+	if err := t.w.Flush(); err != nil { // the file before is complete
+		return err
 	}
 	for _, b := range [][]byte{
 		header("PaxHeaders.0/"+base, 'x', 0o644, int64(size)), extended.Bytes(),
 		header(name, tar.TypeReg, h.Mode, stored), index.Bytes(),
 	} {
 		if _, err := t.out.Write(b); err != nil {
-			return err //nolint:wrapcheck // by the caller
+			return err
 		}
 	}
 	for _, p := range data {
@@ -108,13 +108,13 @@ func (t *tarrer) sparse(f diskfs.File, h *tar.Header, data []piece, lost *damage
 		}
 	}
 	_, err := t.out.Write(make([]byte, -stored&(tarBlock-1)))
-	return err //nolint:wrapcheck // by the caller
+	return err
 }
 
-// pad fills up to whole blocks.
+// pad pads to whole blocks.
 func pad(b *bytes.Buffer) { b.Write(make([]byte, -b.Len()&(tarBlock-1))) }
 
-// record is one of an extended header: its own length in decimal, key and value.
+// record returns a record of an extended header: its own length in decimal, key and value.
 func record(key, value string) string {
 	rest := " " + key + "=" + value + "\n"
 	n := len(rest)
@@ -124,7 +124,7 @@ func record(key, value string) string {
 	return strconv.Itoa(n) + rest
 }
 
-// seconds are since 1970, with a fraction.
+// seconds formats seconds since 1970, with a fraction.
 func seconds(at time.Time) string {
 	s, ns := at.Unix(), int64(at.Nanosecond())
 	if ns == 0 {
@@ -137,7 +137,7 @@ func seconds(at time.Time) string {
 	return fmt.Sprintf("%s%d.%09d", sign, s, ns)
 }
 
-// header is a header block of POSIX tar ("ustar"); what does not fit is left to the records.
+// header returns a header block of POSIX tar ("ustar"); what does not fit is in the records.
 func header(name string, typ byte, mode, size int64) []byte {
 	b := make([]byte, tarBlock)
 	copy(b[:100], strings.ToValidUTF8(name, "_"))

@@ -19,7 +19,7 @@
 // # Hostile images
 //
 // Every number in an image is a claim. Readers check lengths and pointers before
-// use, bound their loops, and give back [ErrCorrupt] naming the place rather
+// use, bound their loops, and return [ErrCorrupt] with the place rather
 // than wrong bytes; they never panic, and never allocate by an unchecked number.
 // Names are bytes other than '/' and NUL, of 1 to MaxName bytes, never "." or "..";
 // a reader reports an entry that breaks this as corrupt. They need not be UTF-8.
@@ -115,8 +115,8 @@ type Inode interface {
 	// It does not treat "." and ".." specially; they are not found.
 	Lookup(name string) (uint64, error)
 	// Entries lists a directory in the order of the disk, without "." and "..".
-	// An error stands for entries that cannot be read: a caller that goes on gets the
-	// entries behind it. One that is not [Local] ends the listing.
+	// An error stands for entries that cannot be read: a caller that continues gets the
+	// entries after it. One that is not [Local] ends the listing.
 	Entries() iter.Seq2[Dirent, error]
 	// Readlink gives the target of a symbolic link as stored; syscall.EINVAL if the
 	// inode is none.
@@ -126,7 +126,7 @@ type Inode interface {
 	Xattrs() ([]Xattr, error)
 	// ReadAt and NextData read the content of a regular file. Directories answer
 	// syscall.EISDIR, others are empty. Where NextData fails with a [*MapError], there
-	// may be data behind the range that it names.
+	// may be data after the range that it names.
 	io.ReaderAt
 	ExtentFinder
 }

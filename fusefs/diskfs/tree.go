@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
 const (
@@ -97,7 +99,7 @@ func (t *tree) ReadFile(name string) ([]byte, error) {
 		return []byte{}, nil
 	}
 	if st.Size > maxReadFile {
-		return nil, pathError("read", name, fmt.Errorf("%d bytes are too many to read at once; open the file instead: %w", st.Size, syscall.EFBIG))
+		return nil, pathError("read", name, fmt.Errorf("%s is too much to read at once; open the file instead: %w", bytesize.Format(st.Size), syscall.EFBIG))
 	}
 	b := make([]byte, st.Size)
 	n, err := node.ReadAt(b, 0)

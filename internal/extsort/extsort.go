@@ -1,5 +1,5 @@
-// Package extsort sorts records in bounded memory: what does not fit goes, sorted
-// piece by piece, to a temporary file that has no name.
+// Package extsort sorts records in bounded memory: what does not fit is written, sorted piece
+// by piece, to an unnamed temporary file.
 package extsort
 
 import (
@@ -15,16 +15,16 @@ import (
 	"slices"
 )
 
-// Record is a key, by which records are sorted byte by byte, and a value. Both are lent:
-// they are valid until the next record is asked for.
+// Record is a key, by which records are sorted byte by byte, and a value. Both are lent: they
+// are valid until the next record is read.
 type Record struct{ Key, Value []byte }
 
-// Sorter takes records in any order and gives them sorted; records of equal keys come in
-// no order. Its methods must not be called at once; Close gives the file back.
+// Sorter accepts records in any order and returns them sorted; records of equal keys are in
+// no order. It is not safe for concurrent use. Close removes the file.
 type Sorter struct {
 	limit int
 	arena []byte   // records: lengths of key and value, key, value
-	index []uint32 // where each begins
+	index []uint32 // start of each
 	file  *os.File
 	end   int64 // of the file
 	runs  []run // sorted pieces of the file
@@ -44,7 +44,7 @@ const (
 // New makes a sorter that holds about limit bytes of records in memory.
 func New(limit int) *Sorter { return &Sorter{limit: min(max(limit, 1), maxLimit)} }
 
-// Add takes a record in; its bytes are copied.
+// Add adds a record; its bytes are copied.
 func (s *Sorter) Add(key, value []byte) error {
 	size := header + len(key) + len(value)
 	if size > maxLimit {
@@ -56,7 +56,7 @@ func (s *Sorter) Add(key, value []byte) error {
 			return err
 		}
 	}
-	s.index = append(s.index, uint32(len(s.arena))) //nolint:gosec // below maxLimit
+	s.index = append(s.index, uint32(len(s.arena)))
 	s.arena = binary.LittleEndian.AppendUint32(s.arena, uint32(len(key)))
 	s.arena = binary.LittleEndian.AppendUint32(s.arena, uint32(len(value)))
 	s.arena = append(append(s.arena, key...), value...)
@@ -82,7 +82,7 @@ func (s *Sorter) spill() error {
 			return fmt.Errorf("sort: %w", err)
 		}
 		s.file = f
-		if err := os.Remove(f.Name()); err != nil { // it goes with the process
+		if err := os.Remove(f.Name()); err != nil { // removed with the process
 			return fmt.Errorf("sort: %w", err)
 		}
 	}
@@ -103,8 +103,8 @@ func (s *Sorter) spill() error {
 	return nil
 }
 
-// Sorted gives all records in order, as often as it is called; none may be added any
-// more. An error ends it.
+// Sorted returns all records in order; it may be called repeatedly, but no records may be
+// added after. An error ends it.
 func (s *Sorter) Sorted() iter.Seq2[Record, error] {
 	return func(yield func(Record, error) bool) {
 		if len(s.runs) == 0 {
@@ -116,7 +116,7 @@ func (s *Sorter) Sorted() iter.Seq2[Record, error] {
 			}
 			return
 		}
-		if len(s.index) > 0 { // so that merging has its memory
+		if len(s.index) > 0 { // to free the memory for merging
 			if err := s.spill(); err != nil {
 				yield(Record{}, err)
 				return
@@ -129,7 +129,7 @@ func (s *Sorter) Sorted() iter.Seq2[Record, error] {
 	}
 }
 
-// merge gives the records of all runs in order.
+// merge yields the records of all runs in order.
 func (s *Sorter) merge(yield func(Record, error) bool) error {
 	var h cursors
 	for _, r := range s.runs {
@@ -161,7 +161,7 @@ func (s *Sorter) merge(yield func(Record, error) bool) error {
 	return nil
 }
 
-// Close gives the file back, if there is one.
+// Close closes the file, if there is one.
 func (s *Sorter) Close() error {
 	s.arena, s.index = nil, nil
 	if s.file == nil {
@@ -169,10 +169,10 @@ func (s *Sorter) Close() error {
 	}
 	f := s.file
 	s.file = nil
-	return f.Close() //nolint:wrapcheck // it was only our own
+	return f.Close()
 }
 
-// cursor is where a run is read.
+// cursor is the read position in a run.
 type cursor struct {
 	in  *bufio.Reader
 	buf []byte
@@ -202,7 +202,7 @@ type cursors []*cursor
 func (h cursors) Len() int           { return len(h) }
 func (h cursors) Less(i, j int) bool { return bytes.Compare(h[i].rec.Key, h[j].rec.Key) < 0 }
 func (h cursors) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
-func (h *cursors) Push(x any)        { *h = append(*h, x.(*cursor)) } //nolint:forcetypeassert // only cursors
+func (h *cursors) Push(x any)        { *h = append(*h, x.(*cursor)) } // only cursors
 func (h *cursors) Pop() any {
 	old := *h
 	last := old[len(old)-1]

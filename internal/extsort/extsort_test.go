@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// Records come sorted, with their values, whether they fit the memory or not, and as often
-// as they are asked for.
+// Records are returned sorted, with their values, whether or not they fit the memory, and
+// repeatedly.
 func TestSorted(t *testing.T) {
 	for _, c := range []struct{ records, limit, runs int }{
 		{0, 1 << 20, 0}, {1, 1, 0}, {5000, 1 << 20, 0}, {5000, 4096, 50}, {100, 1, 100},
@@ -67,7 +67,7 @@ func TestSortedEndsEarly(t *testing.T) {
 	}
 }
 
-// Without room for the file the caller hears of it.
+// Without room for the file the caller gets an error.
 func TestNoTemporaryDirectory(t *testing.T) {
 	t.Setenv("TMPDIR", "/nonexistent")
 	s := New(1)

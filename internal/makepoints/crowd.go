@@ -12,6 +12,7 @@ import (
 
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 )
 
@@ -22,7 +23,7 @@ import (
 func crowd(ctx context.Context, repo *repository.Repository, o options) error {
 	d := &simulated{size: o.size, pages: map[int64]bool{}}
 	d.write()
-	v := backup.Volume{Namespace: "bench", Name: "disk", Cluster: repo.Cluster()}
+	v := points.Volume{Namespace: "bench", Name: "disk", Cluster: repo.Cluster()}
 	p, rec, err := backup.Run(ctx, repo, backup.Options{Volume: v, Disk: d, Source: d, ToolVersion: "makepoints"})
 	if err != nil {
 		return err

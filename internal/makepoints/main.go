@@ -6,6 +6,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -18,7 +19,9 @@ import (
 
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 )
 
@@ -58,7 +61,7 @@ type options struct {
 }
 
 func run(ctx context.Context, o options) error {
-	repo, err := repository.Open(ctx, repository.OpenOptions{ConfigFile: o.config, Password: os.Getenv("VARVE_PASSWORD")})
+	repo, err := repository.Open(ctx, repository.OpenOptions{ConfigFile: o.config, Password: os.Getenv("VARVE_PASSWORD"), Log: slog.Default()})
 	if err != nil {
 		return err
 	}
@@ -82,7 +85,7 @@ func run(ctx context.Context, o options) error {
 		if n >= o.volumes || o.pages == 0 {
 			d.write()
 		}
-		v := backup.Volume{Namespace: "bench", Name: fmt.Sprintf("disk%d", i), Cluster: repo.Cluster()}
+		v := points.Volume{Namespace: "bench", Name: fmt.Sprintf("disk%d", i), Cluster: repo.Cluster()}
 		if _, _, err := backup.Run(ctx, repo, backup.Options{Volume: v, Disk: d, Source: d, ToolVersion: "makepoints"}); err != nil {
 			return fmt.Errorf("point %d of %s: %w", n, v, err)
 		}
@@ -92,11 +95,11 @@ func run(ctx context.Context, o options) error {
 
 // firstByte measures opening a point and reading from it.
 func firstByte(ctx context.Context, repo *repository.Repository, o options) error {
-	cat, err := backup.List(ctx, repo, backup.ListOptions{})
+	cat, err := points.List(ctx, repo, points.ListOptions{})
 	if err != nil {
 		return err
 	}
-	p, err := backup.Names{Catalog: cat, Cluster: repo.Cluster()}.Read(o.read)
+	p, err := points.Names{Catalog: cat, Cluster: repo.Cluster()}.Read(o.read)
 	if err != nil {
 		return err
 	}
@@ -113,19 +116,16 @@ func firstByte(ctx context.Context, repo *repository.Repository, o options) erro
 	return err
 }
 
-func readOnce(ctx context.Context, repo *repository.Repository, p *backup.Point, off int64) error {
+func readOnce(ctx context.Context, repo *repository.Repository, p *points.Point, off int64) error {
 	cache := image.NewCache(16 << 20)
 	defer cache.Close()
-	root, err := backup.OpenRoot(ctx, repo, p)
-	if err != nil {
-		return err
+	held := disks.New(repo, cache, disks.Options{Purpose: "measure", Lease: disks.OnDemand})
+	d, err := held.Hold(ctx, p)
+	if err == nil {
+		_, err = d.ReadAt(ctx, make([]byte, page), off)
+		d.Release()
 	}
-	img, err := image.Open(repo, cache, root, p.Generation)
-	if err != nil {
-		return err
-	}
-	_, err = img.ReadAt(make([]byte, page), off)
-	return err
+	return errors.Join(err, held.Close(ctx))
 }
 
 // simulated is a disk of zeroes but for some pages, and the source of its own

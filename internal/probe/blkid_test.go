@@ -92,7 +92,7 @@ func TestAgainstBlkid(t *testing.T) {
 			if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
 				t.Fatalf("%v\n%s", err, out)
 			}
-			if info, err := os.Stat(image); err == nil && info.Size() < 1<<20 { // made anew, and short
+			if info, err := os.Stat(image); err == nil && info.Size() < 1<<20 { // replaced, and short
 				if err := os.Truncate(image, 1<<20); err != nil {
 					t.Fatal(err)
 				}

@@ -142,7 +142,7 @@ func findFileVault(p *prober) *Signature {
 }
 
 // bcache and old versions of bcachefs have the same magic at the same place. They are
-// told apart by the field that holds the superblock's own sector: 8 bytes from the
+// distinguished by the field that holds the superblock's own sector: 8 bytes from the
 // start in bcache, 104 in bcachefs.
 const (
 	bcacheMagic   = "\xc6\x85\x73\xf6\x4e\x1a\x45\xca\x82\x65\xf5\x7f\x48\xba\x6d\x81"
@@ -312,7 +312,7 @@ func findVDO(p *prober) *Signature {
 	return &Signature{Type: "vdo", Usage: Other, UUID: uuid(p.bytes(40, 16))}
 }
 
-// findStratis looks at both copies of the header of a pool's device.
+// findStratis checks both copies of the header of a pool's device.
 func findStratis(p *prober) *Signature {
 	for _, at := range []int64{512, 9 * 512} {
 		b := p.bytes(at, 512)

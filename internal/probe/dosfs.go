@@ -3,6 +3,8 @@ package probe
 import (
 	"fmt"
 	"strings"
+
+	"github.com/varve-io/varve/internal/zero"
 )
 
 // findFAT checks the parameters of the boot sector: its marks are of one or two bytes.
@@ -79,7 +81,7 @@ func fatRootLabel(b []byte) string {
 func findExFAT(p *prober) *Signature {
 	b := p.bytes(0, 512)
 	sectorBits, clusterBits := b[108], b[109]
-	if string(b[3:11]) != "EXFAT   " || !zero(b[11:64]) || sectorBits < 9 || sectorBits > 12 || clusterBits > 25-sectorBits ||
+	if string(b[3:11]) != "EXFAT   " || !zero.Only(b[11:64]) || sectorBits < 9 || sectorBits > 12 || clusterBits > 25-sectorBits ||
 		b[110] < 1 || b[110] > 2 || b[510] != 0x55 || b[511] != 0xaa {
 		return nil
 	}

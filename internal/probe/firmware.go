@@ -154,7 +154,7 @@ func findHighPoint37x(p *prober) *Signature {
 	if p.covered(at, 512) {
 		return nil
 	}
-	// Both serial numbers of the array are set, or this is text in somebody's boot code.
+	// Both serial numbers of the array are set, else this is text in boot code.
 	if b := p.bytes(at, 16); le.Uint32(b[4:]) == 0 && le.Uint32(b[8:]) == 0 {
 		return nil
 	}

@@ -3,6 +3,8 @@ package probe
 import (
 	"fmt"
 	"hash/crc32"
+
+	"github.com/varve-io/varve/internal/zero"
 )
 
 // GPT (UEFI specification, 5.3): a header in sector 1 and at the disk's last sector,
@@ -82,7 +84,7 @@ func readGPTAt(p *prober, sector, lba int64) (*Table, error) {
 	}
 	for i := range int(count) {
 		e := entries[i*int(entrySize):][:gptEntrySize]
-		if zero(e[:16]) {
+		if zero.Only(e[:16]) {
 			continue
 		}
 		start, end := le.Uint64(e[32:]), le.Uint64(e[40:])

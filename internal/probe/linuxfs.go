@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// findExt tells ext2, ext3, ext4 and their external journals apart by their features.
+// findExt distinguishes ext2, ext3, ext4 and their external journals by their features.
 // The magic has two bytes, so the sizes of blocks and the revision have to be right, too.
 func findExt(p *prober) *Signature {
 	b := p.bytes(1024, 1024)

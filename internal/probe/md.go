@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// Array describes one member of an array, as far as its own metadata tells.
+// Array describes one member of an array, as far as its own metadata says.
 type Array struct {
 	Level   string // "raid1", "raid10", "linear", …; "mirror" for DRBD
 	Devices int    // that the array has

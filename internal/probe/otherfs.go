@@ -6,7 +6,7 @@ import (
 	"hash/crc32"
 )
 
-// findGFS tells GFS and GFS2 apart by the numbers of their formats.
+// findGFS distinguishes GFS and GFS2 by the numbers of their formats.
 func findGFS(p *prober) *Signature {
 	b := p.bytes(64<<10, 272)
 	if be.Uint32(b) != 0x01161970 {

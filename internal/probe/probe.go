@@ -67,7 +67,7 @@ type Signature struct {
 
 // Probe recognises what a whole disk or disk image of size bytes holds. It does not
 // look for partition tables: see ReadContents. A device without a known signature is
-// ErrNotRecognised. Errors of r come back as they are.
+// ErrNotRecognised. Errors of r are returned unchanged.
 func Probe(r io.ReaderAt, size int64) (*Signature, error) {
 	p := newProber(r, size)
 	p.whole = true

@@ -9,6 +9,8 @@ import (
 	"io"
 	"strings"
 	"unicode/utf16"
+
+	"github.com/varve-io/varve/internal/zero"
 )
 
 var (
@@ -43,14 +45,14 @@ func newProber(r io.ReaderAt, size int64) *prober { return &prober{r: r, size: m
 
 // bytes gives n bytes at off. The caller must not change them.
 func (p *prober) bytes(off int64, n int) []byte {
-	if off >= 0 && off+int64(n) <= headSize {
+	if off >= 0 && off <= headSize-int64(n) {
 		if p.head == nil {
 			p.head = make([]byte, headSize)
 			p.fill(p.head, 0)
 		}
 		return p.head[off : off+int64(n)]
 	}
-	if start := p.size - tailSize; off >= start && start >= 0 && off+int64(n) <= p.size {
+	if start := p.size - tailSize; off >= start && start >= 0 && off <= p.size-int64(n) {
 		if p.tail == nil {
 			p.tail = make([]byte, tailSize)
 			p.fill(p.tail, start)
@@ -74,7 +76,7 @@ func (p *prober) fill(b []byte, off int64) {
 
 // has reports whether magic stands at off.
 func (p *prober) has(off int64, magic string) bool {
-	return off >= 0 && off+int64(len(magic)) <= p.size && string(p.bytes(off, len(magic))) == magic
+	return off >= 0 && off <= p.size-int64(len(magic)) && string(p.bytes(off, len(magic))) == magic
 }
 
 // covered reports whether a partition covers a range: then what stands there belongs to
@@ -88,7 +90,7 @@ func (p *prober) covered(off, length int64) bool {
 		return false
 	}
 	for _, part := range table.Partitions {
-		if off >= part.Start && off+length <= part.Start+part.Length {
+		if off >= part.Start && length <= part.Length && off-part.Start <= part.Length-length {
 			return true
 		}
 	}
@@ -101,14 +103,12 @@ func (p *prober) describe() string {
 		return "the volume is empty"
 	}
 	for _, at := range []int64{0, 510, 1024, 1080, 4096, 32768, 65536} {
-		if !zero(p.bytes(at, 8)) {
-			return "there is data where signatures stand, and none that is known: encrypted, or of an unknown kind"
+		if !zero.Only(p.bytes(at, 8)) {
+			return "the data has no known signature: it is encrypted, or of an unknown kind"
 		}
 	}
-	return "there are only zeroes where signatures stand"
+	return "there are only zeroes where signatures should be"
 }
-
-func zero(b []byte) bool { return len(bytes.Trim(b, "\x00")) == 0 }
 
 func powerOfTwo[T uint8 | uint16 | uint32 | uint64 | int64](n T) bool { return n > 0 && n&(n-1) == 0 }
 
@@ -117,7 +117,7 @@ func within(n, low, high uint32) bool { return powerOfTwo(n) && n >= low && n <=
 
 // uuid prints 16 bytes in their order; empty for zeroes.
 func uuid(b []byte) string {
-	if zero(b[:16]) {
+	if zero.Only(b[:16]) {
 		return ""
 	}
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:16])
@@ -130,7 +130,7 @@ func guid(b []byte) string {
 
 // serial prints the serial number of a FAT volume.
 func serial(b []byte) string {
-	if zero(b[:4]) {
+	if zero.Only(b[:4]) {
 		return ""
 	}
 	return fmt.Sprintf("%02X%02X-%02X%02X", b[3], b[2], b[1], b[0])

@@ -5,6 +5,8 @@ import (
 	"encoding/binary"
 	"fmt"
 	"strings"
+
+	"github.com/varve-io/varve/internal/zero"
 )
 
 func lower(s string) string { return strings.ToLower(s) }
@@ -39,7 +41,7 @@ func findHFSPlus(p *prober) *Signature {
 
 // hfsUUID makes a UUID of the finder's 8 bytes, as macOS and libblkid do.
 func hfsUUID(id []byte) string {
-	if zero(id) {
+	if zero.Only(id) {
 		return ""
 	}
 	sum := md5.Sum(append([]byte("\xb3\xe2\x0f\x39\xf2\x92\x11\xd6\x97\xa4\x00\x30\x65\x43\xec\xac"), id...))
@@ -129,7 +131,7 @@ func findMinix(p *prober) *Signature {
 	return nil
 }
 
-// findSysV looks at four places; the type of the file system follows the magic.
+// findSysV checks four places; the type of the file system follows the magic.
 func findSysV(p *prober) *Signature {
 	for _, block := range []int64{0, 9, 15, 18} {
 		b := p.bytes(block*1024+512, 512)

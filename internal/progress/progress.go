@@ -1,11 +1,9 @@
-// Package progress shows how far long work has come: a bar with rate and ETA
-// on a terminal, a log line now and then elsewhere. It knows nothing of what
-// the work is.
+// Package progress shows the progress of long work: a bar with rate and ETA on a terminal,
+// occasional log lines elsewhere.
 //
-// One Display serves one output stream. Tasks are counted by whoever does the
-// work, from any goroutine; a single goroutine of the Display draws, and
-// Display.Close waits for it. Whatever else is printed to the same terminal
-// goes through Display.Writer, which takes the bars away and puts them back.
+// One Display serves one output stream. Tasks are counted from any goroutine; a single
+// goroutine of the Display draws, and Display.Close waits for it. All other output to the
+// same terminal goes through Display.Writer, which removes the bars and draws them again.
 package progress
 
 import (
@@ -19,8 +17,8 @@ import (
 	"time"
 )
 
-// Options tell how a Display shows its tasks. With neither Terminal nor Log
-// set nothing is shown.
+// Options say how a Display shows its tasks. With neither Terminal nor Log set nothing is
+// shown.
 type Options struct {
 	Terminal io.Writer        // where bars are drawn; nil for none
 	Width    func() int       // columns of the terminal; nil for 80
@@ -74,8 +72,8 @@ func (d *Display) run() {
 	}
 }
 
-// Close takes the bars away and waits for the drawing goroutine. Tasks may
-// still be counted afterwards; they are not shown.
+// Close removes the bars and waits for the drawing goroutine. Tasks may still be counted
+// after it; they are not shown.
 func (d *Display) Close() {
 	d.mu.Lock()
 	select {
@@ -183,16 +181,16 @@ type Task struct {
 // Add counts n more units done.
 func (t *Task) Add(n int64) { t.done.Add(n) }
 
-// Set says how many units are done.
+// Set sets the number of units done.
 func (t *Task) Set(n int64) { t.done.Store(n) }
 
-// SetTotal says how many units there are in all.
+// SetTotal sets the total number of units.
 func (t *Task) SetTotal(n int64) { t.total.Store(n) }
 
-// SetPhase says in a word or two what the task does now.
+// SetPhase describes in a word or two what the task does now.
 func (t *Task) SetPhase(s string) { t.phase.Store(&s) }
 
-// Done ends the task and takes it off the display.
+// Done ends the task and removes it from the display.
 func (t *Task) Done() {
 	t.d.mu.Lock()
 	defer t.d.mu.Unlock()

@@ -9,16 +9,6 @@ import (
 	"unicode/utf8"
 )
 
-func TestFormatBytes(t *testing.T) {
-	for n, want := range map[int64]string{
-		0: "0 B", 1023: "1023 B", 1024: "1.0 KiB", 1536: "1.5 KiB", 1<<20 - 1: "1.0 MiB", 64 << 20: "64.0 MiB", 1<<63 - 1: "8.0 EiB", -2048: "-2.0 KiB",
-	} {
-		if got := FormatBytes(n); got != want {
-			t.Errorf("%d is %q, want %q", n, got, want)
-		}
-	}
-}
-
 func TestRateAndETA(t *testing.T) {
 	now := time.Unix(1000, 0)
 	d := New(Options{Now: func() time.Time { return now }})
@@ -33,7 +23,7 @@ func TestRateAndETA(t *testing.T) {
 	if s.rate != 10 || s.eta() != 90*time.Second {
 		t.Errorf("rate %v, ETA %v", s.rate, s.eta())
 	}
-	task.Set(2000) // more than there is: nobody knows
+	task.Set(2000) // more than the total: the rest is unknown
 	if s := task.snapshot(now.Add(time.Second)); s.eta() != -1 {
 		t.Errorf("ETA %v", s.eta())
 	}

@@ -6,6 +6,8 @@ import (
 	"strings"
 	"time"
 	"unicode/utf8"
+
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
 // Unit is what a task counts.
@@ -19,29 +21,9 @@ const (
 
 func (u Unit) format(n int64) string {
 	if u == Bytes {
-		return FormatBytes(n)
+		return bytesize.Format(n)
 	}
 	return fmt.Sprint(n)
-}
-
-// FormatBytes writes a size the way people read it, in powers of 1024 with
-// one decimal: "0 B", "511 B", "1.5 KiB", "64.0 MiB".
-func FormatBytes(n int64) string {
-	if n < 0 {
-		return "-" + FormatBytes(-n)
-	}
-	if n < 1024 {
-		return fmt.Sprintf("%d B", n)
-	}
-	f, unit := float64(n), 0
-	for _, u := range []int{1, 2, 3, 4, 5, 6} {
-		f /= 1024
-		unit = u
-		if f < 1023.95 { // would not round up to 1024.0
-			break
-		}
-	}
-	return fmt.Sprintf("%.1f %ciB", f, "KMGTPE"[unit-1])
 }
 
 // rate is a moving average of units per second: short enough to follow a
@@ -92,7 +74,7 @@ func (t *Task) snapshot(now time.Time) snapshot {
 	return s
 }
 
-// eta is the time left at the present rate, or -1 when nobody can tell.
+// eta is the time left at the present rate, or -1 if unknown.
 func (s snapshot) eta() time.Duration {
 	if s.total <= 0 || s.rate <= 0 || s.done > s.total {
 		return -1

@@ -1,6 +1,6 @@
-// Package secret has the one rule of what a secret's value is, for every way in which
-// varve gets one: a file, a variable, a command's output, a setting, a terminal, a key of
-// a Kubernetes Secret. The same bytes mean the same secret in each.
+// Package secret defines the value of a secret in every form that varve accepts: a file, a
+// variable, a command's output, a setting, a terminal, a key of a Kubernetes Secret. The same
+// bytes mean the same secret in each.
 package secret
 
 import (

@@ -6,18 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/hydrate"
 	"github.com/varve-io/varve/backup/image"
-	"github.com/varve-io/varve/backup/overlay"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/backup/repository/repotest"
 	"github.com/varve-io/varve/nbdserver"
@@ -34,9 +31,9 @@ func (m memory) ReadAt(p []byte, off int64) (int, error) {
 func (m memory) Size() int64      { return int64(len(m)) }
 func (m memory) CheckSize() error { return nil }
 
-func save(t *testing.T, r *repository.Repository, cluster, name string, data []byte) *backup.Point {
+func save(t *testing.T, r *repository.Repository, cluster, name string, data []byte) *points.Point {
 	t.Helper()
-	v, err := backup.ParseVolume(name, cluster)
+	v, err := points.ParseVolume(name, cluster)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -95,7 +92,7 @@ func TestNames(t *testing.T) {
 	if names, _ := c.Points(); !slices.Contains(names, own.Name()) || !slices.Contains(names, "prod:"+web.Name()) {
 		t.Errorf("exports %q: this cluster's have no cluster in their names, others have", names)
 	}
-	for name, want := range map[string]*backup.Point{
+	for name, want := range map[string]*points.Point{
 		"prod:" + prod.Name():  prod,
 		"test:shop/db@latest":  other,
 		"shop/queue@latest":    own, // not that of prod
@@ -119,14 +116,14 @@ func TestNames(t *testing.T) {
 			t.Errorf("%q: %v", name, err)
 		default:
 			p := make([]byte, 1)
-			if _, err := o.ReadAt(t.Context(), p, 0); err != nil || p[0] != map[*backup.Point]byte{prod: 1, other: 2, web: 3, own: 4}[want] {
+			if _, err := o.ReadAt(t.Context(), p, 0); err != nil || p[0] != map[*points.Point]byte{prod: 1, other: 2, web: 3, own: 4}[want] {
 				t.Errorf("%q reads as %d: %v", name, p[0], err)
 			}
 			o.Close()
 		}
 	}
 	told := ""
-	only := openCatalog(t, r, Options{Select: []string{"shop/web"}, Fallback: func(name string, v backup.Volume) { told = name + " " + v.FullName() }})
+	only := openCatalog(t, r, Options{Select: []string{"shop/web"}, Fallback: func(name string, v points.Volume) { told = name + " " + v.FullName() }})
 	if o := only.mustOpen(t, ""); o.Name != "prod:"+web.Name() || told != "shop/web prod:shop/web" {
 		t.Errorf("the empty name means %s, the user is told %q", o.Name, told)
 	}
@@ -134,20 +131,20 @@ func TestNames(t *testing.T) {
 	if o := mine.mustOpen(t, ""); o.Name != own.Name() {
 		t.Errorf("a volume that this cluster has is %s", o.Name)
 	}
-	if _, err := Open(t.Context(), r, image.NewCache(0), Options{Select: []string{"shop/no@latest"}}); !errors.Is(err, backup.ErrNoSuchPoint) {
+	if _, err := Open(t.Context(), r, image.NewCache(0), Options{Select: []string{"shop/no@latest"}}); !errors.Is(err, points.ErrNoSuchPoint) {
 		t.Errorf("a point that is not there was selected: %v", err)
 	}
 }
 
-// A client learns nothing of points that it may not open from dirty bitmaps, under
-// none of their names, and reads what it may as before.
+// A client learns nothing through dirty bitmaps of points that it may not open, under any of
+// their names, and still reads what it may.
 func TestRestrictedContexts(t *testing.T) {
 	r := repotest.New(t).Open(t)
-	var points []*backup.Point
+	var pts []*points.Point
 	for i := range 3 {
-		points = append(points, save(t, r, "c", "shop/db", text(70_000, byte(i))))
+		pts = append(pts, save(t, r, "c", "shop/db", text(70_000, byte(i))))
 	}
-	open := func(opt Options, allowed ...*backup.Point) *nbdserver.Opened {
+	open := func(opt Options, allowed ...*points.Point) *nbdserver.Opened {
 		t.Helper()
 		var rules []nbdserver.AccessRule
 		for _, p := range allowed {
@@ -163,23 +160,23 @@ func TestRestrictedContexts(t *testing.T) {
 	dirty := func(name string) string { return proto.ContextDirtyBitmap + name }
 	for name, opt := range map[string]Options{"read-only": {}, "padded": {Pad: 512},
 		"writable": {Writable: &Overlays{Dir: filepath.Join(t.TempDir(), "overlays")}}} {
-		o := open(opt, points[2], points[0])
+		o := open(opt, pts[2], pts[0])
 		if _, ok := o.Export.(nbdserver.Writer); ok != (opt.Writable != nil) {
 			t.Errorf("%s: a writer: %v", name, ok)
 		}
 		s := o.Export.(nbdserver.Statuser)
 		got, err := s.Contexts(t.Context())
-		if want := []string{contextDepth, dirty(points[0].Name())}; err != nil || !slices.Equal(got, want) {
+		if want := []string{contextDepth, dirty(pts[0].Name())}; err != nil || !slices.Equal(got, want) {
 			t.Errorf("%s: listed %q, %v", name, got, err)
 		}
-		for _, known := range []string{contextDepth, dirty(points[0].Name()), dirty(points[0].ID), dirty("shop/db@latest~2")} {
+		for _, known := range []string{contextDepth, dirty(pts[0].Name()), dirty(pts[0].ID), dirty("shop/db@latest~2")} {
 			changed := false
 			err := s.Status(t.Context(), known, 0, o.Size(), func(_ int64, flags uint32) bool { changed = flags != 0; return false })
 			if !s.HasContext(t.Context(), known) || err != nil || !changed {
 				t.Errorf("%s: %s: %v", name, known, err)
 			}
 		}
-		for _, hidden := range []string{dirty(points[1].Name()), dirty(points[1].ID), dirty("shop/db@latest~1")} {
+		for _, hidden := range []string{dirty(pts[1].Name()), dirty(pts[1].ID), dirty("shop/db@latest~1")} {
 			err := s.Status(t.Context(), hidden, 0, 512, func(int64, uint32) bool { t.Errorf("%s: told of %s", name, hidden); return false })
 			if s.HasContext(t.Context(), hidden) || !errors.Is(err, nbdserver.ErrUnknownExport) {
 				t.Errorf("%s: %s: %v", name, hidden, err)
@@ -196,7 +193,7 @@ func TestRestrictedContexts(t *testing.T) {
 	}
 }
 
-// Every way to read a disk gives the same bytes, at any edge of blocks.
+// Every way to read a disk returns the same bytes, at any edge of blocks.
 func TestDiskReads(t *testing.T) {
 	r := repotest.New(t).Open(t)
 	data := text(1<<20+777, 0)
@@ -246,10 +243,10 @@ func TestDiskReads(t *testing.T) {
 	}
 }
 
-// The conformance suite over a recovery point, as it is and with a local copy.
+// The conformance suite over a recovery point, with and without a local copy.
 func TestConformance(t *testing.T) {
 	r := repotest.New(t).Open(t)
-	v, err := backup.ParseVolume("shop/db", "c")
+	v, err := points.ParseVolume("shop/db", "c")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -274,34 +271,14 @@ func TestConformance(t *testing.T) {
 					})
 					opt.Hydrate = copies
 				}
-				srv, err := nbdserver.New(nbdserver.Config{Catalog: openCatalog(t, r, opt)})
-				if err != nil {
-					t.Fatal(err)
-				}
-				socket := filepath.Join(t.TempDir(), "s")
-				l, err := nbdserver.Listen("unix:" + socket)
-				if err != nil {
-					t.Fatal(err)
-				}
-				served := make(chan error, 1)
-				go func() { served <- srv.Serve(l) }()
-				t.Cleanup(func() {
-					srv.Close()
-					<-served
-				})
-				return nbdtest.Target{Export: p.Name(), Dial: func(t testing.TB) net.Conn {
-					c, err := net.Dial("unix", socket)
-					if err != nil {
-						t.Fatal(err)
-					}
-					return c
-				}}
+				_, socket := nbdtest.Serve(t, nbdserver.Config{Catalog: openCatalog(t, r, opt)})
+				return nbdtest.Target{Export: p.Name(), Dial: nbdtest.DialUnix(socket)}
 			})
 		})
 	}
 }
 
-// A missing block names itself and the point, and what came before it is lent.
+// The error of a missing block names it and the point, and what is before it is lent.
 func TestMissingBlock(t *testing.T) {
 	repo := repotest.New(t)
 	r := repo.Open(t)
@@ -326,14 +303,14 @@ func TestMissingBlock(t *testing.T) {
 	}
 }
 
-// Points that nobody has open any more are let go, and their leases with them.
+// Points that are no longer in use are closed, and their leases released.
 func TestLinger(t *testing.T) {
 	r := repotest.New(t).Open(t)
 	p := save(t, r, "c", "shop/db", text(70_000, 1))
 	c := openCatalog(t, r, Options{Linger: time.Millisecond})
 	leases := func() int {
 		t.Helper()
-		held, err := backup.Leases(t.Context(), r)
+		held, err := points.Leases(t.Context(), r)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -357,175 +334,11 @@ func TestLinger(t *testing.T) {
 	}
 }
 
-// One who only asks leaves nothing behind; one who stays has an overlay and a copy, and
-// what was written stays there.
-func TestOverlaysOfThoseWhoStay(t *testing.T) {
-	r := repotest.New(t).Open(t)
-	data := text(70_000, 1)
-	p := save(t, r, "c", "shop/db", data)
-	overlays, dir := filepath.Join(t.TempDir(), "overlays"), filepath.Join(t.TempDir(), "copies")
-	copies, err := hydrate.New(hydrate.Options{Dir: dir, Keep: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = copies.Close() })
-	c := openCatalog(t, r, Options{Writable: &Overlays{Dir: overlays, Keep: true}, Hydrate: copies, Pad: 512})
-	there := func() (n int) {
-		for _, path := range []string{filepath.Join(overlays, p.ID, "map"), filepath.Join(dir, p.ID, "map")} {
-			if _, err := os.Stat(path); err == nil {
-				n++
-			}
-		}
-		return n
-	}
-	o := c.mustOpen(t, p.Name())
-	w, ok := o.Export.(nbdserver.Writer)
-	if _, err := o.Export.(nbdserver.Statuser).Contexts(t.Context()); !ok || err != nil || o.Size() != 70_144 {
-		t.Errorf("asked: a writer %v of %d bytes, %v", ok, o.Size(), err)
-	}
-	if _, n := c.OverlayBytes(); n != 0 || there() != 0 {
-		t.Errorf("%d overlays, %d directories after somebody asked", n, there())
-	}
-	if _, err := w.WriteAt(t.Context(), []byte("x"), 0); err == nil {
-		t.Error("written before anybody stays")
-	}
-	if err := o.Enter(t.Context(), nil); err != nil || there() != 2 {
-		t.Fatalf("%d directories after somebody stayed: %v", there(), err)
-	}
-	if _, err := w.WriteAt(t.Context(), []byte("written"), 5000); err != nil || w.Flush(t.Context()) != nil {
-		t.Fatal(err)
-	}
-	copy(data[5000:], "written")
-	o.Close()
-	again := c.mustOpen(t, p.Name())
-	got := make([]byte, len(data))
-	if _, err := again.ReadAt(t.Context(), got, 0); err != nil || !bytes.Equal(got, data) {
-		t.Errorf("another client reads something else: %v", err)
-	}
-	if bytes, n := c.OverlayBytes(); n != 1 || bytes != overlay.Granule {
-		t.Errorf("%d overlays of %d bytes", n, bytes)
-	}
-}
-
-// What a client is told of a writable disk names its overlay: after a restart the same
-// where it was kept, another one where it was not.
-func TestOverlayIsNamed(t *testing.T) {
-	r := repotest.New(t).Open(t)
-	p := save(t, r, "c", "shop/db", text(70_000, 1))
-	enter := func(overlays Overlays) string {
-		t.Helper()
-		c, err := Open(t.Context(), r, image.NewCache(1<<20), Options{Writable: &overlays})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer func() {
-			if err := c.Close(t.Context()); err != nil {
-				t.Error(err)
-			}
-		}()
-		// As servers have it: a name may be an alias.
-		o, err := nbdserver.NewAliases(c, time.Minute, nil).Open(t.Context(), "shop/db@latest", nbdserver.Client{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer o.Close()
-		if err := o.Enter(t.Context(), nil); err != nil {
-			t.Fatal(err)
-		}
-		if !strings.HasPrefix(o.Description, description(p)+", overlay ") {
-			t.Errorf("it is %q", o.Description)
-		}
-		return o.Description
-	}
-	kept, scratch := Overlays{Dir: t.TempDir(), Keep: true}, Overlays{Dir: filepath.Join(t.TempDir(), "scratch")}
-	if a, b := enter(kept), enter(kept); a != b {
-		t.Errorf("a kept overlay is %q and then %q", a, b)
-	}
-	if a, b := enter(scratch), enter(scratch); a == b {
-		t.Errorf("two overlays are both %q", a)
-	}
-}
-
-// An overlay that only --pad keeps from fitting says so; nobody is told to remove it.
-func TestOverlayOfAnotherPadding(t *testing.T) {
-	r := repotest.New(t).Open(t)
-	p := save(t, r, "c", "shop/db", text(70_000, 1))
-	other := save(t, r, "c", "shop/web", text(80_000, 1))
-	enter := func(dir string, pad int64) error {
-		t.Helper()
-		c, err := Open(t.Context(), r, image.NewCache(1<<20), Options{Writable: &Overlays{Dir: dir, Keep: true}, Pad: pad})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer func() {
-			if err := c.Close(t.Context()); err != nil {
-				t.Error(err)
-			}
-		}()
-		o, err := c.Open(t.Context(), p.Name(), nbdserver.Client{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer o.Close()
-		return o.Enter(t.Context(), nil)
-	}
-	for pad, want := range map[int64]error{512: ErrPadded, 0: ErrNotPadded} {
-		dir := t.TempDir()
-		if err := enter(dir, pad); err != nil {
-			t.Fatal(err)
-		}
-		if err := enter(dir, 512-pad); !errors.Is(err, want) || errors.Is(err, overlay.ErrOtherBase) {
-			t.Errorf("made with --pad %d, opened with %d: %v", pad, 512-pad, err)
-		}
-		if err := enter(dir, pad); err != nil {
-			t.Error(err)
-		}
-		w, err := KeptOverlay(t.Context(), r, image.NewCache(1<<20), p, filepath.Join(dir, p.ID))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := w.Close(); err != nil {
-			t.Error(err)
-		}
-		// That of another disk is another's all the same.
-		if err := os.Rename(filepath.Join(dir, p.ID), filepath.Join(dir, other.ID)); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := KeptOverlay(t.Context(), r, image.NewCache(1<<20), other, filepath.Join(dir, other.ID)); !errors.Is(err, overlay.ErrOtherBase) {
-			t.Errorf("another disk's: %v", err)
-		}
-	}
-}
-
-// A client that cannot have an overlay is refused, and the next one is not for that.
-func TestOverlayThatFails(t *testing.T) {
-	r := repotest.New(t).Open(t)
-	p := save(t, r, "c", "shop/db", text(70_000, 1))
-	dir := filepath.Join(t.TempDir(), "overlays")
-	if err := os.WriteFile(dir, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	c := openCatalog(t, r, Options{Writable: &Overlays{Dir: dir, Keep: true}})
-	o := c.mustOpen(t, p.Name())
-	if err := o.Enter(t.Context(), nil); err == nil {
-		t.Error("entered without an overlay")
-	}
-	if err := os.Remove(dir); err != nil {
-		t.Fatal(err)
-	}
-	if err := o.Enter(t.Context(), nil); err != nil {
-		t.Error(err)
-	}
-	if held, err := backup.Leases(t.Context(), r); err != nil || len(held[p.ID]) != 1 {
-		t.Errorf("%d leases, %v", len(held[p.ID]), err)
-	}
-}
-
 // Thousands of points are listed without opening any.
 func TestManyPoints(t *testing.T) {
-	points := 10_000
+	pts := 10_000
 	if testing.Short() {
-		points = 500
+		pts = 500
 	}
 	repo := repotest.New(t)
 	r := repo.Open(t)
@@ -543,7 +356,7 @@ func TestManyPoints(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i := 1; i < points; i++ {
+	for i := 1; i < pts; i++ {
 		at := p.Time.Add(time.Duration(i) * time.Second)
 		s.Start, s.End = at, at
 		s.Tags["varve-id"], s.Tags["varve-generation"], s.Tags["varve-time"] = fmt.Sprintf("%032x", i), fmt.Sprint(i+1), at.Format(time.RFC3339Nano)
@@ -557,19 +370,19 @@ func TestManyPoints(t *testing.T) {
 	r = repo.Open(t) // cold
 	start := time.Now()
 	c := openCatalog(t, r, Options{})
-	t.Logf("the catalogue of %d points was ready in %v", points, time.Since(start))
+	t.Logf("the catalogue of %d points was ready in %v", pts, time.Since(start))
 	start = time.Now()
 	if err := c.Refresh(ctx); err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("a refresh took %v", time.Since(start))
 	listed := 0
-	if err := c.List(ctx, nbdserver.Client{}, func(nbdserver.Listing) bool { listed++; return true }); err != nil || listed != points {
+	if err := c.List(ctx, nbdserver.Client{}, func(nbdserver.Listing) bool { listed++; return true }); err != nil || listed != pts {
 		t.Errorf("%d exports, %v", listed, err)
 	}
 	last := c.mustOpen(t, "shop/db@latest")
 	names, err := last.Export.(nbdserver.Statuser).Contexts(ctx)
-	if err != nil || len(names) != points {
+	if err != nil || len(names) != pts {
 		t.Errorf("%d contexts, %v", len(names), err)
 	}
 	if _, err := io.ReadFull(io.NewSectionReader(nbdserver.NewBackend(ctx, last.Export), 0, 70_000), make([]byte, 70_000)); err != nil {

@@ -6,8 +6,9 @@ import (
 	"fmt"
 	"strings"
 
-	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/backup/image"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/nbdserver"
 	"github.com/varve-io/varve/nbdserver/proto"
 )
@@ -22,18 +23,18 @@ const (
 // Disk is a recovery point as an export. It is immutable and safe for
 // concurrent use.
 type Disk struct {
-	img   *image.Image
+	disk  *disks.Disk
 	name  string
 	bases bases
 }
 
-// bases finds the points that a disk can be compared with.
+// bases finds the points with which a disk can be compared.
 type bases interface {
 	// names lists the other points of the disk's volume, the parent first.
 	names() []string
-	// open opens one of them; false if there is no such point.
-	find(name string) (*backup.Point, bool)
-	open(ctx context.Context, p *backup.Point) (*image.Image, error)
+	// find finds one of them; false if there is no such point.
+	find(name string) (*points.Point, bool)
+	open(ctx context.Context, p *points.Point) (*image.Image, error)
 }
 
 var (
@@ -45,19 +46,19 @@ var (
 	_ nbdserver.ContextNamer = (*Disk)(nil)
 )
 
-// Size is the disk's length in bytes.
-func (d *Disk) Size() int64 { return d.img.Size() }
+// Size returns the disk's size in bytes.
+func (d *Disk) Size() int64 { return d.disk.Size() }
 
 // ReadAt fills p from off.
 func (d *Disk) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
-	n, err := d.img.ReadContext(ctx, p, off)
+	n, err := d.disk.ReadAt(ctx, p, off)
 	if err != nil {
 		err = d.explain(err)
 	}
 	return n, err
 }
 
-// explain names the recovery point in an error that a client reads.
+// explain adds the recovery point to an error that a client reads.
 func (d *Disk) explain(err error) error { return fmt.Errorf("%s: %w", d.name, err) }
 
 // errEnough ends a walk whose receiver wants no more.
@@ -70,31 +71,22 @@ func walked(err error) error {
 	return err
 }
 
-// Extents tells which runs of a range are holes.
+// Extents reports which runs of a range are holes.
 func (d *Disk) Extents(ctx context.Context, off, length int64, yield func(int64, bool, bool) bool) error {
-	// Neighbours that differ in depth only are one run here.
-	run, zero := int64(0), false
-	err := d.img.Extents(ctx, off, length, func(e image.Extent) error {
-		if run > 0 && e.Zero != zero {
-			if !yield(run, zero, zero) {
-				return errEnough
-			}
-			run = 0
-		}
-		run, zero = run+e.Length, e.Zero
-		return nil
-	})
-	if err != nil {
-		return walked(err)
-	}
-	if run > 0 {
-		yield(run, zero, zero)
-	}
-	return nil
+	return d.disk.Extents(ctx, off, length, yield)
 }
 
-// Lend lends cached blocks to the socket.
+// Lend lends from the page cache of a local copy, or from the memory of the disk's cache. If
+// the copy would have to wait, use ReadAt.
 func (d *Disk) Lend(ctx context.Context, dst []nbdserver.Piece, off int64, n int, wait bool) ([]nbdserver.Piece, error) {
+	if local := d.disk.Local(); local != nil && (wait || local.Has(off, int64(n))) {
+		return lendLocal(local, dst, off, n, wait)
+	}
+	return d.lendCached(ctx, dst, off, n, wait)
+}
+
+// lendCached lends cached blocks to the socket.
+func (d *Disk) lendCached(ctx context.Context, dst []nbdserver.Piece, off int64, n int, wait bool) ([]nbdserver.Piece, error) {
 	have := len(dst)
 	add := func(data []byte, count int64) {
 		if data == nil {
@@ -104,13 +96,13 @@ func (d *Disk) Lend(ctx context.Context, dst []nbdserver.Piece, off int64, n int
 		}
 	}
 	if !wait {
-		if err := d.img.Cached(off, int64(n), add); err != nil {
+		if err := d.disk.Image().Cached(off, int64(n), add); err != nil {
 			return dst[:have], nbdserver.ErrNotCached
 		}
 		return dst, nil
 	}
 	at := off
-	err := d.img.Blocks(ctx, off, int64(n), func(_ int64, data []byte, count int64) error {
+	err := d.disk.Image().Blocks(ctx, off, int64(n), func(_ int64, data []byte, count int64) error {
 		add(data, count)
 		at += count
 		return nil
@@ -121,18 +113,9 @@ func (d *Disk) Lend(ctx context.Context, dst []nbdserver.Piece, off int64, n int
 	return dst, nil
 }
 
-// ReadOnce is ReadAt past the cache, for one that passes through the disk once.
-func (d *Disk) ReadOnce(ctx context.Context, p []byte, off int64) error {
-	if err := d.img.ReadOnce(ctx, p, off); err != nil {
-		return d.explain(err)
-	}
-	return nil
-}
-
-// Prefetch asks for a range to be read into the cache.
-func (d *Disk) Prefetch(_ context.Context, off, length int64) error {
-	d.img.Prefetch(off, length)
-	return nil
+// Prefetch starts reading a range into the cache.
+func (d *Disk) Prefetch(ctx context.Context, off, length int64) error {
+	return d.disk.Prefetch(ctx, off, length)
 }
 
 // Contexts lists the depth and a bitmap for each other point of the volume.
@@ -146,8 +129,8 @@ func (d *Disk) Contexts(context.Context) ([]string, error) {
 	return out, nil
 }
 
-// HasContext knows every name that Contexts lists, and a bitmap since any
-// other name of a point, such as an ID.
+// HasContext accepts every name that Contexts lists, and a bitmap since any other name of a
+// point, such as an ID.
 func (d *Disk) HasContext(_ context.Context, name string) bool {
 	if name == contextDepth {
 		return true
@@ -159,8 +142,8 @@ func (d *Disk) HasContext(_ context.Context, name string) bool {
 	return ok
 }
 
-// ContextName names a bitmap by the ID of its point: what "@latest~1" means changes with
-// the next backup.
+// ContextName names a bitmap by the ID of its point, since "@latest~1" changes with the next
+// backup.
 func (d *Disk) ContextName(_ context.Context, name string) string {
 	if base, ok := strings.CutPrefix(name, contextDirty); ok {
 		if p, ok := d.bases.find(base); ok {
@@ -170,7 +153,7 @@ func (d *Disk) ContextName(_ context.Context, name string) string {
 	return name
 }
 
-// Status tells depth, or what changed since another point.
+// Status reports depth, or what changed since another point.
 func (d *Disk) Status(ctx context.Context, name string, off, length int64, yield func(int64, uint32) bool) error {
 	if name == contextDepth {
 		return d.depth(ctx, off, length, yield)
@@ -178,13 +161,13 @@ func (d *Disk) Status(ctx context.Context, name string, off, length int64, yield
 	text := strings.TrimPrefix(name, contextDirty)
 	p, ok := d.bases.find(text)
 	if !ok {
-		return d.explain(fmt.Errorf("%w: %s, to compare with, was deleted", backup.ErrNoSuchPoint, text))
+		return d.explain(fmt.Errorf("%w: %s, to compare with, was deleted", points.ErrNoSuchPoint, text))
 	}
 	base, err := d.bases.open(ctx, p)
 	if err != nil {
 		return d.explain(err)
 	}
-	err = d.img.ChangedSince(ctx, base, off, length, func(_, n int64, changed bool) error {
+	err = d.disk.Image().ChangedSince(ctx, base, off, length, func(_, n int64, changed bool) error {
 		flags := uint32(0)
 		if changed {
 			flags = 1
@@ -201,7 +184,7 @@ func (d *Disk) Status(ctx context.Context, name string, off, length int64, yield
 }
 
 func (d *Disk) depth(ctx context.Context, off, length int64, yield func(int64, uint32) bool) error {
-	err := d.img.Extents(ctx, off, length, func(e image.Extent) error {
+	err := d.disk.Image().Extents(ctx, off, length, func(e image.Extent) error {
 		if !yield(e.Length, uint32(min(e.Depth, 1<<32-1))) {
 			return errEnough
 		}

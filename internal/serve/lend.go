@@ -8,14 +8,14 @@ import (
 	"github.com/varve-io/varve/nbdserver"
 )
 
-// Lend lends what the disk beneath lends, where nobody wrote: a writable disk is read
-// as a read-only one is. What was written is read from the overlay, where Lend may wait.
+// Lend lends what the disk below lends, where nothing was written: a writable disk is read
+// like a read-only one. What was written is read from the overlay, where Lend may wait.
 func (w *writable) Lend(ctx context.Context, dst []nbdserver.Piece, off int64, n int, wait bool) ([]nbdserver.Piece, error) {
 	base, ok := w.base.(nbdserver.Lender)
 	if !ok {
 		return dst, nbdserver.ErrNotCached
 	}
-	o := w.over.Load()
+	o := w.over()
 	if o == nil || o.Unchanged(off, int64(n)) {
 		return base.Lend(ctx, dst, off, n, wait)
 	}
@@ -35,18 +35,18 @@ func (w *writable) Lend(ctx context.Context, dst []nbdserver.Piece, off int64, n
 	return l.pieces, l.err
 }
 
-// lending puts a reply together from what was written and what was not.
+// lending assembles a reply from changed and unchanged runs.
 type lending struct {
-	ctx    context.Context //nolint:containedctx // lives as long as the call
+	ctx    context.Context // of one call
 	over   *overlay.Overlay
 	base   nbdserver.Lender
 	wait   bool
 	pieces []nbdserver.Piece
-	at     int64 // where the next piece begins
+	at     int64 // offset of the next piece
 	err    error
 }
 
-// unchanged lends from the disk beneath up to an offset.
+// unchanged lends from the disk below up to an offset.
 func (l *lending) unchanged(to int64) {
 	if to > l.at {
 		l.pieces, l.err = l.base.Lend(l.ctx, l.pieces, l.at, int(to-l.at), l.wait)

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/varve-io/varve/backup/overlay"
@@ -16,7 +17,7 @@ import (
 	"github.com/varve-io/varve/nbdserver/nbdtest"
 )
 
-// lent is a disk that lends all of it, and counts what was not given back.
+// lent is a disk that lends all of it, and counts what was not released.
 type lent struct {
 	*nbdtest.Disk
 	out    int
@@ -42,21 +43,19 @@ var errMissing = errors.New("content missing")
 
 func newWritable(t testing.TB, base nbdserver.Export) *writable {
 	t.Helper()
-	w := &writable{base: base}
 	o, err := overlay.Open(base, overlay.Options{Dir: filepath.Join(t.TempDir(), "overlay")})
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.over.Store(o)
 	t.Cleanup(func() {
-		if err := w.close(); err != nil {
+		if err := o.Close(); err != nil {
 			t.Error(err)
 		}
 	})
-	return w
+	return &writable{base: base, over: func() *overlay.Overlay { return o }}
 }
 
-// gather puts pieces together and gives them back.
+// gather joins pieces and releases them.
 func gather(pieces []nbdserver.Piece) []byte {
 	var b []byte
 	for _, p := range pieces {
@@ -69,8 +68,8 @@ func gather(pieces []nbdserver.Piece) []byte {
 	return b
 }
 
-// What is lent is what is read, whatever was written, trimmed and zeroed, and all of it
-// is given back. Where nothing was written in a range it is the disk's own memory.
+// Lent and read bytes are equal after any writes, trims and zeroes, and all of them are
+// released. If nothing was written in a range they are the disk's own memory.
 func TestWritableLends(t *testing.T) {
 	base := &lent{Disk: nbdtest.NewDisk(nbdtest.Image())}
 	w := newWritable(t, base)
@@ -104,7 +103,7 @@ func TestWritableLends(t *testing.T) {
 			if now++; lendErr != nil || pieces[0].Zeroes != 1 || !bytes.Equal(gather(pieces[1:]), model[off:off+n]) {
 				t.Fatalf("%d+%d, wait %v: %v, or other bytes", off, n, wait, lendErr)
 			}
-			if w.over.Load().Unchanged(int64(off), int64(n)) != (len(pieces) == 2 && pieces[1].Owner == base) {
+			if w.over().Unchanged(int64(off), int64(n)) != (len(pieces) == 2 && pieces[1].Owner == base) {
 				t.Fatalf("%d+%d: %d pieces", off, n, len(pieces))
 			}
 		}
@@ -120,7 +119,7 @@ func TestWritableLends(t *testing.T) {
 	}
 }
 
-// An error beneath says where it is, and what comes before it is lent.
+// An error below has its offset, and what is before it is lent.
 func TestWritableLendsUpToAnError(t *testing.T) {
 	base := &lent{Disk: nbdtest.NewDisk(nbdtest.Image()), broken: 40 << 10}
 	w := newWritable(t, base)
@@ -134,7 +133,7 @@ func TestWritableLendsUpToAnError(t *testing.T) {
 	if !errors.As(err, &place) || place.Offset != 40<<10 || !bytes.Equal(gather(pieces), want) {
 		t.Errorf("%v at %+v", err, place)
 	}
-	base.broken = 1 // an error that says nothing of its place: nothing is lent
+	base.broken = 1 // an error without an offset: nothing is lent
 	base.Disk = nbdtest.NewDisk(nbdtest.Image())
 	pieces, err = w.Lend(t.Context(), nil, 20<<10, 20<<10, true)
 	if !errors.Is(err, errMissing) || len(pieces) != 0 || base.out != 0 {
@@ -142,7 +141,64 @@ func TestWritableLendsUpToAnError(t *testing.T) {
 	}
 }
 
-// plain is a writable disk that lends nothing.
+// layered is a disk with a depth: 4 in even blocks of 64 KiB, and 0, which is none, in odd ones.
+type layered struct{ *nbdtest.Disk }
+
+func (layered) Contexts(context.Context) ([]string, error) { return []string{contextDepth}, nil }
+
+func (layered) HasContext(_ context.Context, name string) bool { return name == contextDepth }
+
+// Status reports runs that extend beyond the range, as allowed.
+func (layered) Status(_ context.Context, _ string, off, length int64, yield func(int64, uint32) bool) error {
+	const block = 64 << 10
+	for end := off + length; off < end; {
+		next := (off/block + 1) * block
+		if !yield(next-off, uint32(4-off/block%2*4)) {
+			return nil
+		}
+		off = next
+	}
+	return nil
+}
+
+// What was written has flag 1; the depths below are one more.
+func TestWritableStatus(t *testing.T) {
+	const block = 64 << 10
+	w := newWritable(t, layered{nbdtest.NewDisk(nbdtest.Image())})
+	ctx := t.Context()
+	for _, off := range []int64{block - 4096, 2 * block} {
+		if _, err := w.WriteAt(ctx, make([]byte, 4096), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	type run struct {
+		n     int64
+		flags uint32
+	}
+	ask := func(off, length int64, most int) (got []run) {
+		if err := w.Status(ctx, contextDepth, off, length, func(n int64, f uint32) bool {
+			got = append(got, run{n, f})
+			return len(got) < most
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return got
+	}
+	all := []run{{block - 4096, 5}, {4096, 1}, {block, 0}, {4096, 1}, {block - 4096, 5}, {block, 0}}
+	if got := ask(0, 4*block, 100); !slices.Equal(got, all) {
+		t.Errorf("%v, want %v", got, all)
+	}
+	for most := 1; most < len(all); most++ {
+		if got := ask(0, 4*block, most); !slices.Equal(got, all[:most]) {
+			t.Errorf("%v, want %v", got, all[:most])
+		}
+	}
+	if got, want := ask(block-8192, 6144, 100), []run{{4096, 5}, {2048, 1}}; !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+}
+
+// plain is a writable disk without Lend.
 type plain struct {
 	nbdserver.Export
 	nbdserver.Writer
@@ -151,7 +207,7 @@ type plain struct {
 // Random reads, over a socket, of a disk in memory: read-only, writable, and writable
 // as it would be without Lend.
 func BenchmarkServedRead(b *testing.B) {
-	data := make([]byte, nbdtest.ImageSize) // no zeroes, of which a reply would say only how many
+	data := make([]byte, nbdtest.ImageSize) // no zeroes, of which a reply has only the length
 	_, _ = rand.NewChaCha8([32]byte{}).Read(data)
 	base := &lender{nbdtest.NewDisk(data), data}
 	w := newWritable(b, base)
@@ -199,7 +255,7 @@ func benchmarkRead(b *testing.B, e nbdserver.Export, size int) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer x.Close() //nolint:errcheck // a benchmark
+	defer x.Close()
 	b.SetBytes(int64(size))
 	b.ResetTimer()
 	b.RunParallel(func(pb *testing.PB) {

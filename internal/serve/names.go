@@ -4,27 +4,26 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/points"
 )
 
 // listing is the exports at one moment. It is immutable.
 type listing struct {
-	catalog *backup.Catalog
-	cluster string          // this one
-	points  []*backup.Point // exported ones, by volume and generation
-	names   []string        // of points; no two are equal
+	catalog *points.Catalog
+	cluster string          // of this server
+	points  []*points.Point // exported ones, by volume and generation
+	names   []string        // distinct names of points
 	byName  map[string]int
 	byID    map[string]int
 }
 
-// newListing names what of a catalogue is exported. A name is the point's own,
-// with the cluster before it where that is not this one, and the ID instead of
-// the time where two points of a volume have the same time. What other clusters
-// add to the repository later changes no name.
-func newListing(cat *backup.Catalog, cluster string, selected func(*backup.Point) bool) *listing {
+// newListing names the exported points of a catalogue. A name is the point's own, with the
+// cluster before it if it is another one, and the ID instead of the time if two points of a
+// volume have the same time. Points that other clusters add later change no name.
+func newListing(cat *points.Catalog, cluster string, selected func(*points.Point) bool) *listing {
 	l := &listing{catalog: cat, cluster: cluster, byName: map[string]int{}, byID: map[string]int{}}
 	for _, p := range cat.Points() {
-		if !selected(p) {
+		if !selected(p) || p.Stream { // a stream is no disk
 			continue
 		}
 		name := p.NameIn(cluster)
@@ -38,8 +37,8 @@ func newListing(cat *backup.Catalog, cluster string, selected func(*backup.Point
 	return l
 }
 
-// resolve finds the exported point that a name means: its own name, any that
-// backup.Names knows, or nothing where there is just one.
+// resolve finds the exported point of a name: its own name, any that points.Names resolves,
+// or "" if there is just one.
 func (l *listing) resolve(name string) (int, bool) {
 	if i, ok := l.byName[name]; ok {
 		return i, true
@@ -47,7 +46,7 @@ func (l *listing) resolve(name string) (int, bool) {
 	if name == "" {
 		return 0, len(l.points) == 1
 	}
-	p, err := backup.Names{Catalog: l.catalog, Cluster: l.cluster}.Read(name)
+	p, err := points.Names{Catalog: l.catalog, Cluster: l.cluster}.Read(name)
 	if err != nil {
 		return 0, false
 	}
@@ -55,15 +54,15 @@ func (l *listing) resolve(name string) (int, bool) {
 	return i, ok
 }
 
-// siblings lists the other exported points of the volume of point i, its
-// parent first and then the latest before the oldest.
+// siblings lists the other exported points of the volume of point i, its parent first, then
+// the latest to the oldest.
 func (l *listing) siblings(id string) []string {
 	i, ok := l.byID[id]
 	if !ok {
 		return nil
 	}
 	p := l.points[i]
-	from, to := i, i+1 // points of a volume stand together
+	from, to := i, i+1 // points of a volume are adjacent
 	for from > 0 && l.points[from-1].Volume == p.Volume {
 		from--
 	}
@@ -83,14 +82,14 @@ func (l *listing) siblings(id string) []string {
 	return names
 }
 
-// selection tells which points are served: those of the given volumes and the
-// given points; all without any.
+// selection holds what is served: the points of the given volumes and the given points; all
+// if both are empty.
 type selection struct {
-	volumes map[backup.Volume]bool
+	volumes map[points.Volume]bool
 	ids     map[string]bool
 }
 
-func (s selection) has(p *backup.Point) bool {
+func (s selection) has(p *points.Point) bool {
 	if len(s.volumes) == 0 && len(s.ids) == 0 {
 		return true
 	}

@@ -5,32 +5,35 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"path/filepath"
 	"strings"
 
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/backup/overlay"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
-	"github.com/varve-io/varve/nbdserver"
+	"github.com/varve-io/varve/internal/bytesize"
 	"github.com/varve-io/varve/nbdserver/nbdclient"
 	"github.com/varve-io/varve/nbdserver/proto"
 )
 
-// DepthContext is the metadata context that tells what an overlay changed: it
+// DepthContext is the metadata context that reports what an overlay changed: it
 // has depth 1 on a writable export.
 const DepthContext = contextDepth
 
-// Written is a recovery point with what was written over it: the disk and the
-// source of changed blocks of a backup that saves it.
+// Written is a recovery point with what was written over it: the disk and the source of
+// changed blocks for a backup that saves it.
 type Written struct {
-	// Base is the point beneath.
-	Base *backup.Point
+	// Base is the point below.
+	Base *points.Point
 
 	size int64
 	read func(p []byte, off int64) error
-	// dirty tells the changed runs in order until yield returns false.
+	// dirty reports the changed runs in order until yield returns false.
 	dirty func(ctx context.Context, yield func(off, length int64, zero bool) bool) error
 	close func() error
 }
@@ -43,9 +46,9 @@ var (
 // ErrNotWritable means that an export has no overlay to save.
 var ErrNotWritable = errors.New("the export is read-only, so there is nothing to save: serve it with --writable")
 
-// WrittenOver is what clients wrote to an export of a Varve server, read as one
-// of them. The connection must have DepthContext; its owner closes it.
-func WrittenOver(ctx context.Context, e *nbdclient.Export, cat *backup.Catalog) (*Written, error) {
+// WrittenOver returns what clients wrote to an export of a Varve server, read by a connection
+// to it. The connection must have DepthContext; its owner closes it.
+func WrittenOver(ctx context.Context, e *nbdclient.Export, cat *points.Catalog) (*Written, error) {
 	if e.Flags&proto.FlagReadOnly != 0 {
 		return nil, ErrNotWritable
 	}
@@ -74,20 +77,20 @@ func WrittenOver(ctx context.Context, e *nbdclient.Export, cat *backup.Catalog) 
 	}, nil
 }
 
-// pointBeneath finds the point of an export by the ID in its description: its
-// name follows the rule of the server's cluster, which may be another.
-func pointBeneath(e *nbdclient.Export, cat *backup.Catalog) (*backup.Point, error) {
+// pointBeneath finds the point of an export by the ID in its description: its name follows
+// the rule of the server's cluster, which may be another.
+func pointBeneath(e *nbdclient.Export, cat *points.Catalog) (*points.Point, error) {
 	for _, p := range cat.Points() {
 		if d := description(p); e.Description == d || strings.HasPrefix(e.Description, d+overlayMark) {
 			return p, nil
 		}
 	}
-	return nil, fmt.Errorf("%w: export %s (%s) is of no point of this repository", backup.ErrNoSuchPoint, e.Name, e.Description)
+	return nil, fmt.Errorf("%w: export %s (%s) is of no point of this repository", points.ErrNoSuchPoint, e.Name, e.Description)
 }
 
 // KeptOverlay opens an overlay that a server left, over its point.
-func KeptOverlay(ctx context.Context, repo *repository.Repository, cache *image.Cache, p *backup.Point, dir string) (_ *Written, err error) {
-	// A directory of a killed server is not to be deleted meanwhile.
+func KeptOverlay(ctx context.Context, repo *repository.Repository, cache *image.Cache, p *points.Point, dir string, log *slog.Logger) (_ *Written, err error) {
+	// A directory of a killed server must not be deleted during this.
 	held, err := overlay.HoldDir(filepath.Dir(dir))
 	if err != nil {
 		return nil, err
@@ -97,19 +100,17 @@ func KeptOverlay(ctx context.Context, repo *repository.Repository, cache *image.
 			err = errors.Join(err, held.Close())
 		}
 	}()
-	root, err := backup.OpenRoot(ctx, repo, p)
+	set := disks.New(repo, cache, disks.Options{Purpose: "commit", Lease: disks.AtOnce, Log: log})
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, set.Close(ctx))
+		}
+	}()
+	d, err := set.Hold(ctx, p)
 	if err != nil {
 		return nil, err
 	}
-	img, err := image.Open(repo, cache, root, p.Generation)
-	if err != nil {
-		return nil, err
-	}
-	var base nbdserver.Export = &Disk{img: img, name: p.Name(), bases: noBases{}}
-	o, err := OpenOverlay(base, dir, p.ID, 0, true)
-	if errors.Is(err, ErrPadded) {
-		o, err = OpenOverlay(nbdserver.Pad(base, 512), dir, p.ID, 0, true)
-	}
+	o, err := d.KeptOverlay(dir)
 	if errors.Is(err, overlay.ErrInUse) {
 		return nil, fmt.Errorf("%w: name the export of the server that uses it, by its NBD URI", err)
 	}
@@ -117,7 +118,9 @@ func KeptOverlay(ctx context.Context, repo *repository.Repository, cache *image.
 		return nil, err
 	}
 	return &Written{
-		Base: p, size: o.Size(), close: func() error { return errors.Join(o.Close(), held.Close()) },
+		Base: p, size: o.Size(), close: func() error {
+			return errors.Join(o.Close(), held.Close(), set.Close(context.WithoutCancel(ctx)))
+		},
 		read: func(b []byte, off int64) error {
 			_, err := o.ReadAt(context.WithoutCancel(ctx), b, off)
 			return err
@@ -129,7 +132,7 @@ func KeptOverlay(ctx context.Context, repo *repository.Repository, cache *image.
 	}, nil
 }
 
-// Size is the disk's length in bytes.
+// Size returns the disk's size in bytes.
 func (w *Written) Size() int64 { return w.size }
 
 // CheckSize never fails: neither exports nor overlays change their size.
@@ -157,7 +160,7 @@ func (w *Written) Changes(ctx context.Context, req cbt.Request, emit func(cbt.Ex
 	case req.Base == nil || req.Base.PointID != w.Base.ID:
 		return cbt.Report{}, &cbt.Error{Source: source, Kind: cbt.ErrBaseMismatch, Detail: "an overlay knows only what differs from " + w.Base.Name()}
 	case req.Size != w.size:
-		return cbt.Report{}, &cbt.Error{Source: source, Kind: cbt.ErrSizeMismatch, Detail: fmt.Sprintf("the overlay has %d bytes", w.size)}
+		return cbt.Report{}, &cbt.Error{Source: source, Kind: cbt.ErrSizeMismatch, Detail: fmt.Sprintf("the overlay has %s, and the disk has %s", bytesize.Exact(w.size), bytesize.Exact(req.Size))}
 	}
 	report := cbt.Report{Source: source, BaseChangeID: req.Base.ChangeID, Size: w.size, Exact: true}
 	var failed error
@@ -174,14 +177,5 @@ func (w *Written) Changes(ctx context.Context, req cbt.Request, emit func(cbt.Ex
 	return report, nil
 }
 
-// Close ends the use of an overlay; it stays as it is.
+// Close closes the overlay, which does not change.
 func (w *Written) Close() error { return w.close() }
-
-// noBases is a disk that is compared with none.
-type noBases struct{}
-
-func (noBases) names() []string                   { return nil }
-func (noBases) find(string) (*backup.Point, bool) { return nil, false }
-func (noBases) open(context.Context, *backup.Point) (*image.Image, error) {
-	return nil, backup.ErrNoSuchPoint
-}

@@ -58,7 +58,7 @@ type RefusedError struct {
 	Text   string
 }
 
-// Error tells the refusal and the server's reason.
+// Error gives the refusal and the server's reason.
 func (e *RefusedError) Error() string {
 	if e.Text == "" {
 		return fmt.Sprintf("server refused option %d: %s", e.Option, e.Reply)
@@ -72,7 +72,7 @@ type Listed struct {
 	Description string `json:"description,omitempty"`
 }
 
-// Info is what a server tells about an export.
+// Info is what a server reports about an export.
 type Info struct {
 	Name           string                  `json:"name"` // canonical
 	Description    string                  `json:"description,omitempty"`
@@ -235,7 +235,7 @@ func (c *Client) StartTLS(ctx context.Context, config *tls.Config) error {
 	return nil
 }
 
-// TLS tells whether the connection is encrypted.
+// TLS reports whether the connection is encrypted.
 func (c *Client) TLS() bool { return c.tls }
 
 // Negotiate asks for the given header style and returns what the server
@@ -310,10 +310,10 @@ func (c *Client) info(o proto.Option, export string) (Info, error) {
 		return nil
 	})
 	if err == nil && !told {
-		err = errors.New("server told nothing about the export")
+		err = errors.New("server did not describe the export")
 	}
 	if err == nil && in.Size > 1<<63-1 {
-		err = fmt.Errorf("server tells a size of %d bytes", in.Size)
+		err = fmt.Errorf("server reports %d bytes", in.Size)
 	}
 	return in, err
 }
@@ -373,7 +373,7 @@ func (c *Client) Go(export string) (*Export, error) {
 	return newExport(c, in), nil
 }
 
-// HandOver enters an export and gives up the connection, for a kernel to go on
+// HandOver enters an export and gives up the connection, for a kernel to continue
 // with: it stands at the first request. Headers must be simple, as the
 // kernel knows no others, and a connection with TLS cannot be handed over.
 func (c *Client) HandOver(export string) (Info, net.Conn, error) {
@@ -382,7 +382,7 @@ func (c *Client) HandOver(export string) (Info, net.Conn, error) {
 	}
 	in, err := c.info(proto.OptGo, export)
 	if err == nil && c.br.Buffered() > 0 {
-		err = errors.New("server sent data nobody asked for")
+		err = errors.New("the server sent data that was not requested")
 	}
 	if err != nil {
 		return Info{}, nil, err

@@ -37,7 +37,7 @@ type RequestError struct {
 	Offset int64  // where it happened, or -1
 }
 
-// Error tells number, words and place.
+// Error gives number, words and place.
 func (e *RequestError) Error() string {
 	s := e.Errno.Error()
 	if e.Text != "" {
@@ -193,7 +193,7 @@ func (e *Export) Command(ctx context.Context, cmd proto.Command, off, length int
 }
 
 // BlockStatus asks for the extents of a range in every selected context, by
-// name. The server may tell less than was asked for, but at least one each.
+// name. The server may report less than requested, but at least one each.
 func (e *Export) BlockStatus(ctx context.Context, off, length int64, flags uint16) (map[string][]Extent, error) {
 	k := &call{cmd: proto.CmdBlockStatus, offset: uint64(off), length: uint64(length), extents: map[string][]Extent{}}
 	err := e.do(ctx, k, flags, nil)
@@ -230,7 +230,7 @@ func (e *Export) Map(ctx context.Context, name string, off, length int64, yield 
 			return err
 		}
 		if len(all[name]) == 0 {
-			return fmt.Errorf("server does not tell metadata context %q", name)
+			return fmt.Errorf("server does not report metadata context %q", name)
 		}
 		for _, x := range all[name] {
 			x.Length = min(x.Length, end-off)

@@ -27,7 +27,7 @@ type Disk struct {
 	Lends bool
 }
 
-// BlockSize is the unit a Disk allocates and tells extents in.
+// BlockSize is the unit in which a Disk allocates and reports extents.
 const BlockSize = 4096
 
 // NewDisk makes a disk with the given content, zero blocks left out.
@@ -114,7 +114,7 @@ func (d *Disk) Lend(_ context.Context, dst []nbdserver.Piece, off int64, n int, 
 	return dst, nil
 }
 
-// Extents tells allocated blocks as data and the others as holes.
+// Extents reports allocated blocks as data and the others as holes.
 func (d *Disk) Extents(_ context.Context, off, length int64, yield func(int64, bool, bool) bool) error {
 	if err := d.fails(off, length); err != nil {
 		return err
@@ -154,10 +154,10 @@ func (d *Disk) Contexts(context.Context) ([]string, error) {
 	return names, nil
 }
 
-// HasContext tells whether Extra has the name.
+// HasContext reports whether Extra has the name.
 func (d *Disk) HasContext(_ context.Context, name string) bool { return d.Extra[name] != nil }
 
-// Status tells the flags of a context in Extra.
+// Status reports the flags of a context in Extra.
 func (d *Disk) Status(_ context.Context, name string, off, length int64, yield func(int64, uint32) bool) error {
 	return d.runs(off, length, d.Extra[name], yield)
 }

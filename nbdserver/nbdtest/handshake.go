@@ -149,7 +149,7 @@ func abort(t *testing.T, s Target) {
 	r.WantClosed()
 }
 
-// INFO tells what GO tells, and does not end negotiation.
+// INFO reports what GO reports, and does not end negotiation.
 func goTwice(t *testing.T, s Target) {
 	c := s.client(t, nbdclient.Structured)
 	in, err := c.Info(s.Export)

@@ -48,7 +48,7 @@ type Traits struct {
 	LeftOut map[string]string
 }
 
-// applies tells whether the server has to follow the rule of that name.
+// applies reports whether the server has to follow the rule of that name.
 func (tr Traits) applies(name string) bool {
 	for pattern := range tr.LeftOut {
 		if ok, _ := path.Match(pattern, name); ok {
@@ -119,7 +119,7 @@ var image = sync.OnceValue(func() []byte {
 
 // Timeout bounds how long a server may take for any one step; it is only
 // reached by a server that hangs.
-const Timeout = 30 * time.Second
+const Timeout = 5 * time.Minute
 
 func testContext(t testing.TB) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), Timeout)

@@ -52,7 +52,7 @@ func writeReadBack(t *testing.T, s Target, h nbdclient.Headers) {
 	e := s.enter(t, h)
 	want := Image()
 	data := make([]byte, 100_000)
-	rand.NewChaCha8([32]byte{7}).Read(data) //nolint:errcheck // cannot fail
+	rand.NewChaCha8([32]byte{7}).Read(data) // cannot fail
 	for _, off := range []int64{0, 1<<20 + 13, 2<<20 - 50_000, ImageSize - 100_000} {
 		if err := e.WriteAt(ctx, data, off, 0); err != nil {
 			t.Fatal(err)
@@ -215,7 +215,7 @@ func writeNothing(t *testing.T, s Target) {
 }
 
 // A payload beyond the advertised one is refused, or the server hangs up; it
-// must not be taken for requests.
+// must not be treated as requests.
 func writeTooMuch(t *testing.T, s Target) {
 	r := s.DialOptions(t, Fixed)
 	r.Go(s.Export)
@@ -234,7 +234,7 @@ func writeTooMuch(t *testing.T, s Target) {
 	r.Alive()
 }
 
-// Block status tells what was written and zeroed.
+// Block status reports what was written and zeroed.
 func statusFollows(t *testing.T, s Target) {
 	ctx := testContext(t)
 	e := s.enter(t, nbdclient.Structured, proto.ContextAllocation)
@@ -287,7 +287,7 @@ func seenByOthers(t *testing.T, s Target) {
 	}
 }
 
-// An extended WRITE without payload is refused, not taken for zeroes.
+// An extended WRITE without payload is refused, not treated as zeroes.
 func extendedNoData(t *testing.T, s Target) {
 	r := s.enterExtended(t)
 	r.Send(ExtendedRequest(proto.CmdWrite, 0, 1, 0, 4096))

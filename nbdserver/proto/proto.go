@@ -109,7 +109,7 @@ const (
 	RepErrExtHeaderReqd Reply = 1<<31 + 10
 )
 
-// IsError tells whether the reply refuses the option.
+// IsError reports whether the reply refuses the option.
 func (r Reply) IsError() bool { return r&(1<<31) != 0 }
 
 // String names the reply as the protocol document does.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"slices"
 	"time"
 
@@ -19,6 +18,7 @@ import (
 	"github.com/varve-io/varve/backup/cbt"
 	"github.com/varve-io/varve/backup/cbt/csi"
 	"github.com/varve-io/varve/backup/cbt/csi/csikube"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/populator/claims"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/mover/work"
@@ -26,16 +26,16 @@ import (
 	"github.com/varve-io/varve/populator/store"
 )
 
-// askPatience bounds the question whether anything changed: a storage that takes longer is
-// asked again by the mover, which has the time.
+// askPatience bounds the check whether anything changed: if the storage takes longer, the
+// mover, which has the time, repeats it.
 const askPatience = time.Minute
 
-// lookTimeout bounds all that is asked of a repository here: a storage that takes requests and
-// answers none must not keep a worker. The mover asks it again.
+// lookTimeout bounds all calls to a repository here: a storage that accepts requests and
+// answers none must not block a worker. The mover calls it again.
 const lookTimeout = 5 * time.Minute
 
-// task is what the mover is told. It is made anew for each attempt from what the cluster
-// says then.
+// task returns the mover's task. It is made for each attempt from the cluster's state
+// then.
 func (r *run) task(ctx context.Context) (*mover.BackupTask, error) {
 	s := &r.vb.Status
 	st, err := r.store(ctx)
@@ -44,7 +44,7 @@ func (r *run) task(ctx context.Context) (*mover.BackupTask, error) {
 	}
 	target, driver, err := csikube.Snapshot(ctx, r.Live, types.NamespacedName{Namespace: r.Pods.Namespace, Name: twinName(r.vb.UID)}, s.VolumeHandle)
 	if apierrors.IsNotFound(err) {
-		return nil, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("somebody deleted it: %w", err))
+		return nil, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("it was deleted: %w", err))
 	}
 	if err != nil {
 		return nil, err
@@ -60,7 +60,8 @@ func (r *run) task(ctx context.Context) (*mover.BackupTask, error) {
 			UID: string(s.ClaimUID), NamespaceUID: string(s.NamespaceUID), VolumeMode: string(s.Claim.VolumeMode), RequestBytes: s.Claim.RequestBytes,
 			Capacity: s.Claim.CapacityBytes, StorageClass: s.Claim.StorageClassName, Driver: s.Driver,
 		},
-		Changed: csi.Options{Endpoint: endpoint, TokenFile: mover.TokenFile, Target: target},
+		Changed:     csi.Options{Endpoint: endpoint, TokenFile: mover.TokenFile, Target: target},
+		Consistency: r.consistency(), Group: r.group(st),
 	}
 	for _, m := range s.Claim.AccessModes {
 		t.Claim.AccessModes = append(t.Claim.AccessModes, string(m))
@@ -73,7 +74,7 @@ func (r *run) task(ctx context.Context) (*mover.BackupTask, error) {
 	}
 	if st.ByUID() {
 		t.NamespaceUID = string(s.NamespaceUID)
-		if t.NamespaceUID == "" { // an earlier version began the run, and it is not known whose the points are
+		if t.NamespaceUID == "" { // an earlier version began the run, and the owner of the points is not known
 			t.Retention = nil
 		}
 	}
@@ -85,14 +86,13 @@ func (r *run) task(ctx context.Context) (*mover.BackupTask, error) {
 		b := pv.Status.Base
 		t.Changed.Base = &csi.Snapshot{Namespace: r.Pods.Namespace, Name: b.Name, Handle: b.Handle, ChangeID: b.ChangeID, VolumeHandle: s.VolumeHandle}
 	}
-
 	return t, nil
 }
 
-// retention is the one to apply once the point is there; nil for none. Of a claim that names a
-// recovery point and got a volume that Varve did not fill, nothing is removed: the volume may
-// be empty, and its backups would push out the points that hold the data. The store's floor
-// goes with it.
+// retention returns the one to apply once the point exists; nil for none. For a claim that
+// names a recovery point but got a volume that Varve did not fill, nothing is deleted: the
+// volume may be empty, and its backups would replace the points with the data. The store's
+// floor is included.
 func (r *run) retention(ctx context.Context) (*backup.Policy, error) {
 	p, err := Policy(r.vb.Spec.Retention)
 	if err != nil {
@@ -106,7 +106,7 @@ func (r *run) retention(ctx context.Context) (*backup.Policy, error) {
 		p.Floor = st.Floor()
 	}
 	pvc, err := r.claim(ctx)
-	if p == nil || err != nil || !claims.NamesUs(pvc) {
+	if p == nil || err != nil || !claims.Means(pvc) {
 		return p, client.IgnoreNotFound(err)
 	}
 	var pv corev1.PersistentVolume
@@ -117,13 +117,12 @@ func (r *run) retention(ctx context.Context) (*backup.Policy, error) {
 		return p, nil
 	}
 	r.Events.Warning(r.vb, v1alpha1.ReasonBoundWithoutUs,
-		"retention is not applied: claim %s names a recovery point and was bound to volume %s, which Varve did not fill, so that it may be empty; if its data is right: kubectl annotate pv %s %s=checked",
+		"retention is not applied: claim %s names a recovery point, or was applied with one, and was bound to volume %s, which Varve did not fill, so that it may be empty; if its data is right: kubectl annotate pv %s %s=checked",
 		pvc.Name, pv.Name, pv.Name, claims.AnnotationPopulatedFrom)
-
 	return nil, nil
 }
 
-// Policy is a Retention as package backup applies it; nil for none.
+// Policy returns a Retention as package backup applies it; nil for none.
 func Policy(r *v1alpha1.Retention) (*backup.Policy, error) {
 	if r == nil {
 		return nil, nil
@@ -137,19 +136,20 @@ func Policy(r *v1alpha1.Retention) (*backup.Policy, error) {
 	if err := p.Check(); err != nil {
 		return nil, fmt.Errorf("retention: %w", err)
 	}
-
 	return p, nil
 }
 
-// askChanges asks, before any volume is made of the snapshot, whether an earlier attempt has
-// made the point already, and whether anything changed at all: if not, the point is
-// written here and now.
+// askChanges checks, before any volume is made from the snapshot, whether an earlier attempt
+// has made the point, and whether anything changed at all: if not, it writes the point.
 func (r *run) askChanges(ctx context.Context) (step.Result, error) {
 	if r.vb.Status.Point != nil {
 		return step.Done(), nil
 	}
 	t, err := r.task(ctx)
 	if errors.Is(err, csikube.ErrNotReady) {
+		if r.waited() > placeGrace {
+			return step.Done(), nil // the mover will ask
+		}
 		return step.Wait(v1alpha1.ReasonRunning, err.Error(), time.Second), nil
 	}
 	if err != nil {
@@ -171,12 +171,10 @@ func (r *run) askChanges(ctx context.Context) (step.Result, error) {
 		if res.KeepError != "" {
 			res.KeepError = repo.Redact(errors.New(res.KeepError)).Error()
 		}
-
 		return err
 	})
 	if err != nil && look.Err() != nil && ctx.Err() == nil {
-		slog.InfoContext(ctx, "the storage does not answer in time; the mover will ask it", "run", r.vb.Namespace+"/"+r.vb.Name, "after", lookTimeout, "error", err)
-
+		r.log().InfoContext(ctx, "the storage does not answer in time; the mover will ask it", "run", r.vb.Namespace+"/"+r.vb.Name, "after", lookTimeout, "error", err)
 		return step.Done(), nil
 	}
 	if err != nil {
@@ -185,18 +183,17 @@ func (r *run) askChanges(ctx context.Context) (step.Result, error) {
 	if res.OK {
 		return step.Done(), r.succeed(ctx, res)
 	}
-
 	return step.Done(), nil
 }
 
-// unchanged makes the point if the storage says that nothing changed since the parent. That
-// it could not be asked is no failure: the mover asks again and steps down with a reason.
+// unchanged makes the point if the storage reports that nothing changed since the parent. A
+// failed call is no failure of the run: the mover repeats it and falls back with a reason.
 func (r *run) unchanged(ctx context.Context, repo *store.Open, t *mover.BackupTask) (mover.Result, error) {
 	none := mover.Result{}
 	if t.Full || t.Changed.Endpoint.Address == "" || t.Changed.Endpoint.Trouble != "" || t.Changed.Base == nil || r.Tokens == nil {
 		return none, nil
 	}
-	cat, err := backup.List(ctx, repo.Repository, backup.ListOptions{Volume: &t.Volume})
+	cat, err := points.List(ctx, repo.Repository, points.ListOptions{Volume: &t.Volume})
 	if err != nil {
 		return none, err
 	}
@@ -207,12 +204,12 @@ func (r *run) unchanged(ctx context.Context, repo *store.Open, t *mover.BackupTa
 	if parent == nil || parent.ChangeID == "" || parent.VolumeHandle != t.Changed.Target.VolumeHandle {
 		return none, nil
 	}
-	rec, err := backup.LoadRecord(ctx, repo.Repository, parent)
+	rec, err := points.LoadRecord(ctx, repo.Repository, parent)
 	if err != nil {
 		return none, err
 	}
 	if rec.Claim == nil || rec.Claim.Capacity != t.Claim.Capacity {
-		return none, nil // it grew: only the device tells its size
+		return none, nil // it grew: only the device shows its size
 	}
 	opt := *t
 	opt.Changed.TokenFile, opt.Changed.Tokens = "", r.Tokens(t.Changed.Endpoint.Audience)
@@ -229,9 +226,8 @@ func (r *run) unchanged(ctx context.Context, repo *store.Open, t *mover.BackupTa
 	})
 	if err != nil || !same {
 		if err != nil && ctx.Err() == nil {
-			slog.InfoContext(ctx, "cannot ask here whether anything changed; the mover will", "run", r.vb.Namespace+"/"+r.vb.Name, "error", err)
+			r.log().InfoContext(ctx, "cannot ask here whether anything changed; the mover will", "run", r.vb.Namespace+"/"+r.vb.Name, "error", err)
 		}
-
 		return none, ctx.Err()
 	}
 	o := work.Options(&opt, r.Version)
@@ -239,30 +235,27 @@ func (r *run) unchanged(ctx context.Context, repo *store.Open, t *mover.BackupTa
 	o.Source = session.Delta()
 	res, err := work.Make(ctx, repo.Repository, &opt, o)
 	if errors.Is(err, errUnread) || err != nil && ctx.Err() == nil {
-		slog.InfoContext(ctx, "an empty delta did not make a point; the mover will", "run", r.vb.Namespace+"/"+r.vb.Name, "error", repo.Redact(err))
-
+		r.log().InfoContext(ctx, "an empty delta did not make a point; the mover will", "run", r.vb.Namespace+"/"+r.vb.Name, "error", repo.Redact(err))
 		return none, nil
 	}
 	res.OK = err == nil
-
 	return res, err
 }
 
 // maxUnread is how many points in a row may be made without reading anything. Nothing is
-// spot-checked then, and a driver that never tells a change would not be found out.
+// spot-checked then, and a driver that never reports a change would not be detected.
 const maxUnread = 7
 
-// unreadInARow counts the newest points that were made without reading.
-func unreadInARow(points []v1alpha1.PointSummary) int {
-	n := slices.IndexFunc(points, func(p v1alpha1.PointSummary) bool { return p.Source != csi.DeltaName || p.ReadBytes > 0 })
+// unreadInARow counts the newest points made without reading.
+func unreadInARow(pts []v1alpha1.PointSummary) int {
+	n := slices.IndexFunc(pts, func(p v1alpha1.PointSummary) bool { return p.Source != csi.DeltaName || p.ReadBytes > 0 })
 	if n < 0 {
-		return len(points)
+		return len(pts)
 	}
-
 	return n
 }
 
-// unread is a disk of that size that must not be read: nothing of it changed.
+// unread is a disk of this size that must not be read: nothing of it changed.
 type unread int64
 
 var errUnread = errors.New("a disk of which nothing changed was to be read")

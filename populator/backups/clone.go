@@ -19,15 +19,18 @@ import (
 	"github.com/varve-io/varve/populator/step"
 )
 
-// clonePatience is how long a driver may go on failing to make a volume of the snapshot.
+// clonePatience is how long a driver may keep failing to make a volume from the snapshot.
 const clonePatience = 10 * time.Minute
 
-// makeClone asks for the volume that the mover reads: Block, whatever the claim is. It does
-// not wait for it: with some classes it takes the mover's pod to place it.
+// makeClone requests the volume that the mover reads, in Block mode for every claim. It
+// does not wait for it: with some classes it is placed only once the mover's pod exists.
 func (r *run) makeClone(ctx context.Context) (step.Result, error) {
 	s := &r.vb.Status
 	if s.Point != nil {
 		return step.Done(), nil
+	}
+	if wait, err := r.place(ctx); wait != nil || err != nil {
+		return unwrap(wait), err
 	}
 	if s.Clones == 0 {
 		s.Clones = 1
@@ -36,7 +39,6 @@ func (r *run) makeClone(ctx context.Context) (step.Result, error) {
 		}
 	}
 	_, err := r.ensureClone(ctx)
-
 	return step.Done(), err
 }
 
@@ -67,24 +69,23 @@ func (r *run) ensureClone(ctx context.Context) (*corev1.PersistentVolumeClaim, e
 	if err := refused(v1alpha1.ReasonCloneFailed, r.Client.Create(ctx, &pvc)); err != nil {
 		return nil, fmt.Errorf("volume of the snapshot: %w", err)
 	}
-
 	return &pvc, nil
 }
 
-// cloneClass is the storage class of the volume that is read, given the claim's own volume's.
+// cloneClass returns the storage class of the volume that is read, given that of the claim's
+// volume.
 func (r *run) cloneClass(own string) string {
 	if v := r.vb.Spec.BackupVolume; v != nil && v.StorageClassName != "" {
 		return v.StorageClassName
 	}
-
 	return own
 }
 
-// noBlock is how drivers and the provisioner say that they have no Block volumes.
+// noBlock matches errors of drivers and the provisioner without Block volumes.
 var noBlock = regexp.MustCompile(`(?i)\bblock\b|volume ?mode|access type`)
 
-// cloneTrouble reads why the clone is not there; "" if nobody complained. The error is
-// terminal.
+// cloneTrouble reads why the clone does not exist; "" if nothing reported an error. The
+// error is terminal.
 func (r *run) cloneTrouble(ctx context.Context, pvc *corev1.PersistentVolumeClaim) (string, error) {
 	if pvc.Status.Phase == corev1.ClaimBound {
 		return "", nil
@@ -107,6 +108,5 @@ func (r *run) cloneTrouble(ctx context.Context, pvc *corev1.PersistentVolumeClai
 	case r.now().Sub(pvc.CreationTimestamp.Time) > clonePatience:
 		return "", step.Terminal(v1alpha1.ReasonCloneFailed, fmt.Errorf("no volume could be made of the snapshot: %s", last))
 	}
-
 	return last, nil
 }

@@ -3,6 +3,7 @@ package backups
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
@@ -12,22 +13,17 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
-	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/step"
 )
 
-// dropClone removes the movers, the volumes made of the snapshot, and the copied Secret.
+// dropClone deletes the movers, the volumes made from the snapshot, and the copied Secret.
 func (r *run) dropClone(ctx context.Context) (step.Result, error) {
 	left, err := r.dropMovers(ctx, r.vb.UID)
-	if err != nil || left > 0 {
-		return step.Wait(v1alpha1.ReasonRunning, "the mover and the volume it read are being removed", time.Second), err
-	}
-
-	return step.Done(), nil
+	return r.cleaned(ctx, left, "the mover and the volume it read", err)
 }
 
-// dropMovers removes a run's Jobs, then its claims and Secrets, and says how many are left.
+// dropMovers deletes a run's Jobs, then its claims and Secrets, and returns how many are left.
 func (b *Reconciler) dropMovers(ctx context.Context, uid types.UID) (left int, err error) {
 	mine := []client.ListOption{client.InNamespace(b.Pods.Namespace), client.MatchingLabels{mover.LabelRun: string(uid), mover.LabelRole: Role}}
 	var jobs batchv1.JobList
@@ -57,10 +53,7 @@ func (b *Reconciler) dropMovers(ctx context.Context, uid types.UID) (left int, e
 	}
 	for i := range claims.Items {
 		if claims.Items[i].DeletionTimestamp == nil {
-			if err := b.deleteWithClaim(ctx, &claims.Items[i]); err != nil {
-				return 0, err
-			}
-			if err := client.IgnoreNotFound(b.Client.Delete(ctx, &claims.Items[i])); err != nil {
+			if err := b.dropClaim(ctx, &claims.Items[i]); err != nil {
 				return 0, err
 			}
 		}
@@ -68,7 +61,7 @@ func (b *Reconciler) dropMovers(ctx context.Context, uid types.UID) (left int, e
 	left = len(jobs.Items) + len(pods.Items) + len(claims.Items)
 	var volumes int
 	if left == 0 {
-		if volumes, err = b.dropVolumes(ctx, clonePrefix(uid)); err != nil {
+		if volumes, _, err = b.dropVolumes(ctx, clonePrefix(uid)); err != nil {
 			return 0, err
 		}
 		secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: b.Pods.Namespace, Name: secretName(uid)}}
@@ -76,14 +69,13 @@ func (b *Reconciler) dropMovers(ctx context.Context, uid types.UID) (left int, e
 			return 0, fmt.Errorf("delete the copied credentials: %w", err)
 		}
 	}
-
 	return left + volumes, nil
 }
 
-// lostPodAfter is how long a pod may take to end before its node is looked at.
+// lostPodAfter is how long a pod may take to end before its node is checked.
 const lostPodAfter = 30 * time.Second
 
-// dropLostPod deletes the pod of a node that does not answer: nobody else will.
+// dropLostPod deletes the pod of a node that does not answer: nothing else does.
 func (b *Reconciler) dropLostPod(ctx context.Context, pod *corev1.Pod) error {
 	if pod.DeletionTimestamp == nil || b.now().Sub(pod.DeletionTimestamp.Time) < lostPodAfter || pod.Spec.NodeName == "" {
 		return nil
@@ -99,45 +91,65 @@ func (b *Reconciler) dropLostPod(ctx context.Context, pod *corev1.Pod) error {
 		}
 	}
 	zero := int64(0)
-
 	return client.IgnoreNotFound(b.Client.Delete(ctx, pod, &client.DeleteOptions{GracePeriodSeconds: &zero, Preconditions: &metav1.Preconditions{UID: &pod.UID}}))
 }
 
-// dropSnapshots removes the snapshots of the claim that no run needs any more: of this run,
-// unless it is kept as the base, and the base before it.
+// dropSnapshots deletes the snapshots of the claim that no run needs: that of this run,
+// unless it is kept as the base, and the previous base.
 func (r *run) dropSnapshots(ctx context.Context) (step.Result, error) {
+	if r.vb.Status.ClaimUID == "" {
+		return step.Done(), nil // it never came to a snapshot
+	}
+	left, err := r.dropSnapshotsOfClaim(ctx)
+	return r.cleaned(ctx, left, "the snapshots that are not needed any more", err)
+}
+
+func (r *run) dropSnapshotsOfClaim(ctx context.Context) (left int, err error) {
 	pv, err := r.protectedVolume(ctx)
 	if err != nil {
-		return step.Result{}, err
+		return 0, err
 	}
 	keep := ""
 	if pv != nil && pv.Status.Base != nil {
 		keep = pv.Status.Base.Name
 	}
-	if r.vb.Status.ClaimUID == "" {
-		return step.Done(), nil // it never came to a snapshot
-	}
+	unlabelled := 0
 	if isFailed(r.vb) {
-		if wait, err := r.dropUnlabelled(ctx); wait || err != nil {
-			return step.Wait(v1alpha1.ReasonRunning, "the snapshot is being removed", time.Second), err
+		wait, err := r.dropUnlabelled(ctx)
+		if err != nil {
+			return 0, err
+		}
+		if wait {
+			unlabelled++
 		}
 	}
-	left, err := r.dropContents(ctx, client.MatchingLabels{LabelVolume: volumeLabel(r.vb.Status.ClaimUID, r.key())}, keep)
-	if err != nil || left > 0 {
-		return step.Wait(v1alpha1.ReasonRunning, "snapshots are being removed", time.Second), err
+	ofVolume := client.MatchingLabels{LabelVolume: volumeLabel(r.vb.Status.ClaimUID, r.key())}
+	groups, err := r.groupsOf(ctx, ofVolume)
+	if err != nil {
+		return 0, err
 	}
-
-	return step.Done(), nil
+	if r.inGroupSnapshot() && !slices.ContainsFunc(groups, func(g groupRef) bool { return g.uid == r.vb.Status.Group.UID }) {
+		groups = append(groups, r.groupRef())
+	}
+	left = unlabelled
+	for _, g := range groups {
+		n, err := r.dropGroup(ctx, g)
+		if err != nil {
+			return left, err
+		}
+		left += n
+	}
+	n, err := r.dropContents(ctx, ofVolume, keep)
+	return left + n, err
 }
 
-// dropUnlabelled removes a snapshot that was not taken over: its content deletes it in the
-// storage, whatever the class says.
+// dropUnlabelled deletes a snapshot that has no twin: its content deletes it in the
+// storage, regardless of the class.
 func (r *run) dropUnlabelled(ctx context.Context) (wait bool, err error) {
 	var vs snapshotv1.VolumeSnapshot
 	if err := r.Live.Get(ctx, types.NamespacedName{Namespace: r.vb.Namespace, Name: originName(r.vb.UID)}, &vs); err != nil {
 		return false, client.IgnoreNotFound(err)
 	}
-
 	return r.dropOrigin(ctx, &vs, r.vb.UID)
 }
 
@@ -151,27 +163,29 @@ func (b *Reconciler) dropOrigin(ctx context.Context, vs *snapshotv1.VolumeSnapsh
 		case err == nil && c.Labels[mover.LabelRun] == string(uid):
 			return false, nil // dropContents has it
 		case err == nil && c.Spec.VolumeSnapshotRef.UID == vs.UID && c.Spec.Source.VolumeHandle != nil:
-			// One that was taken for it; one that somebody made for a handle is not ours.
+			// Only a content made by the driver; one that a user made for a handle is not ours.
 			if err := b.setPolicy(ctx, &c, snapshotv1.VolumeSnapshotContentDelete); err != nil {
 				return false, err
 			}
 		}
 	}
-
 	return b.deleteSnapshot(ctx, client.ObjectKeyFromObject(vs))
 }
 
-// dropContents deletes the contents with the given labels and their snapshots, but for the
-// one named keep, and says how many are left. A content that is the last of its handle
-// takes the storage's snapshot with it.
+// dropContents deletes the contents with the given labels and their snapshots, except the
+// one named keep, and returns how many are left. The last content of a handle deletes the
+// storage's snapshot. It leaves members of group snapshots.
 func (b *Reconciler) dropContents(ctx context.Context, labels client.MatchingLabels, keep string) (left int, err error) {
 	var contents snapshotv1.VolumeSnapshotContentList
 	if err := b.Live.List(ctx, &contents, labels); err != nil {
 		return 0, err
 	}
+	contents.Items = slices.DeleteFunc(contents.Items, func(c snapshotv1.VolumeSnapshotContent) bool { return c.Labels[LabelGroup] != "" })
 	handles := map[string]int{}
 	for _, c := range contents.Items {
-		handles[handleOf(&c)]++
+		if !letGo(&c) {
+			handles[handleOf(&c)]++
+		}
 	}
 	for i := range contents.Items {
 		c := &contents.Items[i]
@@ -181,7 +195,7 @@ func (b *Reconciler) dropContents(ctx context.Context, labels client.MatchingLab
 		left++
 		policy := snapshotv1.VolumeSnapshotContentDelete
 		if handles[handleOf(c)] > 1 {
-			// Another content names the same snapshot: the twin, which goes last.
+			// Another content names the same snapshot: the twin, which is deleted last.
 			if c.Labels[LabelOrigin] == "" {
 				continue
 			}
@@ -203,7 +217,7 @@ func (b *Reconciler) dropContents(ctx context.Context, labels client.MatchingLab
 				return left, err
 			}
 			if policy == snapshotv1.VolumeSnapshotContentDelete {
-				continue // the snapshot's end deletes the content, and that the storage's
+				continue // deleting the snapshot deletes the content, and that the storage's
 			}
 		}
 		if c.DeletionTimestamp == nil {
@@ -212,8 +226,13 @@ func (b *Reconciler) dropContents(ctx context.Context, labels client.MatchingLab
 			}
 		}
 	}
-
 	return left, nil
+}
+
+// letGo reports whether a content of the claim's namespace only waits for another's finalizer:
+// it is being deleted and leaves the storage's snapshot.
+func letGo(c *snapshotv1.VolumeSnapshotContent) bool {
+	return c.Labels[LabelOrigin] != "" && c.DeletionTimestamp != nil && c.Spec.DeletionPolicy == snapshotv1.VolumeSnapshotContentRetain
 }
 
 func handleOf(c *snapshotv1.VolumeSnapshotContent) string {
@@ -223,7 +242,6 @@ func handleOf(c *snapshotv1.VolumeSnapshotContent) string {
 	case c.Spec.Source.SnapshotHandle != nil:
 		return *c.Spec.Source.SnapshotHandle
 	}
-
 	return c.Name
 }
 
@@ -236,6 +254,5 @@ func (b *Reconciler) setPolicy(ctx context.Context, c *snapshotv1.VolumeSnapshot
 	if err := client.IgnoreNotFound(b.Client.Patch(ctx, c, client.MergeFrom(old))); err != nil {
 		return fmt.Errorf("deletion policy of VolumeSnapshotContent %s: %w", c.Name, err)
 	}
-
 	return nil
 }

@@ -21,7 +21,6 @@ const testUID = types.UID("0b0c1b73-c27f-3d54-6502-b79bd5b4ddb4")
 // snapshotPair is a VolumeSnapshot and its content.
 func snapshotPair(namespace, name, handle string, policy snapshotv1.DeletionPolicy, labels map[string]string) []client.Object {
 	uid := types.UID(namespace + "/" + name)
-
 	return []client.Object{
 		&snapshotv1.VolumeSnapshot{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name, UID: uid, Labels: labels}},
 		&snapshotv1.VolumeSnapshotContent{
@@ -34,8 +33,8 @@ func snapshotPair(namespace, name, handle string, policy snapshotv1.DeletionPoli
 	}
 }
 
-// storage stands for the snapshot sidecars: the content of a deleted snapshot goes if its
-// policy is Delete, and the storage's snapshot with it.
+// storage imitates the snapshot sidecars: the content of a deleted snapshot with policy
+// Delete is deleted, and so is the storage's snapshot.
 type storage struct {
 	t       *testing.T
 	c       client.WithWatch
@@ -106,7 +105,6 @@ func TestDropContents(t *testing.T) {
 				if w.After {
 					s.settle(ctx)
 				}
-
 				return nil
 			})
 			for round := 0; ; round++ {

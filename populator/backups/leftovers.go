@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"time"
 
 	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
@@ -15,24 +14,25 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/claims"
 	"github.com/varve-io/varve/populator/mover"
 )
 
-// Leftovers removes what runs left that are gone: deleted while they ran, alone or with their
-// namespace. It removes retained bases that no ProtectedVolume names any more, too. It
-// looks around at its start, every Every, and after Wake.
+// Leftovers removes what deleted runs left: runs deleted while they ran, alone or with their
+// namespace. It also removes retained bases that no ProtectedVolume names, and counts what
+// restores left, and what Others find. It sweeps at its start, every Every, and after Wake.
 type Leftovers struct {
 	*Reconciler
 	Every time.Duration
 	wake  chan struct{}
 }
 
-// NewLeftovers looks around once a minute.
+// NewLeftovers returns one that sweeps once a minute.
 func NewLeftovers(b *Reconciler) *Leftovers {
 	return &Leftovers{Reconciler: b, Every: time.Minute, wake: make(chan struct{}, 1)}
 }
 
-// Wake has it look around soon. It does not block.
+// Wake makes it sweep soon. It does not block.
 func (l *Leftovers) Wake() {
 	select {
 	case l.wake <- struct{}{}:
@@ -40,20 +40,18 @@ func (l *Leftovers) Wake() {
 	}
 }
 
-// NeedLeaderElection has only the leader remove anything.
+// NeedLeaderElection lets only the leader remove anything.
 func (l *Leftovers) NeedLeaderElection() bool { return true }
 
-// Start looks around until ctx ends.
+// Start sweeps until ctx ends.
 func (l *Leftovers) Start(ctx context.Context) error {
-	const soon = 2 * time.Second
+	next, before := l.Every, 0
 	for ctx.Err() == nil {
-		next := l.Every
 		n, err := l.Sweep(ctx)
 		if err != nil {
-			slog.ErrorContext(ctx, "look for leftovers", "error", err)
-		} else if n > 0 {
-			next = soon
+			l.log().ErrorContext(ctx, "look for leftovers", "error", err)
 		}
+		next, before = l.next(next, before, n), n
 		timer := time.NewTimer(next)
 		select {
 		case <-ctx.Done():
@@ -63,19 +61,31 @@ func (l *Leftovers) Start(ctx context.Context) error {
 		case <-timer.C:
 		}
 	}
-
 	return nil
 }
 
-// found is what a run left behind.
+// next returns when to sweep again: soon while objects disappear, and less and less often
+// while the same number stays.
+func (l *Leftovers) next(last time.Duration, before, left int) time.Duration {
+	const soon = 2 * time.Second
+	switch {
+	case left == 0:
+		return l.Every
+	case left != before:
+		return min(soon, l.Every)
+	}
+	return min(2*last, l.Every)
+}
+
+// found is what a run left.
 type found struct {
 	owner    string // Kind/namespace/name
 	disputed bool   // its objects name several owners
 }
 
-// Sweep looks around once and says how many objects are still left.
+// Sweep sweeps once and returns how many objects are still left.
 func (l *Leftovers) Sweep(ctx context.Context) (int, error) {
-	// A retained base is a run's, too; there are as many of them as volumes.
+	// A retained base is also a run's; there are as many of them as volumes.
 	bases, err := l.bases(ctx)
 	if err != nil {
 		return 0, err
@@ -94,7 +104,7 @@ func (l *Leftovers) Sweep(ctx context.Context) (int, error) {
 			dead = append(dead, uid)
 		}
 	}
-	// Read again: those that ended meanwhile have written their bases before they did.
+	// Read again: those that ended since have written their bases before they did.
 	if len(dead) > 0 {
 		if bases, err = l.bases(ctx); err != nil {
 			return 0, errors.Join(append(errs, err)...)
@@ -109,27 +119,37 @@ func (l *Leftovers) Sweep(ctx context.Context) (int, error) {
 	for i := range origins {
 		uid := types.UID(origins[i].Labels[mover.LabelRun])
 		if runs[uid] != nil {
-			continue // what Varve's own objects say of the run goes
+			continue // Varve's own objects about the run decide
 		}
 		n, err := l.sweepOrigin(ctx, &origins[i], uid)
 		left += n
 		errs = append(errs, err)
 	}
-	// Of claims that somebody else deleted, or that were deleted while their volume was made.
-	n, err := l.dropVolumes(ctx, "")
+	// Of claims deleted by others, or while their volume was made.
+	n, stay, err := l.dropVolumes(ctx, "")
+	left += n + stay
+	errs = append(errs, err)
+	n, err = l.sweepGroups(ctx, bases.groups)
 	left += n
 	errs = append(errs, err)
+	n, err = claims.Sweep(ctx, l.Client, l.Live, l.Pods.Namespace)
+	left += n
+	errs = append(errs, err)
+	for _, sweep := range l.Others {
+		n, err = sweep(ctx)
+		left += n
+		errs = append(errs, err)
+	}
 	if l.Metrics != nil {
 		l.Metrics.Leftovers(left)
 	}
-
 	return left, errors.Join(errs...)
 }
 
-// all finds the runs that have other objects than a base, by their UIDs. Only what tenants
-// cannot write says whose a run is: contents, and what is in Varve's namespace. The snapshots in
-// theirs, which they may have labelled as they like, are given apart.
-func (l *Leftovers) all(ctx context.Context, bases map[string]bool) (map[types.UID]*found, []snapshotv1.VolumeSnapshot, error) {
+// all finds the runs that have other objects than a base or a member of a group snapshot, by their
+// UIDs. Only objects that tenants cannot write say whose a run is: contents, and those in Varve's
+// namespace. It returns separately the snapshots in tenants' namespaces, which they may label.
+func (l *Leftovers) all(ctx context.Context, bases based) (map[types.UID]*found, []snapshotv1.VolumeSnapshot, error) {
 	mine := client.MatchingLabels{mover.LabelManagedBy: mover.ManagedBy, mover.LabelRole: Role}
 	here := client.InNamespace(l.Pods.Namespace)
 	runs := map[types.UID]*found{}
@@ -148,9 +168,9 @@ func (l *Leftovers) all(ctx context.Context, bases map[string]bool) (map[types.U
 	}
 	var snapshots snapshotv1.VolumeSnapshotList
 	var contents snapshotv1.VolumeSnapshotContentList
-	var claims corev1.PersistentVolumeClaimList
+	var clones corev1.PersistentVolumeClaimList
 	var jobs batchv1.JobList
-	if err := errors.Join(l.Live.List(ctx, &snapshots, mine), l.Live.List(ctx, &contents, mine), l.Live.List(ctx, &claims, mine, here), l.Live.List(ctx, &jobs, mine, here)); err != nil {
+	if err := errors.Join(l.Live.List(ctx, &snapshots, mine), l.Live.List(ctx, &contents, mine), l.Live.List(ctx, &clones, mine, here), l.Live.List(ctx, &jobs, mine, here)); err != nil {
 		return nil, nil, fmt.Errorf("list objects of runs: %w", err)
 	}
 	var origins []snapshotv1.VolumeSnapshot
@@ -158,71 +178,73 @@ func (l *Leftovers) all(ctx context.Context, bases map[string]bool) (map[types.U
 		switch s := &snapshots.Items[i]; {
 		case s.Namespace != l.Pods.Namespace:
 			origins = append(origins, *s)
-		case !bases[s.Name]:
+		case !bases.contents[s.Name] && s.Labels[LabelGroup] == "":
 			note(s)
 		}
 	}
 	for i := range contents.Items {
-		if c := &contents.Items[i]; !bases[c.Name] {
+		if c := &contents.Items[i]; !bases.contents[c.Name] && c.Labels[LabelGroup] == "" {
 			note(c)
 		}
 	}
-	for i := range claims.Items {
-		note(&claims.Items[i])
+	for i := range clones.Items {
+		note(&clones.Items[i])
 	}
 	for i := range jobs.Items {
 		note(&jobs.Items[i])
 	}
-
 	return runs, origins, nil
 }
 
-// isOrigin says whether a snapshot in a tenant's namespace is what a run of an owner makes there: it
+// isOrigin reports whether a snapshot in a tenant's namespace is as a run of an owner makes it: it
 // has the run's name, and the owner is in the same namespace.
 func isOrigin(s *snapshotv1.VolumeSnapshot, uid types.UID, owner string) bool {
 	key, ok := ownerKey(owner)
-
 	return ok && key.Namespace == s.Namespace && s.Name == originName(uid) && s.Annotations[mover.AnnotationOwner] == owner
 }
 
-// sweepOrigin removes a snapshot that a run took and did not take over before it was gone.
+// sweepOrigin deletes a snapshot that a run took but did not take over before it was deleted.
 func (l *Leftovers) sweepOrigin(ctx context.Context, s *snapshotv1.VolumeSnapshot, uid types.UID) (int, error) {
 	owner := s.Annotations[mover.AnnotationOwner]
 	if !isOrigin(s, uid, owner) {
-		slog.WarnContext(ctx, "a snapshot has the labels of a backup and is none's; it is left alone", "snapshot", s.Namespace+"/"+s.Name, "owner", owner)
-
+		l.log().WarnContext(ctx, "a snapshot has the labels of a backup and belongs to none; it is left alone", "snapshot", s.Namespace+"/"+s.Name, "owner", owner)
 		return 0, nil
 	}
 	if alive, err := l.underWay(ctx, uid, &found{owner: owner}); err != nil || alive {
 		return 0, err
 	}
 	_, err := l.dropOrigin(ctx, s, uid)
-
 	return 1, err
 }
 
-// bases are the names of the contents that ProtectedVolumes keep.
-func (l *Leftovers) bases(ctx context.Context) (map[string]bool, error) {
+// based returns the names of the contents, and the group snapshots, that ProtectedVolumes keep.
+type based struct {
+	contents map[string]bool
+	groups   map[types.UID]bool
+}
+
+func (l *Leftovers) bases(ctx context.Context) (based, error) {
+	bases := based{map[string]bool{}, map[types.UID]bool{}}
 	var volumes v1alpha1.ProtectedVolumeList
 	if err := l.Live.List(ctx, &volumes); err != nil {
-		return nil, fmt.Errorf("list ProtectedVolumes: %w", err)
+		return bases, fmt.Errorf("list ProtectedVolumes: %w", err)
 	}
-	bases := map[string]bool{}
 	for _, v := range volumes.Items {
 		if v.Status.Base != nil && v.DeletionTimestamp == nil {
-			bases[v.Status.Base.Content] = true
+			bases.contents[v.Status.Base.Content] = true
+			if g := v.Status.Base.Group; g != "" {
+				bases.groups[g] = true
+			}
 		}
 	}
-
 	return bases, nil
 }
 
-// underWay says whether a run will look after its objects itself.
+// underWay reports whether a run will handle its objects itself.
 func (l *Leftovers) underWay(ctx context.Context, uid types.UID, f *found) (bool, error) {
 	key, ok := ownerKey(f.owner)
 	if !ok || f.disputed {
-		slog.WarnContext(ctx, "objects of a backup do not say whose they are, or not the same; they are left alone", "run", string(uid), "owner", f.owner)
-
+		l.log().WarnContext(ctx, "objects of a backup name no owner, or different ones; they are left alone", "run", string(uid), "owner", f.owner)
 		return true, nil
 	}
 	var vb v1alpha1.VolumeBackup
@@ -230,18 +252,17 @@ func (l *Leftovers) underWay(ctx context.Context, uid types.UID, f *found) (bool
 	if apierrors.IsNotFound(err) {
 		return false, nil
 	}
-
 	return err != nil || vb.UID == uid && vb.DeletionTimestamp == nil && !finished(&vb), err
 }
 
-// dropRun removes the objects of a run, but for its snapshot if that is somebody's base.
-func (l *Leftovers) dropRun(ctx context.Context, uid types.UID, owner string, bases map[string]bool) (int, error) {
+// dropRun deletes the objects of a run, except its snapshot if that is a base.
+func (l *Leftovers) dropRun(ctx context.Context, uid types.UID, owner string, bases based) (int, error) {
 	left, err := l.dropMovers(ctx, uid)
 	if err != nil || left > 0 {
 		return left, err
 	}
 	keep := ""
-	if bases[twinName(uid)] {
+	if bases.contents[twinName(uid)] {
 		keep = twinName(uid)
 	}
 	mine := client.MatchingLabels{mover.LabelRun: string(uid), mover.LabelRole: Role}
@@ -255,6 +276,9 @@ func (l *Leftovers) dropRun(ctx context.Context, uid types.UID, owner string, ba
 	}
 	for i := range snapshots.Items {
 		s := &snapshots.Items[i]
+		if s.Labels[LabelGroup] != "" {
+			continue // sweepGroups has it
+		}
 		if s.Namespace == l.Pods.Namespace && s.Name != keep || s.Namespace != l.Pods.Namespace && isOrigin(s, uid, owner) {
 			left++
 			if _, err := l.dropOrigin(ctx, s, uid); err != nil {
@@ -262,6 +286,5 @@ func (l *Leftovers) dropRun(ctx context.Context, uid types.UID, owner string, ba
 			}
 		}
 	}
-
 	return left, nil
 }

@@ -3,10 +3,12 @@ package backups
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"testing"
 	"time"
 
 	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
+	"github.com/prometheus/client_golang/prometheus"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -14,10 +16,11 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/metrics"
 	"github.com/varve-io/varve/populator/mover"
 )
 
-// counting tells of each object that is read by name, before it is.
+// counting reports each object read by name, before the read.
 type counting struct {
 	client.Reader
 	onGet func(o client.Object)
@@ -25,29 +28,26 @@ type counting struct {
 
 func (c counting) Get(ctx context.Context, key client.ObjectKey, o client.Object, opts ...client.GetOption) error {
 	c.onGet(o)
-
 	return c.Reader.Get(ctx, key, o, opts...)
 }
 
-// twinOf is what a run left in Varve's namespace.
+// twinOf returns what a run left in Varve's namespace.
 func twinOf(run string) []client.Object {
 	objects := snapshotPair("varve", twinName(newRun(run, "").UID), "snap-"+run, snapshotv1.VolumeSnapshotContentRetain,
 		map[string]string{mover.LabelManagedBy: mover.ManagedBy, mover.LabelRole: Role, mover.LabelRun: run, LabelVolume: "v"})
 	for _, o := range objects {
 		o.SetAnnotations(map[string]string{mover.AnnotationOwner: "VolumeBackup/shop/" + run})
 	}
-
 	return objects
 }
 
 func baseOf(run string) v1alpha1.ProtectedVolume {
 	name := twinName(newRun(run, "").UID)
-
 	return v1alpha1.ProtectedVolume{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "data"},
 		Status: v1alpha1.ProtectedVolumeStatus{Base: &v1alpha1.BaseSnapshot{Name: name, Content: name}}}
 }
 
-// A run that ends, and leaves its snapshot as the base, while others are looked at keeps it.
+// A run that ends during a sweep, and leaves its snapshot as the base, keeps it.
 func TestSweepKeepsABaseThatJustCame(t *testing.T) {
 	c, b := newCluster(t, append(twinOf("run"), newRun("run", "DropSnapshots"), &v1alpha1.ProtectedVolume{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "data"}})...)
 	b.Live = counting{c, func(o client.Object) {
@@ -77,8 +77,8 @@ func TestSweepKeepsABaseThatJustCame(t *testing.T) {
 	}
 }
 
-// tenants is a bound snapshot in a tenant's namespace with the labels of a run, whose content is
-// the driver's of a volume.
+// tenants returns a bound snapshot in a tenant's namespace with the labels of a run; the driver
+// made its content from a volume.
 func tenants(namespace, name string, run types.UID, owner string) []client.Object {
 	objects := snapshotPair(namespace, name, "", snapshotv1.VolumeSnapshotContentRetain, mover.RunLabels(Role, run))
 	vs, volume, yes := objects[0].(*snapshotv1.VolumeSnapshot), "vol-1", true
@@ -87,12 +87,11 @@ func tenants(namespace, name string, run types.UID, owner string) []client.Objec
 	content.Spec.Source = snapshotv1.VolumeSnapshotContentSource{VolumeHandle: &volume}
 	vs.Annotations = map[string]string{mover.AnnotationOwner: owner}
 	vs.Status = &snapshotv1.VolumeSnapshotStatus{BoundVolumeSnapshotContentName: &content.Name, ReadyToUse: &yes}
-
 	return objects
 }
 
-// Labels in a tenant's namespace are the tenant's to write: only a snapshot that can be a run's is
-// removed, and of other runs they say nothing.
+// A tenant can write labels in its namespace: only a snapshot that can be a run's is deleted, and
+// the labels say nothing about other runs.
 func TestSweepOfTenantsSnapshots(t *testing.T) {
 	const gone = types.UID("11111111-c27f-3d54-6502-b79bd5b4ddb4")
 	handle := "somebody's"
@@ -142,7 +141,7 @@ func TestSweepOfTenantsSnapshots(t *testing.T) {
 	}
 }
 
-// A run whose own objects name several owners is for a person to look at.
+// A run whose own objects name several owners is left for a person to check.
 func TestSweepOfDisputedObjects(t *testing.T) {
 	clone, _ := cloneOf(testUID)
 	other := clone.DeepCopy()
@@ -159,8 +158,8 @@ func TestSweepOfDisputedObjects(t *testing.T) {
 	}
 }
 
-// Bases are as many as volumes: a look at them all reads none of their runs. One that nobody
-// names any more goes.
+// There are as many bases as volumes: checking them all reads none of their runs. One that
+// no object names is deleted.
 func TestSweepOfBases(t *testing.T) {
 	pv := baseOf("run")
 	c, b := newCluster(t, append(twinOf("run"), &pv)...)
@@ -180,7 +179,7 @@ func TestSweepOfBases(t *testing.T) {
 	}
 }
 
-// A snapshot that nobody takes up does not hold the run's place in the queue for ever.
+// A snapshot that no controller handles does not hold the run's place in the queue forever.
 func TestSnapshotThatNobodyTakes(t *testing.T) {
 	made := metav1.NewTime(time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC))
 	for after, failed := range map[time.Duration]bool{noSnapshotPatience - time.Minute: false, noSnapshotPatience + time.Minute: true} {
@@ -194,7 +193,7 @@ func TestSnapshotThatNobodyTakes(t *testing.T) {
 	}
 }
 
-// What a tenant writes on the snapshot in its namespace does not say whose the twin is.
+// A tenant's changes of the snapshot in its namespace do not decide whose the twin is.
 func TestTwinIsOfItsRun(t *testing.T) {
 	vb := newRun("run", "Twin")
 	objects := readyTwin(vb)[1:] // its content
@@ -210,4 +209,32 @@ func TestTwinIsOfItsRun(t *testing.T) {
 	if got := twin.Annotations[mover.AnnotationOwner]; got != "VolumeBackup/shop/run" {
 		t.Errorf("its owner is %q", got)
 	}
+}
+
+// What others find counts, in the metric too, and an error of one hides nothing of the rest.
+func TestSweepOfOthers(t *testing.T) {
+	_, b := newCluster(t)
+	registry := prometheus.NewRegistry()
+	var err error
+	if b.Metrics, err = metrics.New(registry); err != nil {
+		t.Fatal(err)
+	}
+	broken := errors.New("no answer")
+	b.Others = append(b.Others, func(context.Context) (int, error) { return 1, broken }, func(context.Context) (int, error) { return 2, nil })
+	if left, err := NewLeftovers(b).Sweep(t.Context()); left != 3 || !errors.Is(err, broken) {
+		t.Errorf("%d left, %v", left, err)
+	}
+	all, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range all {
+		if f.GetName() == "varve_leftover_objects" {
+			if got := f.GetMetric()[0].GetGauge().GetValue(); got != 3 {
+				t.Errorf("the metric says %v", got)
+			}
+			return
+		}
+	}
+	t.Error("there is no metric")
 }

@@ -13,14 +13,14 @@ import (
 	"github.com/varve-io/varve/populator/store"
 )
 
-// All that a run makes is named after its UID, so that making it twice is making it once,
-// and labelled with it, so that it is found when the run's own object is gone.
+// All objects of a run are named after its UID, so that creating them is idempotent, and
+// labelled with it, so that they are found after the run's own object was deleted.
 
 // Role of the objects of backups, in label mover.LabelRole.
 const Role = "backup"
 
-// LabelVolume is a short name of a claim and store: runs with the same one take turns, and
-// share at most one retained base.
+// LabelVolume is a short name of a claim and store: runs with the same one run one at a
+// time, and share at most one retained base.
 const LabelVolume = "varve.io/volume"
 
 // LabelOrigin is on the snapshot in the claim's namespace, and on its content.
@@ -34,15 +34,14 @@ func cloneName(uid types.UID, n int32) string { return fmt.Sprint(clonePrefix(ui
 func jobName(uid types.UID, n int32) string   { return fmt.Sprintf("varve-%s-%d", uid, n) }
 func secretName(uid types.UID) string         { return "varve-" + string(uid) + "-store" }
 
-// volumeLabel is of a claim in a store.
+// volumeLabel returns the label of a claim in a store.
 func volumeLabel(claim types.UID, k store.Key) string {
 	sum := sha256.Sum256([]byte(string(claim) + "\n" + k.String()))
-
 	return hex.EncodeToString(sum[:12])
 }
 
-// ProtectedVolumeName is of the ProtectedVolume of a claim and store: readable, and
-// another for each.
+// ProtectedVolumeName returns the name of the ProtectedVolume of a claim and store:
+// readable and unique.
 func ProtectedVolumeName(claim string, ref v1alpha1.StoreReference) string {
 	kind := ref.Kind
 	if kind == "" {
@@ -50,17 +49,18 @@ func ProtectedVolumeName(claim string, ref v1alpha1.StoreReference) string {
 	}
 	sum := sha256.Sum256([]byte(claim + "\n" + string(kind) + "\n" + ref.Name))
 	const most = 200
-
 	return claim[:min(len(claim), most)] + "-" + hex.EncodeToString(sum[:5])
 }
 
-// labels of all that a run makes.
+// labels returns the labels of all objects of a run.
 func (r *run) labels() map[string]string {
 	l := mover.RunLabels(Role, r.vb.UID)
 	if r.vb.Status.ClaimUID != "" {
 		l[LabelVolume] = volumeLabel(r.vb.Status.ClaimUID, r.key())
 	}
-
+	if r.inGroupSnapshot() {
+		l[LabelGroup] = string(r.vb.Status.Group.UID)
+	}
 	return l
 }
 
@@ -76,6 +76,5 @@ func ownerKey(owner string) (types.NamespacedName, bool) {
 	if len(parts) != 3 || parts[0] != "VolumeBackup" {
 		return types.NamespacedName{}, false
 	}
-
 	return types.NamespacedName{Namespace: parts[1], Name: parts[2]}, true
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"strings"
 	"time"
 
@@ -23,12 +22,12 @@ import (
 	"github.com/varve-io/varve/populator/store"
 )
 
-// startPatience is how long a mover may take to start: some storages take their time to make
-// a volume of a snapshot.
+// startPatience is how long a mover may take to start: some storages are slow to make a
+// volume from a snapshot.
 const startPatience = 2 * time.Hour
 
-// read has a mover read the clone. An attempt that failed is made again where that may
-// help; one whose node was lost gets a clone of its own, as the last may be held there.
+// read lets a mover read the clone. A failed attempt is repeated if that may help; after
+// a lost node it gets a new clone, since the last may be held there.
 func (r *run) read(ctx context.Context) (step.Result, error) {
 	s := &r.vb.Status
 	if s.Point != nil {
@@ -45,89 +44,118 @@ func (r *run) read(ctx context.Context) (step.Result, error) {
 		return step.Result{}, err
 	}
 	if pvc.DeletionTimestamp != nil {
-		// Somebody deleted it; the next one is another.
+		// It was deleted; the next one is new.
 		s.Clones++
-
 		return step.Wait(v1alpha1.ReasonRunning, "another volume is made of the snapshot", time.Second), r.save(ctx)
 	}
 	if err := r.madeOfSnapshot(ctx, pvc); err != nil {
 		return step.Result{}, err
 	}
 	name := jobName(r.vb.UID, s.Attempts)
-	state, err := mover.Look(ctx, r.Live, r.Pods.Namespace, name)
+	state, err := mover.Look(ctx, r.Live, r.log(), r.Pods.Namespace, name)
 	if err != nil {
 		return step.Result{}, err
 	}
+	if state.Deleting && state.Pod == "" || state.Deleting && state.Phase == mover.Pending {
+		return step.Wait(v1alpha1.ReasonRunning, "a mover that was not started is being removed", time.Second), nil
+	}
 	switch state.Phase {
 	case mover.Absent:
+		if wait, err := r.place(ctx); wait != nil || err != nil {
+			return unwrap(wait), err
+		}
 		if err := r.startMover(ctx, name, pvc.Name); err != nil {
 			if errors.Is(err, csikube.ErrNotReady) {
 				return step.Wait(v1alpha1.ReasonRunning, err.Error(), time.Second), nil
 			}
-
 			return step.Result{}, err
 		}
-
+		r.hold()
 		return step.Wait(v1alpha1.ReasonRunning, "the mover is being started", 2*time.Second), nil
 	case mover.Pending:
-		trouble, err := r.cloneTrouble(ctx, pvc)
-		if err != nil {
-			return step.Result{}, err
-		}
-		if trouble != "" {
-			return step.Wait(v1alpha1.ReasonCloneFailed, "no volume was made of the snapshot yet: "+trouble, recheck), nil
-		}
-
-		if !state.Since.IsZero() && r.now().Sub(state.Since) > startPatience {
-			return step.Result{}, step.Terminal(v1alpha1.ReasonMoverFailed, fmt.Errorf("the mover did not start within %s: %s", startPatience, state.Waiting))
-		}
-
-		return step.Wait(v1alpha1.ReasonRunning, "the mover waits: "+state.Waiting, recheck), nil
+		return r.pending(ctx, name, pvc, state)
 	case mover.Running:
-		return r.progress(ctx, state)
+		r.hold()
+		r.reading = true
+		return r.progress(ctx, name, state)
 	}
 	if state.Result.OK {
 		return step.Done(), r.succeed(ctx, state.Result)
 	}
-
 	return r.again(ctx, name, state)
 }
 
-// progress shows how far the mover is.
-func (r *run) progress(ctx context.Context, state mover.State) (step.Result, error) {
-	wait := step.Wait(v1alpha1.ReasonRunning, "the mover reads the volume on node "+state.Node, recheck)
+// pending waits for a mover's pod to start, and lets others go first if that takes long.
+func (r *run) pending(ctx context.Context, name string, pvc *corev1.PersistentVolumeClaim, state mover.State) (step.Result, error) {
+	r.hold()
+	yields, _ := r.seen.noted(r.vb, "yield")
+	since := r.seen.since(r.vb, "pending", fmt.Sprint(name, " ", yields), r.now())
+	if yields == 0 && !state.Since.IsZero() { // as an earlier process saw it
+		since = max(since, r.now().Sub(state.Since))
+	}
+	if state.Refused {
+		r.Events.Warning(r.vb, v1alpha1.ReasonMoverWaits, "the mover does not start: %s", state.Waiting)
+	}
+	trouble, err := r.cloneTrouble(ctx, pvc)
+	switch {
+	case err != nil:
+		return step.Result{}, err
+	case since+yielded(yields) > startPatience: // the time in which others went first does not count
+		return step.Result{}, step.Terminal(v1alpha1.ReasonMoverFailed, fmt.Errorf("the mover did not start within %s: %s", startPatience, state.Waiting))
+	case since > grace(yields) && r.Queue.Wanted(r.vb.UID):
+		return r.yield(ctx, name, state.Waiting)
+	case trouble != "":
+		return step.Wait(v1alpha1.ReasonCloneFailed, "no volume was made of the snapshot yet: "+trouble, recheck), nil
+	}
+	return step.Wait(v1alpha1.ReasonRunning, "the mover waits: "+state.Waiting, recheck), nil
+}
+
+// progress shows the mover's progress.
+func (r *run) progress(ctx context.Context, name string, state mover.State) (step.Result, error) {
+	wait := step.Wait(v1alpha1.ReasonRunning, "the mover runs on node "+state.Node, recheck)
 	if r.Logs == nil {
 		return wait, nil
 	}
 	log, err := r.Logs.Tail(ctx, r.Pods.Namespace, state.Pod)
 	if err != nil {
-		return wait, nil //nolint:nilerr // it is only for show, and the pod may just have ended
+		return wait, nil //nolint:nilerr // it is only for display, and the pod may just have ended
 	}
-	if p, ok := mover.LastProgress(log); ok {
+	p, ok := mover.LastProgress(log)
+	switch p.Phase {
+	case mover.PhaseBackup:
+		wait.Message = "the mover reads the volume on node " + state.Node
+	case mover.PhaseSpotCheck:
+		wait.Message = "the mover compares some of the blocks that were reported unchanged on node " + state.Node
+	}
+	if r.seen.since(r.vb, "progress", fmt.Sprint(name, p), r.now()) > stallPatience {
+		r.moving = false
+		state.Lost = true // the volume may be held by it
+		state.Result = mover.Result{Reason: v1alpha1.ReasonMoverFailed, Again: true, Message: fmt.Sprintf("the mover on node %s made no progress for %v", state.Node, stallPatience)}
+		return r.again(ctx, name, state)
+	}
+	if ok && p.Phase == mover.PhaseBackup { // in other phases it would be their progress
 		if percent := p.Percent(); percent != nil && (r.vb.Status.Progress == nil || *r.vb.Status.Progress != *percent) {
 			r.vb.Status.Progress = percent
-
 			return wait, r.save(ctx)
 		}
 	}
-
 	return wait, nil
 }
 
-// backoff before the attempt behind the nth.
+// backoff before the attempt after the nth.
 func backoff(n int32) time.Duration { return min(10*time.Second<<min(n-1, 5), 5*time.Minute) }
 
 // again decides about the next attempt.
 func (r *run) again(ctx context.Context, name string, state mover.State) (step.Result, error) {
 	s := &r.vb.Status
 	res := state.Result
-	slog.WarnContext(ctx, "mover failed", "run", r.vb.Namespace+"/"+r.vb.Name, "attempt", s.Attempts, "reason", res.Reason, "message", res.Message, "node", state.Node)
+	r.log().WarnContext(ctx, "mover failed", "run", r.vb.Namespace+"/"+r.vb.Name, "attempt", s.Attempts, "reason", res.Reason, "message", res.Message, "node", state.Node)
 	if !res.Again || s.Attempts >= mover.MaxAttempts {
 		return step.Result{}, step.Terminal(res.Reason, fmt.Errorf("attempt %d of %d: %s", s.Attempts, mover.MaxAttempts, res.Message))
 	}
 	ended := state.Ended
-	if ended.IsZero() {
-		ended = r.now()
+	if ended.IsZero() { // the pod does not say when: since this process saw it
+		ended = r.now().Add(-r.seen.since(r.vb, "ended", name, r.now()))
 	}
 	if left := ended.Add(backoff(s.Attempts)).Sub(r.now()); left > 0 && !state.Lost {
 		return step.Wait(res.Reason, fmt.Sprintf("attempt %d failed and another is made: %s", s.Attempts, res.Message), left), nil
@@ -140,7 +168,6 @@ func (r *run) again(ctx context.Context, name string, state mover.State) (step.R
 	if state.Lost {
 		s.Clones++
 	}
-
 	return step.Wait(res.Reason, fmt.Sprintf("attempt %d begins, as the one before failed: %s", s.Attempts, res.Message), time.Second), r.save(ctx)
 }
 
@@ -170,7 +197,6 @@ func (r *run) startMover(ctx context.Context, name, device string) error {
 	if err := refused(v1alpha1.ReasonMoverFailed, r.Client.Create(ctx, job)); err != nil && !apierrors.IsAlreadyExists(err) {
 		return fmt.Errorf("mover of claim %s: %w", r.vb.Spec.ClaimName, err)
 	}
-
 	return nil
 }
 
@@ -179,8 +205,8 @@ func (r *run) storeSecret(ctx context.Context, st *store.Store) (string, error) 
 	return mover.EnsureSecret(ctx, r.Client, r.Stores, st, r.Pods.Namespace, secretName(r.vb.UID), r.labels(), r.annotations())
 }
 
-// affinity keeps the mover where the claim's volume can be reached, and so its snapshot. A
-// volume that is gone by now has none.
+// affinity keeps the mover where the claim's volume, and so its snapshot, is reachable. A
+// deleted volume has none.
 func (r *run) affinity(ctx context.Context) *corev1.NodeAffinity {
 	pvc, err := r.claim(ctx)
 	if err != nil || pvc.Spec.VolumeName == "" {
@@ -190,17 +216,17 @@ func (r *run) affinity(ctx context.Context) *corev1.NodeAffinity {
 	if r.Live.Get(ctx, types.NamespacedName{Name: pvc.Spec.VolumeName}, &pv) != nil || pv.Spec.NodeAffinity == nil {
 		return nil
 	}
-
 	return &corev1.NodeAffinity{RequiredDuringSchedulingIgnoredDuringExecution: pv.Spec.NodeAffinity.Required}
 }
 
-// succeed writes down the point that was made.
+// succeed records the new point.
 func (r *run) succeed(ctx context.Context, res mover.Result) error {
 	s := &r.vb.Status
 	s.Point = res.Point
 	if s.Point == nil {
 		return step.Terminal(v1alpha1.ReasonMoverFailed, fmt.Errorf("the mover did not say which point it made"))
 	}
+	s.Point.Consistent = r.isConsistent()
 	s.ChangeID, s.Points, s.PointCount = res.ChangeID, nil, res.PointCount
 	for _, p := range res.Listed {
 		s.Points = append(s.Points, v1alpha1.ListedPoint{ID: p.ID, Time: metav1.NewTime(p.Time)})
@@ -212,30 +238,29 @@ func (r *run) succeed(ctx context.Context, res mover.Result) error {
 		s.PrunedAt = &now
 	}
 	if res.KeepError != "" {
-		r.Events.Warning(r.vb, v1alpha1.ReasonRetentionFailed, "the point was made, but older ones could not be removed: %s", res.KeepError)
+		r.Events.Warning(r.vb, v1alpha1.ReasonRetentionFailed, "the point was made, but older ones could not be deleted: %s", res.KeepError)
 	}
 	if res.NewLineage != "" {
 		r.Events.Normal(r.vb, v1alpha1.ReasonNewLineage,
-			"recovery point %s begins a new lineage of claim %s: %s; the retention counts the points of the disk before by themselves", s.Point.ID, r.vb.Spec.ClaimName, res.NewLineage)
+			"recovery point %s begins a new lineage of claim %s: %s; retention counts the points of the earlier disk separately", s.Point.ID, r.vb.Spec.ClaimName, res.NewLineage)
 	}
 	if res.ByFloor > 0 {
 		if st, err := r.store(ctx); err == nil {
-			r.Events.Normal(r.vb, v1alpha1.ReasonRetentionFloor, "%d points stay that the retention would remove: %s keeps %s of each volume", res.ByFloor, st.Key, st.Floor())
+			r.Events.Normal(r.vb, v1alpha1.ReasonRetentionFloor, "%d points are kept that the retention would delete: %s keeps %s of each volume", res.ByFloor, st.Key, st.Floor())
 		}
 	}
 	r.sayChangedBlocks()
-
 	return r.save(ctx)
 }
 
-// sayChangedBlocks tells who named the changed blocks, and why not somebody better.
+// sayChangedBlocks reports which source named the changed blocks, and why not a better one.
 func (r *run) sayChangedBlocks() {
 	p := r.vb.Status.Point
-	status, reason, message := metav1.ConditionTrue, v1alpha1.ReasonDelta, "the driver told what changed since the last point"
+	status, reason, message := metav1.ConditionTrue, v1alpha1.ReasonDelta, "the driver reported what changed since the last point"
 	switch p.Source {
 	case "csi-delta":
 	case "csi-allocated":
-		reason, message = v1alpha1.ReasonAllocated, "the driver told what holds data"
+		reason, message = v1alpha1.ReasonAllocated, "the driver reported which blocks hold data"
 	default:
 		status, reason, message = metav1.ConditionFalse, v1alpha1.ReasonCompared, "all of the volume was read"
 	}
@@ -247,10 +272,13 @@ func (r *run) sayChangedBlocks() {
 }
 
 // dropJob deletes a Job and its pod. The pod of a node that does not answer is deleted
-// without asking it: it reads a copy that nobody else uses, and writes no point that is not
-// whole.
+// without waiting for the node: it reads a copy that nothing else uses, and writes no
+// incomplete point.
 func (b *Reconciler) dropJob(ctx context.Context, name string) error {
-	job := &batchv1.Job{ObjectMeta: metav1.ObjectMeta{Namespace: b.Pods.Namespace, Name: name}}
+	return b.deleteJob(ctx, name, metav1.DeletePropagationBackground)
+}
 
-	return client.IgnoreNotFound(b.Client.Delete(ctx, job, client.PropagationPolicy(metav1.DeletePropagationBackground)))
+func (b *Reconciler) deleteJob(ctx context.Context, name string, how metav1.DeletionPropagation) error {
+	job := &batchv1.Job{ObjectMeta: metav1.ObjectMeta{Namespace: b.Pods.Namespace, Name: name}}
+	return client.IgnoreNotFound(b.Client.Delete(ctx, job, client.PropagationPolicy(how)))
 }

@@ -1,16 +1,17 @@
-// Package backups runs VolumeBackups: each is a snapshot, a volume made of it, a mover that
-// reads that, and a recovery point; in the end nothing of it is left but, perhaps, the one
-// snapshot that the next increment needs.
+// Package backups runs VolumeBackups: each makes a snapshot, a volume from it, a mover that
+// reads the volume, and a recovery point; in the end at most the one snapshot is left that
+// the next increment needs.
 //
-// What a run does is the list Backup, step by step; what it does when it fails or is taken
-// away is the list Abandon. Both are safe to stop at any instant: names follow from the
-// run's UID, labels say whose an object is, and what is in no object is not needed.
+// The steps of a run are the list Backup; when it fails or is deleted, the list Abandon.
+// Both are safe to stop at any instant: names follow from the run's UID, labels say whose
+// an object is, and no state is needed that is in no object.
 //
 // A run has no finalizer, so that deleting a namespace never waits for it. What a deleted
-// run leaves behind is found by its labels (see leftovers.go).
+// run leaves is found by its labels (see leftovers.go).
 package backups
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,17 +29,19 @@ import (
 
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/backup/cbt/csi"
+	"github.com/varve-io/varve/populator/hold"
 	"github.com/varve-io/varve/populator/metrics"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/queue"
 	"github.com/varve-io/varve/populator/report"
 	"github.com/varve-io/varve/populator/step"
 	"github.com/varve-io/varve/populator/store"
+	"github.com/varve-io/varve/populator/stream"
 )
 
-// Reconciler runs VolumeBackups. Its fields are not to be changed once it runs.
+// Reconciler runs VolumeBackups. Its fields must not change while it runs.
 type Reconciler struct {
-	// Client writes; Live reads past every cache, as steps decide by what is so now.
+	// Client writes; Live reads past every cache, since steps decide by the current state.
 	Client client.Client
 	Live   client.Reader
 	Stores *store.Stores
@@ -46,53 +49,74 @@ type Reconciler struct {
 	Logs   mover.Logs
 	Queue  *queue.Queue
 	Events *report.Events
+	// Holds are the holds of this process for runs, and Process is its name. Wake makes a run
+	// checked; it may be nil.
+	Holds   *hold.Holds
+	Process string
+	Wake    func(namespace, name string, uid types.UID)
+	// Streams are the dumps that this process forwards.
+	Streams *stream.Streams
 	// Metrics may be nil.
 	Metrics *metrics.Metrics
-	// Tokens gives tokens for an audience to ask a driver's SnapshotMetadata service
-	// with from here; nil leaves all asking to movers.
+	// Tokens returns tokens of an audience for calls to a driver's SnapshotMetadata
+	// service from here; if nil, only movers call it.
 	Tokens func(audience string) csi.TokenSource
 	// VerifyUnchanged is the share of the blocks reported unchanged that is read and
 	// compared with the parent, 0 to 1.
 	VerifyUnchanged float64
 	Version         string
+	// Others remove what runs of other kinds left, and return how many objects; Leftovers calls them.
+	Others []func(context.Context) (int, error)
 	// Now is the clock; nil for the machine's.
 	Now func() time.Time
+	// Log receives what is no error; nil for none.
+	Log *slog.Logger
 
 	resume  sync.Mutex
 	resumed bool
+	seen    waits
 }
 
 // DefaultTTL is how long a finished run's object stays.
 const DefaultTTL = 72 * time.Hour
 
-// recheck is how long a run waits for what no watch tells of.
+// recheck is how long a run waits for what no watch reports.
 const recheck = 5 * time.Second
 
 func (b *Reconciler) now() time.Time {
 	if b.Now != nil {
 		return b.Now()
 	}
-
 	return time.Now()
 }
 
-// run is one VolumeBackup being worked on.
+// run is a VolumeBackup being reconciled.
 type run struct {
 	*Reconciler
 	vb *v1alpha1.VolumeBackup
 	st *store.Store
+	// moving says that the run's mover exists and needs its place.
+	moving bool
+	// reading says that it runs.
+	reading bool
 }
 
-// Reconcile goes on with a run.
+// log returns the reconciler's log.
+func (b *Reconciler) log() *slog.Logger { return cmp.Or(b.Log, slog.New(slog.DiscardHandler)) }
+
+// Reconcile continues a run.
 func (b *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
 	var vb v1alpha1.VolumeBackup
 	err := b.Live.Get(ctx, req.NamespacedName, &vb)
 	if err == nil || apierrors.IsNotFound(err) {
-		// One that was deleted while it was admitted got its place after its end was told of. A
-		// name is looked at by one worker at a time, so that nobody is about to ask for another.
+		// A run that was deleted while it was admitted got its place after the event of its
+		// end. One worker at a time handles a name, so no other is about to request a place.
 		b.Queue.Gone(queue.Backup, req.NamespacedName, vb.UID)
 	}
 	if err != nil {
+		if apierrors.IsNotFound(err) {
+			b.seen.forget(req.NamespacedName)
+		}
 		return reconcile.Result{}, client.IgnoreNotFound(err)
 	}
 	r := &run{Reconciler: b, vb: &vb}
@@ -101,10 +125,15 @@ func (b *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		return r.expire(ctx)
 	case vb.DeletionTimestamp != nil:
 		b.Queue.Done(vb.UID)
-
+		b.Holds.Drop(vb.UID)
+		b.Streams.Drop(vb.UID)
+		b.seen.forget(req.NamespacedName)
 		return reconcile.Result{}, nil
 	}
-	list, at := Backup, vb.Status.Step
+	list, at := Unheld, vb.Status.Step
+	if len(vb.Spec.Hooks) > 0 || vb.Spec.Group != nil {
+		list = Backup
+	}
 	if Abandon.has(at) {
 		list = Abandon
 	}
@@ -114,26 +143,29 @@ func (b *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	if at == "" {
 		if wait, err := r.admit(ctx); err != nil || wait != nil {
 			if wait == nil || wait.Reason != v1alpha1.ReasonQueued {
-				b.Queue.Done(vb.UID) // it waits for something else, and nobody is to wait behind it
+				b.Queue.Done(vb.UID) // it waits for something else, and no run must queue behind it
 			}
-
+			err = r.startsTooLate(wait, err)
 			return r.settle(ctx, wait, err)
 		}
 	} else {
-		b.Queue.Resume(r.ticket())
+		b.takeUp(r)
 	}
 	res, err := list.Run(ctx, r, at, r.record)
 	if err == nil && res.IsDone() {
 		b.Queue.Done(vb.UID)
-
 		return r.expire(ctx)
 	}
-
+	r.giveWay(&res)
+	if err == nil {
+		err = r.overdue(&res)
+	}
 	return r.settle(ctx, &res, err)
 }
 
 // resumeAll gives the runs that another process began their places back before this one
-// gives any away: runs of a claim take turns, and limits hold, across a restart.
+// gives out any: across a restart a claim's runs still run one at a time, and limits
+// hold.
 func (b *Reconciler) resumeAll(ctx context.Context) error {
 	b.resume.Lock()
 	defer b.resume.Unlock()
@@ -147,11 +179,11 @@ func (b *Reconciler) resumeAll(ctx context.Context) error {
 	gone := map[types.UID]bool{}
 	for i := range runs.Items {
 		if vb := &runs.Items[i]; vb.Status.Step != "" && !finished(vb) && vb.DeletionTimestamp == nil {
-			b.Queue.Resume((&run{Reconciler: b, vb: vb}).ticket())
+			b.takeUp(&run{Reconciler: b, vb: vb})
 			gone[vb.UID] = true
 		}
 	}
-	// Those that were deleted meanwhile: nobody tells of their end again.
+	// Those that were deleted since: no event reports their end again.
 	var still v1alpha1.VolumeBackupList
 	if err := b.Live.List(ctx, &still); err != nil {
 		return fmt.Errorf("list the runs under way: %w", err)
@@ -163,11 +195,19 @@ func (b *Reconciler) resumeAll(ctx context.Context) error {
 		b.Queue.Done(uid)
 	}
 	b.resumed = true
-
 	return nil
 }
 
-// settle writes down why a run waits, or gives it up.
+// takeUp gives a running run its former place.
+func (b *Reconciler) takeUp(r *run) {
+	b.Queue.Resume(r.ticket())
+	at := r.vb.Status.Step
+	if r.needsNoPlace(at) || Abandon.has(at) && r.vb.Status.Attempts == 0 {
+		b.Queue.Rest(r.vb.UID)
+	}
+}
+
+// settle records why a run waits, or gives it up.
 func (r *run) settle(ctx context.Context, wait *step.Result, err error) (reconcile.Result, error) {
 	if reason, is := step.IsTerminal(err); is {
 		return r.abandon(ctx, reason, err)
@@ -180,7 +220,12 @@ func (r *run) settle(ctx context.Context, wait *step.Result, err error) (reconci
 	case err != nil:
 		return r.tryAgain(ctx, err)
 	}
-	if gotOn := r.gotOn(); r.say(metav1.ConditionFalse, wait.Reason, wait.Message) || gotOn {
+	changed := r.gotOn()
+	changed = r.waits(wait.Reason, wait.Message) || changed
+	if p := r.phase(); p != "" && p != r.vb.Status.Phase {
+		r.vb.Status.Phase, changed = p, true
+	}
+	if changed {
 		if err := r.save(ctx); err != nil {
 			return reconcile.Result{RequeueAfter: time.Second}, client.IgnoreNotFound(ignoreConflict(err))
 		}
@@ -189,24 +234,23 @@ func (r *run) settle(ctx context.Context, wait *step.Result, err error) (reconci
 	if after == 0 {
 		after = recheck
 	}
-
 	return reconcile.Result{RequeueAfter: after}, nil
 }
 
-// tryAgain says what error a run met, and leaves it to the controller's back-off, for a while.
+// tryAgain records a run's error, and leaves the retry to the controller's back-off, for a while.
 func (r *run) tryAgain(ctx context.Context, err error) (reconcile.Result, error) {
 	noted, err := r.retrying(err)
 	if reason, is := step.IsTerminal(err); is {
 		return r.abandon(ctx, reason, err)
 	}
-	if r.say(metav1.ConditionFalse, r.reasonOf(err), err.Error()) {
+	said := r.waits(r.reasonOf(err), err.Error())
+	if said || isFailed(r.vb) {
 		r.Events.Warning(r.vb, r.reasonOf(err), "%s", err)
-		noted = true
 	}
+	noted = noted || said
 	if noted {
 		err = errors.Join(err, client.IgnoreNotFound(r.save(ctx)))
 	}
-
 	return reconcile.Result{}, err
 }
 
@@ -214,46 +258,57 @@ func ignoreConflict(err error) error {
 	if apierrors.IsConflict(err) {
 		return nil
 	}
-
 	return err
 }
 
-// say sets the Complete condition.
+// waits records what a run that has not ended waits for. A failed run keeps the reason while
+// it removes what it made.
+func (r *run) waits(reason, message string) bool {
+	return !isFailed(r.vb) && r.say(metav1.ConditionUnknown, reason, message)
+}
+
+// say sets the Complete condition. It is False only for a failed run, so that kubectl can wait
+// for that.
 func (r *run) say(status metav1.ConditionStatus, reason, message string) bool {
 	if reason == "" {
 		reason = v1alpha1.ReasonRunning
 	}
-
 	return report.Condition(&r.vb.Status.Conditions, r.vb, v1alpha1.ConditionComplete, status, reason, message)
 }
 
-// save writes the status. The object has its new version then.
+// save writes the status. The object then has its new version.
 func (r *run) save(ctx context.Context) error {
 	if err := r.Client.Status().Update(ctx, r.vb); err != nil {
 		return fmt.Errorf("write status of VolumeBackup %s/%s: %w", r.vb.Namespace, r.vb.Name, err)
 	}
-
 	return nil
 }
 
-// record notes the step that is about to begin.
+// record records the step that is about to begin.
 func (r *run) record(ctx context.Context, name string) error {
 	r.vb.Status.Step = name
 	r.vb.Status.Phase = phases[name]
+	if r.needsNoPlace(name) {
+		r.Queue.Rest(r.vb.UID)
+	}
 	r.gotOn()
 	if r.vb.Status.StartTime == nil {
 		now := metav1.NewTime(r.now())
 		r.vb.Status.StartTime = &now
-		r.say(metav1.ConditionFalse, v1alpha1.ReasonRunning, "the backup is running")
+		r.waits(v1alpha1.ReasonRunning, "the backup is running")
 	}
-
 	return r.save(ctx)
 }
 
-// abandon ends a run that cannot succeed: it notes why, and what it left is removed.
+// abandon ends a run that cannot succeed: it records why, and starts to remove what the run made.
 func (r *run) abandon(ctx context.Context, reason string, why error) (reconcile.Result, error) {
-	slog.WarnContext(ctx, "backup failed", "run", r.vb.Namespace+"/"+r.vb.Name, "claim", r.vb.Spec.ClaimName, "reason", reason, "error", why)
+	r.log().WarnContext(ctx, "backup failed", "run", r.vb.Namespace+"/"+r.vb.Name, "claim", r.vb.Spec.ClaimName, "reason", reason, "error", why)
 	message := why.Error()
+	r.Holds.Drop(r.vb.UID)
+	r.Streams.Drop(r.vb.UID)
+	if h := r.vb.Status.Hold; h != nil {
+		h.State = v1alpha1.HoldReleased
+	}
 	report.Condition(&r.vb.Status.Conditions, r.vb, v1alpha1.ConditionFailed, metav1.ConditionTrue, reason, message)
 	r.say(metav1.ConditionFalse, reason, message)
 	r.gotOn()
@@ -265,6 +320,9 @@ func (r *run) abandon(ctx context.Context, reason string, why error) (reconcile.
 	if err := r.save(ctx); err != nil {
 		return reconcile.Result{RequeueAfter: time.Second}, client.IgnoreNotFound(ignoreConflict(err))
 	}
+	if !r.moving { // no other run must queue behind it
+		r.Queue.Rest(r.vb.UID)
+	}
 	r.Events.Warning(r.vb, reason, "%s", message)
 	if pvc, err := r.claim(ctx); err == nil {
 		r.Events.Warning(pvc, v1alpha1.ReasonBackupFailed, "VolumeBackup %s: %s: %s", r.vb.Name, reason, message)
@@ -275,7 +333,6 @@ func (r *run) abandon(ctx context.Context, reason string, why error) (reconcile.
 			r.Metrics.VerifyFailed()
 		}
 	}
-
 	return reconcile.Result{RequeueAfter: time.Millisecond}, nil
 }
 
@@ -286,6 +343,7 @@ func finished(vb *v1alpha1.VolumeBackup) bool {
 // expire deletes the object of a run that ended long enough ago.
 func (r *run) expire(ctx context.Context) (reconcile.Result, error) {
 	r.Queue.Done(r.vb.UID)
+	r.seen.forget(client.ObjectKeyFromObject(r.vb))
 	if r.vb.Status.CompletionTime == nil || r.vb.DeletionTimestamp != nil {
 		return reconcile.Result{}, nil
 	}
@@ -297,30 +355,16 @@ func (r *run) expire(ctx context.Context) (reconcile.Result, error) {
 		return reconcile.Result{RequeueAfter: left}, nil
 	}
 	err := r.Client.Delete(ctx, r.vb, client.Preconditions{UID: &r.vb.UID})
-
 	return reconcile.Result{}, client.IgnoreNotFound(err)
 }
 
-func (r *run) ticket() queue.Ticket {
-	t := queue.Ticket{
-		ID: r.vb.UID, Name: client.ObjectKeyFromObject(r.vb), Kind: queue.Backup, Store: r.key().String(), Since: r.vb.CreationTimestamp.Time,
-		Serial: r.vb.Namespace + "/" + r.vb.Spec.ClaimName + "/" + r.key().String(),
-	}
-	if r.st != nil {
-		t.Limit, _ = r.st.Limits()
-	}
-
-	return t
-}
-
-// claim reads the claim that the run is about.
+// claim reads the run's claim.
 func (r *run) claim(ctx context.Context) (*corev1.PersistentVolumeClaim, error) {
 	var pvc corev1.PersistentVolumeClaim
 	err := r.Live.Get(ctx, types.NamespacedName{Namespace: r.vb.Namespace, Name: r.vb.Spec.ClaimName}, &pvc)
 	if err == nil && r.vb.Status.ClaimUID != "" && pvc.UID != r.vb.Status.ClaimUID {
 		err = apierrors.NewNotFound(corev1.Resource("persistentvolumeclaims"), pvc.Name)
 	}
-
 	return &pvc, err
 }
 
@@ -333,11 +377,10 @@ func (r *run) store(ctx context.Context) (*store.Store, error) {
 		}
 		r.st = st
 	}
-
 	return r.st, nil
 }
 
-// isFailed says whether a run was given up.
+// isFailed reports whether a run was given up.
 func isFailed(vb *v1alpha1.VolumeBackup) bool {
 	return meta.IsStatusConditionTrue(vb.Status.Conditions, v1alpha1.ConditionFailed)
 }

@@ -23,8 +23,17 @@ func (r *run) protectedVolume(ctx context.Context) (*v1alpha1.ProtectedVolume, e
 	if apierrors.IsNotFound(err) {
 		return nil, nil
 	}
-
 	return &pv, err
+}
+
+// recordInTime is recordPoint; if that fails for long the run continues without it: the
+// point exists, and later runs of the claim wait for this one.
+func (r *run) recordInTime(ctx context.Context) (step.Result, error) {
+	res, err := r.recordPoint(ctx)
+	if err == nil || r.waited() <= errorPatience || ctx.Err() != nil {
+		return res, err
+	}
+	return r.leave(ctx, fmt.Sprintf("recovery point %s was made, and the ProtectedVolume does not show it: %s", r.vb.Status.Point.ID, err)), nil
 }
 
 // recordPoint shows the point on the claim's ProtectedVolume, and whether its snapshot is
@@ -42,9 +51,8 @@ func (r *run) recordPoint(ctx context.Context) (step.Result, error) {
 		}
 		if err := r.Client.Create(ctx, pv); err != nil {
 			if apierrors.IsForbidden(err) {
-				return step.Done(), nil // the namespace is being deleted: nobody is left to show it to
+				return step.Done(), nil // the namespace is being deleted: there is no reader
 			}
-
 			return step.Result{}, fmt.Errorf("ProtectedVolume of claim %s: %w", r.vb.Spec.ClaimName, err)
 		}
 	}
@@ -60,6 +68,9 @@ func (r *run) recordPoint(ctx context.Context) (step.Result, error) {
 	}
 	at := s.Point.Time
 	pv.Status.LastSuccess = &at
+	if ok := s.Point.Consistent; ok != nil && *ok {
+		pv.Status.LastConsistent = &at
+	}
 	if s.Point.Kind == "full" || r.vb.Spec.Type == v1alpha1.BackupTypeFull {
 		pv.Status.LastFull = &at
 	}
@@ -67,6 +78,9 @@ func (r *run) recordPoint(ctx context.Context) (step.Result, error) {
 	if keep {
 		pv.Status.Base = &v1alpha1.BaseSnapshot{
 			Name: twinName(r.vb.UID), Content: twinName(r.vb.UID), Handle: s.SnapshotHandle, ChangeID: s.ChangeID, PointID: s.Point.ID, Time: *s.SnapshotTime,
+		}
+		if r.inGroupSnapshot() {
+			pv.Status.Base.Group = s.Group.UID
 		}
 	}
 	report.Condition(&pv.Status.Conditions, pv, v1alpha1.ConditionProtected, metav1.ConditionTrue, v1alpha1.ReasonSucceeded, "the last backup succeeded")
@@ -82,14 +96,12 @@ func (r *run) recordPoint(ctx context.Context) (step.Result, error) {
 	}
 	if s.BaseRetained != keep {
 		s.BaseRetained = keep
-
 		return step.Done(), r.save(ctx)
 	}
-
 	return step.Done(), nil
 }
 
-// keepsBase says whether the next increment will want this snapshot.
+// keepsBase reports whether the next increment will need this snapshot.
 func (r *run) keepsBase(ctx context.Context) (bool, error) {
 	if pvc, err := r.claim(ctx); apierrors.IsNotFound(err) || err == nil && pvc.DeletionTimestamp != nil {
 		return false, nil // some drivers do not delete a volume that has snapshots
@@ -103,16 +115,14 @@ func (r *run) keepsBase(ctx context.Context) (bool, error) {
 		return true, nil
 	}
 	e, err := csikube.Service(ctx, r.Live, r.vb.Status.Driver)
-
 	return e.Address != "" && r.vb.Status.ChangeID != "", err
 }
 
-// mergePoints is the newest points of the repository, with all that is known of each.
+// mergePoints returns the newest points of the repository, with all that is known about each.
 func mergePoints(made v1alpha1.PointSummary, listed []v1alpha1.ListedPoint, known []v1alpha1.PointSummary) []v1alpha1.PointSummary {
 	all := append([]v1alpha1.PointSummary{made}, known...)
 	if len(listed) == 0 {
 		all = slices.CompactFunc(all, func(a, b v1alpha1.PointSummary) bool { return a.ID == b.ID })
-
 		return all[:min(len(all), v1alpha1.MaxListedPoints)]
 	}
 	out := make([]v1alpha1.PointSummary, 0, len(listed))
@@ -123,6 +133,5 @@ func mergePoints(made v1alpha1.PointSummary, listed []v1alpha1.ListedPoint, know
 		}
 		out = append(out, p)
 	}
-
 	return out
 }

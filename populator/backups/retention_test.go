@@ -12,16 +12,19 @@ import (
 	"github.com/varve-io/varve/populator/claims"
 )
 
-// Backups of a claim that should have been filled, and was not, push out no good points.
+// Backups of a claim that should have been filled, but was not, replace no good points.
 func TestRetentionOfClaimsBoundWithoutVarve(t *testing.T) {
 	for _, tc := range []struct {
 		name         string
 		names, fills bool
+		dropped      bool // by the API server, as kubectl's annotation shows
 		applied      bool
 	}{
-		{"names nothing", false, false, true},
-		{"filled by Varve", true, true, true},
-		{"not filled", true, false, false},
+		{"names nothing", false, false, false, true},
+		{"filled by Varve", true, true, false, true},
+		{"not filled", true, false, false, false},
+		{"its reference was dropped", false, false, true, false},
+		{"its reference was dropped, and it was looked at", false, true, true, true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c, b := newCluster(t)
@@ -35,6 +38,10 @@ func TestRetentionOfClaimsBoundWithoutVarve(t *testing.T) {
 			}
 			if tc.names {
 				pvc.Spec.DataSourceRef = &corev1.TypedObjectReference{APIGroup: &v1alpha1.GroupVersion.Group, Kind: "RecoverySource", Name: "latest"}
+			}
+			if tc.dropped {
+				metav1.SetMetaDataAnnotation(&pvc.ObjectMeta, corev1.LastAppliedConfigAnnotation,
+					`{"spec":{"dataSourceRef":{"apiGroup":"varve.io","kind":"RecoverySource","name":"latest","namespace":"other"}}}`)
 			}
 			if tc.fills {
 				metav1.SetMetaDataAnnotation(&pv.ObjectMeta, claims.AnnotationPopulatedFrom, "0123")
@@ -54,7 +61,7 @@ func TestRetentionOfClaimsBoundWithoutVarve(t *testing.T) {
 	}
 }
 
-// A run may ask for any retention: the store's floor goes with it.
+// A run may request any retention: the store's floor is added.
 func TestRetentionHasTheStoresFloor(t *testing.T) {
 	c, b := newCluster(t)
 	var o v1alpha1.BackupStore
@@ -73,7 +80,7 @@ func TestRetentionHasTheStoresFloor(t *testing.T) {
 	}
 }
 
-// A run notes which namespace it is of, for one of the same name may come after it.
+// A run records its namespace's UID, since a namespace of the same name may follow.
 func TestRunNotesItsNamespace(t *testing.T) {
 	_, b := newCluster(t, newRun("run", ""))
 	if vb := b.look(t, "run"); vb.Status.Step == "" || vb.Status.NamespaceUID != "namespace" {

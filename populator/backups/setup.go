@@ -2,6 +2,7 @@ package backups
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
@@ -21,24 +22,24 @@ import (
 	"github.com/varve-io/varve/populator/report"
 )
 
-// Setup has a manager run VolumeBackups, so many at once, and remove what runs left. Runs
-// that a place has come free for are told of by wake.
+// Setup makes a manager run VolumeBackups, so many concurrently, and remove what runs
+// left. wake reports the runs that can now get a place.
 func (b *Reconciler) Setup(mgr manager.Manager, workers int, wake <-chan event.GenericEvent) error {
 	left := NewLeftovers(b)
-	// What a run made says whose it is.
+	// A run's objects name their owner.
 	owner := handler.EnqueueRequestsFromMapFunc(func(_ context.Context, o client.Object) []reconcile.Request {
 		key, ok := ownerKey(o.GetAnnotations()[mover.AnnotationOwner])
 		if !ok || o.GetLabels()[mover.LabelRole] != Role {
 			return nil
 		}
-
 		return []reconcile.Request{{NamespacedName: key}}
 	})
 	deleted := predicate.Funcs{DeleteFunc: func(e event.DeleteEvent) bool {
 		b.Queue.Done(e.Object.GetUID())
+		b.Holds.Drop(e.Object.GetUID())
+		b.Streams.Drop(e.Object.GetUID())
 		left.Wake()
-
-		return true // a look that is under way may just be asking for its place
+		return true // a running reconcile may just request its place
 	}}
 	err := builder.ControllerManagedBy(mgr).Named("volumebackup").
 		For(&v1alpha1.VolumeBackup{}, builder.WithPredicates(deleted)).
@@ -51,13 +52,15 @@ func (b *Reconciler) Setup(mgr manager.Manager, workers int, wake <-chan event.G
 		return fmt.Errorf("controller of VolumeBackups: %w", err)
 	}
 
+	if err := errors.Join(mgr.Add(b.Holds), mgr.Add(b.Streams)); err != nil {
+		return fmt.Errorf("controller of VolumeBackups: %w", err)
+	}
 	return mgr.Add(left)
 }
 
-// WakeEvent is the event that has a run looked at again.
+// WakeEvent is the event that makes a run checked again.
 func WakeEvent(namespace, name string, uid types.UID) event.GenericEvent {
 	vb := &v1alpha1.VolumeBackup{}
 	vb.Namespace, vb.Name, vb.UID = namespace, name, uid
-
 	return event.GenericEvent{Object: vb}
 }

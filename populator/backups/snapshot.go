@@ -19,30 +19,34 @@ import (
 	"github.com/varve-io/varve/populator/step"
 )
 
-// allowModeChange lets a Block volume be made of a Filesystem volume's snapshot
+// allowModeChange lets a Block volume be made from a Filesystem volume's snapshot
 // (external-snapshotter, KEP-3141).
 const allowModeChange = "snapshot.storage.kubernetes.io/allow-volume-mode-change"
 
-// snapshotPatience is how long a snapshot may go on failing: the sidecar tries again by
+// snapshotPatience is how long a snapshot may keep failing: the sidecar retries by
 // itself.
 const snapshotPatience = 10 * time.Minute
 
-// noSnapshotPatience is how long nobody may take up a snapshot at all: it holds a place in the
-// queue. One that was taken may take its time until it is ready; some storages copy it away.
+// noSnapshotPatience is how long a snapshot may wait for any controller: it holds a place in the
+// queue. One that was taken may take longer to become ready; some storages copy it away.
 const noSnapshotPatience = time.Hour
 
-// takeSnapshot has the claim's volume snapshotted, in the claim's namespace.
-func (r *run) takeSnapshot(ctx context.Context) (step.Result, error) {
+// ensureOrigin takes a snapshot of the claim's volume, in the claim's namespace. It returns nil
+// if the snapshot existed and was deleted.
+func (r *run) ensureOrigin(ctx context.Context) (*snapshotv1.VolumeSnapshot, error) {
 	s := &r.vb.Status
 	key := types.NamespacedName{Namespace: r.vb.Namespace, Name: originName(r.vb.UID)}
 	var vs snapshotv1.VolumeSnapshot
 	err := r.Live.Get(ctx, key, &vs)
 	if apierrors.IsNotFound(err) {
 		if s.SnapshotHandle != "" {
-			return step.Done(), nil // taken, and the next step says what became of it
+			return nil, nil
+		}
+		if r.vb.Spec.Group != nil && s.SnapshotsTaken != nil { // a second one would be of another moment
+			return nil, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("VolumeSnapshot %s was deleted before it could be taken over", key))
 		}
 		if _, err := r.claim(ctx); apierrors.IsNotFound(err) {
-			return step.Result{}, step.Terminal(v1alpha1.ReasonClaimNotFound, fmt.Errorf("claim %s was deleted before its snapshot was taken", r.vb.Spec.ClaimName))
+			return nil, step.Terminal(v1alpha1.ReasonClaimNotFound, fmt.Errorf("claim %s was deleted before its snapshot was taken", r.vb.Spec.ClaimName))
 		}
 		labels := r.labels()
 		labels[LabelOrigin] = "true"
@@ -55,19 +59,51 @@ func (r *run) takeSnapshot(ctx context.Context) (step.Result, error) {
 		}
 		err = r.Client.Create(ctx, &vs)
 		if apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause) {
-			return step.Result{}, step.Terminal(v1alpha1.ReasonClaimNotFound, fmt.Errorf("the namespace is being deleted: %w", err))
+			return nil, step.Terminal(v1alpha1.ReasonClaimNotFound, fmt.Errorf("the namespace is being deleted: %w", err))
 		}
 		err = refused(v1alpha1.ReasonSnapshotFailed, err)
 	}
 	if err != nil {
-		return step.Result{}, fmt.Errorf("snapshot of claim %s: %w", r.vb.Spec.ClaimName, err)
+		return nil, fmt.Errorf("snapshot of claim %s: %w", r.vb.Spec.ClaimName, err)
 	}
+	return &vs, nil
+}
+
+// origin returns the snapshot of the claim's volume, in the claim's namespace; nil without a wait
+// if it existed and was deleted.
+func (r *run) origin(ctx context.Context) (*snapshotv1.VolumeSnapshot, *step.Result, error) {
+	if r.inGroupSnapshot() {
+		return r.memberOrigin(ctx)
+	}
+	vs, err := r.ensureOrigin(ctx)
+	return vs, nil, err
+}
+
+// takeSnapshot waits until the snapshot of the claim's volume can be read, and records its handle.
+func (r *run) takeSnapshot(ctx context.Context) (step.Result, error) {
+	s := &r.vb.Status
+	origin, wait, err := r.origin(ctx)
+	if wait != nil || err != nil {
+		return unwrap(wait), err
+	}
+	if origin == nil {
+		return step.Done(), nil // taken, and the next step reports its state
+	}
+	vs := *origin
 	if wait, err := r.snapshotReady(&vs); wait != nil || err != nil {
 		return unwrap(wait), err
 	}
 	content, wait, err := r.contentOf(ctx, &vs)
 	if wait != nil || err != nil {
 		return unwrap(wait), err
+	}
+	if r.inGroupSnapshot() {
+		if err := r.isMember(content); err != nil {
+			return step.Result{}, err
+		}
+	}
+	if err := r.stillWhole(ctx); err != nil {
+		return step.Result{}, err
 	}
 	s.OriginContent, s.SnapshotHandle = content.Name, *content.Status.SnapshotHandle
 	at := metav1.NewTime(vs.CreationTimestamp.Time)
@@ -79,7 +115,6 @@ func (r *run) takeSnapshot(ctx context.Context) (step.Result, error) {
 	if vs.Status.RestoreSize != nil {
 		s.SnapshotBytes = vs.Status.RestoreSize.Value()
 	}
-
 	return step.Done(), r.save(ctx)
 }
 
@@ -87,39 +122,34 @@ func unwrap(wait *step.Result) step.Result {
 	if wait == nil {
 		return step.Result{}
 	}
-
 	return *wait
 }
 
-// snapshotReady says what a snapshot waits for; nil if it is bound and ready.
+// snapshotReady returns what a snapshot waits for; nil if it is bound and ready.
 func (r *run) snapshotReady(vs *snapshotv1.VolumeSnapshot) (*step.Result, error) {
 	wait := func(message string) *step.Result {
 		w := step.Wait(v1alpha1.ReasonRunning, message, time.Second)
-
 		return &w
 	}
 	st := vs.Status
 	switch {
 	case vs.DeletionTimestamp != nil:
-		return nil, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("VolumeSnapshot %s/%s is being deleted by somebody", vs.Namespace, vs.Name))
+		return nil, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("VolumeSnapshot %s/%s is being deleted", vs.Namespace, vs.Name))
 	case st != nil && st.Error != nil && st.Error.Message != nil && (st.ReadyToUse == nil || !*st.ReadyToUse):
 		if r.now().Sub(vs.CreationTimestamp.Time) > snapshotPatience {
 			return nil, step.Terminal(v1alpha1.ReasonSnapshotFailed, fmt.Errorf("the driver cannot take the snapshot: %s", *st.Error.Message))
 		}
-		w := step.Wait(v1alpha1.ReasonSnapshotFailed, "the snapshot failed and is tried again: "+*st.Error.Message, recheck)
-
+		w := step.Wait(v1alpha1.ReasonSnapshotFailed, "the snapshot failed and is retried: "+*st.Error.Message, recheck)
 		return &w, nil
 	case st == nil || st.BoundVolumeSnapshotContentName == nil || *st.BoundVolumeSnapshotContentName == "":
 		if r.now().Sub(vs.CreationTimestamp.Time) > noSnapshotPatience {
 			return nil, step.Terminal(v1alpha1.ReasonSnapshotFailed, fmt.Errorf(
-				"nobody took up VolumeSnapshot %s/%s within %s: look whether the snapshot controller and the driver's snapshot sidecar run", vs.Namespace, vs.Name, noSnapshotPatience))
+				"no controller reacted to VolumeSnapshot %s/%s within %s: check that the snapshot controller and the driver's snapshot sidecar run", vs.Namespace, vs.Name, noSnapshotPatience))
 		}
-
 		return wait("the snapshot is being taken"), nil
 	case st.ReadyToUse == nil || !*st.ReadyToUse:
-		return wait("the snapshot is taken, and the storage makes it ready"), nil
+		return wait("waiting for the storage to make the snapshot ready"), nil
 	}
-
 	return nil, nil
 }
 
@@ -129,32 +159,34 @@ func (r *run) contentOf(ctx context.Context, vs *snapshotv1.VolumeSnapshot) (*sn
 	name := *vs.Status.BoundVolumeSnapshotContentName
 	if err := r.Live.Get(ctx, types.NamespacedName{Name: name}, &c); err != nil {
 		if apierrors.IsNotFound(err) {
-			return nil, nil, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("VolumeSnapshotContent %s was deleted by somebody", name))
+			return nil, nil, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("VolumeSnapshotContent %s was deleted", name))
 		}
-
 		return nil, nil, err
 	}
 	if c.Spec.VolumeSnapshotRef.UID != vs.UID {
 		return nil, nil, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("VolumeSnapshotContent %s belongs to another snapshot", name))
 	}
-	// A claim that was deleted and made again has the same name and another volume. The
-	// content of a twin, made for a handle, does not name the volume.
+	// A claim that was deleted and created again has the same name and another volume.
+	// The content of a twin, made for a handle, does not name the volume.
 	if h := c.Spec.Source.VolumeHandle; h != nil && *h != r.vb.Status.VolumeHandle {
 		return nil, nil, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf(
-			"the snapshot is of volume %q, the run of volume %q: claim %s was made anew meanwhile", *h, r.vb.Status.VolumeHandle, r.vb.Spec.ClaimName))
+			"the snapshot is of volume %q, the run of volume %q: claim %s was created again since", *h, r.vb.Status.VolumeHandle, r.vb.Spec.ClaimName))
 	}
 	if c.Status == nil || c.Status.SnapshotHandle == nil || *c.Status.SnapshotHandle == "" {
 		w := step.Wait(v1alpha1.ReasonRunning, "the snapshot has no handle yet", time.Second)
-
 		return nil, &w, nil
 	}
-
 	return &c, nil, nil
 }
 
-// retainOrigin has the storage keep the snapshot whatever becomes of the claim's namespace.
-// From here on its content is found by its labels.
+// retainOrigin makes the storage keep the snapshot even if the claim's namespace is
+// deleted. From here on its content is found by its labels.
 func (r *run) retainOrigin(ctx context.Context) (step.Result, error) {
+	if r.inGroupSnapshot() {
+		if err := r.retainGroup(ctx); err != nil {
+			return step.Result{}, err
+		}
+	}
 	twin, err := r.twinContent(ctx)
 	if err != nil {
 		return step.Result{}, err
@@ -190,7 +222,6 @@ func (r *run) retainOrigin(ctx context.Context) (step.Result, error) {
 	if err == nil && (c == nil || c.DeletionTimestamp != nil || c.Spec.DeletionPolicy != snapshotv1.VolumeSnapshotContentRetain) {
 		return step.Result{}, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("the snapshot of claim %s was deleted while it was taken over", r.vb.Spec.ClaimName))
 	}
-
 	return step.Done(), err
 }
 
@@ -202,9 +233,8 @@ func (r *run) checkHandle(c *snapshotv1.VolumeSnapshotContent) error {
 		h = *c.Spec.Source.SnapshotHandle
 	}
 	if h != r.vb.Status.SnapshotHandle {
-		return step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("VolumeSnapshotContent %s is of snapshot %q now, it was of %q", c.Name, h, r.vb.Status.SnapshotHandle))
+		return step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("VolumeSnapshotContent %s now has snapshot %q instead of %q", c.Name, h, r.vb.Status.SnapshotHandle))
 	}
-
 	return nil
 }
 
@@ -217,7 +247,6 @@ func (r *run) content(ctx context.Context, name string) (*snapshotv1.VolumeSnaps
 	if err := r.Live.Get(ctx, types.NamespacedName{Name: name}, &c); err != nil {
 		return nil, client.IgnoreNotFound(err)
 	}
-
 	return &c, nil
 }
 
@@ -225,9 +254,14 @@ func (r *run) twinContent(ctx context.Context) (*snapshotv1.VolumeSnapshotConten
 	return r.content(ctx, twinName(r.vb.UID))
 }
 
-// makeTwin makes the snapshot known in Varve's namespace, where no tenant reaches it.
+// makeTwin creates the snapshot's twin in Varve's namespace, to which no tenant has access.
 func (r *run) makeTwin(ctx context.Context) (step.Result, error) {
 	s := &r.vb.Status
+	if r.inGroupSnapshot() {
+		if wait, err := r.twinGroup(ctx); wait != nil || err != nil {
+			return unwrap(wait), err
+		}
+	}
 	name := twinName(r.vb.UID)
 	c, err := r.twinContent(ctx)
 	if err != nil {
@@ -240,7 +274,7 @@ func (r *run) makeTwin(ctx context.Context) (step.Result, error) {
 	class := s.SnapshotClassName
 	if c == nil {
 		if origin == nil {
-			return step.Result{}, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("VolumeSnapshotContent %s was deleted by somebody", s.OriginContent))
+			return step.Result{}, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("VolumeSnapshotContent %s was deleted", s.OriginContent))
 		}
 		handle := s.SnapshotHandle
 		annotations := r.annotations()
@@ -253,7 +287,7 @@ func (r *run) makeTwin(ctx context.Context) (step.Result, error) {
 		c = &snapshotv1.VolumeSnapshotContent{
 			ObjectMeta: metav1.ObjectMeta{Name: name, Labels: r.labels(), Annotations: annotations},
 			Spec: snapshotv1.VolumeSnapshotContentSpec{
-				// At most one content of a handle may delete it, and only when it is meant.
+				// At most one content of a handle may delete it, and only on purpose.
 				DeletionPolicy: snapshotv1.VolumeSnapshotContentRetain, Driver: s.Driver, VolumeSnapshotClassName: &class,
 				Source:            snapshotv1.VolumeSnapshotContentSource{SnapshotHandle: &handle},
 				SourceVolumeMode:  origin.Spec.SourceVolumeMode,
@@ -272,8 +306,12 @@ func (r *run) makeTwin(ctx context.Context) (step.Result, error) {
 	if apierrors.IsNotFound(err) {
 		annotations := r.annotations()
 		var from snapshotv1.VolumeSnapshot
-		if r.Live.Get(ctx, types.NamespacedName{Namespace: r.vb.Namespace, Name: originName(r.vb.UID)}, &from) == nil {
-			// Some drivers tell here what a delta takes as its base.
+		of := originName(r.vb.UID)
+		if r.inGroupSnapshot() && origin != nil {
+			of = origin.Spec.VolumeSnapshotRef.Name
+		}
+		if r.Live.Get(ctx, types.NamespacedName{Namespace: r.vb.Namespace, Name: of}, &from) == nil {
+			// Some drivers name here the base of a delta.
 			for k, v := range from.Annotations {
 				if _, ours := annotations[k]; !ours && !strings.HasPrefix(k, "kubectl.kubernetes.io/") {
 					annotations[k] = v
@@ -299,42 +337,48 @@ func (r *run) makeTwin(ctx context.Context) (step.Result, error) {
 	if wait != nil || err != nil {
 		return unwrap(wait), err
 	}
-
 	return step.Done(), nil
 }
 
-// releaseOrigin removes the snapshot from the claim's namespace; the storage keeps it.
+// releaseOrigin deletes the snapshot in the claim's namespace; the storage keeps its own.
 func (r *run) releaseOrigin(ctx context.Context) (step.Result, error) {
+	if r.inGroupSnapshot() {
+		return r.releaseGroup(ctx)
+	}
 	twin, err := r.twinContent(ctx)
 	if err != nil {
 		return step.Result{}, err
 	}
 	if twin == nil {
-		return step.Result{}, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("VolumeSnapshotContent %s was deleted by somebody", twinName(r.vb.UID)))
+		return step.Result{}, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("VolumeSnapshotContent %s was deleted", twinName(r.vb.UID)))
 	}
 	origin, err := r.content(ctx, r.vb.Status.OriginContent)
 	if err != nil {
 		return step.Result{}, err
 	}
 	if origin != nil && origin.Spec.DeletionPolicy != snapshotv1.VolumeSnapshotContentRetain {
-		return step.Result{}, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("somebody set the deletion policy of VolumeSnapshotContent %s back", origin.Name))
+		return step.Result{}, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("the deletion policy of VolumeSnapshotContent %s was reset", origin.Name))
 	}
 	left, err := r.deleteSnapshot(ctx, types.NamespacedName{Namespace: r.vb.Namespace, Name: originName(r.vb.UID)})
-	if err != nil || left {
+	// From here on only the twin is needed. A finalizer may hold the snapshot forever.
+	late := r.waited() > releasePatience
+	if err == nil && (!left || late) && origin != nil {
+		left, err = true, client.IgnoreNotFound(r.Client.Delete(ctx, origin, client.Preconditions{UID: &origin.UID}))
+	}
+	switch {
+	case err == nil && !left:
+		return step.Done(), nil
+	case !late || ctx.Err() != nil:
 		return step.Wait(v1alpha1.ReasonRunning, "the snapshot in the claim's namespace is being removed", time.Second), err
 	}
-	if origin != nil {
-		if err := client.IgnoreNotFound(r.Client.Delete(ctx, origin, client.Preconditions{UID: &origin.UID})); err != nil {
-			return step.Result{}, err
-		}
-
-		return step.Wait(v1alpha1.ReasonRunning, "the snapshot's first content is being removed", time.Second), nil
+	what := fmt.Sprintf("VolumeSnapshot %s/%s is not removed: a finalizer may hold it", r.vb.Namespace, originName(r.vb.UID))
+	if err != nil {
+		what = fmt.Sprintf("VolumeSnapshot %s/%s cannot be removed: %s", r.vb.Namespace, originName(r.vb.UID), err)
 	}
-
-	return step.Done(), nil
+	return r.leave(ctx, what), nil
 }
 
-// deleteSnapshot deletes a VolumeSnapshot and says whether it is still there.
+// deleteSnapshot deletes a VolumeSnapshot and reports whether it still exists.
 func (b *Reconciler) deleteSnapshot(ctx context.Context, key types.NamespacedName) (left bool, err error) {
 	var vs snapshotv1.VolumeSnapshot
 	if err := b.Live.Get(ctx, key, &vs); err != nil {
@@ -345,6 +389,5 @@ func (b *Reconciler) deleteSnapshot(ctx context.Context, key types.NamespacedNam
 			return true, fmt.Errorf("delete VolumeSnapshot %s: %w", key, err)
 		}
 	}
-
 	return true, nil
 }

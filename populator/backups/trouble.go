@@ -14,17 +14,17 @@ import (
 	"github.com/varve-io/varve/populator/store"
 )
 
-// A run that began holds a place in the queue. It is not tried again for ever: the next one of
-// its schedule finds out whether things are better.
+// A run that began holds a place in the queue. It is not retried forever: the next one of its
+// schedule tries again.
 const (
-	// refusedPatience is how long a step may meet what only a person can help. Quota may come
-	// free and a Secret be corrected, as snapshots that fail may succeed.
+	// refusedPatience is how long a step may meet what only a person can fix. Quota may
+	// become free, a Secret may be corrected, and failing snapshots may succeed.
 	refusedPatience = snapshotPatience
-	// errorPatience is for all other errors: servers that are away come back.
+	// errorPatience is for all other errors: unreachable servers come back.
 	errorPatience = time.Hour
 )
 
-// because is an error that has a condition reason of its own.
+// because is an error with its own condition reason.
 type because struct {
 	reason string
 	err    error
@@ -33,8 +33,8 @@ type because struct {
 func (e *because) Error() string { return e.err.Error() }
 func (e *because) Unwrap() error { return e.err }
 
-// refused is what the API server says of an object that a run needs. What is not valid now will
-// not be in a while.
+// refused wraps the API server's error about an object that a run needs. An invalid object
+// stays invalid.
 func refused(reason string, err error) error {
 	switch {
 	case err == nil, apierrors.IsConflict(err), apierrors.IsAlreadyExists(err):
@@ -42,20 +42,20 @@ func refused(reason string, err error) error {
 	case apierrors.IsInvalid(err):
 		return step.Terminal(reason, err)
 	}
-
 	return &because{reason, err}
 }
 
-// stepReasons are why a run failed whose step went on meeting errors that have no other.
+// stepReasons are the reasons of runs that failed because a step kept meeting errors without a
+// reason.
 var stepReasons = map[string]string{
-	"Snapshot": v1alpha1.ReasonSnapshotFailed, "RetainOrigin": v1alpha1.ReasonSnapshotFailed,
+	"Cut": v1alpha1.ReasonSnapshotFailed, "Snapshot": v1alpha1.ReasonSnapshotFailed, "RetainOrigin": v1alpha1.ReasonSnapshotFailed,
 	"Twin": v1alpha1.ReasonSnapshotFailed, "ReleaseOrigin": v1alpha1.ReasonSnapshotFailed,
 	"Clone": v1alpha1.ReasonCloneFailed, "Read": v1alpha1.ReasonMoverFailed,
 }
 
-// retrying notes that a step met an error. It gives the error back as terminal if that has been
-// so for too long; a run that has its point goes on until all is cleaned up. changed says that
-// the status is to be saved.
+// retrying records that a step met an error. It returns the error as terminal if that has lasted
+// too long; a run that has its point continues until all is cleaned up. changed says that the
+// status must be saved.
 func (r *run) retrying(err error) (changed bool, _ error) {
 	at := r.vb.Status.Step
 	if !Backup.has(at) || r.vb.Status.Point != nil {
@@ -83,16 +83,15 @@ func (r *run) retrying(err error) (changed bool, _ error) {
 			reason = of
 		}
 	}
-
 	return false, step.Terminal(reason, fmt.Errorf("tried again since %s: %w", since.UTC().Format("2006-01-02T15:04:05Z"), err))
 }
 
-// gotOn notes that the step meets no error any more.
+// gotOn records that the step no longer meets an error.
 func (r *run) gotOn() (changed bool) {
 	return meta.RemoveStatusCondition(&r.vb.Status.Conditions, v1alpha1.ConditionRetrying)
 }
 
-// reasonOf an error that is tried again.
+// reasonOf returns the reason of an error that is retried.
 func (r *run) reasonOf(err error) string {
 	var b *because
 	if errors.As(err, &b) {
@@ -101,6 +100,5 @@ func (r *run) reasonOf(err error) string {
 	if reason, _ := store.Reason(err); reason != v1alpha1.ReasonStoreNotReady {
 		return reason
 	}
-
 	return v1alpha1.ReasonRunning
 }

@@ -9,25 +9,27 @@ import (
 
 	snapshotmetadatav1beta1 "github.com/kubernetes-csi/external-snapshot-metadata/client/apis/snapshotmetadataservice/v1beta1"
 	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
+	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/tools/record"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/report"
 	"github.com/varve-io/varve/populator/step"
 )
 
-// readyTwin is what a run finds at AskChanges: its snapshot in Varve's namespace.
+// readyTwin returns what a run finds at AskChanges: its snapshot in Varve's namespace.
 func readyTwin(vb *v1alpha1.VolumeBackup) []client.Object {
 	name, handle, yes := twinName(vb.UID), "snap-1", true
 	at := metav1.NewTime(time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC))
 	vb.Status.SnapshotTime, vb.Status.SnapshotHandle, vb.Status.Driver = &at, handle, "csi"
 	vb.Status.Claim = &v1alpha1.ClaimSummary{CapacityBytes: 1 << 20, StorageClassName: "class"}
-
 	return []client.Object{
 		&snapshotv1.VolumeSnapshot{
 			ObjectMeta: metav1.ObjectMeta{Namespace: "varve", Name: name, UID: "twin"},
@@ -44,8 +46,45 @@ func readyTwin(vb *v1alpha1.VolumeBackup) []client.Object {
 	}
 }
 
-// Whatever a step meets, the run ends, says why in the words of who refused, and gives its place
-// to others.
+// An event also reports a mover's pod that the API server rejects.
+func TestRefusedMoverIsTold(t *testing.T) {
+	for _, refused := range []bool{true, false} {
+		vb := newRun("run", "Read")
+		vb.Status.Attempts, vb.Status.Clones = 1, 1
+		twin, group := readyTwin(vb), snapshotv1.GroupName
+		clone := &corev1.PersistentVolumeClaim{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "varve", Name: cloneName(vb.UID, 1), UID: "clone"},
+			Spec:       corev1.PersistentVolumeClaimSpec{DataSource: &corev1.TypedLocalObjectReference{APIGroup: &group, Kind: "VolumeSnapshot", Name: twinName(vb.UID)}},
+			Status:     corev1.PersistentVolumeClaimStatus{Phase: corev1.ClaimBound},
+		}
+		job := &batchv1.Job{ObjectMeta: metav1.ObjectMeta{Namespace: "varve", Name: jobName(vb.UID, 1), UID: "job"}}
+		objects := append(twin, vb, clone, job)
+		if refused {
+			objects = append(objects, &corev1.Event{
+				ObjectMeta: metav1.ObjectMeta{Namespace: "varve", Name: "e"}, InvolvedObject: corev1.ObjectReference{UID: "job"}, Reason: "FailedCreate",
+				Type: corev1.EventTypeWarning, Message: "Error creating: pods \"x\" is forbidden: exceeded quota",
+			})
+		}
+		_, b := newCluster(t, objects...)
+		events := record.NewFakeRecorder(10)
+		b.Events = report.NewEvents(events)
+		for range 3 {
+			if got := b.look(t, "run"); got.Status.Step != "Read" || isFailed(got) {
+				t.Fatalf("it is at step %q: %v", got.Status.Step, got.Status.Conditions)
+			}
+		}
+		var said []string
+		for len(events.Events) > 0 {
+			said = append(said, <-events.Events)
+		}
+		if refused && (len(said) != 1 || !strings.HasPrefix(said[0], "Warning MoverWaits ") || !strings.Contains(said[0], "exceeded quota")) || !refused && len(said) > 0 {
+			t.Errorf("refused %v: the events are %q", refused, said)
+		}
+	}
+}
+
+// With any error of a step, the run ends, reports the original message, and gives its place to
+// others.
 func TestErrorsEndARun(t *testing.T) {
 	quota := apierrors.NewForbidden(schema.GroupResource{Resource: "things"}, "x", errQuota{})
 	invalid := apierrors.NewInvalid(schema.GroupKind{Kind: "Thing"}, "x", nil)
@@ -80,7 +119,6 @@ func TestErrorsEndARun(t *testing.T) {
 				if w.Verb == "create" && w.Kind == tc.kind && !w.After {
 					return tc.err
 				}
-
 				return nil
 			})
 			reconcileRun := func() *v1alpha1.VolumeBackup {
@@ -89,14 +127,14 @@ func TestErrorsEndARun(t *testing.T) {
 				if err := c.Get(t.Context(), client.ObjectKeyFromObject(vb), &got); err != nil {
 					t.Fatal(err)
 				}
-
 				return &got
 			}
 			if tc.after > 0 {
 				for _, later := range []time.Duration{0, tc.after - time.Minute} {
 					now = now.Add(later)
 					got := reconcileRun()
-					if isFailed(got) || !meta.IsStatusConditionTrue(got.Status.Conditions, v1alpha1.ConditionRetrying) {
+					if isFailed(got) || !meta.IsStatusConditionTrue(got.Status.Conditions, v1alpha1.ConditionRetrying) ||
+						!meta.IsStatusConditionPresentAndEqual(got.Status.Conditions, v1alpha1.ConditionComplete, metav1.ConditionUnknown) {
 						t.Fatalf("after %v: %v", later, got.Status.Conditions)
 					}
 				}
@@ -112,10 +150,16 @@ func TestErrorsEndARun(t *testing.T) {
 			}
 			b.Client = c
 			for range 10 {
-				if got = reconcileRun(); finished(got) {
+				got = reconcileRun()
+				// The failure and its reason are visible at once, while objects are still being
+				// removed.
+				if c := meta.FindStatusCondition(got.Status.Conditions, v1alpha1.ConditionComplete); c.Status != metav1.ConditionFalse || c.Reason != tc.reason || c.Message != failed.Message {
+					t.Fatalf("at step %s Complete is %+v", got.Status.Step, c)
+				}
+				if finished(got) {
 					break
 				}
-				// What the snapshot controllers would do.
+				// As the snapshot controllers would do.
 				_ = c.DeleteAllOf(t.Context(), &snapshotv1.VolumeSnapshotContent{})
 			}
 			if got.Status.Phase != v1alpha1.BackupFailed {
@@ -132,7 +176,7 @@ type errQuota struct{}
 
 func (errQuota) Error() string { return "exceeded quota: backups" }
 
-// A run whose errors were over in time has the whole of its patience again.
+// A run whose errors ended in time has its full patience again.
 func TestErrorsThatAreOver(t *testing.T) {
 	vb := newRun("run", "Snapshot")
 	c, b := newCluster(t, vb)
@@ -141,7 +185,6 @@ func TestErrorsThatAreOver(t *testing.T) {
 		if fail && w.Verb == "create" && w.Kind == "VolumeSnapshot" {
 			return apierrors.NewForbidden(schema.GroupResource{}, "x", errQuota{})
 		}
-
 		return nil
 	})
 	key := reconcile.Request{NamespacedName: client.ObjectKeyFromObject(vb)}
@@ -154,8 +197,8 @@ func TestErrorsThatAreOver(t *testing.T) {
 	}
 }
 
-// A step of a newer version is left alone, however long that takes, and so is a run that has its
-// point: it goes on cleaning up.
+// A step of a newer version is left for any time, and so is a run that has its point: it
+// continues to clean up.
 func TestErrorsThatEndNothing(t *testing.T) {
 	made := newRun("made", "Read")
 	made.Status.Point = &v1alpha1.PointSummary{ID: "point"}
@@ -163,7 +206,7 @@ func TestErrorsThatEndNothing(t *testing.T) {
 		now := time.Now()
 		r := &run{Reconciler: &Reconciler{Now: func() time.Time { return now }}, vb: vb}
 		for range 3 {
-			if _, err := r.retrying(errQuota{}); err != (errQuota{}) { //nolint:errorlint // as it is
+			if _, err := r.retrying(errQuota{}); err != (errQuota{}) {
 				t.Errorf("%s: %v", vb.Name, err)
 			}
 			now = now.Add(24 * time.Hour)
@@ -171,7 +214,7 @@ func TestErrorsThatEndNothing(t *testing.T) {
 	}
 }
 
-// An object of the driver that says too little is for the ladder to step down from.
+// An incomplete object of the driver makes the ladder fall back.
 func TestTaskOfABrokenService(t *testing.T) {
 	vb := newRun("run", "AskChanges")
 	_, b := newCluster(t, append(readyTwin(vb), vb, &snapshotmetadatav1beta1.SnapshotMetadataService{
@@ -182,16 +225,15 @@ func TestTaskOfABrokenService(t *testing.T) {
 	}
 }
 
-// silent answers nothing until whoever asks gives up.
+// silent does not answer until the caller gives up.
 type silent struct{ client.Reader }
 
 func (silent) Get(ctx context.Context, _ client.ObjectKey, _ client.Object, _ ...client.GetOption) error {
 	<-ctx.Done()
-
 	return ctx.Err()
 }
 
-// A store that says nothing costs the question whether anything changed, not a worker.
+// A silent store costs the check whether anything changed, not a worker.
 func TestAskingASilentStore(t *testing.T) {
 	vb := newRun("run", "AskChanges")
 	c, b := newCluster(t, append(readyTwin(vb), vb)...)

@@ -34,7 +34,6 @@ func cloneOf(run types.UID) (*corev1.PersistentVolumeClaim, *corev1.PersistentVo
 		},
 		Status: corev1.PersistentVolumeStatus{Phase: corev1.VolumeBound},
 	}
-
 	return pvc, pv
 }
 
@@ -44,11 +43,10 @@ func policyOf(t *testing.T, c client.Reader, volume string) corev1.PersistentVol
 	if err := c.Get(t.Context(), client.ObjectKey{Name: volume}, &pv); err != nil {
 		t.Fatal(err)
 	}
-
 	return pv.Spec.PersistentVolumeReclaimPolicy
 }
 
-// A class that retains volumes is for its users' volumes, not for the copies that are read.
+// A class that retains volumes applies to users' volumes, not to the copies that are read.
 func TestClonesOfAClassThatRetains(t *testing.T) {
 	const retain, remove = corev1.PersistentVolumeReclaimRetain, corev1.PersistentVolumeReclaimDelete
 	for _, tc := range []struct {
@@ -74,7 +72,6 @@ func TestClonesOfAClassThatRetains(t *testing.T) {
 						t.Errorf("as the claim is deleted the volume's policy is %s, want %s", got, tc.want)
 					}
 				}
-
 				return nil
 			})
 			if left, err := b.dropMovers(t.Context(), testUID); left != 1 || err != nil || !deleted {
@@ -84,7 +81,7 @@ func TestClonesOfAClassThatRetains(t *testing.T) {
 	}
 }
 
-// A volume whose claim went without us, or before it was made, is a leftover like others.
+// A volume whose claim was deleted by others, or before it was made, is a leftover like others.
 func TestSweepOfVolumes(t *testing.T) {
 	const retain, remove = corev1.PersistentVolumeReclaimRetain, corev1.PersistentVolumeReclaimDelete
 	pvc, pv := cloneOf(testUID)
@@ -103,13 +100,16 @@ func TestSweepOfVolumes(t *testing.T) {
 	if left, err := NewLeftovers(b).Sweep(t.Context()); left != 1 || err != nil || policyOf(t, c, "clone") != remove {
 		t.Errorf("without its claim: %d left, %v, %s", left, err, policyOf(t, c, "clone"))
 	}
-	if left, err := NewLeftovers(b).Sweep(t.Context()); left != 0 || err != nil {
+	if left, err := NewLeftovers(b).Sweep(t.Context()); left != 1 || err != nil {
 		t.Errorf("one that the provisioner does not get rid of: %d left, %v", left, err)
+	}
+	if left, err := b.dropMovers(t.Context(), testUID); left != 0 || err != nil {
+		t.Errorf("its run waits for it: %d left, %v", left, err)
 	}
 }
 
-// A free volume of the class, which Kubernetes would take for the clone's claim, ends the run
-// before anything is read of it.
+// A free volume of the class, which Kubernetes would bind to the clone's claim, ends the run
+// before anything is read from it.
 func TestVolumeInTheWay(t *testing.T) {
 	block, file := corev1.PersistentVolumeBlock, corev1.PersistentVolumeFilesystem
 	for _, tc := range []struct {
@@ -143,7 +143,7 @@ func TestVolumeInTheWay(t *testing.T) {
 			t.Errorf("%s: %v", tc.name, err)
 		}
 	}
-	// One that was taken all the same.
+	// One that was bound in spite of that.
 	pvc, pv := cloneOf(testUID)
 	pv.Annotations[boundByController] = "yes"
 	_, b := newCluster(t, pvc, pv)

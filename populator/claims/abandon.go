@@ -11,23 +11,24 @@ import (
 
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/populator/step"
+	"github.com/varve-io/varve/populator/unbound"
 )
 
-// abandonList removes all that was made for a claim that did not get its volume.
+// abandonList removes everything that was made for a claim that did not get its volume.
 func abandonList() step.List[*job] {
 	return step.List[*job]{Name: "abandon", Steps: []step.Step[*job]{
-		{Name: "abandon-mover", Do: wrap((*job).stopStep)},
-		{Name: "abandon-volume", Do: wrap((*job).dropVolumeStep)},
-		{Name: "abandon-rest", Do: wrap((*job).tidyStep)},
-		{Name: "abandon-claim", Do: wrap((*job).unprotectStep)},
+		{Name: "AbandonMover", Do: wrap((*job).stopStep)},
+		{Name: "AbandonVolume", Do: wrap((*job).dropVolumeStep)},
+		{Name: "AbandonRest", Do: wrap((*job).tidyStep)},
+		{Name: "AbandonClaim", Do: wrap((*job).unprotectStep)},
 	}}
 }
 
-// againList removes what was made of the volume, so that populate can begin anew.
+// againList removes what was made for the volume, so that populate can begin again.
 func againList() step.List[*job] {
 	return step.List[*job]{Name: "again", Steps: []step.Step[*job]{
-		{Name: "again-mover", Do: wrap((*job).stopStep)},
-		{Name: "again-volume", Do: wrap((*job).dropVolumeStep)},
+		{Name: "AgainMover", Do: wrap((*job).stopStep)},
+		{Name: "AgainVolume", Do: wrap((*job).dropVolumeStep)},
 	}}
 }
 
@@ -38,39 +39,40 @@ func (j *job) stopStep(ctx context.Context) (step.Result, error) {
 	if err != nil || gone {
 		return step.Done(), err
 	}
-
-	return step.Wait(v1alpha1.ReasonStartingAnew, "waiting for the mover's pod to be gone", look/2), nil
+	return step.Wait(v1alpha1.ReasonStartingAgain, "waiting for the mover's pod to be gone", look/2), nil
 }
 
-// letGoInTime takes our finalizer off a claim that was to be deleted a minute ago, whatever
-// the job is at: nobody's namespace is to hang on us. The VolumePopulation goes on by itself.
+// letGoInTime removes our finalizer from a claim one minute after its deletion, at any step
+// of the job: no namespace may hang on us. The VolumePopulation continues by itself.
 func (j *job) letGoInTime(ctx context.Context) error {
 	if left, holds := j.holdsFor(); !holds || left > 0 {
 		return nil
 	}
-
 	return j.dropFinalizer(ctx, j.claim, Finalizer)
 }
 
-// holdsFor is how long our finalizer may still hold a claim that is to be deleted.
+// holdsFor is how long our finalizer may still hold a deleted claim.
 func (j *job) holdsFor() (left time.Duration, holds bool) {
 	if j.claim == nil || j.claim.DeletionTimestamp == nil || !controllerutil.ContainsFinalizer(j.claim, Finalizer) {
 		return 0, false
 	}
-
 	return j.claim.DeletionTimestamp.Add(finalizerHeldAtMost).Sub(j.Now()), true
 }
 
-// dropVolumeStep deletes our claim and its volume, the storage's with it: it was never
-// anybody's, whatever the class says of volumes that were.
+// dropVolumeStep deletes our claim, its volume and the storage's: no user ever had it, so the
+// class's reclaim policy does not apply. A claim for which the storage is making a volume
+// stays until the volume is known, or can no longer appear.
 func (j *job) dropVolumeStep(ctx context.Context) (step.Result, error) {
+	if inPlace(j.pop) {
+		return j.dropSecondStep(ctx)
+	}
 	prime, err := j.readPrime(ctx)
 	if err != nil {
 		return step.Result{}, err
 	}
 	name := j.pop.Status.PrimeVolume
 	if name == "" && prime != nil && prime.Spec.VolumeName != "" {
-		// Killed before it was recorded; it must not be lost once the claim is gone.
+		// Killed before it was recorded; it must not be lost once the claim is deleted.
 		name = prime.Spec.VolumeName
 		j.pop.Status.PrimeVolume = name
 		if err := j.save(ctx); err != nil {
@@ -84,6 +86,9 @@ func (j *job) dropVolumeStep(ctx context.Context) (step.Result, error) {
 	if pv != nil && pv.Spec.ClaimRef != nil && pv.Spec.ClaimRef.UID == j.pop.Spec.Claim.UID {
 		return step.Result{}, fmt.Errorf("volume %s belongs to claim %s already; it is left alone", pv.Name, j.claimName())
 	}
+	if taken, err := j.taken(ctx, pv); err != nil || taken != "" {
+		return step.Wait(v1alpha1.ReasonHandingOver, taken, look), err
+	}
 	if pv != nil && pv.DeletionTimestamp == nil && pv.Spec.PersistentVolumeReclaimPolicy != corev1.PersistentVolumeReclaimDelete {
 		if err := j.patchVolume(ctx, pv, func(pv *corev1.PersistentVolume) {
 			pv.Spec.PersistentVolumeReclaimPolicy = corev1.PersistentVolumeReclaimDelete
@@ -92,7 +97,14 @@ func (j *job) dropVolumeStep(ctx context.Context) (step.Result, error) {
 		}
 	}
 	if prime != nil && prime.DeletionTimestamp == nil {
-		if err := j.Client.Delete(ctx, prime, client.Preconditions{UID: &prime.UID}); client.IgnoreNotFound(err) != nil {
+		making, err := unbound.Making(ctx, j.Live, prime)
+		if err != nil {
+			return step.Result{}, err
+		}
+		if making != "" { // without its claim no object might ever name the volume
+			return step.Wait(v1alpha1.ReasonStartingAgain, "waiting for the storage to make the volume, which is deleted then: "+making, look), nil
+		}
+		if err := j.Client.Delete(ctx, prime, client.Preconditions{UID: &prime.UID, ResourceVersion: &prime.ResourceVersion}); client.IgnoreNotFound(err) != nil {
 			return step.Result{}, fmt.Errorf("delete claim %s: %w", j.prime, err)
 		}
 	}
@@ -103,8 +115,7 @@ func (j *job) dropVolumeStep(ctx context.Context) (step.Result, error) {
 		return step.Result{}, err
 	}
 	if prime != nil || pv != nil {
-		return step.Wait(v1alpha1.ReasonStartingAnew, "waiting for the storage to delete the volume", look/2), nil
+		return step.Wait(v1alpha1.ReasonStartingAgain, "waiting for the storage to delete the volume", look/2), nil
 	}
-
 	return step.Done(), nil
 }

@@ -17,15 +17,15 @@ import (
 	"github.com/varve-io/varve/api/v1alpha1"
 )
 
-// A claim that was refused is looked at again, as what it names may come from where no watch
-// tells of it: another cluster, another namespace, the command line. Each look asks the
-// repository, so that the looks get rarer.
+// A refused claim is checked again, since what it names may appear where no watch reports
+// it: from another cluster, another namespace, the command line. Each check reads the
+// repository, so checks become rarer.
 const (
 	retryMissing  = 30 * time.Second // the first
-	retryRefused  = 5 * time.Minute  // the most for what somebody has to change
-	retryTrouble  = time.Minute      // the most for what may pass by itself
-	retrySpread   = 0.25             // of the time, at random: claims that were made at once are not looked at at once
-	retryDoubling = 4                // enough to get to the most
+	retryRefused  = 5 * time.Minute  // the most if a user must change something
+	retryTrouble  = time.Minute      // the most if it may pass by itself
+	retrySpread   = 0.25             // of the time, at random: claims made together are not checked together
+	retryDoubling = 4                // enough to reach the most
 )
 
 // refusals counts how often in a row each claim was refused. Its zero value is ready.
@@ -34,7 +34,7 @@ type refusals struct {
 	of map[types.NamespacedName]int
 }
 
-// next is how long to wait before a refused claim is looked at again.
+// next returns how long to wait before a refused claim is checked again.
 func (r *refusals) next(name types.NamespacedName, most time.Duration) time.Duration {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -43,11 +43,10 @@ func (r *refusals) next(name types.NamespacedName, most time.Duration) time.Dura
 	}
 	n := r.of[name]
 	r.of[name] = n + 1
-
 	return wait.Jitter(min(retryMissing<<min(n, retryDoubling), most), retrySpread)
 }
 
-// forget is for a claim that is decided, or gone.
+// forget drops a claim that is decided or deleted.
 func (r *refusals) forget(name types.NamespacedName) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -61,26 +60,13 @@ var madePoint = predicate.Funcs{
 	UpdateFunc: func(e event.UpdateEvent) bool {
 		old, ok := e.ObjectOld.(*v1alpha1.VolumeBackup)
 		now, is := e.ObjectNew.(*v1alpha1.VolumeBackup)
-
 		return ok && is && old.Status.Point == nil && now.Status.Point != nil
 	},
 }
 
-// waitingForPoint finds the claims of a run's namespace that wait, and do not name the run.
+// waitingForPoint finds the waiting claims of a run's namespace that do not name the run.
 func waitingForPoint(c client.Reader) handler.MapFunc {
 	return func(ctx context.Context, o client.Object) []reconcile.Request {
-		var list corev1.PersistentVolumeClaimList
-		if err := c.List(ctx, &list, client.InNamespace(o.GetNamespace())); err != nil {
-			return nil // they look again by themselves
-		}
-		var out []reconcile.Request
-		for i := range list.Items {
-			claim := &list.Items[i]
-			if NamesUs(claim) && claim.Spec.VolumeName == "" && claim.Spec.DataSourceRef.Kind == kindRecoverySource {
-				out = append(out, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(claim)})
-			}
-		}
-
-		return out
+		return pendingClaims(ctx, c, o.GetNamespace(), func(ref *corev1.TypedObjectReference, _ string) bool { return ref.Kind == kindRecoverySource })
 	}
 }

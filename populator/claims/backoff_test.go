@@ -14,8 +14,8 @@ import (
 	"github.com/varve-io/varve/api/v1alpha1"
 )
 
-// Each look at a refused claim asks the repository: they get rarer, and begin anew once the
-// claim was decided.
+// Each check of a refused claim reads the repository: checks become rarer, and the
+// intervals restart once the claim was decided.
 func TestRefusedClaimsBackOff(t *testing.T) {
 	for _, tc := range []struct {
 		name string
@@ -36,7 +36,6 @@ func TestRefusedClaimsBackOff(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-
 				return res.RequeueAfter
 			}
 			within := func(got, want time.Duration) {
@@ -63,7 +62,7 @@ func TestRefusedClaimsBackOff(t *testing.T) {
 	}
 }
 
-// A claim that waits for the first point of its namespace does not wait for its next look.
+// A claim that waits for the first point of its namespace does not wait for its next check.
 func TestPointWakesClaims(t *testing.T) {
 	before, after := &v1alpha1.VolumeBackup{}, &v1alpha1.VolumeBackup{}
 	before.Namespace, after.Namespace = userNS, userNS

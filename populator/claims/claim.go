@@ -23,13 +23,13 @@ import (
 	"github.com/varve-io/varve/populator/store"
 )
 
-// Claims decides what each claim that names Varve is filled from. Safe for concurrent
+// Claims decides from what each claim that names Varve is filled. Safe for concurrent
 // use.
 type Claims struct {
 	Deps
 
 	mu     sync.Mutex
-	warned map[types.UID]bool // claims that were bound without us, once each
+	warned map[types.UID]bool // claims bound without Varve, once each
 
 	refused refusals
 }
@@ -39,16 +39,15 @@ const (
 	maxResolved = 64 // of RecoverySourceStatus.Resolved
 )
 
-// Reconcile looks at one claim.
+// Reconcile handles one claim.
 func (r *Claims) Reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, error) {
 	res, err := r.reconcile(ctx, req)
-	if apierrors.IsConflict(err) { // somebody wrote in between; nothing to speak of
+	if apierrors.IsConflict(err) { // another process wrote in between; it is read again
 		return ctrl.Result{RequeueAfter: time.Second}, nil
 	}
 	if err == nil && res.RequeueAfter == 0 {
 		r.refused.forget(req.NamespacedName)
 	}
-
 	return res, err
 }
 
@@ -58,7 +57,7 @@ func (r *Claims) reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, 
 		return ctrl.Result{}, client.IgnoreNotFound(err)
 	}
 	if !NamesUs(&claim) {
-		return r.misplaced(&claim)
+		return ctrl.Result{}, r.misplaced(ctx, &claim)
 	}
 	var pop v1alpha1.VolumePopulation
 	err := r.Live.Get(ctx, client.ObjectKey{Namespace: r.Namespace, Name: PopulationName(claim.UID)}, &pop)
@@ -70,29 +69,36 @@ func (r *Claims) reconcile(ctx context.Context, req ctrl.Request) (ctrl.Result, 
 	}
 	switch {
 	case claim.Spec.VolumeName != "":
-		return ctrl.Result{}, r.guard(ctx, &claim)
+		ref := claim.Spec.DataSourceRef
+		return ctrl.Result{}, r.guard(ctx, &claim, fmt.Sprintf("names %s %s", ref.Kind, ref.Name))
 	case claim.DeletionTimestamp != nil:
 		return ctrl.Result{}, r.unprotect(ctx, &claim)
 	}
-
 	return r.decide(ctx, &claim)
 }
 
-// misplaced speaks up where the admission policy took a reference out of a claim.
-func (r *Claims) misplaced(claim *corev1.PersistentVolumeClaim) (ctrl.Result, error) {
-	if claim.Annotations[AnnotationReference] != "" && claim.Spec.VolumeName == "" {
+// misplaced warns if a reference was removed from a claim: by the admission policy, or by the
+// API server without such a policy.
+func (r *Claims) misplaced(ctx context.Context, claim *corev1.PersistentVolumeClaim) error {
+	dropped := Dropped(claim)
+	switch {
+	case claim.Spec.VolumeName == "" && (dropped != nil || claim.Annotations[AnnotationReference] != ""):
 		r.Events.Warning(claim, v1alpha1.ReasonNamespaceInReference,
-			"dataSourceRef named a namespace, which this cluster would have dropped, and with it the whole reference; leave it out, and name the other namespace in the RecoverySource (spec.from.namespace)")
+			"dataSourceRef named a namespace, so the API server dropped it, and the claim will be bound to an empty volume; delete the claim and create it again without the namespace; another namespace goes into the RecoverySource (spec.from.namespace)")
+	case dropped != nil:
+		return r.guard(ctx, claim, fmt.Sprintf("was applied with %q %q in its dataSourceRef, which the API server dropped,", dropped.Kind, dropped.Name))
 	}
-
-	return ctrl.Result{}, nil
+	return nil
 }
 
-// guard warns of a claim that names Varve and was bound to a volume that Varve did not
-// fill: it may be empty, and a backup of it would be of nothing.
-func (r *Claims) guard(ctx context.Context, claim *corev1.PersistentVolumeClaim) error {
+// guard warns about a claim that names Varve, or was meant to, and was bound to a volume that Varve
+// did not fill: it may be empty, and so would its backups. how is how it names Varve.
+func (r *Claims) guard(ctx context.Context, claim *corev1.PersistentVolumeClaim, how string) error {
 	var pv corev1.PersistentVolume
-	if err := r.Live.Get(ctx, client.ObjectKey{Name: claim.Spec.VolumeName}, &pv); client.IgnoreNotFound(err) != nil {
+	if err := r.Live.Get(ctx, client.ObjectKey{Name: claim.Spec.VolumeName}, &pv); err != nil {
+		if apierrors.IsNotFound(err) { // it is being replaced
+			return nil
+		}
 		return fmt.Errorf("read volume of claim %s/%s: %w", claim.Namespace, claim.Name, err)
 	}
 	if pv.Annotations[AnnotationPopulatedFrom] != "" {
@@ -109,23 +115,21 @@ func (r *Claims) guard(ctx context.Context, claim *corev1.PersistentVolumeClaim)
 	r.warned[claim.UID] = true
 	r.Metrics.BoundWithoutVarve()
 	r.Events.Warning(claim, v1alpha1.ReasonBoundWithoutUs,
-		"the claim names %s %s and was bound to volume %s, which Varve did not fill: it does not hold the recovery point and may be empty",
-		claim.Spec.DataSourceRef.Kind, claim.Spec.DataSourceRef.Name, claim.Spec.VolumeName)
-
+		"the claim %s and was bound to volume %s, which Varve did not fill: it does not hold the recovery point and may be empty",
+		how, claim.Spec.VolumeName)
 	return nil
 }
 
-// unprotect takes our finalizer off a claim that nothing was made for.
+// unprotect removes our finalizer from a claim for which nothing was made.
 func (r *Claims) unprotect(ctx context.Context, claim *corev1.PersistentVolumeClaim) error {
 	return r.dropFinalizer(ctx, claim, Finalizer)
 }
 
-// decide resolves what the claim names and writes it down.
+// decide resolves what the claim names and records it.
 func (r *Claims) decide(ctx context.Context, claim *corev1.PersistentVolumeClaim) (ctrl.Result, error) {
 	if claim.Spec.StorageClassName == nil || *claim.Spec.StorageClassName == "" {
 		r.Events.Warning(claim, v1alpha1.ReasonNoStorageClass,
 			"the claim has no storage class, and the cluster no default one: there is nothing to make its volume with")
-
 		return ctrl.Result{RequeueAfter: r.refused.next(client.ObjectKeyFromObject(claim), retryRefused)}, nil
 	}
 	src, err := r.sourceOf(ctx, claim)
@@ -136,7 +140,7 @@ func (r *Claims) decide(ctx context.Context, claim *corev1.PersistentVolumeClaim
 	found, err := r.Points.Find(fctx, src.query)
 	cancel()
 	if err == nil {
-		err = admit(claim, found)
+		err = Admit(claim, found)
 	}
 	var refused *RefusedError
 	if errors.As(err, &refused) && refused.NoneAtAll && src.ifNone == v1alpha1.IfNoneEmpty {
@@ -145,11 +149,10 @@ func (r *Claims) decide(ctx context.Context, claim *corev1.PersistentVolumeClaim
 	if err != nil {
 		return r.refuse(ctx, claim, src, err)
 	}
-
 	return ctrl.Result{}, r.accept(ctx, claim, src, found)
 }
 
-// accept writes the decision down. From here on Populations has the claim.
+// accept records the decision. From here on Populations handles the claim.
 func (r *Claims) accept(ctx context.Context, claim *corev1.PersistentVolumeClaim, src *source, p Found) error {
 	if err := r.noteResolved(ctx, claim, src, p); err != nil {
 		return err
@@ -175,15 +178,13 @@ func (r *Claims) accept(ctx context.Context, claim *corev1.PersistentVolumeClaim
 		if apierrors.IsAlreadyExists(err) {
 			return nil
 		}
-
 		return fmt.Errorf("begin to fill claim %s/%s: %w", claim.Namespace, claim.Name, err)
 	}
 	r.Events.Normal(claim, v1alpha1.ReasonPopulating, "%s", what)
-
 	return nil
 }
 
-// refuse tells the claim's user why nothing happens, and when it is looked at again.
+// refuse reports to the claim's user why nothing happens, and when the claim is checked again.
 func (r *Claims) refuse(ctx context.Context, claim *corev1.PersistentVolumeClaim, src *source, err error) (ctrl.Result, error) {
 	reason, message, most := v1alpha1.ReasonRepositoryUnreachable, err.Error(), retryRefused
 	tell := r.Events.Warning
@@ -205,7 +206,7 @@ func (r *Claims) refuse(ctx context.Context, claim *corev1.PersistentVolumeClaim
 	case ctx.Err() != nil:
 		return ctrl.Result{}, err
 	default:
-		message, most = "the recovery point could not be looked up, and is tried again: "+message, retryTrouble
+		message, most = "cannot look up the recovery point, retrying: "+message, retryTrouble
 		if errors.Is(err, store.ErrOpening) { // it answers, slowly
 			reason = v1alpha1.ReasonStoreNotReady
 		}
@@ -224,13 +225,12 @@ func (r *Claims) refuse(ctx context.Context, claim *corev1.PersistentVolumeClaim
 	if err := r.Client.Status().Patch(ctx, src.object, client.MergeFrom(old)); client.IgnoreNotFound(err) != nil {
 		return ctrl.Result{}, fmt.Errorf("write condition of RecoverySource %s: %w", src.object.Name, err)
 	}
-
 	return ctrl.Result{RequeueAfter: again}, nil
 }
 
-// noteResolved shows in the RecoverySource what a claim was resolved to. Claims of one
-// source are resolved at the same time: nobody's entry is lost, and nobody has to look
-// its point up again because of another's.
+// noteResolved shows in the RecoverySource what a claim was resolved to. Claims of one source
+// are resolved concurrently: no entry is lost, and no reconcile has to look up its point
+// again because of another's write.
 func (r *Claims) noteResolved(ctx context.Context, claim *corev1.PersistentVolumeClaim, src *source, p Found) error {
 	if src.object == nil {
 		return nil
@@ -250,33 +250,30 @@ func (r *Claims) noteResolved(ctx context.Context, claim *corev1.PersistentVolum
 		rs.Status.Resolved = list[max(0, len(list)-maxResolved):]
 		meta.SetStatusCondition(&rs.Status.Conditions, metav1.Condition{Type: v1alpha1.ConditionReady, Status: metav1.ConditionTrue,
 			Reason: v1alpha1.ReasonConnected, Message: message, ObservedGeneration: rs.Generation})
-
 		return r.Client.Status().Patch(ctx, rs, client.MergeFromWithOptions(old, client.MergeFromWithOptimisticLock{}))
 	})
 	if err != nil {
 		return fmt.Errorf("write what claim %s was resolved to: %w", claim.Name, err)
 	}
-
 	return nil
 }
 
-// crowd is how often, and with which pauses, a write is tried that many want to do.
+// crowd is how often, and with which pauses, a contended write is retried.
 var crowd = wait.Backoff{Steps: 20, Duration: 10 * time.Millisecond, Factor: 1.3, Jitter: 1}
 
-// dropFinalizer takes a finalizer off an object.
+// dropFinalizer removes a finalizer from an object.
 func (d *Deps) dropFinalizer(ctx context.Context, o client.Object, name string) error {
 	old, ok := o.DeepCopyObject().(client.Object)
 	if !ok || !controllerutil.RemoveFinalizer(o, name) {
 		return nil
 	}
 	if err := d.Client.Patch(ctx, o, client.MergeFromWithOptions(old, client.MergeFromWithOptimisticLock{})); client.IgnoreNotFound(err) != nil {
-		return fmt.Errorf("take finalizer %s off %s: %w", name, o.GetName(), err)
+		return fmt.Errorf("remove finalizer %s from %s: %w", name, o.GetName(), err)
 	}
-
 	return nil
 }
 
-// limit cuts a text to so many bytes, at a rune.
+// limit truncates a text to so many bytes, at a rune boundary.
 func limit(s string, n int) string {
 	if len(s) <= n {
 		return s
@@ -284,6 +281,5 @@ func limit(s string, n int) string {
 	for n > 0 && s[n]&0xc0 == 0x80 {
 		n--
 	}
-
 	return s[:n]
 }

@@ -18,7 +18,7 @@ func (w *world) hasEvent(part string) bool {
 	return slices.ContainsFunc(w.events, func(e string) bool { return strings.Contains(e, part) })
 }
 
-// turns has controller and world take so many turns.
+// turns lets controller and world take so many turns.
 func (in *incarnation) turns(t *testing.T, n int) {
 	t.Helper()
 	for range n {
@@ -28,8 +28,7 @@ func (in *incarnation) turns(t *testing.T, n int) {
 	}
 }
 
-// TestRefusals looks at claims that are not filled: they stay pending, with an event, and
-// nothing is made for them.
+// TestRefusals: refused claims stay pending, with an event, and nothing is made for them.
 func TestRefusals(t *testing.T) {
 	for _, tc := range []struct {
 		name  string
@@ -81,7 +80,7 @@ func TestRefusals(t *testing.T) {
 			if !w.hasEvent(tc.event) {
 				t.Errorf("events: %q", w.events)
 			}
-			// What stood against it goes away.
+			// The obstacle goes away.
 			if tc.world != nil {
 				w.point.VolumeMode, w.point.RequestBytes, w.findErr = tc.mode, diskSize, nil
 				in.run(t, w.settled)
@@ -129,7 +128,7 @@ func TestIfNone(t *testing.T) {
 	}
 }
 
-// TestGuard has somebody else bind the claim: before it was decided, and after.
+// TestGuard lets another controller bind the claim: before it was decided, and after.
 func TestGuard(t *testing.T) {
 	for i := range 24 {
 		mode, rounds := bothModes[i%2], i/2
@@ -157,7 +156,7 @@ func TestGuard(t *testing.T) {
 	}
 }
 
-// bindFirst binds the claim to a volume before the binder looks at others.
+// bindFirst binds the claim to a volume before the binder considers others.
 func (w *world) bindFirst(name string) {
 	c := w.claim()
 	c.Spec.VolumeName, c.Status.Phase = name, corev1.ClaimBound

@@ -13,7 +13,7 @@ import (
 	"github.com/varve-io/varve/populator/step"
 )
 
-// writesOf runs a filling to its end and returns what was written, in order.
+// writesOf runs a filling to its end and returns its writes, in order.
 func writesOf(t *testing.T, mode corev1.PersistentVolumeMode) []step.Write {
 	t.Helper()
 	w := newWorld(t, newClaim(mode, "fast"))
@@ -21,22 +21,20 @@ func writesOf(t *testing.T, mode corev1.PersistentVolumeMode) []step.Write {
 	var seen []step.Write
 	in := w.start(func(_ context.Context, wr step.Write) error {
 		seen = append(seen, wr)
-
 		return nil
 	})
 	in.run(t, w.settled)
 	if len(w.disks) != 1 {
 		t.Fatalf("storage: %v", w.disks)
 	}
-
 	return seen
 }
 
 var bothModes = []corev1.PersistentVolumeMode{corev1.PersistentVolumeBlock, corev1.PersistentVolumeFilesystem}
 
-// TestKill stops the controller before and after each write of a filling, starts
-// another, and wants the same end; or deletes the claim while no controller runs, and
-// wants nothing left of it.
+// TestKill stops the controller before and after each write of a filling, starts another,
+// and expects the same end; or it deletes the claim while no controller runs, and expects
+// that nothing is left.
 func TestKill(t *testing.T) {
 	for _, mode := range bothModes {
 		writes := writesOf(t, mode)
@@ -72,7 +70,6 @@ func killAt(t *testing.T, mode corev1.PersistentVolumeMode, at int, deleted bool
 		if n-1 == at {
 			return errKilled
 		}
-
 		return nil
 	})
 	if in.run(t, w.settled) {
@@ -88,7 +85,6 @@ func killAt(t *testing.T, mode corev1.PersistentVolumeMode, at int, deleted bool
 		if len(slices.Compact(slices.Sorted(slices.Values(w.attempts)))) != 1 {
 			t.Errorf("movers: %v", w.attempts)
 		}
-
 		return
 	}
 	if c := w.claim(); c != nil {
@@ -100,7 +96,7 @@ func killAt(t *testing.T, mode corev1.PersistentVolumeMode, at int, deleted bool
 	w.start(nil).run(t, w.empty)
 }
 
-// TestDeleteMidway deletes the claim at each turn, under a living controller.
+// TestDeleteMidway deletes the claim at each turn, with a running controller.
 func TestDeleteMidway(t *testing.T) {
 	for _, mode := range bothModes {
 		for turn := range 40 {

@@ -27,8 +27,8 @@ func (p StorePoints) Find(ctx context.Context, q Query) (Found, error) {
 	if err != nil {
 		return Found{}, refusal(err)
 	}
-	out := Found{ID: found.Point.ID, Time: found.Point.Time, Bytes: found.Point.Size}
-	// The mode in a Repository's records is its owner's word: it opens nothing there
+	out := Found{ID: found.Point.ID, Time: found.Point.Time, Bytes: found.Point.Size, Stream: found.Point.Stream}
+	// The owner of a Repository controls the mode in its records: there it allows nothing
 	// that the mode of the claim does not.
 	if st.Tenancy != nil {
 		out.AllowModeChange = st.Tenancy.AllowVolumeModeChange
@@ -40,7 +40,39 @@ func (p StorePoints) Find(ctx context.Context, q Query) (Found, error) {
 	if out.Bytes <= 0 {
 		return Found{}, &RefusedError{Reason: v1alpha1.ReasonNoRecoveryPoint, Message: fmt.Sprintf("recovery point %s is of an empty disk", short(out.ID))}
 	}
+	return out, nil
+}
 
+// Group implements Points.
+func (p StorePoints) Group(ctx context.Context, q Query, found Found) ([]Query, error) {
+	st, err := p.Stores.Get(ctx, q.Store, q.Namespace)
+	if err != nil {
+		return nil, refusal(err)
+	}
+	g, err := p.Stores.Group(ctx, st, found.ID)
+	if err != nil {
+		return nil, refusal(err)
+	}
+	none := func(format string, args ...any) error {
+		return &RefusedError{Reason: v1alpha1.ReasonNoGroup, Message: fmt.Sprintf("recovery point %s ", short(found.ID)) + fmt.Sprintf(format, args...)}
+	}
+	if g == nil {
+		return nil, none("was not made together with others")
+	}
+	if !g.Complete() {
+		return nil, none("is of group %s, in which %s has none", g, g.Missing[0])
+	}
+	var out []Query
+	for _, m := range g.Members() {
+		if m.ID == found.ID {
+			continue
+		}
+		out = append(out, Query{Store: q.Store, Namespace: q.Namespace, At: v1alpha1.RecoveryAt{ID: m.ID},
+			From: v1alpha1.RecoveryFrom{Cluster: m.Volume.Cluster, Namespace: m.Volume.Namespace, Volume: m.Volume.Name}})
+	}
+	if len(out) != len(g.Wanted)-1 {
+		return nil, none("is not the newest of its volume in group %s", g)
+	}
 	return out, nil
 }
 
@@ -49,21 +81,18 @@ func (p StorePoints) Restores(ctx context.Context, ref v1alpha1.StoreReference, 
 	st, err := p.Stores.Get(ctx, ref, namespace)
 	if err != nil {
 		if errors.Is(err, store.ErrNotFound) {
-			return defaultRestoresPerStore, nil // the mover's Job will say so
+			return defaultRestoresPerStore, nil // the mover's Job will report it
 		}
-
 		return 0, err
 	}
 	_, restores := st.Limits()
-
 	return restores, nil
 }
 
-// refusal tells what somebody has to change from what may pass.
+// refusal distinguishes errors that a user must fix from those that may pass.
 func refusal(err error) error {
 	if reason, again := store.Reason(err); !again {
 		return &RefusedError{Reason: reason, Message: err.Error(), NoneAtAll: errors.Is(err, store.ErrNone)}
 	}
-
 	return err
 }

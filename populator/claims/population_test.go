@@ -23,8 +23,8 @@ func (w *world) choose(node string) {
 	w.must(w.c.Update(w.t.Context(), c))
 }
 
-// TestWaitForFirstConsumer makes nothing before the scheduler has chosen, hands its
-// choice on, and has it choose again when nothing can be made there.
+// TestWaitForFirstConsumer: nothing is made before the scheduler has chosen, its choice
+// is passed on, and it chooses again if nothing can be made there.
 func TestWaitForFirstConsumer(t *testing.T) {
 	for _, tc := range []struct {
 		name    string
@@ -52,7 +52,6 @@ func TestWaitForFirstConsumer(t *testing.T) {
 				if w.claim().Annotations[annSelectedNode] == "" { // asked to choose again
 					w.choose("n2")
 				}
-
 				return w.settled()
 			})
 			if len(w.disks) != 1 {
@@ -62,7 +61,7 @@ func TestWaitForFirstConsumer(t *testing.T) {
 	}
 }
 
-// TestMoverFails looks at what follows movers that fail.
+// TestMoverFails checks what follows failed movers.
 func TestMoverFails(t *testing.T) {
 	ok := func(j *batchv1.Job) Outcome {
 		return Outcome{State: Succeeded, PointID: j.Annotations["point"], VerifiedBytes: diskSize, FileSystem: "ext4"}
@@ -79,7 +78,6 @@ func TestMoverFails(t *testing.T) {
 				if n < 12 {
 					return Outcome{State: Failed, Reason: v1alpha1.ReasonRepositoryUnreachable, Message: "no route to host"}
 				}
-
 				return ok(j)
 			}},
 		{name: "once", mode: corev1.PersistentVolumeBlock, bound: true, event: "MoverFailed",
@@ -87,7 +85,6 @@ func TestMoverFails(t *testing.T) {
 				if n < 2 {
 					return Outcome{State: Failed, Reason: v1alpha1.ReasonMoverFailed, Message: "killed"}
 				}
-
 				return ok(j)
 			}},
 		{name: "always", mode: corev1.PersistentVolumeBlock, event: "given up after 5 attempts",
@@ -98,35 +95,30 @@ func TestMoverFails(t *testing.T) {
 			outcome: func(_ int, j *batchv1.Job) Outcome {
 				o := ok(j)
 				o.VerifiedBytes--
-
 				return o
 			}},
 		{name: "another point", mode: corev1.PersistentVolumeBlock, event: "given up after 5 attempts",
 			outcome: func(_ int, j *batchv1.Job) Outcome {
 				o := ok(j)
 				o.PointID = strings.Repeat("f", 32)
-
 				return o
 			}},
 		{name: "no file system", mode: corev1.PersistentVolumeFilesystem, event: "UnknownFileSystem",
 			outcome: func(_ int, j *batchv1.Job) Outcome {
 				o := ok(j)
 				o.FileSystem = ""
-
 				return o
 			}},
 		{name: "a partition table is none", mode: corev1.PersistentVolumeFilesystem, event: "LVM2_member",
 			outcome: func(_ int, j *batchv1.Job) Outcome {
 				o := ok(j)
 				o.FileSystem = "LVM2_member"
-
 				return o
 			}},
 		{name: "no file system is fine for Block", mode: corev1.PersistentVolumeBlock, bound: true, event: "Populated",
 			outcome: func(_ int, j *batchv1.Job) Outcome {
 				o := ok(j)
 				o.FileSystem = ""
-
 				return o
 			}},
 	} {
@@ -142,7 +134,6 @@ func TestMoverFails(t *testing.T) {
 				if o.State == Succeeded {
 					w.write(j)
 				}
-
 				return o
 			}
 			in := w.start(nil)
@@ -169,7 +160,7 @@ func TestMoverFails(t *testing.T) {
 	}
 }
 
-// write has the point on the prime's disk, as a mover would.
+// write puts the point on the prime's disk, as a mover would.
 func (w *world) write(j *batchv1.Job) {
 	w.t.Helper()
 	var prime corev1.PersistentVolumeClaim
@@ -181,7 +172,7 @@ func (w *world) write(j *batchv1.Job) {
 	}
 }
 
-// TestShortDevice asks for a larger volume when the disk does not fit.
+// TestShortDevice requests a larger volume if the disk does not fit.
 func TestShortDevice(t *testing.T) {
 	w := newWorld(t, newClaim(corev1.PersistentVolumeBlock, "fast"))
 	w.short = true
@@ -195,7 +186,7 @@ func TestShortDevice(t *testing.T) {
 	}
 }
 
-// TestNewVolume looks at what the swap's volume takes over.
+// TestNewVolume checks what the swap's volume copies.
 func TestNewVolume(t *testing.T) {
 	claim := newClaim(corev1.PersistentVolumeFilesystem, "secret")
 	claim.Spec.AccessModes = []corev1.PersistentVolumeAccessMode{corev1.ReadOnlyMany}
@@ -210,13 +201,11 @@ func TestNewVolume(t *testing.T) {
 	w.point.VolumeMode = corev1.PersistentVolumeFilesystem
 	w.outcome = func(j *batchv1.Job) Outcome {
 		w.write(j)
-
 		return Outcome{State: Succeeded, PointID: pointID, VerifiedBytes: diskSize, FileSystem: "xfs"}
 	}
 	copied := false
 	in := w.start(func(_ context.Context, wr step.Write) error {
 		copied = copied || wr.Kind == "Secret" && wr.Verb == "create" && wr.Name == varveNS+"/prime-11111111-aaaa-key"
-
 		return nil
 	})
 	in.run(t, w.settled)
@@ -231,7 +220,7 @@ func TestNewVolume(t *testing.T) {
 	}
 }
 
-// TestTenantSecrets refuses classes whose Secrets cannot be known.
+// TestTenantSecrets: classes whose Secrets cannot be known are refused.
 func TestTenantSecrets(t *testing.T) {
 	immediate := storagev1.VolumeBindingImmediate
 	for name, params := range map[string][2]string{
@@ -248,5 +237,21 @@ func TestTenantSecrets(t *testing.T) {
 				t.Errorf("%s", w.dump())
 			}
 		})
+	}
+}
+
+// Steps recorded by an earlier version map to current ones.
+func TestStepsOfEarlierVersions(t *testing.T) {
+	for recorded, want := range map[string]string{"": "", "write": "Write", "drop-prime-volume": "DropPrimeVolume", "failed": stepFailed} {
+		if got := stepOf(&v1alpha1.VolumePopulation{Status: v1alpha1.VolumePopulationStatus{Step: recorded}}); got != want {
+			t.Errorf("%q is step %q, want %q", recorded, got, want)
+		}
+	}
+	for _, l := range Lists() {
+		for _, name := range l.Names() {
+			if got := stepOf(&v1alpha1.VolumePopulation{Status: v1alpha1.VolumePopulationStatus{Step: name}}); got != name {
+				t.Errorf("step %s is read as %q", name, got)
+			}
+		}
 	}
 }

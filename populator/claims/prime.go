@@ -16,8 +16,11 @@ import (
 	"github.com/varve-io/varve/populator/step"
 )
 
-// protectStep keeps the claim until what is made for it is gone or handed over.
+// protectStep keeps the claim until what is made for it is deleted or handed over.
 func (j *job) protectStep(ctx context.Context) (step.Result, error) {
+	if j.pop.Spec.Restore != nil { // it has its volume, and nothing of ours to wait for
+		return step.Done(), nil
+	}
 	old := j.claim.DeepCopy()
 	if !controllerutil.AddFinalizer(j.claim, Finalizer) {
 		return step.Done(), nil
@@ -25,14 +28,16 @@ func (j *job) protectStep(ctx context.Context) (step.Result, error) {
 	if err := j.Client.Patch(ctx, j.claim, client.MergeFromWithOptions(old, client.MergeFromWithOptimisticLock{})); err != nil {
 		return step.Result{}, fmt.Errorf("protect claim %s: %w", j.claimName(), err)
 	}
-
 	return step.Done(), nil
 }
 
-// primeStep makes our own claim and waits for its volume. With WaitForFirstConsumer
-// the scheduler chooses the node, as for any claim, when a pod uses the user's claim;
-// the choice is handed on.
+// primeStep makes our own claim and waits for its volume. With WaitForFirstConsumer the
+// scheduler chooses the node, as for any claim, when a pod uses the user's claim; the
+// choice is passed on.
 func (j *job) primeStep(ctx context.Context) (step.Result, error) {
+	if inPlace(j.pop) {
+		return j.secondStep(ctx)
+	}
 	class, err := j.class(ctx)
 	if err != nil {
 		return step.Result{}, err
@@ -45,7 +50,11 @@ func (j *job) primeStep(ctx context.Context) (step.Result, error) {
 		return step.Wait(v1alpha1.ReasonProvisioning, "waiting for an earlier volume to be gone", look), nil
 	}
 	if waitsForConsumer(class) && (prime == nil || prime.Spec.VolumeName == "") {
-		res, err := j.node(ctx, prime)
+		find := j.node
+		if j.pop.Spec.Restore != nil {
+			find = j.nodeLike
+		}
+		res, err := find(ctx, prime)
 		if err != nil || !res.IsDone() {
 			return res, err
 		}
@@ -56,10 +65,8 @@ func (j *job) primeStep(ctx context.Context) (step.Result, error) {
 			if apierrors.IsInvalid(err) || apierrors.IsForbidden(err) {
 				message := "the volume's claim in Varve's namespace was refused: " + err.Error()
 				j.warn(v1alpha1.ReasonProvisioning, message)
-
 				return step.Wait(v1alpha1.ReasonProvisioning, message, retryMissing), nil
 			}
-
 			return step.Result{}, fmt.Errorf("create claim %s: %w", j.prime, err)
 		}
 	}
@@ -78,7 +85,6 @@ func (j *job) primeStep(ctx context.Context) (step.Result, error) {
 	if pv.Spec.CSI != nil {
 		s.VolumeHandle = pv.Spec.CSI.VolumeHandle
 	}
-
 	return step.Done(), j.save(ctx)
 }
 
@@ -90,10 +96,8 @@ func (j *job) class(ctx context.Context) (*storagev1.StorageClass, error) {
 		if apierrors.IsNotFound(err) {
 			j.warn(v1alpha1.ReasonNoStorageClass, "storage class "+name+" does not exist")
 		}
-
 		return nil, fmt.Errorf("read storage class %s: %w", name, err)
 	}
-
 	return &class, nil
 }
 
@@ -105,7 +109,7 @@ func waitForConsumer() step.Result {
 	return step.Wait(v1alpha1.ReasonWaitingForConsumer, "waiting for a pod that uses the claim to be scheduled", 0)
 }
 
-// newPrime is the claim whose volume is written: like the user's, but writable, as
+// newPrime returns the claim whose volume is written: like the user's, but writable, as
 // large as the disk, and in Block mode, so that no file system is made on it.
 func (j *job) newPrime() *corev1.PersistentVolumeClaim {
 	mode := corev1.PersistentVolumeBlock
@@ -128,12 +132,11 @@ func (j *job) newPrime() *corev1.PersistentVolumeClaim {
 	if j.pop.Status.SelectedNode != "" {
 		prime.Annotations[annSelectedNode] = j.pop.Status.SelectedNode
 	}
-
 	return prime
 }
 
-// writable are access modes that a mover can write with: those asked for, or the
-// least that there is.
+// writable returns access modes that a mover can write with: the requested ones, or
+// ReadWriteOnce.
 func writable(modes []corev1.PersistentVolumeAccessMode) []corev1.PersistentVolumeAccessMode {
 	var out []corev1.PersistentVolumeAccessMode
 	for _, m := range modes {
@@ -144,13 +147,12 @@ func writable(modes []corev1.PersistentVolumeAccessMode) []corev1.PersistentVolu
 	if len(out) == 0 {
 		out = []corev1.PersistentVolumeAccessMode{corev1.ReadWriteOnce}
 	}
-
 	return out
 }
 
-// node agrees with the scheduler on where the volume is made. It is done when the
-// claim has a node that can be used, which status.SelectedNode then is, and our claim
-// is for it or not there yet.
+// node agrees with the scheduler on where the volume is made. It is done when the claim
+// has a usable node, recorded as status.SelectedNode, and our claim is for it or does not
+// exist yet.
 func (j *job) node(ctx context.Context, prime *corev1.PersistentVolumeClaim) (step.Result, error) {
 	chosen := j.claim.Annotations[annSelectedNode]
 	if prime != nil && chosen != j.pop.Status.SelectedNode {
@@ -174,43 +176,39 @@ func (j *job) node(ctx context.Context, prime *corev1.PersistentVolumeClaim) (st
 		return step.Done(), nil
 	}
 	j.pop.Status.SelectedNode = chosen
-
 	return step.Done(), j.save(ctx)
 }
 
-// unusable tells why a node cannot run a mover now; empty if it can.
+// unusable says why a node cannot run a mover now; empty if it can.
 func (j *job) unusable(ctx context.Context, name string) (string, error) {
 	var node corev1.Node
 	if err := j.Live.Get(ctx, client.ObjectKey{Name: name}, &node); err != nil {
 		if apierrors.IsNotFound(err) {
 			return "is gone", nil
 		}
-
 		return "", fmt.Errorf("read node %s: %w", name, err)
 	}
 	if node.Spec.Unschedulable {
-		return "takes no more pods", nil
+		return "is unschedulable", nil
 	}
-
 	return "", nil
 }
 
-// refuseNode takes the scheduler's choice off the claim, which makes it choose again:
-// an external populator gets no roll-back of its own.
+// refuseNode removes the scheduler's choice from the claim, so that it chooses again: an
+// external populator has no roll-back otherwise.
 func (j *job) refuseNode(ctx context.Context, why string) (step.Result, error) {
-	j.warn(v1alpha1.ReasonStartingAnew, why)
-	if _, ok := j.claim.Annotations[annSelectedNode]; ok {
+	j.warn(v1alpha1.ReasonStartingAgain, why)
+	if _, ok := j.claim.Annotations[annSelectedNode]; ok && j.pop.Spec.Restore == nil {
 		old := j.claim.DeepCopy()
 		delete(j.claim.Annotations, annSelectedNode)
 		if err := j.Client.Patch(ctx, j.claim, client.MergeFromWithOptions(old, client.MergeFromWithOptimisticLock{})); err != nil {
 			return step.Result{}, fmt.Errorf("take the node off claim %s: %w", j.claimName(), err)
 		}
 	}
-
 	return step.Result{}, errAgain
 }
 
-// provisioning waits for our claim's volume, and tells what hinders it.
+// provisioning waits for our claim's volume, and reports what hinders it.
 func (j *job) provisioning(ctx context.Context, prime *corev1.PersistentVolumeClaim) (step.Result, error) {
 	why, err := j.lastWarning(ctx, prime)
 	if err != nil {
@@ -220,11 +218,10 @@ func (j *job) provisioning(ctx context.Context, prime *corev1.PersistentVolumeCl
 		return step.Wait(v1alpha1.ReasonProvisioning, "waiting for the storage to make the volume", look), nil
 	}
 	j.warn(v1alpha1.ReasonProvisioning, "the storage does not make the volume: "+why)
-
 	return step.Wait(v1alpha1.ReasonProvisioning, why, retryProvisioning), nil
 }
 
-// lastWarning is the newest warning about one of our objects; empty without any.
+// lastWarning returns the newest warning about one of our objects; empty without any.
 func (j *job) lastWarning(ctx context.Context, o client.Object) (string, error) {
 	var list corev1.EventList
 	if err := j.Live.List(ctx, &list, client.InNamespace(j.Namespace)); err != nil {
@@ -241,6 +238,5 @@ func (j *job) lastWarning(ctx context.Context, o client.Object) (string, error) 
 	if last == nil {
 		return "", nil
 	}
-
 	return last.Message, nil
 }

@@ -23,7 +23,7 @@ import (
 // parameters, as the external-provisioner reads them (its README, "Secrets").
 var secretKinds = []string{"provisioner", "controller-publish", "node-stage", "node-publish", "controller-expand", "node-expand"}
 
-// template is a class's reference to a Secret that is not the same for all claims.
+// template is a class's reference to a Secret that differs between claims.
 type template struct{ kind, name, namespace string }
 
 // templated returns the references of a class that name the claim or its namespace.
@@ -35,22 +35,23 @@ func templated(class *storagev1.StorageClass) []template {
 			out = append(out, t)
 		}
 	}
-
 	return out
 }
 
-// resolve gives the reference for a claim; ok is false if it asks for more than a
-// claim's name and namespace.
+// resolve returns the reference for a claim; ok is false if it needs more than a claim's
+// name and namespace.
 func (t template) resolve(claim client.ObjectKey) (key client.ObjectKey, ok bool) {
 	fill := strings.NewReplacer("${pvc.name}", claim.Name, "${pvc.namespace}", claim.Namespace)
 	key = client.ObjectKey{Name: fill.Replace(t.name), Namespace: fill.Replace(t.namespace)}
-
 	return key, !strings.Contains(key.Name+key.Namespace, "${")
 }
 
-// secretsStep copies the Secrets that the storage takes from the claim's namespace to
-// where it looks for those of our own claim.
+// secretsStep copies the Secrets that the storage reads from the claim's namespace to
+// where it looks for those of our claim.
 func (j *job) secretsStep(ctx context.Context) (step.Result, error) {
+	if inPlace(j.pop) { // its volume has the references of the claim's volume
+		return step.Done(), nil
+	}
 	class, err := j.class(ctx)
 	if err != nil {
 		return step.Result{}, err
@@ -65,7 +66,7 @@ func (j *job) secretsStep(ctx context.Context) (step.Result, error) {
 		switch {
 		case !ok1 || !ok2:
 			return step.Result{}, step.Terminal(v1alpha1.ReasonTenantSecrets, fmt.Errorf(
-				"storage class %s names its %s Secret %s/%s, which Varve cannot know for a volume it makes; use a class that names Secrets by ${pvc.name} or ${pvc.namespace} at most",
+				"storage class %s names its %s Secret %s/%s, which Varve cannot resolve for a volume it makes; use a class that names Secrets by ${pvc.name} or ${pvc.namespace} at most",
 				class.Name, t.kind, t.namespace, t.name))
 		case from == to:
 			continue
@@ -77,15 +78,14 @@ func (j *job) secretsStep(ctx context.Context) (step.Result, error) {
 			return step.Result{}, step.Terminal(v1alpha1.ReasonTenantSecrets, fmt.Errorf(
 				"storage class %s names two Secrets, %s and %s, that would have the same name for a volume Varve makes; use a class that gives them names of their own",
 				class.Name, source, from))
-		case waitsForConsumer(class) && j.claim.Annotations[annSelectedNode] == "":
-			// The copy's name may be one that others wait for.
+		case j.pop.Spec.Restore == nil && waitsForConsumer(class) && j.claim.Annotations[annSelectedNode] == "":
+			// Others may wait for the copy's name.
 			return waitForConsumer(), nil
 		}
 		if res, err := j.copySecret(ctx, class.Name, from, to); err != nil || !res.IsDone() {
 			return res, err
 		}
 	}
-
 	return step.Done(), nil
 }
 
@@ -96,11 +96,9 @@ func (j *job) copySecret(ctx context.Context, class string, from, to client.Obje
 		j.warn(v1alpha1.ReasonTenantSecrets, fmt.Sprintf(
 			"storage class %s takes Secret %s of this namespace, which Varve may not read; an administrator allows it with: kubectl create rolebinding varve-tenant-secrets -n %s --clusterrole=varve-tenant-secrets --serviceaccount=%s:varve-controller",
 			class, from.Name, from.Namespace, j.Namespace))
-
 		return step.Wait(v1alpha1.ReasonTenantSecrets, fmt.Sprintf("Varve may not read Secret %s", from), retryMissing), nil
 	case apierrors.IsNotFound(err):
 		j.warn(v1alpha1.ReasonTenantSecrets, fmt.Sprintf("storage class %s takes Secret %s, which does not exist", class, from))
-
 		return step.Wait(v1alpha1.ReasonTenantSecrets, fmt.Sprintf("Secret %s does not exist", from), retryMissing), nil
 	case err != nil:
 		return step.Result{}, fmt.Errorf("read Secret %s: %w", from, err)
@@ -109,7 +107,7 @@ func (j *job) copySecret(ctx context.Context, class string, from, to client.Obje
 }
 
 // placeCopy writes a Secret under another name. That name may be taken: a class can name
-// the same one for all claims, and in Varve's namespace are Secrets of others, too.
+// the same one for all claims, and Varve's namespace also has Secrets of others.
 func (j *job) placeCopy(ctx context.Context, class string, secret *corev1.Secret, to client.ObjectKey) (step.Result, error) {
 	var there corev1.Secret
 	err := j.Live.Get(ctx, to, &there)
@@ -136,7 +134,6 @@ func (j *job) placeCopy(ctx context.Context, class string, secret *corev1.Secret
 			return step.Result{}, fmt.Errorf("copy Secret %s/%s to %s again: %w", secret.Namespace, secret.Name, to, err)
 		}
 	}
-
 	return step.Done(), nil
 }
 
@@ -147,12 +144,11 @@ func (j *job) made(secret *corev1.Secret) bool {
 			return false
 		}
 	}
-
 	return true
 }
 
-// nameTaken decides about a copy whose name a Secret has that this population did not make:
-// another population's is gone some time, anybody else's is left alone.
+// nameTaken handles a copy's name that a Secret not made by this population has: another
+// population's will be deleted, any other is left.
 func (j *job) nameTaken(ctx context.Context, class string, secret *corev1.Secret) (step.Result, error) {
 	name := secret.Labels[LabelPopulation]
 	if secret.Labels[LabelManagedBy] != managedBy || name == "" {
@@ -170,12 +166,11 @@ func (j *job) nameTaken(ctx context.Context, class string, secret *corev1.Secret
 	}
 	message := fmt.Sprintf("storage class %s takes a Secret of the same name, %s, for all claims: waiting until another restore that uses it has ended", class, secret.Name)
 	j.tell(v1alpha1.ReasonTenantSecrets, message)
-
 	return step.Wait(v1alpha1.ReasonTenantSecrets, message, look), nil
 }
 
 // dropSecrets deletes the copies. Their names follow from the class, since Varve may not
-// list Secrets; one of such a name that is not this population's is somebody else's.
+// list Secrets; it leaves a Secret of such a name that is not this population's.
 func (j *job) dropSecrets(ctx context.Context) error {
 	names, err := j.copied(ctx)
 	if err != nil {
@@ -194,21 +189,19 @@ func (j *job) dropSecrets(ctx context.Context) error {
 			return err
 		}
 	}
-
 	return nil
 }
 
-// deleteCopy deletes a Secret as it was read, and none that came in its place.
+// deleteCopy deletes a Secret as it was read, not one that replaced it.
 func (j *job) deleteCopy(ctx context.Context, secret *corev1.Secret) error {
 	err := j.Client.Delete(ctx, secret, client.Preconditions{UID: &secret.UID, ResourceVersion: &secret.ResourceVersion})
 	if client.IgnoreNotFound(err) != nil {
 		return fmt.Errorf("delete Secret %s: %w", secret.Name, err)
 	}
-
 	return nil
 }
 
-// copied are the names of the copies that may exist.
+// copied returns the names of the copies that may exist.
 func (j *job) copied(ctx context.Context) ([]string, error) {
 	name := j.pop.Spec.StorageClassName
 	if name == "" {
@@ -226,18 +219,17 @@ func (j *job) copied(ctx context.Context) ([]string, error) {
 			names[to.Name] = true
 		}
 	}
-
 	return slices.Sorted(maps.Keys(names)), nil
 }
 
-// rewriteSecrets has a new volume name the Secrets of the user's claim where the old
+// rewriteSecrets makes a new volume name the Secrets of the user's claim where the old
 // one names the copies.
 func (j *job) rewriteSecrets(class *storagev1.StorageClass, pv *corev1.PersistentVolume) error {
 	claim := client.ObjectKey{Namespace: j.pop.Spec.Claim.Namespace, Name: j.pop.Spec.Claim.Name}
 	for _, t := range templated(class) {
 		to, ok := t.resolve(claim)
 		if !ok {
-			return fmt.Errorf("storage class %s changed its %s Secret meanwhile", class.Name, t.kind)
+			return fmt.Errorf("storage class %s changed its %s Secret during the restore", class.Name, t.kind)
 		}
 		if t.kind == "provisioner" {
 			pv.Annotations[annDeletionSecretName], pv.Annotations[annDeletionSecretNS] = to.Name, to.Namespace
@@ -256,6 +248,5 @@ func (j *job) rewriteSecrets(class *storagev1.StorageClass, pv *corev1.Persisten
 			*ref = &corev1.SecretReference{Name: to.Name, Namespace: to.Namespace}
 		}
 	}
-
 	return nil
 }

@@ -33,15 +33,14 @@ func population(claim, namespace string) *v1alpha1.VolumePopulation {
 	}
 }
 
-// of is a population that is worked on.
+// of returns a population in progress.
 func (in *incarnation) of(pop *v1alpha1.VolumePopulation) *job {
 	claim := newClaim(corev1.PersistentVolumeBlock, "keys")
 	claim.Namespace, claim.UID = pop.Spec.Claim.Namespace, pop.Spec.Claim.UID
-
 	return &job{Populations: in.po, pop: pop, claim: claim, prime: client.ObjectKey{Namespace: varveNS, Name: PrimePrefix + string(claim.UID)}}
 }
 
-// copied is what the Secret in Varve's namespace holds; empty if there is none.
+// copied returns the content of the Secret in Varve's namespace; empty if there is none.
 func (w *world) copied() string {
 	w.t.Helper()
 	var s corev1.Secret
@@ -50,12 +49,10 @@ func (w *world) copied() string {
 	if apierrors.IsNotFound(err) {
 		return ""
 	}
-
 	return string(s.Data["key"])
 }
 
-// A Secret of Varve's namespace that has the name which a copy would have is neither used
-// nor deleted.
+// A Secret of Varve's namespace with the name of a copy is neither used nor deleted.
 func TestSecretOfSomebodyElse(t *testing.T) {
 	w := newWorld(t, newClaim(corev1.PersistentVolumeBlock, "keys"), keyClass(storagev1.VolumeBindingImmediate),
 		key(userNS, "tenant", nil), key(varveNS, "password", nil))
@@ -89,7 +86,6 @@ func TestSecretsOfTwoTenants(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-
 		return res
 	}
 	if !secrets(a).IsDone() || w.copied() != "shop's" {
@@ -107,7 +103,7 @@ func TestSecretsOfTwoTenants(t *testing.T) {
 	if !secrets(b).IsDone() || w.copied() != "bank's" {
 		t.Errorf("the second was not copied: %q", w.copied())
 	}
-	w.must(w.c.Delete(t.Context(), second)) // and left its copy behind
+	w.must(w.c.Delete(t.Context(), second)) // and left its copy
 	if secrets(a).IsDone() || !secrets(a).IsDone() || w.copied() != "shop's" {
 		t.Errorf("what was left behind is in the way: %q", w.copied())
 	}
@@ -127,7 +123,7 @@ func TestSecretChanges(t *testing.T) {
 	}
 }
 
-// While nobody uses the claim, the name of the copy is left to those who do.
+// While no pod uses the claim, the name of the copy is left to claims in use.
 func TestSecretsWaitForConsumer(t *testing.T) {
 	pop := population("aaaa", userNS)
 	w := newWorld(t, pop, key(userNS, "tenant", nil), keyClass(storagev1.VolumeBindingWaitForFirstConsumer))

@@ -21,25 +21,22 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+	crsource "sigs.k8s.io/controller-runtime/pkg/source"
 
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/populator/report"
+	"github.com/varve-io/varve/populator/watch"
 )
 
-// Setup adds both reconcilers, and the registration with the data source validator, to
-// a manager. Its cache must hold claims, volumes and Varve's objects of the cluster,
-// and Jobs of Varve's namespace.
-func Setup(mgr ctrl.Manager, d Deps, workers int) error {
+// Setup adds both reconcilers, and the registration with the data source validator, to a
+// manager. Its cache must hold claims, volumes and Varve's objects of the cluster, and Jobs of
+// Varve's namespace. wake reports the populations that can now get a place.
+func Setup(mgr ctrl.Manager, d Deps, workers int, wake <-chan event.GenericEvent) error {
 	if d.Now == nil {
 		d.Now = time.Now
 	}
-	cached := mgr.GetClient()
-	err := ctrl.NewControllerManagedBy(mgr).Named("claims").
-		For(&corev1.PersistentVolumeClaim{}, builder.WithPredicates(predicate.NewPredicateFuncs(concerns))).
-		Watches(&v1alpha1.RecoverySource{}, handler.EnqueueRequestsFromMapFunc(naming(cached, kindRecoverySource)), builder.WithPredicates(predicate.GenerationChangedPredicate{})).
-		Watches(&v1alpha1.VolumeBackup{}, handler.EnqueueRequestsFromMapFunc(naming(cached, kindVolumeBackup))).
-		Watches(&v1alpha1.VolumeBackup{}, handler.EnqueueRequestsFromMapFunc(waitingForPoint(cached)), builder.WithPredicates(madePoint)).
-		Watches(&v1alpha1.VolumePopulation{}, handler.EnqueueRequestsFromMapFunc(claimOf), builder.WithPredicates(deletions)).
+	err := claimWatches(mgr.GetCache()).Add(ctrl.NewControllerManagedBy(mgr).Named("claims").
+		For(&corev1.PersistentVolumeClaim{}, builder.WithPredicates(predicate.NewPredicateFuncs(concerns)))).
 		WithOptions(report.Controller(workers)).
 		Complete(&Claims{Deps: d})
 	if err != nil {
@@ -50,20 +47,40 @@ func Setup(mgr ctrl.Manager, d Deps, workers int) error {
 		Watches(&corev1.PersistentVolumeClaim{}, handler.EnqueueRequestsFromMapFunc(d.populationOfClaim)).
 		Watches(&corev1.PersistentVolume{}, handler.EnqueueRequestsFromMapFunc(d.populationOfVolume)).
 		Watches(&batchv1.Job{}, handler.EnqueueRequestsFromMapFunc(d.populationByLabel)).
+		WatchesRawSource(crsource.Channel(wake, &handler.EnqueueRequestForObject{})).
 		WithOptions(report.Controller(workers)).
 		Complete(&Populations{Deps: d})
 	if err != nil {
 		return fmt.Errorf("set up populations: %w", err)
 	}
-
 	return mgr.Add(registration{mgr})
 }
 
-// concerns reports whether an object is a claim to look at.
+// claimWatches cover what a claim's decision depends on: what it names, new points, the grants
+// of stores, and its own filling, which may be undone.
+func claimWatches(c client.Reader) watch.List {
+	return watch.List{
+		{Object: &v1alpha1.RecoverySource{}, Find: naming(c, kindRecoverySource), When: watch.Spec},
+		{Object: &v1alpha1.VolumeBackup{}, Find: naming(c, kindVolumeBackup), When: predicate.Funcs{}},
+		{Object: &v1alpha1.VolumeBackup{}, Find: waitingForPoint(c), When: madePoint},
+		{Object: &v1alpha1.BackupStore{}, Find: waitingForStore(c), When: watch.Spec},
+		{Object: &v1alpha1.Repository{}, Find: waitingForStore(c), When: watch.Spec},
+		{Object: &corev1.Namespace{}, Find: waitingIn(c), When: watch.Relabeled},
+		{Object: &v1alpha1.VolumePopulation{}, Find: claimOf, When: deletions},
+	}
+}
+
+// WakeEvent is the event that makes a population checked again.
+func WakeEvent(name types.NamespacedName, uid types.UID) event.GenericEvent {
+	pop := &v1alpha1.VolumePopulation{}
+	pop.Namespace, pop.Name, pop.UID = name.Namespace, name.Name, uid
+	return event.GenericEvent{Object: pop}
+}
+
+// concerns reports whether an object is a claim to check.
 func concerns(o client.Object) bool {
 	claim, ok := o.(*corev1.PersistentVolumeClaim)
-
-	return ok && (NamesUs(claim) || claim.Annotations[AnnotationReference] != "")
+	return ok && (claim.Annotations[AnnotationReference] != "" || Means(claim))
 }
 
 var deletions = predicate.Funcs{
@@ -71,22 +88,12 @@ var deletions = predicate.Funcs{
 	UpdateFunc: func(event.UpdateEvent) bool { return false },
 }
 
-// naming finds the claims that wait for an object.
+// naming finds the claims that wait for an object by name.
 func naming(c client.Reader, kind string) handler.MapFunc {
 	return func(ctx context.Context, o client.Object) []reconcile.Request {
-		var list corev1.PersistentVolumeClaimList
-		if err := c.List(ctx, &list, client.InNamespace(o.GetNamespace())); err != nil {
-			return nil // they look again by themselves
-		}
-		var out []reconcile.Request
-		for i := range list.Items {
-			claim := &list.Items[i]
-			if NamesUs(claim) && claim.Spec.VolumeName == "" && claim.Spec.DataSourceRef.Kind == kind && claim.Spec.DataSourceRef.Name == o.GetName() {
-				out = append(out, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(claim)})
-			}
-		}
-
-		return out
+		return pendingClaims(ctx, c, o.GetNamespace(), func(ref *corev1.TypedObjectReference, _ string) bool {
+			return ref.Kind == kind && ref.Name == o.GetName()
+		})
 	}
 }
 
@@ -95,7 +102,6 @@ func claimOf(_ context.Context, o client.Object) []reconcile.Request {
 	if !ok {
 		return nil
 	}
-
 	return []reconcile.Request{{NamespacedName: types.NamespacedName{Namespace: pop.Spec.Claim.Namespace, Name: pop.Spec.Claim.Name}}}
 }
 
@@ -107,7 +113,6 @@ func (d Deps) populationByLabel(_ context.Context, o client.Object) []reconcile.
 	if name := o.GetLabels()[LabelPopulation]; name != "" && o.GetNamespace() == d.Namespace {
 		return d.named(name)
 	}
-
 	return nil
 }
 
@@ -115,7 +120,6 @@ func (d Deps) populationOfClaim(ctx context.Context, o client.Object) []reconcil
 	if claim, ok := o.(*corev1.PersistentVolumeClaim); ok && NamesUs(claim) {
 		return d.named(PopulationName(claim.UID))
 	}
-
 	return d.populationByLabel(ctx, o)
 }
 
@@ -131,12 +135,11 @@ func (d Deps) populationOfVolume(_ context.Context, o client.Object) []reconcile
 	if pv.Annotations[AnnotationPopulatedFrom] != "" {
 		return d.named(PopulationName(ref.UID))
 	}
-
 	return nil
 }
 
-// registration tells the volume data source validator which kinds Varve fills claims
-// from. Most clusters have no such thing; then there is nobody to tell.
+// registration registers the kinds from which Varve fills claims with the volume data
+// source validator. Most clusters have none; then it does nothing.
 type registration struct{ mgr ctrl.Manager }
 
 var (
@@ -156,7 +159,6 @@ func (r registration) Start(ctx context.Context) error {
 		if !meta.IsNoMatchError(err) {
 			log.Error(err, "cannot find out whether VolumePopulators are served")
 		}
-
 		return nil
 	}
 	for _, k := range []string{kindRecoverySource, kindVolumeBackup} {
@@ -170,6 +172,5 @@ func (r registration) Start(ctx context.Context) error {
 			log.Error(err, "cannot register with the data source validator, which will warn of claims that name Varve", "kind", k)
 		}
 	}
-
 	return nil
 }

@@ -10,11 +10,12 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
-// AnnotationReference holds namespace/name of a dataSourceRef that named a namespace:
-// the admission policy that Varve ships takes the namespace out and notes it there. The API server drops such a
-// reference, and the provisioner would bind an empty volume (KEP-3294, alpha).
+// AnnotationReference holds namespace/name of a dataSourceRef that named a namespace: Varve's admission
+// policy moves the namespace there. The API server drops such a reference, and the provisioner would bind an
+// empty volume (KEP-3294, alpha).
 const AnnotationReference = "varve.io/data-source-ref"
 
 // Kinds that a dataSourceRef may name.
@@ -23,33 +24,32 @@ const (
 	kindVolumeBackup   = "VolumeBackup"
 )
 
-// NamesUs reports whether a claim's data is to come from Varve.
+// NamesUs reports whether a claim's data comes from Varve.
 func NamesUs(claim *corev1.PersistentVolumeClaim) bool {
 	ref := claim.Spec.DataSourceRef
-
 	return ref != nil && ref.APIGroup != nil && *ref.APIGroup == v1alpha1.GroupVersion.Group
 }
 
-// source is what a claim's reference was read as.
+// source is the parsed reference of a claim.
 type source struct {
 	query  Query
 	ifNone v1alpha1.IfNone
 	object *v1alpha1.RecoverySource // nil for a VolumeBackup
 }
 
-// errNoSource means that the object that a claim names is not there, errNotYet that it
-// is there and has no recovery point yet.
+// errNoSource means that the object that a claim names does not exist, errNotYet that it
+// has no recovery point yet.
 var (
 	errNoSource = errors.New("not found")
 	errNotYet   = errors.New("not yet")
 )
 
 // sourceOf reads what a claim names. The error wraps errNoSource or errNotYet, or is a
-// *RefusedError, or passes.
+// *RefusedError, or is temporary.
 func (d *Deps) sourceOf(ctx context.Context, claim *corev1.PersistentVolumeClaim) (*source, error) {
 	ref := claim.Spec.DataSourceRef
 	// The policy leaves the reference without its namespace, so that the claim stays
-	// pending; it must not be filled from what has the same name here.
+	// pending; it must not be filled from an object of the same name here.
 	if claim.Annotations[AnnotationReference] != "" || ref.Namespace != nil && *ref.Namespace != "" && *ref.Namespace != claim.Namespace {
 		return nil, &RefusedError{Reason: v1alpha1.ReasonNamespaceInReference, Message: "dataSourceRef names a namespace; leave it out, and name the other namespace in the RecoverySource (spec.from.namespace)"}
 	}
@@ -67,7 +67,6 @@ func (d *Deps) sourceOf(ctx context.Context, claim *corev1.PersistentVolumeClaim
 		if s.query.From.Volume == "" {
 			s.query.From.Volume = claim.Name
 		}
-
 		return s, nil
 	case kindVolumeBackup:
 		var vb v1alpha1.VolumeBackup
@@ -78,15 +77,12 @@ func (d *Deps) sourceOf(ctx context.Context, claim *corev1.PersistentVolumeClaim
 			if vb.Status.Phase == v1alpha1.BackupFailed {
 				return nil, &RefusedError{Reason: v1alpha1.ReasonNoRecoveryPoint, Message: fmt.Sprintf("VolumeBackup %s failed and made no recovery point", vb.Name)}
 			}
-
 			return nil, fmt.Errorf("VolumeBackup %s has not made its recovery point: %w", vb.Name, errNotYet)
 		}
-
 		return &source{ifNone: v1alpha1.IfNoneFail, query: Query{Store: vb.Spec.StoreRef, Namespace: claim.Namespace,
 			From: v1alpha1.RecoveryFrom{Namespace: vb.Namespace, Volume: vb.Spec.ClaimName},
 			At:   v1alpha1.RecoveryAt{ID: vb.Status.Point.ID}}}, nil
 	}
-
 	return nil, &RefusedError{Reason: v1alpha1.ReasonSourceNotFound, Message: fmt.Sprintf("dataSourceRef names kind %q; Varve knows RecoverySource and VolumeBackup", ref.Kind)}
 }
 
@@ -94,12 +90,11 @@ func missing(err error, ref *corev1.TypedObjectReference) error {
 	if apierrors.IsNotFound(err) {
 		return fmt.Errorf("%s %s does not exist in this namespace: %w", ref.Kind, ref.Name, errNoSource)
 	}
-
 	return fmt.Errorf("read %s %s: %w", ref.Kind, ref.Name, err)
 }
 
-// admit checks that a claim can be filled from a point: *RefusedError if not.
-func admit(claim *corev1.PersistentVolumeClaim, p Found) error {
+// Admit checks that a claim can be filled from a point: *RefusedError if not.
+func Admit(claim *corev1.PersistentVolumeClaim, p Found) error {
 	mode := volumeMode(claim)
 	switch {
 	case p.VolumeMode == mode || p.AllowModeChange:
@@ -114,27 +109,24 @@ func admit(claim *corev1.PersistentVolumeClaim, p Found) error {
 	}
 	if ask := request(claim); ask < p.RequestBytes {
 		return &RefusedError{Reason: v1alpha1.ReasonClaimTooSmall, Message: fmt.Sprintf(
-			"the claim asks for %d bytes, the claim that recovery point %s was made of asked for %d; ask for that much at least",
-			ask, short(p.ID), p.RequestBytes)}
+			"the claim requests %s, and the claim of recovery point %s requested %s; request at least as much",
+			bytesize.Exact(ask), short(p.ID), bytesize.Exact(p.RequestBytes))}
 	}
-
 	return nil
 }
 
-// short is as much of an ID as people are shown.
+// short returns the part of an ID that users see.
 func short(id string) string { return id[:min(len(id), 12)] }
 
 func volumeMode(claim *corev1.PersistentVolumeClaim) corev1.PersistentVolumeMode {
 	if claim.Spec.VolumeMode == nil {
 		return corev1.PersistentVolumeFilesystem
 	}
-
 	return *claim.Spec.VolumeMode
 }
 
-// request is how many bytes a claim asks for.
+// request returns how many bytes a claim requests.
 func request(claim *corev1.PersistentVolumeClaim) int64 {
 	q := claim.Spec.Resources.Requests[corev1.ResourceStorage]
-
 	return q.Value()
 }

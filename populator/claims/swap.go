@@ -14,25 +14,25 @@ import (
 	"github.com/varve-io/varve/populator/step"
 )
 
-const stepNewVolume = "new-volume"
+const stepNewVolume = "NewVolume"
 
-// swapList gives the written storage volume to the claim on a PersistentVolume of its
-// own: a claim in Filesystem mode cannot be bound to one in Block mode, and a volume's
-// mode, like its Secrets, cannot be changed. At each instant the storage's handle is on
-// one PersistentVolume at least, and at most one of them deletes it.
+// swapList gives the written storage volume to the claim on a separate PersistentVolume:
+// a claim in Filesystem mode cannot be bound to one in Block mode, and a volume's mode,
+// like its Secrets, cannot be changed. At each instant the storage's handle is on at
+// least one PersistentVolume, and at most one of them deletes it.
 func swapList() step.List[*job] {
 	return step.List[*job]{Name: "swap", Steps: []step.Step[*job]{
-		{Name: "retain", Do: wrap((*job).retainStep)},
-		{Name: "detach", Do: wrap((*job).detachStep)},
+		{Name: "Retain", Do: wrap((*job).retainStep)},
+		{Name: "Detach", Do: wrap((*job).detachStep)},
 		{Name: stepNewVolume, Do: wrap((*job).newVolumeStep)},
-		{Name: "bound-new", Do: wrap((*job).boundStep)},
-		{Name: "drop-prime-claim", Do: wrap((*job).dropPrimeStep)},
-		{Name: "drop-prime-volume", Do: wrap((*job).dropPrimeVolumeStep)},
-		{Name: "policy", Do: wrap((*job).policyStep)},
+		{Name: "BoundNew", Do: wrap((*job).boundStep)},
+		{Name: "DropPrimeClaim", Do: wrap((*job).dropPrimeStep)},
+		{Name: "DropPrimeVolume", Do: wrap((*job).dropPrimeVolumeStep)},
+		{Name: "Policy", Do: wrap((*job).policyStep)},
 	}}
 }
 
-// needsNewVolume reports whether the claim cannot be bound to the volume as it is.
+// needsNewVolume reports whether the claim cannot be bound to the volume unchanged.
 func (j *job) needsNewVolume(ctx context.Context) (bool, error) {
 	pv, err := j.volume(ctx, j.pop.Status.PrimeVolume)
 	if err != nil {
@@ -53,7 +53,6 @@ func (j *job) needsNewVolume(ctx context.Context) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-
 	return len(templated(class)) > 0, nil
 }
 
@@ -61,48 +60,44 @@ func pvMode(pv *corev1.PersistentVolume) corev1.PersistentVolumeMode {
 	if pv.Spec.VolumeMode == nil {
 		return corev1.PersistentVolumeFilesystem
 	}
-
 	return *pv.Spec.VolumeMode
 }
 
-// retainStep has the old volume's end delete nothing. What its class says is in the
-// object already.
+// retainStep sets the old volume to Retain. The policy of its class is recorded already.
 func (j *job) retainStep(ctx context.Context) (step.Result, error) {
 	pv, err := j.volume(ctx, j.pop.Status.PrimeVolume)
 	if err != nil {
 		return step.Result{}, err
 	}
 	if pv == nil {
-		return step.Result{}, step.Terminal(v1alpha1.ReasonRestoreFailed, fmt.Errorf("volume %s is gone; somebody else deleted it", j.pop.Status.PrimeVolume))
+		return step.Result{}, step.Terminal(v1alpha1.ReasonRestoreFailed, fmt.Errorf("volume %s is gone; Varve did not delete it", j.pop.Status.PrimeVolume))
 	}
 	if pv.Spec.PersistentVolumeReclaimPolicy == corev1.PersistentVolumeReclaimRetain {
 		return step.Done(), nil
 	}
-
 	return step.Done(), j.patchVolume(ctx, pv, func(pv *corev1.PersistentVolume) {
 		pv.Spec.PersistentVolumeReclaimPolicy = corev1.PersistentVolumeReclaimRetain
 	})
 }
 
-// detachStep waits until nobody holds the old volume: the provisioner has taken its
-// finalizer off, and no pod and no attachment is left.
+// detachStep waits until nothing holds the old volume: the provisioner has removed its
+// finalizer, and no pod and no attachment is left.
 func (j *job) detachStep(ctx context.Context) (step.Result, error) {
 	pv, err := j.volume(ctx, j.pop.Status.PrimeVolume)
 	if err != nil {
 		return step.Result{}, err
 	}
 	if pv != nil && slices.Contains(pv.Finalizers, finalizerProvisioner) {
-		return step.Wait(v1alpha1.ReasonHandingOver, "waiting for the provisioner to let go of volume "+pv.Name, look/2), nil
+		return step.Wait(v1alpha1.ReasonHandingOver, "waiting for the provisioner to release volume "+pv.Name, look/2), nil
 	}
 	pods, err := j.pods(ctx)
 	if err != nil || len(pods) > 0 {
 		return step.Wait(v1alpha1.ReasonHandingOver, "waiting for the mover's pod to be gone", look), err
 	}
-
 	return j.detached(ctx)
 }
 
-// newVolumeStep makes the claim's own PersistentVolume of the storage volume.
+// newVolumeStep makes the claim's PersistentVolume from the storage volume.
 func (j *job) newVolumeStep(ctx context.Context) (step.Result, error) {
 	name := VolumePrefix + string(j.pop.Spec.Claim.UID)
 	if j.pop.Status.NewVolume != name {
@@ -121,10 +116,10 @@ func (j *job) newVolumeStep(ctx context.Context) (step.Result, error) {
 			return step.Result{}, err
 		}
 		if old == nil {
-			return step.Result{}, step.Terminal(v1alpha1.ReasonRestoreFailed, fmt.Errorf("volume %s is gone; somebody else deleted it", j.pop.Status.PrimeVolume))
+			return step.Result{}, step.Terminal(v1alpha1.ReasonRestoreFailed, fmt.Errorf("volume %s is gone; Varve did not delete it", j.pop.Status.PrimeVolume))
 		}
 		if old.Spec.PersistentVolumeReclaimPolicy != corev1.PersistentVolumeReclaimRetain {
-			return step.Result{}, fmt.Errorf("somebody else set the policy of volume %s to %s", old.Name, old.Spec.PersistentVolumeReclaimPolicy)
+			return step.Result{}, fmt.Errorf("the policy of volume %s was set to %s, not by Varve", old.Name, old.Spec.PersistentVolumeReclaimPolicy)
 		}
 		if err := j.mayHandOver(ctx, old); err != nil {
 			return step.Result{}, err
@@ -145,18 +140,16 @@ func (j *job) newVolumeStep(ctx context.Context) (step.Result, error) {
 	}
 	ref := pv.Spec.ClaimRef
 	if ref == nil || ref.UID != j.pop.Spec.Claim.UID || pv.Spec.CSI != nil && pv.Spec.CSI.VolumeHandle != j.pop.Status.VolumeHandle {
-		// Not for us to decide what it is, nor to delete what it may refer to.
+		// Not ours to interpret, and what it refers to is not ours to delete.
 		message := fmt.Sprintf("there is a volume %s that Varve did not make; remove it", name)
 		j.warn(v1alpha1.ReasonHandingOver, message)
-
 		return step.Wait(v1alpha1.ReasonHandingOver, message, retryMissing), nil
 	}
-
 	return step.Done(), nil
 }
 
-// newVolume is the old volume as the claim needs it. It deletes nothing until the old
-// one is gone.
+// newVolume returns the old volume as the claim needs it. It has policy Retain until the
+// old one is deleted.
 func (j *job) newVolume(ctx context.Context, name string, old *corev1.PersistentVolume) (*corev1.PersistentVolume, error) {
 	class, err := j.class(ctx)
 	if err != nil {
@@ -185,8 +178,8 @@ func (j *job) newVolume(ctx context.Context, name string, old *corev1.Persistent
 		if pv.Spec.CSI != nil && j.pop.Status.FileSystem != "" {
 			pv.Spec.CSI.FSType = j.pop.Status.FileSystem
 		}
-		// XFS refuses a second file system of the same UUID on a node: the one that
-		// was backed up may still be mounted there.
+		// XFS refuses a second file system of the same UUID on a node, where the original
+		// may still be mounted.
 		if j.pop.Status.FileSystem == "xfs" && !slices.Contains(pv.Spec.MountOptions, "nouuid") {
 			pv.Spec.MountOptions = append(pv.Spec.MountOptions, "nouuid")
 		}
@@ -194,7 +187,6 @@ func (j *job) newVolume(ctx context.Context, name string, old *corev1.Persistent
 	if err := j.rewriteSecrets(class, pv); err != nil {
 		return nil, err
 	}
-
 	return pv, nil
 }
 
@@ -211,10 +203,10 @@ func (j *job) dropPrimeVolumeStep(ctx context.Context) (step.Result, error) {
 			return step.Result{}, err
 		}
 		if now == nil || now.DeletionTimestamp != nil {
-			return step.Result{}, fmt.Errorf("volume %s is not there any more, and %s alone knows the storage's volume; it is kept", j.pop.Status.NewVolume, old.Name)
+			return step.Result{}, fmt.Errorf("volume %s is gone, and only %s identifies the storage's volume; it is kept", j.pop.Status.NewVolume, old.Name)
 		}
 		if old.Spec.PersistentVolumeReclaimPolicy != corev1.PersistentVolumeReclaimRetain {
-			return step.Result{}, fmt.Errorf("somebody else set the policy of volume %s to %s; set it to Retain, or what was restored is deleted", old.Name, old.Spec.PersistentVolumeReclaimPolicy)
+			return step.Result{}, fmt.Errorf("the policy of volume %s was set to %s, not by Varve; set it to Retain, or what was restored is deleted", old.Name, old.Spec.PersistentVolumeReclaimPolicy)
 		}
 		if err := j.Client.Delete(ctx, old, client.Preconditions{UID: &old.UID, ResourceVersion: &old.ResourceVersion}); client.IgnoreNotFound(err) != nil {
 			return step.Result{}, fmt.Errorf("delete volume %s: %w", old.Name, err)
@@ -223,17 +215,15 @@ func (j *job) dropPrimeVolumeStep(ctx context.Context) (step.Result, error) {
 			return step.Done(), err
 		}
 	}
-
 	return step.Wait(v1alpha1.ReasonHandingOver, "waiting for volume "+old.Name+" to be gone", look/2), nil
 }
 
-// policyStep gives the new volume the policy of its class, now that it is the only one.
+// policyStep sets the class's policy on the new volume, now the only one.
 func (j *job) policyStep(ctx context.Context) (step.Result, error) {
 	pv, err := j.volume(ctx, j.pop.Status.NewVolume)
 	if err != nil || pv == nil || pv.Spec.PersistentVolumeReclaimPolicy == j.pop.Status.ReclaimPolicy || j.pop.Status.ReclaimPolicy == "" {
 		return step.Done(), err
 	}
-
 	return step.Done(), j.patchVolume(ctx, pv, func(pv *corev1.PersistentVolume) {
 		pv.Spec.PersistentVolumeReclaimPolicy = j.pop.Status.ReclaimPolicy
 	})

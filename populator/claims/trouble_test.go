@@ -25,7 +25,7 @@ func (w *world) told(reason string) bool {
 	return slices.ContainsFunc(w.events, func(e string) bool { return strings.HasPrefix(e, "Warning "+reason+":") })
 }
 
-// counter is the value of a metric without labels.
+// counter returns the value of a metric without labels.
 func (w *world) counter(name string) float64 {
 	w.t.Helper()
 	all, err := w.metrics.Gather()
@@ -37,12 +37,11 @@ func (w *world) counter(name string) float64 {
 			return f.GetMetric()[0].GetCounter().GetValue()
 		}
 	}
-
 	return 0
 }
 
-// A claim that is to be deleted is let go of after a minute, whatever is in the way of the
-// rest, and what is in the way is told.
+// A deleted claim is released after a minute, even if the rest is hindered, and the cause
+// is reported.
 func TestClaimIsLetGoOfInTime(t *testing.T) {
 	claim := newClaim(corev1.PersistentVolumeFilesystem, "fast")
 	claim.Finalizers = []string{Finalizer}
@@ -50,14 +49,14 @@ func TestClaimIsLetGoOfInTime(t *testing.T) {
 	claim.DeletionTimestamp = &asked
 	volume := func(name string) *corev1.PersistentVolume {
 		return &corev1.PersistentVolume{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: corev1.PersistentVolumeSpec{
-			PersistentVolumeReclaimPolicy: corev1.PersistentVolumeReclaimDelete, // somebody set it so: a step that cannot be done
+			PersistentVolumeReclaimPolicy: corev1.PersistentVolumeReclaimDelete, // set by another user: the step cannot be done
 			PersistentVolumeSource:        corev1.PersistentVolumeSource{CSI: &corev1.CSIPersistentVolumeSource{VolumeHandle: "h"}}}}
 	}
 	pop := &v1alpha1.VolumePopulation{
 		ObjectMeta: metav1.ObjectMeta{Namespace: varveNS, Name: PopulationName(claim.UID), UID: "pop", Finalizers: []string{stateFinalizer}},
 		Spec: v1alpha1.VolumePopulationSpec{Claim: v1alpha1.ClaimReference{Namespace: userNS, Name: claim.Name, UID: claim.UID},
 			PointID: pointID, PointBytes: diskSize, VolumeMode: corev1.PersistentVolumeFilesystem, StorageClassName: "fast"},
-		Status: v1alpha1.VolumePopulationStatus{Step: "drop-prime-volume", PrimeVolume: "old", NewVolume: VolumePrefix + string(claim.UID), VolumeHandle: "h"},
+		Status: v1alpha1.VolumePopulationStatus{Step: "drop-prime-volume" /* of an earlier version */, PrimeVolume: "old", NewVolume: VolumePrefix + string(claim.UID), VolumeHandle: "h"},
 	}
 	w := newWorld(t, claim, pop, volume("old"), volume(VolumePrefix+string(claim.UID)))
 	in := w.start(nil)
@@ -72,7 +71,7 @@ func TestClaimIsLetGoOfInTime(t *testing.T) {
 	if err := w.c.Get(t.Context(), req.NamespacedName, pop); err != nil {
 		t.Fatal(err)
 	}
-	if c := meta.FindStatusCondition(pop.Status.Conditions, v1alpha1.ConditionComplete); c == nil || c.Reason != v1alpha1.ReasonRestoreError || !w.told(v1alpha1.ReasonRestoreError) {
+	if c := meta.FindStatusCondition(pop.Status.Conditions, v1alpha1.ConditionComplete); c == nil || c.Status != metav1.ConditionUnknown || c.Reason != v1alpha1.ReasonRestoreError || !w.told(v1alpha1.ReasonRestoreError) {
 		t.Errorf("condition %v, events %v", c, w.events)
 	}
 	w.now = asked.Add(60 * time.Second)
@@ -84,7 +83,7 @@ func TestClaimIsLetGoOfInTime(t *testing.T) {
 	}
 }
 
-// While a claim that is to be deleted is held, it is looked at in time to let it go.
+// While a deleted claim is held, it is checked in time to release it.
 func TestHeldClaimIsLookedAtInTime(t *testing.T) {
 	claim := newClaim(corev1.PersistentVolumeFilesystem, "fast")
 	claim.Finalizers = []string{Finalizer}
@@ -127,18 +126,41 @@ func TestTroubleIsTold(t *testing.T) {
 	}
 }
 
-// refusing does not take claims.
+// If the API server rejects the mover's pod, the claim's user is informed at once; if the pod
+// starts slowly, after a while.
+func TestRefusedMoverIsTold(t *testing.T) {
+	for _, refused := range []bool{true, false} {
+		w := newWorld(t, newClaim(corev1.PersistentVolumeBlock, "fast"))
+		w.outcome = func(*batchv1.Job) Outcome {
+			return Outcome{State: Running, Percent: -1, Refused: refused, Message: "its pod is refused: exceeded quota"}
+		}
+		in := w.start(nil)
+		for range 20 { // the clock stands
+			in.round(t)
+			w.turn()
+		}
+		if w.told(v1alpha1.ReasonMoverWaits) != refused || refused && !w.hasEvent("exceeded quota") {
+			t.Errorf("refused %v: %s", refused, w.dump())
+		}
+		w.now = w.now.Add(moverPatience + time.Second)
+		in.round(t)
+		if !w.told(v1alpha1.ReasonMoverWaits) {
+			t.Errorf("refused %v, after %v: %s", refused, moverPatience, w.dump())
+		}
+	}
+}
+
+// refusing rejects claims.
 type refusing struct{ client.Client }
 
 func (r refusing) Create(ctx context.Context, o client.Object, opts ...client.CreateOption) error {
 	if _, ok := o.(*corev1.PersistentVolumeClaim); ok {
 		return apierrors.NewForbidden(corev1.Resource("persistentvolumeclaims"), o.GetName(), errors.New("exceeded quota: storage"))
 	}
-
 	return r.Client.Create(ctx, o, opts...)
 }
 
-// The user of a claim whose volume cannot be asked for is told why.
+// The user of a claim whose volume cannot be requested sees why.
 func TestRefusedClaimIsTold(t *testing.T) {
 	w := newWorld(t, newClaim(corev1.PersistentVolumeBlock, "fast"))
 	in := w.start(nil)
@@ -149,7 +171,7 @@ func TestRefusedClaimIsTold(t *testing.T) {
 	}
 }
 
-// The user of a claim whose volume stays attached somewhere is told after a while.
+// The user of a claim whose volume stays attached is informed after a while.
 func TestLongWaitIsTold(t *testing.T) {
 	w := newWorld(t, newClaim(corev1.PersistentVolumeBlock, "fast"))
 	name := "pvc-vol-1"
@@ -176,7 +198,7 @@ func TestLongWaitIsTold(t *testing.T) {
 	}
 }
 
-// The user of a claim that has to wait for its turn is told.
+// The user of a claim that waits for its turn is informed.
 func TestQueuedIsTold(t *testing.T) {
 	w := newWorld(t, newClaim(corev1.PersistentVolumeBlock, "fast"))
 	in := w.start(nil)
@@ -188,7 +210,7 @@ func TestQueuedIsTold(t *testing.T) {
 	}
 }
 
-// restores is how many ended with a result, and how many seconds they took in all.
+// restores returns how many ended with a result, and how many seconds they took in all.
 func (w *world) restores(result string) (n uint64, seconds float64) {
 	w.t.Helper()
 	all, err := w.metrics.Gather()
@@ -202,14 +224,13 @@ func (w *world) restores(result string) (n uint64, seconds float64) {
 			}
 		}
 	}
-
 	return n, seconds
 }
 
-// A claim of our claim's name that is not ours is one failure, however long it stays, and
-// errors on the way back are tried again with the back-off of errors.
+// A foreign claim with our claim's name is one failure, however long it stays, and errors
+// on the way back are retried with back-off.
 func TestForeignPrime(t *testing.T) {
-	foreign := newClaim(corev1.PersistentVolumeBlock, "wffc") // nobody makes its volume
+	foreign := newClaim(corev1.PersistentVolumeBlock, "wffc") // no provisioner makes its volume
 	foreign.Namespace, foreign.Name, foreign.UID, foreign.Spec.DataSourceRef = varveNS, PrimePrefix+"11111111-aaaa", "foreign", nil
 	w := newWorld(t, newClaim(corev1.PersistentVolumeBlock, "fast"), foreign)
 	in := w.start(nil)
@@ -225,8 +246,12 @@ func TestForeignPrime(t *testing.T) {
 	if n, _ := w.restores("failure"); n != 1 || failed != 10 {
 		t.Errorf("%d failures were counted, and %d of 10 attempts to go back failed", n, failed)
 	}
-	if c := meta.FindStatusCondition(pops.Items[0].Status.Conditions, v1alpha1.ConditionFailed); c == nil || !w.hasEvent("not Varve's; remove it") {
-		t.Errorf("%s", w.dump())
+	gaveUp := meta.FindStatusCondition(pops.Items[0].Status.Conditions, v1alpha1.ConditionFailed)
+	if gaveUp == nil || !w.hasEvent("not Varve's; remove it") {
+		t.Fatalf("%s", w.dump())
+	}
+	if c := meta.FindStatusCondition(pops.Items[0].Status.Conditions, v1alpha1.ConditionComplete); c.Status != metav1.ConditionFalse || c.Reason != gaveUp.Reason || c.Message != gaveUp.Message {
+		t.Errorf("Complete is %+v, and should say why it was given up: %+v", c, gaveUp)
 	}
 	w.must(w.c.Delete(t.Context(), w.claim()))
 	foreign.Finalizers = nil
@@ -235,8 +260,8 @@ func TestForeignPrime(t *testing.T) {
 	in.run(t, w.empty)
 }
 
-// How long a restore took counts from the claim's creation: the user waits since then, for
-// a recovery point, too.
+// The duration of a restore counts from the claim's creation: the user has waited since
+// then, even for a recovery point.
 func TestRestoreTimeIsTheClaims(t *testing.T) {
 	claim := newClaim(corev1.PersistentVolumeBlock, "fast")
 	w := newWorld(t)

@@ -29,6 +29,7 @@ import (
 	"github.com/varve-io/varve/populator/metrics"
 	"github.com/varve-io/varve/populator/queue"
 	"github.com/varve-io/varve/populator/step"
+	"github.com/varve-io/varve/populator/store/storetest"
 )
 
 const (
@@ -38,33 +39,34 @@ const (
 	diskSize = 64 << 20
 )
 
-// world is a model of the cluster around the controller: the binder, a provisioner
-// with its storage, the Job controller with movers. It does what those were seen to do
-// and checks after each of its moves that nothing was lost that must not be.
+// world is a model of the cluster around the controller: the binder, a provisioner with
+// its storage, the Job controller with movers. It imitates their observed behaviour and
+// checks after each move that nothing was lost that must not be.
 type world struct {
 	t      *testing.T
 	scheme *runtime.Scheme
 	c      client.WithWatch // its own, not watched
 	now    time.Time
 
-	disks    map[string]string // storage: handle to what is written on it
+	disks    map[string]string // storage: handle to its content
 	next     int
 	events   []string
 	point    Found
 	findErr  error
 	outcome  func(job *batchv1.Job) Outcome
-	attempts []string // names of Jobs that movers ran for
+	attempts []string // names of Jobs that ran movers
 	short    bool     // devices are shorter than asked
 	holdJobs bool     // movers do not end
 	noNode   bool     // the provisioner gives up on the node
-	released int      // times that credentials were given up
+	shared   bool     // a handle may be on two volumes, of which one deletes it
+	released int      // times that credentials were released
 	metrics  *prometheus.Registry
+	provisioner
 }
 
-// smallScheme has only what is used: the fake client walks all of a scheme at each write.
+// smallScheme has only used types: the fake client walks the whole scheme at each write.
 var smallScheme = sync.OnceValues(func() (*runtime.Scheme, error) {
 	s := runtime.NewScheme()
-
 	return s, errors.Join(corev1.AddToScheme(s), storagev1.AddToScheme(s), batchv1.AddToScheme(s), v1alpha1.AddToScheme(s))
 })
 
@@ -75,7 +77,7 @@ func newWorld(t *testing.T, objects ...client.Object) *world {
 		t.Fatal(err)
 	}
 	w := &world{t: t, scheme: s, now: time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC), disks: map[string]string{},
-		point: Found{ID: pointID, Time: time.Date(2026, 11, 20, 10, 0, 0, 0, time.UTC), Bytes: diskSize, VolumeMode: corev1.PersistentVolumeBlock, RequestBytes: diskSize}}
+		provisioner: newProvisioner(), point: Found{ID: pointID, Time: time.Date(2026, 11, 20, 10, 0, 0, 0, time.UTC), Bytes: diskSize, VolumeMode: corev1.PersistentVolumeBlock, RequestBytes: diskSize}}
 	immediate, later := storagev1.VolumeBindingImmediate, storagev1.VolumeBindingWaitForFirstConsumer
 	del := corev1.PersistentVolumeReclaimDelete
 	var uids int
@@ -85,7 +87,6 @@ func newWorld(t *testing.T, objects ...client.Object) *world {
 				uids++
 				o.SetUID(types.UID(fmt.Sprintf("made-%d", uids)))
 			}
-
 			return c.Create(ctx, o, opts...)
 		}}).WithScheme(s).
 		WithStatusSubresource(&v1alpha1.VolumePopulation{}, &v1alpha1.RecoverySource{}, &v1alpha1.VolumeBackup{}).
@@ -97,14 +98,12 @@ func newWorld(t *testing.T, objects ...client.Object) *world {
 			&v1alpha1.RecoverySource{ObjectMeta: metav1.ObjectMeta{Namespace: userNS, Name: "last"}, Spec: v1alpha1.RecoverySourceSpec{
 				StoreRef: v1alpha1.StoreReference{Kind: v1alpha1.StoreKindBackupStore, Name: "main"}, IfNone: v1alpha1.IfNoneFail}},
 		).WithObjects(objects...).Build()
-
 	return w
 }
 
 // newClaim is a user's claim that names the RecoverySource.
 func newClaim(mode corev1.PersistentVolumeMode, class string) *corev1.PersistentVolumeClaim {
 	group := v1alpha1.GroupVersion.Group
-
 	return &corev1.PersistentVolumeClaim{
 		ObjectMeta: metav1.ObjectMeta{Namespace: userNS, Name: "data", UID: "11111111-aaaa", Finalizers: []string{"kubernetes.io/pvc-protection"}},
 		Spec: corev1.PersistentVolumeClaimSpec{
@@ -124,6 +123,9 @@ func (w *world) Restores(context.Context, v1alpha1.StoreReference, string) (int,
 	return 8, nil
 }
 
+// Group implements Points.
+func (w *world) Group(context.Context, Query, Found) ([]Query, error) { return nil, w.findErr }
+
 // Normal implements Recorder.
 func (w *world) Normal(_ client.Object, reason, format string, args ...any) {
 	w.said("Normal", reason, fmt.Sprintf(format, args...))
@@ -142,13 +144,12 @@ func (w *world) said(kind, reason, message string) {
 
 // Job implements Movers.
 func (w *world) Job(_ context.Context, _ client.Client, pop *v1alpha1.VolumePopulation, name, prime string) (*batchv1.Job, error) {
-	return &batchv1.Job{ObjectMeta: metav1.ObjectMeta{Namespace: varveNS, Name: name, Annotations: map[string]string{"prime": prime, "point": pop.Spec.PointID}}}, nil
+	return &batchv1.Job{ObjectMeta: metav1.ObjectMeta{Namespace: varveNS, Name: name, CreationTimestamp: metav1.NewTime(w.now), Annotations: map[string]string{"prime": prime, "point": pop.Spec.PointID}}}, nil
 }
 
 // Release implements Movers.
 func (w *world) Release(context.Context, client.Client, *v1alpha1.VolumePopulation) error {
 	w.released++
-
 	return nil
 }
 
@@ -162,11 +163,10 @@ func (w *world) Outcome(_ context.Context, job *batchv1.Job) (Outcome, error) {
 	case job.Annotations["done"] == "short":
 		return Outcome{State: Failed, Reason: v1alpha1.ReasonDeviceShort, Message: "short", DeviceBytes: diskSize - 4096}, nil
 	}
-
 	return Outcome{State: Succeeded, PointID: job.Annotations["point"], VerifiedBytes: diskSize, FileSystem: "ext4"}, nil
 }
 
-// controller is one incarnation of the process. hook is told of its writes.
+// controller is one incarnation of the process. hook is called for its writes.
 type incarnation struct {
 	w    *world
 	c    client.WithWatch
@@ -174,6 +174,8 @@ type incarnation struct {
 	cl   *Claims
 	po   *Populations
 	dead bool
+
+	leases storetest.Leases
 }
 
 var errKilled = errors.New("killed")
@@ -187,11 +189,9 @@ func (w *world) start(hook step.Hook) *incarnation {
 		if hook != nil {
 			if err := hook(ctx, wr); err != nil {
 				in.dead = true
-
 				return err
 			}
 		}
-
 		return nil
 	})
 	w.metrics = prometheus.NewRegistry()
@@ -199,13 +199,12 @@ func (w *world) start(hook step.Hook) *incarnation {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	in.deps = Deps{Client: in.c, Live: in.c, Namespace: varveNS, Points: w, Movers: w, Events: w, Queue: queue.New(0, nil), Metrics: count, Now: func() time.Time { return w.now }}
+	in.deps = Deps{Client: in.c, Live: in.c, Namespace: varveNS, Points: w, Leases: &in.leases, Movers: w, Events: w, Queue: queue.New(0, nil), Metrics: count, Now: func() time.Time { return w.now }}
 	in.cl, in.po = &Claims{Deps: in.deps}, &Populations{Deps: in.deps}
-
 	return in
 }
 
-// round has the controller look at everything once. It reports whether it still lives.
+// round lets the controller reconcile everything once. It reports whether it is still alive.
 func (in *incarnation) round(t *testing.T) bool {
 	t.Helper()
 	var claims corev1.PersistentVolumeClaimList
@@ -228,11 +227,30 @@ func (in *incarnation) round(t *testing.T) bool {
 		}
 		in.w.check()
 	}
-
+	if !in.dead {
+		in.checkLeases()
+	}
 	return !in.dead
 }
 
-// run has controller and world take turns until done says so.
+// checkLeases is what must hold after each look at all populations: a point is kept until it is written, and
+// nothing of a population that is gone.
+func (in *incarnation) checkLeases() {
+	in.w.t.Helper()
+	pops := list(in.w, &v1alpha1.VolumePopulationList{}).Items
+	for i := range pops {
+		pop := &pops[i]
+		waits := pop.Spec.PointID != "" && pop.Status.VerifiedBytes == 0 && slices.Contains(populateList().Names(), stepOf(pop))
+		if held := in.leases.Held(pop.UID); waits && !in.leases.Gone(pop.Spec.PointID) && !slices.Contains(held, pop.Spec.PointID) {
+			in.w.t.Fatalf("at step %s nothing keeps recovery point %s", pop.Status.Step, pop.Spec.PointID)
+		}
+	}
+	if n := in.leases.Objects(); n > len(pops) {
+		in.w.t.Fatalf("%d objects keep recovery points, and there are %d populations", n, len(pops))
+	}
+}
+
+// run lets controller and world take turns until done.
 func (in *incarnation) run(t *testing.T, done func() bool) bool {
 	t.Helper()
 	for range 200 {
@@ -246,7 +264,6 @@ func (in *incarnation) run(t *testing.T, done func() bool) bool {
 		in.w.now = in.w.now.Add(time.Minute)
 	}
 	t.Fatalf("it does not come to an end; %s", in.w.dump())
-
 	return false
 }
 
@@ -263,7 +280,6 @@ func (w *world) put(o client.Object) {
 	withStatus, ok := o.DeepCopyObject().(client.Object)
 	if err := w.c.Update(w.t.Context(), o); !ok || err != nil {
 		w.must(err)
-
 		return
 	}
 	withStatus.SetResourceVersion(o.GetResourceVersion())
@@ -273,11 +289,10 @@ func (w *world) put(o client.Object) {
 func list[L client.ObjectList](w *world, l L) L {
 	w.t.Helper()
 	w.must(w.c.List(w.t.Context(), l))
-
 	return l
 }
 
-// turn is one move of everybody else.
+// turn is one move of all others.
 func (w *world) turn() {
 	w.t.Helper()
 	w.provision()
@@ -287,49 +302,7 @@ func (w *world) turn() {
 	w.check()
 }
 
-// provision is the external-provisioner: claims without foreign data sources.
-func (w *world) provision() {
-	ctx := w.t.Context()
-	claims := list(w, &corev1.PersistentVolumeClaimList{})
-	for i := range claims.Items {
-		c := &claims.Items[i]
-		if c.Spec.DataSourceRef != nil || c.Spec.VolumeName != "" || c.DeletionTimestamp != nil {
-			continue
-		}
-		if *c.Spec.StorageClassName == "wffc" {
-			if c.Annotations[annSelectedNode] == "" {
-				continue
-			}
-			if w.noNode {
-				w.noNode = false
-				delete(c.Annotations, annSelectedNode)
-				w.must(w.c.Update(ctx, c))
-
-				continue
-			}
-		}
-		w.next++
-		handle := fmt.Sprintf("vol-%d", w.next)
-		w.disks[handle] = ""
-		pv := &corev1.PersistentVolume{
-			ObjectMeta: metav1.ObjectMeta{Name: "pvc-" + handle, Finalizers: []string{"kubernetes.io/pv-protection", finalizerProvisioner},
-				Annotations: map[string]string{annProvisionedBy: "csi"}},
-			Spec: corev1.PersistentVolumeSpec{
-				Capacity: c.Spec.Resources.Requests, AccessModes: c.Spec.AccessModes, VolumeMode: c.Spec.VolumeMode,
-				StorageClassName: *c.Spec.StorageClassName, PersistentVolumeReclaimPolicy: corev1.PersistentVolumeReclaimDelete,
-				ClaimRef:               &corev1.ObjectReference{Namespace: c.Namespace, Name: c.Name, UID: c.UID},
-				PersistentVolumeSource: corev1.PersistentVolumeSource{CSI: &corev1.CSIPersistentVolumeSource{Driver: "csi", VolumeHandle: handle}},
-			},
-			Status: corev1.PersistentVolumeStatus{Phase: corev1.VolumeAvailable},
-		}
-		w.must(w.c.Create(ctx, pv))
-		c.Spec.VolumeName = pv.Name
-		c.Status.Phase = corev1.ClaimBound
-		w.put(c)
-	}
-}
-
-// bind is the volume binder: volumes with a claimRef, and claims that lost theirs.
+// bind is the volume binder: volumes with a claimRef, and claims that lost their volume.
 func (w *world) bind() {
 	ctx := w.t.Context()
 	pvs := list(w, &corev1.PersistentVolumeList{})
@@ -338,6 +311,15 @@ func (w *world) bind() {
 		ref := pv.Spec.ClaimRef
 		var c corev1.PersistentVolumeClaim
 		err := w.c.Get(ctx, client.ObjectKey{Namespace: ref.Namespace, Name: ref.Name}, &c)
+		if ref.UID == "" { // made for a claim by its name, which names it
+			if err == nil && c.Spec.VolumeName == pv.Name {
+				pv.Spec.ClaimRef.UID, pv.Status.Phase, c.Status.Phase = c.UID, corev1.VolumeBound, corev1.ClaimBound
+				w.put(&c)
+				w.put(pv)
+			}
+
+			continue
+		}
 		if err != nil || c.UID != ref.UID {
 			pv.Status.Phase = corev1.VolumeReleased
 			w.put(pv)
@@ -366,7 +348,7 @@ func (w *world) bind() {
 	}
 }
 
-// movers run Jobs: they write what they are told to the prime's volume.
+// movers run Jobs: they write the given content to the prime's volume.
 func (w *world) movers() {
 	ctx := w.t.Context()
 	jobs := list(w, &batchv1.JobList{})
@@ -429,12 +411,12 @@ func (w *world) check() {
 		}
 	}
 	for h := range w.disks {
-		if on[h] == 0 {
-			w.t.Fatalf("no volume knows of %s any more", h)
+		if on[h] == 0 && !w.asked(h) {
+			w.t.Fatalf("no object of the cluster knows of %s any more", h)
 		}
 	}
 	for h, n := range deletes {
-		if n > 1 || on[h] > 1 {
+		if n > 1 || on[h] > 1 && !w.shared {
 			w.t.Fatalf("%d volumes would delete %s, %d know of it", n, h, on[h])
 		}
 	}
@@ -454,7 +436,7 @@ func (w *world) check() {
 	}
 }
 
-// leftovers are all objects that Varve or a volume left, by kind and name.
+// leftovers returns all objects that Varve or a volume left, by kind and name.
 func (w *world) leftovers() []string {
 	var out []string
 	add := func(kind string, o client.Object) { out = append(out, kind+" "+o.GetNamespace()+"/"+o.GetName()) }
@@ -474,7 +456,6 @@ func (w *world) leftovers() []string {
 			add("secret", &l.Items[i])
 		}
 	}
-
 	return out
 }
 
@@ -483,19 +464,17 @@ func (w *world) claim() *corev1.PersistentVolumeClaim {
 	if err := w.c.Get(w.t.Context(), client.ObjectKey{Namespace: userNS, Name: "data"}, &c); err != nil {
 		return nil
 	}
-
 	return &c
 }
 
-// settled reports whether the claim has its volume and nothing is left on the way.
+// settled reports whether the claim has its volume and nothing else is left.
 func (w *world) settled() bool {
 	c := w.claim()
-
 	return c != nil && c.Status.Phase == corev1.ClaimBound && len(w.leftovers()) == 0 && len(list(w, &corev1.PersistentVolumeList{}).Items) == 1 &&
 		!slices.Contains(c.Finalizers, Finalizer)
 }
 
-// empty reports whether there is nothing at all, on the storage neither.
+// empty reports whether nothing is left, in the storage too.
 func (w *world) empty() bool {
 	return w.claim() == nil && len(w.leftovers()) == 0 && len(list(w, &corev1.PersistentVolumeList{}).Items) == 0 && len(w.disks) == 0
 }
@@ -509,6 +488,5 @@ func (w *world) dump() string {
 	for _, p := range list(w, &corev1.PersistentVolumeList{}).Items {
 		fmt.Fprintf(&b, "\n%s: %s %s %v %v", p.Name, p.Spec.PersistentVolumeReclaimPolicy, p.Status.Phase, p.Spec.ClaimRef, p.Finalizers)
 	}
-
 	return b.String()
 }

@@ -1,11 +1,15 @@
-// Package metrics is what the controller counts, by the names that docs/kubernetes.md
-// promises.
+// Package metrics holds the controller's metrics, by the names in docs/kubernetes.md.
 package metrics
 
 import (
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/varve-io/varve/backup/blocktree"
+	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/cbt/csi"
 )
 
 // Metrics of the controller. Safe for concurrent use.
@@ -53,7 +57,6 @@ func New(r prometheus.Registerer) (*Metrics, error) {
 	for _, result := range []string{"success", "failure"} {
 		m.runs.WithLabelValues(result, "")
 	}
-
 	return m, nil
 }
 
@@ -61,17 +64,32 @@ func result(ok bool) string {
 	if ok {
 		return "success"
 	}
-
 	return "failure"
 }
 
+// other is the label of words that no Varve writes: a stranger may have made the point that
+// a run found, and each new word would be a new time series.
+const other = "other"
+
 // RunEnded counts a backup run.
-func (m *Metrics) RunEnded(ok bool, source string) { m.runs.WithLabelValues(result(ok), source).Inc() }
+func (m *Metrics) RunEnded(ok bool, source string) {
+	switch source {
+	case "", csi.DeltaName, csi.AllocatedName, csi.WholeName, blocktree.KindFull:
+	default:
+		source = other
+	}
+	m.runs.WithLabelValues(result(ok), source).Inc()
+}
 
-// Fallback counts a source of changed blocks that was passed over.
-func (m *Metrics) Fallback(reason string) { m.fallbacks.WithLabelValues(reason).Inc() }
+// Fallback counts a source of changed blocks that was skipped.
+func (m *Metrics) Fallback(reason string) {
+	if !slices.Contains(cbt.Reasons, cbt.Reason(reason)) {
+		reason = other
+	}
+	m.fallbacks.WithLabelValues(reason).Inc()
+}
 
-// Restored counts a claim that was filled, or given up.
+// Restored counts a claim that was filled or given up.
 func (m *Metrics) Restored(ok bool, took time.Duration) {
 	m.restores.WithLabelValues(result(ok)).Observe(took.Seconds())
 }
@@ -79,10 +97,10 @@ func (m *Metrics) Restored(ok bool, took time.Duration) {
 // BoundWithoutVarve counts a claim that names a recovery point and got another volume.
 func (m *Metrics) BoundWithoutVarve() { m.strangers.Inc() }
 
-// VerifyFailed counts a check that found other bytes than there should be.
+// VerifyFailed counts a check that found wrong bytes.
 func (m *Metrics) VerifyFailed() { m.unverified.Inc() }
 
-// Reachable notes whether a store could be opened.
+// Reachable records whether a store could be opened.
 func (m *Metrics) Reachable(store string, ok bool) {
 	v := 0.0
 	if ok {
@@ -91,8 +109,8 @@ func (m *Metrics) Reachable(store string, ok bool) {
 	m.reachable.WithLabelValues(store).Set(v)
 }
 
-// Forget drops a store that is gone.
+// Forget drops a deleted store.
 func (m *Metrics) Forget(store string) { m.reachable.DeleteLabelValues(store) }
 
-// Leftovers sets how many objects of gone runs there are.
+// Leftovers sets the number of objects left by deleted runs.
 func (m *Metrics) Leftovers(n int) { m.leftovers.Set(float64(n)) }

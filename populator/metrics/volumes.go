@@ -13,8 +13,8 @@ import (
 	"github.com/varve-io/varve/populator/store"
 )
 
-// Volumes tells, when asked, how old each volume's newest point is, how many claims have
-// none, and how long runs wait. It reads the controller's cache.
+// Volumes reports at collection the age of each volume's newest point, how many claims
+// have none, and how long runs wait. It reads the controller's cache.
 type Volumes struct {
 	Client client.Reader
 	// Namespace is Varve's, whose claims are not counted.
@@ -25,6 +25,7 @@ type Volumes struct {
 var (
 	lastSuccess = prometheus.NewDesc("varve_volume_last_success_timestamp_seconds", "Time of the newest recovery point of a claim.", []string{"namespace", "claim", "store"}, nil)
 	rpo         = prometheus.NewDesc("varve_volume_rpo_seconds", "Age of the newest recovery point of a claim: what would be lost now.", []string{"namespace", "claim", "store"}, nil)
+	consistent  = prometheus.NewDesc("varve_volume_last_consistent_timestamp_seconds", "Time of the newest recovery point of a claim whose applications were held still.", []string{"namespace", "claim", "store"}, nil)
 	unprotected = prometheus.NewDesc("varve_unprotected_volumes", "Bound claims that have no recovery point and have not opted out.", nil, nil)
 	oldest      = prometheus.NewDesc("varve_queue_oldest_seconds", "How long the run that waits longest for its turn has waited.", []string{"kind"}, nil)
 )
@@ -33,6 +34,7 @@ var (
 func (v *Volumes) Describe(out chan<- *prometheus.Desc) {
 	out <- lastSuccess
 	out <- rpo
+	out <- consistent
 	out <- unprotected
 	out <- oldest
 }
@@ -66,8 +68,8 @@ func (v *Volumes) Collect(out chan<- prometheus.Metric) {
 		p := &volumes.Items[i]
 		name := client.ObjectKey{Namespace: p.Namespace, Name: p.Spec.ClaimName}
 		c := asked[name]
-		// Of a claim that is gone or has opted out nothing more can be lost, and its points
-		// stay for ever.
+		// A claim that is deleted or has opted out can lose nothing more, and its points
+		// stay forever.
 		if c == nil || p.Status.LastSuccess == nil {
 			continue
 		}
@@ -77,6 +79,9 @@ func (v *Volumes) Collect(out chan<- prometheus.Metric) {
 		labels := []string{p.Namespace, p.Spec.ClaimName, store.KeyOf(p.Spec.StoreRef, p.Namespace).String()}
 		out <- prometheus.MustNewConstMetric(lastSuccess, prometheus.GaugeValue, float64(p.Status.LastSuccess.Unix()), labels...)
 		out <- prometheus.MustNewConstMetric(rpo, prometheus.GaugeValue, now.Sub(p.Status.LastSuccess.Time).Seconds(), labels...)
+		if at := p.Status.LastConsistent; at != nil {
+			out <- prometheus.MustNewConstMetric(consistent, prometheus.GaugeValue, float64(at.Unix()), labels...)
+		}
 	}
 	out <- prometheus.MustNewConstMetric(unprotected, prometheus.GaugeValue, float64(len(asked)-len(has)))
 }

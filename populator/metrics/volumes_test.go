@@ -18,8 +18,8 @@ import (
 	"github.com/varve-io/varve/populator/queue"
 )
 
-// Volumes are told of by claims that are there and want to be backed up; stores of both
-// kinds may have one name.
+// Volumes are reported for existing claims that are to be backed up; stores of both kinds
+// may have one name.
 func TestVolumes(t *testing.T) {
 	s := runtime.NewScheme()
 	if err := errors.Join(corev1.AddToScheme(s), v1alpha1.AddToScheme(s)); err != nil {

@@ -16,29 +16,32 @@ import (
 	"github.com/varve-io/varve/populator/store"
 )
 
-// Labels and annotations of what Varve makes for a run, in its namespace or elsewhere. They
-// are how a run's objects are found when the run's own object is gone.
+// Labels and annotations of what Varve makes for a run, in its namespace or elsewhere. By
+// them a run's objects are found after the run's own object was deleted.
 const (
 	LabelManagedBy = "app.kubernetes.io/managed-by"
 	ManagedBy      = "varve"
 	// LabelComponent of mover pods, for network policies.
 	LabelComponent = "app.kubernetes.io/component"
 	Component      = "mover"
+	// LabelTenant is on pods of movers that open a tenant's Repository: network policies deny
+	// them the cloud's metadata service.
+	LabelTenant = "varve.io/tenant"
 	// LabelRun is the UID of the object that the run belongs to.
 	LabelRun = "varve.io/run"
-	// LabelRole tells kinds of runs apart: backup, populate, prune, maintain.
+	// LabelRole distinguishes kinds of runs: backup, populate, prune, maintain.
 	LabelRole = "varve.io/role"
-	// AnnotationOwner is the run's object, Kind/namespace/name, for people and for
-	// the search for leftovers.
+	// AnnotationOwner is the run's object, Kind/namespace/name, for users and for the
+	// search for leftovers.
 	AnnotationOwner = "varve.io/owner"
 )
 
-// RunLabels are those of all that a run makes.
+// RunLabels returns the labels of all objects of a run.
 func RunLabels(role string, uid types.UID) map[string]string {
 	return map[string]string{LabelManagedBy: ManagedBy, LabelRole: role, LabelRun: string(uid)}
 }
 
-// Pods is what movers have in common, as the installation says.
+// Pods is the common configuration of movers, from the installation.
 type Pods struct {
 	// Namespace is Varve's.
 	Namespace string
@@ -46,18 +49,18 @@ type Pods struct {
 	Image       string
 	PullPolicy  corev1.PullPolicy
 	PullSecrets []corev1.LocalObjectReference
-	// ServiceAccount that movers run as unless the store names one. It needs no rights
-	// but to get volumesnapshots in Namespace, for SnapshotMetadata's access review.
+	// ServiceAccount of movers unless the store names one. It only needs the right to get
+	// volumesnapshots in Namespace, for SnapshotMetadata's access review.
 	ServiceAccount string
-	// NonRoot runs as user 65532: only where the container runtime gives block devices
-	// to the pod's user (device_ownership_from_security_context).
+	// NonRoot runs as user 65532: only if the container runtime gives block devices to
+	// the pod's user (device_ownership_from_security_context).
 	NonRoot       bool
 	Resources     corev1.ResourceRequirements
 	Tolerations   []corev1.Toleration
 	NodeSelector  map[string]string
 	PriorityClass string
-	// Proxy for HTTPS of movers whose store names none, and NoProxy what is reached
-	// without any: the controller's own HTTPS_PROXY and NO_PROXY.
+	// Proxy for HTTPS of movers whose store names none, and NoProxy the hosts reached
+	// without one: the controller's own HTTPS_PROXY and NO_PROXY.
 	Proxy, NoProxy string
 }
 
@@ -82,7 +85,10 @@ type Job struct {
 	Affinity *corev1.NodeAffinity
 }
 
-// configBytes bounds what a connection's configuration takes of a mover's memory.
+// Container of a mover's pod.
+const Container = "mover"
+
+// configBytes bounds the memory of a mover for a connection's configuration.
 const configBytes = 16 << 20
 
 // nonRootID is the image's user.
@@ -91,7 +97,7 @@ const nonRootID = 65532
 // nodeLostSeconds is how long a pod stays on a node that does not answer.
 const nodeLostSeconds = 60
 
-// Build makes the Job's object. It has one attempt: the controller makes the next.
+// Build returns the Job's object. It has one attempt: the controller makes the next.
 func (p Pods) Build(j Job) (*batchv1.Job, error) {
 	j.Task.Version = ProtocolVersion
 	task, err := j.Task.Variables()
@@ -99,6 +105,9 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 		return nil, fmt.Errorf("task of %s: %w", j.Name, err)
 	}
 	labels := map[string]string{LabelManagedBy: ManagedBy, LabelComponent: Component}
+	if j.Task.Store.Tenant {
+		labels[LabelTenant] = "true"
+	}
 	for k, v := range j.Labels {
 		labels[k] = v
 	}
@@ -108,14 +117,14 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 		user, group = nonRootID, nonRootID
 	}
 	if j.StoreVolume != nil {
-		group = store.VolumeGroup // a user 0 without capabilities reads its group's files only
+		group = store.VolumeGroup // user 0 without capabilities reads only its group's files
 	}
 	account := p.ServiceAccount
 	if j.ServiceAccount != "" {
 		account = j.ServiceAccount
 	}
 	c := corev1.Container{
-		Name: "mover", Image: p.Image, ImagePullPolicy: p.PullPolicy,
+		Name: Container, Image: p.Image, ImagePullPolicy: p.PullPolicy,
 		Args:                     []string{"mover", string(j.Task.Action)},
 		Env:                      append(task, corev1.EnvVar{Name: "HOME", Value: ScratchDir}, corev1.EnvVar{Name: "TMPDIR", Value: ConfigDir}),
 		Resources:                p.Resources,
@@ -136,7 +145,7 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 		none := strings.Trim(p.NoProxy+",.svc,.cluster.local", ",")
 		c.Env = append(c.Env, corev1.EnvVar{Name: "HTTPS_PROXY", Value: proxy}, corev1.EnvVar{Name: "NO_PROXY", Value: none})
 	}
-	// A Secret's files are the mover's to read, whatever its user.
+	// The mover must be able to read a Secret's files as any user.
 	mode := int32(0o444)
 	volumes := []corev1.Volume{
 		{Name: "scratch", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}},
@@ -176,7 +185,6 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 	if j.Affinity != nil {
 		spec.Affinity = &corev1.Affinity{NodeAffinity: j.Affinity}
 	}
-
 	return &batchv1.Job{
 		ObjectMeta: metav1.ObjectMeta{Namespace: p.Namespace, Name: j.Name, Labels: labels, Annotations: j.Annotations},
 		Spec: batchv1.JobSpec{
@@ -186,14 +194,13 @@ func (p Pods) Build(j Job) (*batchv1.Job, error) {
 	}, nil
 }
 
-// nodeLost are the tolerations that have a pod leave a node that does not answer sooner
-// than after the five minutes that the API server would put in.
+// nodeLost returns the tolerations with which a pod leaves a node that does not answer
+// sooner than after the API server's default of five minutes.
 func nodeLost() []corev1.Toleration {
 	seconds := int64(nodeLostSeconds)
 	out := make([]corev1.Toleration, 0, 2)
 	for _, key := range []string{corev1.TaintNodeNotReady, corev1.TaintNodeUnreachable} {
 		out = append(out, corev1.Toleration{Key: key, Operator: corev1.TolerationOpExists, Effect: corev1.TaintEffectNoExecute, TolerationSeconds: &seconds})
 	}
-
 	return out
 }

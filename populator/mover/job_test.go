@@ -9,8 +9,8 @@ import (
 	"github.com/varve-io/varve/populator/store"
 )
 
-// A mover of a store on a claim is of the group that its files belong to: without any
-// capability, user 0 reads no others.
+// A mover of a store on a claim has the group of its files: without any capability, user
+// 0 reads no others.
 func TestGroupOfVolumeStores(t *testing.T) {
 	for _, tc := range []struct {
 		nonRoot     bool
@@ -52,7 +52,7 @@ func TestProxyOfMovers(t *testing.T) {
 	}
 }
 
-// What has credentials in it is in memory: the connection's configuration, and what Kopia
+// Files with credentials are in memory: the connection's configuration, and what Kopia
 // writes to the temporary directory (known hosts, rclone's configuration).
 func TestCredentialsAreOnNoDisk(t *testing.T) {
 	job, err := Pods{}.Build(Job{Name: "j", Task: Task{Action: ActionMaintain}})

@@ -1,13 +1,13 @@
-// Package mover is how the controller has data moved: the pod that does it, what that pod
-// is told, and what it answers.
+// Package mover defines how the controller moves data: the pod that does it, its task,
+// and its result.
 //
-// A mover is a Job in Varve's namespace, one pod and one attempt. It is told what to do by a
-// Task, JSON without secrets in its environment, and finds the store's
-// credentials as files of a mounted Secret. It has no Kubernetes API credentials. It
-// answers with a Result in the container's termination message, and shows its progress as
-// log lines. The controller makes the next attempt if one is called for.
+// A mover is a Job in Varve's namespace, one pod and one attempt. Its Task is JSON without
+// secrets in its environment; the store's credentials are files of a mounted Secret. It has
+// no Kubernetes API credentials. It returns a Result in the container's termination message,
+// and shows its progress as log lines. The controller makes the next attempt if one is
+// needed.
 //
-// The other side, what runs in the pod, is package work.
+// Package work is the other side, which runs in the pod.
 package mover
 
 import (
@@ -23,16 +23,17 @@ import (
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/cbt/csi"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/populator/store"
 )
 
-// ProtocolVersion is of Task and Result. A mover refuses a Task of another version: the
-// controller and its movers are of one image.
+// ProtocolVersion is the version of Task and Result. A mover refuses a Task of another
+// version: the controller and its movers have the same image.
 const ProtocolVersion = 1
 
 // Places in a mover's file system, and the variable with its Task.
 const (
-	// TaskVariable has the Task, or its beginning: what does not fit is in VARVE_TASK_1,
+	// TaskVariable has the Task, or its beginning: the rest is in VARVE_TASK_1,
 	// VARVE_TASK_2 and so on.
 	TaskVariable = "VARVE_TASK"
 	// DevicePath is the block device that is read or written.
@@ -41,14 +42,16 @@ const (
 	StoreDir = "/var/run/varve/store"
 	// TokenFile is the token for the driver's SnapshotMetadata service.
 	TokenFile = "/var/run/varve/metadata/token"
-	// ScratchDir is writable, and gone with the pod.
+	// ScratchDir is writable, and deleted with the pod.
 	ScratchDir = "/var/lib/varve"
-	// ConfigDir is writable and in memory: the connection's configuration has the
-	// credentials in it, which are on no node's disk.
+	// StreamSocket is where a mover waits for a stream, or for who reads one.
+	StreamSocket = ScratchDir + "/stream.sock"
+	// ConfigDir is writable and in memory: the connection's configuration contains the
+	// credentials, which must not be on a node's disk.
 	ConfigDir = "/var/run/varve/connection"
 	// VolumeDir is the claim of a volume storage.
 	VolumeDir = "/var/run/varve/volume"
-	// TerminationPath takes the Result.
+	// TerminationPath is the file for the Result.
 	TerminationPath = "/dev/termination-log"
 )
 
@@ -66,55 +69,87 @@ const (
 	ActionBackup   Action = "backup"
 	ActionRestore  Action = "restore"
 	ActionMaintain Action = "maintain"
+	ActionDump     Action = "dump"
+	ActionFeed     Action = "feed"
 )
 
-// Task is what a mover is told. Exactly the member that Action names is set; maintain
-// has none.
+// Task is a mover's task. Exactly the member that Action names is set; maintain has none.
 type Task struct {
 	Version int            `json:"version"`
 	Action  Action         `json:"action"`
 	Store   store.Settings `json:"store"`
 	Backup  *BackupTask    `json:"backup,omitempty"`
 	Restore *RestoreTask   `json:"restore,omitempty"`
+	Dump    *DumpTask      `json:"dump,omitempty"`
+	Feed    *FeedTask      `json:"feed,omitempty"`
 }
 
 // BackupTask makes a recovery point of the device.
 type BackupTask struct {
-	Volume backup.Volume `json:"volume"`
-	// Full takes no block from a parent.
+	Volume points.Volume `json:"volume"`
+	// Full reuses no block of a parent.
 	Full bool `json:"full,omitempty"`
 	// Time of the snapshot, which is the point's.
 	Time time.Time `json:"time"`
 	// Claim that was backed up, for the point's record.
 	Claim blocktree.Claim `json:"claim"`
-	// Changed says where changed blocks are told and which snapshot is read. A point
-	// of that snapshot that is there already is the answer: an earlier attempt made it.
+	// Consistency is how the moment of the snapshot was made, and Group the points made with
+	// this one, for the record; nil for none.
+	Consistency *blocktree.Consistency `json:"consistency,omitempty"`
+	Group       *blocktree.Group       `json:"group,omitempty"`
+	// Changed says where changed blocks are reported and which snapshot is read. An
+	// existing point of that snapshot is the result: an earlier attempt made it.
 	Changed csi.Options `json:"changed"`
 	// VerifyUnchanged is the share of the blocks reported unchanged to read, 0 to 1.
 	VerifyUnchanged float64 `json:"verifyUnchanged"`
-	// NamespaceUID is set where the store takes namespaces of one name and several UIDs
-	// for several: points of others are neither listed nor removed.
+	// NamespaceUID is set if the store treats namespaces of one name and several UIDs as
+	// different: points of others are neither listed nor deleted.
 	NamespaceUID string `json:"namespaceUID,omitempty"`
-	// Retention to apply to the volume once the point is there; nil for none.
+	// Retention to apply to the volume once the point exists; nil for none.
 	Retention *backup.Policy `json:"retention,omitempty"`
+}
+
+// DumpTask makes a recovery point of a stream that comes by StreamSocket.
+type DumpTask struct {
+	Volume points.Volume `json:"volume"`
+	// Time is that of the state in the stream.
+	Time time.Time `json:"time"`
+	// Claim whose application prints it, for the point's record.
+	Claim blocktree.Claim `json:"claim"`
+	// Run is the UID of the run. An existing point of this volume that it made is the result: the
+	// result of an earlier attempt was lost.
+	Run string `json:"run"`
+	// Consistency and Group are as in BackupTask.
+	Consistency *blocktree.Consistency `json:"consistency,omitempty"`
+	Group       *blocktree.Group       `json:"group,omitempty"`
+	// NamespaceUID and Retention are as in BackupTask.
+	NamespaceUID string         `json:"namespaceUID,omitempty"`
+	Retention    *backup.Policy `json:"retention,omitempty"`
+}
+
+// FeedTask gives the stream of a recovery point to who connects to StreamSocket.
+type FeedTask struct {
+	PointID string `json:"pointID"`
 }
 
 // RestoreTask writes a recovery point to the device, reads it back and compares.
 type RestoreTask struct {
 	PointID string `json:"pointID"`
+	// Delta reads the device first and writes only what differs.
+	Delta bool `json:"delta,omitempty"`
 }
 
-// Result is what a mover answers.
+// Result is a mover's result.
 type Result struct {
 	Version int  `json:"version"`
 	OK      bool `json:"ok"`
-	// Reason is a condition reason, and Message the same for people, if it is not OK.
+	// Reason is a condition reason, and Message the same for users, if it is not OK.
 	Reason  string `json:"reason,omitempty"`
 	Message string `json:"message,omitempty"`
-	// Again says that another attempt may help.
+	// Again says that a retry may help.
 	Again bool `json:"again,omitempty"`
 
-	// Point that was made, and what the storage calls what it was made of.
+	// Point that was made, and the storage's names of its sources.
 	Point          *v1alpha1.PointSummary `json:"point,omitempty"`
 	SnapshotHandle string                 `json:"snapshotHandle,omitempty"`
 	ChangeID       string                 `json:"changeID,omitempty"`
@@ -127,8 +162,8 @@ type Result struct {
 	NewLineage string `json:"newLineage,omitempty"`
 
 	Restore *RestoreResult `json:"restore,omitempty"`
-	// Removed points by retention, and KeepError why it could not be applied; the
-	// point itself is not affected.
+	// Removed is the number of points deleted by retention, and KeepError why it could
+	// not be applied; the new point is not affected.
 	Removed int64 `json:"removed,omitempty"`
 	// ByFloor counts the points that only the store's floor kept.
 	ByFloor   int64  `json:"byFloor,omitempty"`
@@ -145,7 +180,7 @@ type ListedPoint struct {
 
 // RestoreResult is what a restore did.
 type RestoreResult struct {
-	// FileSystem found in what was written; empty if none is known.
+	// FileSystem found in the written data; empty if none is known.
 	FileSystem string `json:"fileSystem,omitempty"`
 	// DeviceBytes is the size of the device; PointBytes of the disk written to it.
 	DeviceBytes   int64 `json:"deviceBytes"`
@@ -154,7 +189,7 @@ type RestoreResult struct {
 	VerifiedBytes int64 `json:"verifiedBytes"`
 }
 
-// Encode is the Result as a termination message: at most 4096 bytes, whatever it takes.
+// Encode returns the Result as a termination message, shortened to at most 4096 bytes.
 func (r Result) Encode() []byte {
 	r.Version = ProtocolVersion
 	r.Message, r.KeepError, r.NewLineage = clip(r.Message, 1500), clip(r.KeepError, 300), clip(r.NewLineage, 300)
@@ -182,7 +217,6 @@ func clip(s string, n int) string {
 	if len(s) <= n {
 		return s
 	}
-
 	return strings.ToValidUTF8(s[:n], "") + "..."
 }
 
@@ -192,17 +226,16 @@ func DecodeResult(message string) (r Result, ok bool) {
 	if len(message) > maxResult || json.Unmarshal([]byte(message), &r) != nil || r.Version != ProtocolVersion {
 		return Result{}, false
 	}
-
 	return r, r.OK || r.Reason != ""
 }
 
-// Variables are the Task as a container's environment.
+// Variables returns the Task as a container's environment.
 func (t Task) Variables() ([]corev1.EnvVar, error) {
 	p, err := json.Marshal(t)
 	if err != nil {
 		return nil, err
 	}
-	// In a variable's value the kubelet takes $(NAME) for another's, and $$ for one $.
+	// In a variable's value the kubelet replaces $(NAME) by another's, and $$ by one $.
 	text := strings.ReplaceAll(string(p), "$", `\u0024`)
 	var out []corev1.EnvVar
 	for len(text) > maxVariable {
@@ -213,7 +246,6 @@ func (t Task) Variables() ([]corev1.EnvVar, error) {
 		out = append(out, corev1.EnvVar{Name: taskVariable(len(out)), Value: text[:n]})
 		text = text[n:]
 	}
-
 	return append(out, corev1.EnvVar{Name: taskVariable(len(out)), Value: text}), nil
 }
 
@@ -222,11 +254,10 @@ func taskVariable(i int) string {
 	if i == 0 {
 		return TaskVariable
 	}
-
 	return fmt.Sprintf("%s_%d", TaskVariable, i)
 }
 
-// ReadTask reads the Task that an environment holds, and checks it.
+// ReadTask reads and checks the Task in an environment.
 func ReadTask(lookup func(name string) (string, bool)) (Task, error) {
 	var text strings.Builder
 	for i := 0; ; i++ {
@@ -246,31 +277,37 @@ func decodeTask(text string) (Task, error) {
 	if t.Version != ProtocolVersion {
 		return t, fmt.Errorf("%s has version %d, this mover speaks %d: controller and mover must be of one image", TaskVariable, t.Version, ProtocolVersion)
 	}
-	has := map[Action]bool{ActionBackup: t.Backup != nil, ActionRestore: t.Restore != nil, ActionMaintain: true}
+	has := map[Action]bool{ActionBackup: t.Backup != nil, ActionRestore: t.Restore != nil, ActionMaintain: true, ActionDump: t.Dump != nil, ActionFeed: t.Feed != nil}
 	if !has[t.Action] {
 		return t, fmt.Errorf("%s does not say what to %s", TaskVariable, t.Action)
 	}
-
 	return t, nil
 }
 
 // Progress of a mover, a line of its log.
 type Progress struct {
-	Phase string `json:"phase"`
+	Phase string `json:"phase"` // PhaseBackup and so on
 	Done  int64  `json:"done"`  // bytes
 	Total int64  `json:"total"` // bytes; 0 while unknown
 }
 
+// Phases of movers' work, from backup.Progress.
+const (
+	PhaseBackup    = "backup"     // the volume is read and stored
+	PhaseSpotCheck = "spot check" // some blocks that were reported unchanged are read and compared
+	PhaseRestore   = "restore"    // the point is written
+	PhaseVerify    = "verify"     // it is read back and compared
+)
+
 // progressMark begins a line with a Progress.
 const progressMark = `{"varve":"progress",`
 
-// Line is the log line, without its end.
+// Line returns the log line, without its end.
 func (p Progress) Line() string {
 	b, err := json.Marshal(p)
 	if err != nil {
 		return ""
 	}
-
 	return progressMark + string(b[1:])
 }
 
@@ -283,16 +320,14 @@ func LastProgress(log string) (p Progress, ok bool) {
 			return p, true
 		}
 	}
-
 	return Progress{}, false
 }
 
-// Percent done, 0 to 100; nil while that is unknown.
+// Percent returns the part done, 0 to 100; nil while that is unknown.
 func (p Progress) Percent() *int32 {
 	if p.Total <= 0 {
 		return nil
 	}
 	n := int32(min(float64(p.Done)/float64(p.Total), 1) * 100)
-
 	return &n
 }

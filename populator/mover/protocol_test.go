@@ -58,7 +58,7 @@ func TestDecodeTask(t *testing.T) {
 	}
 }
 
-// environment is how a pod's process looks its variables up.
+// environment looks up variables as a pod's process does.
 func environment(vars []corev1.EnvVar) func(string) (string, bool) {
 	return func(name string) (string, bool) {
 		for _, v := range vars {
@@ -66,19 +66,17 @@ func environment(vars []corev1.EnvVar) func(string) (string, bool) {
 				return v.Value, true
 			}
 		}
-
 		return "", false
 	}
 }
 
-// asMover has this test run again, in a process whose environment is a mover's.
+// asMover runs this test again, in a process with a mover's environment.
 const asMover = "VARVE_TEST_MOVER"
 
 // largeTask is one of a store whose caBundle is as large as the API admits: a distribution's
 // authorities in one file have four fifths of that.
 func largeTask() Task {
 	block := "# Főtanúsítvány, $(HOME), $$\n" + strings.Repeat("MIIDdzCCAl+gAwIBAgIEAgAAuTANBgkqhkiG9w0BAQUFADBaMQswCQYDVQQGEwJJ\n", 20)
-
 	return Task{Version: ProtocolVersion, Action: ActionMaintain, Store: store.Settings{CABundle: strings.Repeat(block, 256<<10/len(block)+1), ClusterName: "here"}}
 }
 
@@ -88,7 +86,6 @@ func TestTaskOfAnySize(t *testing.T) {
 		if got, err := ReadTask(os.LookupEnv); err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("%d bytes of a bundle came of %d (%v)", len(got.Store.CABundle), len(want.Store.CABundle), err)
 		}
-
 		return
 	}
 	job, err := Pods{}.Build(Job{Name: "j", Task: want})
@@ -108,7 +105,7 @@ func TestTaskOfAnySize(t *testing.T) {
 	}
 }
 
-// A character of several bytes is not cut: what the API server takes is UTF-8.
+// A character of several bytes is not cut: the API server accepts only UTF-8.
 func TestVariablesAreText(t *testing.T) {
 	for pad := range 4 {
 		want := Task{Version: ProtocolVersion, Action: ActionMaintain, Store: store.Settings{ClusterName: strings.Repeat("x", pad) + strings.Repeat("𐍈", maxVariable)}}

@@ -13,8 +13,8 @@ import (
 )
 
 // EnsureSecret returns the name of the Secret in Varve's namespace that a mover of the store
-// mounts: a BackupStore's own, or a copy of a Repository's, made for one run under the
-// given name and to be deleted with it.
+// mounts: a BackupStore's own, or a copy of a Repository's, made for one run under the given
+// name; delete it with the run.
 func EnsureSecret(ctx context.Context, c client.Client, stores *store.Stores, st *store.Store, namespace, name string, labels, annotations map[string]string) (string, error) {
 	data, err := stores.Credentials(ctx, st)
 	if err != nil {
@@ -29,12 +29,11 @@ func EnsureSecret(ctx context.Context, c client.Client, stores *store.Stores, st
 	}
 	err = c.Create(ctx, s)
 	if apierrors.IsAlreadyExists(err) {
-		// Its credentials may have been changed since: another attempt takes the new.
+		// Its credentials may have changed: another attempt uses the new ones.
 		err = c.Update(ctx, s)
 	}
 	if err != nil {
 		return "", fmt.Errorf("copy the credentials of %s for its mover: %w", st.Key, err)
 	}
-
 	return name, nil
 }

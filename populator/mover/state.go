@@ -16,9 +16,10 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/report"
 )
 
-// Phase is where an attempt stands.
+// Phase is the phase of an attempt.
 type Phase int
 
 // Phases of an attempt.
@@ -32,29 +33,32 @@ const (
 // State of an attempt.
 type State struct {
 	Phase Phase
-	// Result if it Ended. One that left no result behind is given one here.
+	// Result if it Ended. An attempt that left no result gets one here.
 	Result Result
-	// Since when there is the Job.
+	// Since is the Job's creation.
 	Since time.Time
-	// Ended is when, if it did and that is known.
+	// Deleting says that the Job is being deleted.
+	Deleting bool
+	// Ended is when it ended, if it did and that is known.
 	Ended time.Time
-	// Lost says that the pod's node does not answer: its volume may be held there.
+	// Lost says that the pod's node does not answer: it may still hold the volume.
 	Lost bool
 	// Waiting says what a Pending pod waits for, in Kubernetes' words.
 	Waiting string
-	// Pod and Node names, once there are some.
+	// Refused says that the API server rejects the pod; Waiting says why.
+	Refused bool
+	// Pod and Node names, once they exist.
 	Pod, Node string
 }
 
-// Look finds out where the attempt of a Job stands. r must see Jobs, Pods and, past any
-// cache, Events of Varve's namespace.
-func Look(ctx context.Context, r client.Reader, namespace, name string) (State, error) {
+// Look returns the state of a Job's attempt. r must see Jobs, Pods and, past any cache,
+// Events of Varve's namespace; log receives the error if it sees no events.
+func Look(ctx context.Context, r client.Reader, log *slog.Logger, namespace, name string) (State, error) {
 	var job batchv1.Job
 	if err := r.Get(ctx, client.ObjectKey{Namespace: namespace, Name: name}, &job); err != nil {
 		if apierrors.IsNotFound(err) {
 			return State{Phase: Absent}, nil
 		}
-
 		return State{}, fmt.Errorf("read Job %s: %w", name, err)
 	}
 	var pods corev1.PodList
@@ -69,73 +73,90 @@ func Look(ctx context.Context, r client.Reader, namespace, name string) (State, 
 	}
 
 	s := judge(&job, pod)
-	s.Since = job.CreationTimestamp.Time
-	if s.Phase == Pending && pod == nil {
-		if why := refused(ctx, r, &job); why != "" {
-			s.Waiting = "its pod is refused: " + why
+	s.Since, s.Deleting = job.CreationTimestamp.Time, job.DeletionTimestamp != nil
+	if s.Lost && pod.Status.Reason != reasonNodeLost {
+		answers, err := nodeAnswers(ctx, r, pod.Spec.NodeName)
+		if err != nil {
+			return State{}, err
+		}
+		if answers { // it was evicted or deleted: its end will be reported
+			s = State{Phase: Running, Since: s.Since, Deleting: s.Deleting, Pod: s.Pod, Node: s.Node}
 		}
 	}
-
+	if s.Phase == Pending && pod == nil {
+		if why := refused(ctx, r, log, &job); why != "" {
+			s.Waiting, s.Refused = "its pod is refused: "+why, true
+		}
+	}
 	return s, nil
 }
 
-// refused is why the API server does not take a Job's pod: a quota, the namespace's pod
-// security level, an account that is not there. Only the Job's events say it; empty if they
-// do not, or cannot be read, as they are for the eye only.
-func refused(ctx context.Context, r client.Reader, job *batchv1.Job) string {
+// reasonNodeLost is of pods whose node was given up.
+const reasonNodeLost = "NodeLost"
+
+// nodeAnswers reports whether a node exists and is ready.
+func nodeAnswers(ctx context.Context, r client.Reader, name string) (bool, error) {
+	var node corev1.Node
+	if err := r.Get(ctx, client.ObjectKey{Name: name}, &node); err != nil {
+		if apierrors.IsNotFound(err) {
+			return false, nil
+		}
+		return false, fmt.Errorf("read node %s: %w", name, err)
+	}
+	for _, c := range node.Status.Conditions {
+		if c.Type == corev1.NodeReady {
+			return c.Status == corev1.ConditionTrue, nil
+		}
+	}
+	return false, nil
+}
+
+// refused returns why the API server rejects a Job's pod: a quota, the namespace's pod
+// security level, a missing account. Only the Job's events show it; empty if they do not,
+// or cannot be read, since they are only for display.
+func refused(ctx context.Context, r client.Reader, log *slog.Logger, job *batchv1.Job) string {
 	var events corev1.EventList
 	err := r.List(ctx, &events, client.InNamespace(job.Namespace), client.MatchingFields{"involvedObject.uid": string(job.UID), "reason": "FailedCreate"})
 	if err != nil {
-		slog.WarnContext(ctx, "cannot read why a mover has no pod", "job", job.Name, "error", err)
-
+		log.WarnContext(ctx, "cannot read why a mover has no pod", "job", job.Name, "error", err)
 		return ""
 	}
 	var last *corev1.Event
 	for i := range events.Items {
-		if e := &events.Items[i]; last == nil || said(e).After(said(last)) {
+		if e := &events.Items[i]; last == nil || report.Seen(e).After(report.Seen(last)) {
 			last = e
 		}
 	}
 	if last == nil {
 		return ""
 	}
-	// Each attempt of the Job controller has a pod of another name; what is said each time
-	// is to be the same text.
+	// Each attempt of the Job controller has another pod name; the text must be the same
+	// each time.
 	_, message, ok := strings.Cut(last.Message, "Error creating: ")
 	if !ok {
 		message = last.Message
 	}
-
 	return regexp.MustCompile(regexp.QuoteMeta(job.Name)+`-[a-z0-9]{5}\b`).ReplaceAllString(message, job.Name)
 }
 
-// said is when an event was last seen; who writes them fills in one time or another.
-func said(e *corev1.Event) time.Time {
-	t := e.LastTimestamp.Time
-	if e.Series != nil && e.Series.LastObservedTime.After(t) {
-		t = e.Series.LastObservedTime.Time
-	}
-	for _, other := range []time.Time{e.EventTime.Time, e.CreationTimestamp.Time} {
-		if t.IsZero() {
-			t = other
-		}
-	}
-
-	return t
-}
-
 func judge(job *batchv1.Job, pod *corev1.Pod) State {
-	failed := ""
+	failed, succeeded := "", false
 	for _, c := range job.Status.Conditions {
-		if c.Status == corev1.ConditionTrue && (c.Type == batchv1.JobFailed || c.Type == batchv1.JobFailureTarget) {
+		switch {
+		case c.Status != corev1.ConditionTrue:
+		case c.Type == batchv1.JobFailed, c.Type == batchv1.JobFailureTarget:
 			failed = c.Reason + ": " + c.Message
+		case c.Type == batchv1.JobComplete, c.Type == batchv1.JobSuccessCriteriaMet:
+			succeeded = true
 		}
 	}
 	if pod == nil {
-		if failed != "" || job.DeletionTimestamp != nil {
+		switch {
+		case failed != "", job.DeletionTimestamp != nil:
 			return State{Phase: Ended, Result: gone("the mover's pod is gone: " + failed)}
+		case succeeded:
+			return State{Phase: Ended, Result: gone("the mover succeeded, and its pod was removed before its result was read")}
 		}
-
 		return State{Phase: Pending, Waiting: "its pod is being made"}
 	}
 	s := State{Pod: pod.Name, Node: pod.Spec.NodeName}
@@ -146,14 +167,17 @@ func judge(job *batchv1.Job, pod *corev1.Pod) State {
 		} else {
 			s.Result = gone(fmt.Sprintf("the mover ended with code %d, %s, and left no result: %s", t.ExitCode, t.Reason, clip(t.Message, 300)))
 		}
-
 		return s
 	}
 	switch {
-	case pod.DeletionTimestamp != nil && failed != "", pod.Status.Reason == "NodeLost":
-		// Deleted because its node does not answer; nobody will ever report its end.
+	case pod.Status.Phase == corev1.PodPending && pod.Spec.NodeName == "" && (pod.DeletionTimestamp != nil || failed != ""):
+		s.Phase, s.Result = Ended, gone("the mover's pod was deleted before it was started: "+failed)
+	case pod.DeletionTimestamp != nil && failed != "", pod.Status.Reason == reasonNodeLost:
+		// Deleted because its node does not answer; its end is never reported.
 		s.Phase, s.Lost = Ended, true
 		s.Result = gone(fmt.Sprintf("the mover's node %s does not answer", pod.Spec.NodeName))
+	case pod.Status.Phase == corev1.PodSucceeded:
+		s.Phase, s.Result = Ended, gone("the mover's pod succeeded without a result")
 	case pod.Status.Phase == corev1.PodFailed:
 		s.Phase, s.Result = Ended, gone(fmt.Sprintf("the mover's pod failed: %s %s", pod.Status.Reason, pod.Status.Message))
 	case pod.Status.Phase == corev1.PodRunning:
@@ -161,7 +185,6 @@ func judge(job *batchv1.Job, pod *corev1.Pod) State {
 	default:
 		s.Phase, s.Waiting = Pending, waiting(pod)
 	}
-
 	return s
 }
 
@@ -175,7 +198,6 @@ func terminated(pod *corev1.Pod) *corev1.ContainerStateTerminated {
 			return c.State.Terminated
 		}
 	}
-
 	return nil
 }
 
@@ -190,7 +212,6 @@ func waiting(pod *corev1.Pod) string {
 			return c.Reason + " " + c.Message
 		}
 	}
-
 	return "its pod is being started"
 }
 
@@ -199,12 +220,12 @@ type Logs interface {
 	Tail(ctx context.Context, namespace, pod string) (string, error)
 }
 
-// PodLogs reads logs through the API server: get pods/log.
+// PodLogs reads logs through the API server; it needs get pods/log.
 type PodLogs struct{ Clientset kubernetes.Interface }
 
 var _ Logs = PodLogs{}
 
-// Tail is at most 20 lines and 16 KiB.
+// Tail returns at most 20 lines and 16 KiB.
 func (l PodLogs) Tail(ctx context.Context, namespace, pod string) (string, error) {
 	lines, limit := int64(20), int64(16<<10)
 	r, err := l.Clientset.CoreV1().Pods(namespace).GetLogs(pod, &corev1.PodLogOptions{TailLines: &lines, LimitBytes: &limit}).Stream(ctx)
@@ -216,7 +237,6 @@ func (l PodLogs) Tail(ctx context.Context, namespace, pod string) (string, error
 	if err != nil {
 		return "", fmt.Errorf("log of pod %s: %w", pod, err)
 	}
-
 	return string(p), nil
 }
 

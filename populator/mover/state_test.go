@@ -1,6 +1,8 @@
 package mover
 
 import (
+	"log/slog"
+	"strings"
 	"testing"
 	"time"
 
@@ -38,6 +40,22 @@ func TestJudge(t *testing.T) {
 		{name: "reason", job: failed, pod: ended(string(Result{Reason: v1alpha1.ReasonDeviceShort}.Encode())), phase: Ended, reason: v1alpha1.ReasonDeviceShort},
 		{name: "killed", job: failed, pod: ended(""), phase: Ended, reason: v1alpha1.ReasonMoverFailed, again: true},
 		{
+			name: "result without a pod", phase: Ended, reason: v1alpha1.ReasonMoverFailed, again: true,
+			job: &batchv1.Job{Status: batchv1.JobStatus{Conditions: []batchv1.JobCondition{{Type: batchv1.JobComplete, Status: corev1.ConditionTrue}}}},
+		},
+		{
+			name: "no result", job: &batchv1.Job{}, phase: Ended, reason: v1alpha1.ReasonMoverFailed, again: true,
+			pod: &corev1.Pod{Spec: corev1.PodSpec{NodeName: "e2e-2"}, Status: corev1.PodStatus{Phase: corev1.PodSucceeded}},
+		},
+		{
+			name: "deleted before it was placed", job: failed, phase: Ended, reason: v1alpha1.ReasonMoverFailed, again: true,
+			pod: &corev1.Pod{ObjectMeta: metav1.ObjectMeta{DeletionTimestamp: &now}, Status: corev1.PodStatus{Phase: corev1.PodPending}},
+		},
+		{
+			name: "is being made ready", job: &batchv1.Job{}, phase: Pending,
+			pod: &corev1.Pod{Spec: corev1.PodSpec{NodeName: "e2e-2"}, Status: corev1.PodStatus{Phase: corev1.PodPending}},
+		},
+		{
 			name: "node lost", job: failed, phase: Ended, reason: v1alpha1.ReasonMoverFailed, again: true, lost: true,
 			pod: &corev1.Pod{ObjectMeta: metav1.ObjectMeta{DeletionTimestamp: &now}, Spec: corev1.PodSpec{NodeName: "e2e-2"}, Status: corev1.PodStatus{Phase: corev1.PodRunning}},
 		},
@@ -55,7 +73,35 @@ func TestJudge(t *testing.T) {
 	}
 }
 
-// What the API server says against a mover's pod is in the Job's events only.
+// A pod that is deleted on a live node reports its end; its volume is not held there.
+func TestEvictedIsNotLost(t *testing.T) {
+	for ready, lost := range map[corev1.ConditionStatus]bool{corev1.ConditionTrue: false, corev1.ConditionUnknown: true, "": true} {
+		job := &batchv1.Job{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "varve-system", Name: "mover"},
+			Status:     batchv1.JobStatus{Conditions: []batchv1.JobCondition{{Type: batchv1.JobFailureTarget, Status: corev1.ConditionTrue}}},
+		}
+		now := metav1.Now()
+		pod := &corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{
+				Namespace: "varve-system", Name: "pod", Labels: map[string]string{batchv1.JobNameLabel: "mover"}, DeletionTimestamp: &now, Finalizers: []string{"batch.kubernetes.io/job-tracking"},
+			},
+			Spec: corev1.PodSpec{NodeName: "n1"}, Status: corev1.PodStatus{Phase: corev1.PodRunning},
+		}
+		b := fake.NewClientBuilder().WithObjects(job, pod)
+		if ready != "" {
+			b = b.WithObjects(&corev1.Node{
+				ObjectMeta: metav1.ObjectMeta{Name: "n1"},
+				Status:     corev1.NodeStatus{Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: ready}}},
+			})
+		}
+		s, err := Look(t.Context(), b.Build(), slog.New(slog.DiscardHandler), job.Namespace, job.Name)
+		if err != nil || s.Lost != lost || (s.Phase == Ended) != lost || s.Node != "n1" {
+			t.Errorf("ready %q: %+v, %v", ready, s, err)
+		}
+	}
+}
+
+// Only the Job's events show why the API server rejects a mover's pod.
 func TestRefusedPod(t *testing.T) {
 	job := &batchv1.Job{ObjectMeta: metav1.ObjectMeta{Namespace: "varve-system", Name: "restore-1", UID: "job"}}
 	event := func(name, job, reason, message string, second int64) *corev1.Event {
@@ -78,8 +124,8 @@ func TestRefusedPod(t *testing.T) {
 			c := fake.NewClientBuilder().WithObjects(job).WithObjects(tc.events...).
 				WithIndex(&corev1.Event{}, "involvedObject.uid", func(o client.Object) []string { return []string{string(o.(*corev1.Event).InvolvedObject.UID)} }).
 				WithIndex(&corev1.Event{}, "reason", func(o client.Object) []string { return []string{o.(*corev1.Event).Reason} }).Build()
-			s, err := Look(t.Context(), c, job.Namespace, job.Name)
-			if err != nil || s.Phase != Pending || s.Waiting != tc.waiting {
+			s, err := Look(t.Context(), c, slog.New(slog.DiscardHandler), job.Namespace, job.Name)
+			if err != nil || s.Phase != Pending || s.Waiting != tc.waiting || s.Refused != strings.Contains(tc.waiting, "refused") {
 				t.Errorf("%+v, %v", s, err)
 			}
 		})

@@ -23,15 +23,15 @@ import (
 	"github.com/varve-io/varve/populator/store"
 )
 
-// Watch keeps ProtectedVolumes true: it says when a claim is gone or its last run failed,
-// and gives up a retained base that nobody will use.
+// Watch keeps ProtectedVolumes current: it reports when a claim was deleted or its last
+// run failed, and releases a retained base that no run will use.
 type Watch struct{ *Reconciler }
 
-// unscheduledBaseAge is how long the retained base of a claim is kept that was backed up by
-// a schedule and is not any more: a policy that is replaced by another finds it.
+// unscheduledBaseAge is how long the retained base of a claim without a schedule any more
+// is kept: a policy that replaces another finds it.
 const unscheduledBaseAge = 7 * 24 * time.Hour
 
-// Setup has a manager keep ProtectedVolumes, so many at once.
+// Setup makes a manager keep ProtectedVolumes, so many concurrently.
 func (w *Watch) Setup(mgr manager.Manager, workers int) error {
 	ofClaim := handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
 		var list v1alpha1.ProtectedVolumeList
@@ -44,7 +44,6 @@ func (w *Watch) Setup(mgr manager.Manager, workers int) error {
 				out = append(out, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(&list.Items[i])})
 			}
 		}
-
 		return out
 	})
 	ofRun := handler.EnqueueRequestsFromMapFunc(func(_ context.Context, o client.Object) []reconcile.Request {
@@ -52,7 +51,6 @@ func (w *Watch) Setup(mgr manager.Manager, workers int) error {
 		if !ok || vb.Status.CompletionTime == nil {
 			return nil
 		}
-
 		return []reconcile.Request{{NamespacedName: types.NamespacedName{Namespace: vb.Namespace, Name: backups.ProtectedVolumeName(vb.Spec.ClaimName, vb.Spec.StoreRef)}}}
 	})
 	ofPolicy := handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
@@ -64,7 +62,6 @@ func (w *Watch) Setup(mgr manager.Manager, workers int) error {
 		for i := range list.Items {
 			out = append(out, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(&list.Items[i])})
 		}
-
 		return out
 	})
 	err := builder.ControllerManagedBy(mgr).Named("protectedvolume").
@@ -77,11 +74,10 @@ func (w *Watch) Setup(mgr manager.Manager, workers int) error {
 	if err != nil {
 		return fmt.Errorf("controller of ProtectedVolumes: %w", err)
 	}
-
 	return nil
 }
 
-// Reconcile looks at one ProtectedVolume.
+// Reconcile handles one ProtectedVolume.
 func (w *Watch) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
 	var pv v1alpha1.ProtectedVolume
 	if err := w.Live.Get(ctx, req.NamespacedName, &pv); err != nil {
@@ -124,11 +120,9 @@ func (w *Watch) Reconcile(ctx context.Context, req reconcile.Request) (reconcile
 			if apierrors.IsConflict(err) {
 				return reconcile.Result{RequeueAfter: time.Second}, nil
 			}
-
 			return reconcile.Result{}, fmt.Errorf("status of ProtectedVolume %s: %w", req, err)
 		}
 	}
-
 	return reconcile.Result{RequeueAfter: again}, nil
 }
 
@@ -157,18 +151,16 @@ func (w *Watch) judge(ctx context.Context, pv *v1alpha1.ProtectedVolume, gone bo
 		if c := meta.FindStatusCondition(last.Status.Conditions, v1alpha1.ConditionFailed); c != nil {
 			reason, message = c.Reason, "the last backup failed: "+c.Message
 		}
-
 		return report.Condition(&pv.Status.Conditions, pv, v1alpha1.ConditionProtected, metav1.ConditionFalse, reason, message)
 	}
-
 	return report.Condition(&pv.Status.Conditions, pv, v1alpha1.ConditionProtected, metav1.ConditionTrue, v1alpha1.ReasonSucceeded, "the last backup succeeded")
 }
 
-// coverage is what the policies of a namespace say about a claim and a store.
+// coverage sums up the policies of a namespace for a claim and a store.
 type coverage struct {
-	policies   bool          // there are some that cover it
-	scheduled  bool          // one of them is not paused
-	maxBaseAge time.Duration // the smallest of theirs; 0 for none
+	policies   bool          // some cover it
+	scheduled  bool          // one is not paused
+	maxBaseAge time.Duration // the smallest one; 0 for none
 }
 
 func (w *Watch) coverage(ctx context.Context, pv *v1alpha1.ProtectedVolume, pvc *corev1.PersistentVolumeClaim) (coverage, error) {
@@ -190,6 +182,5 @@ func (w *Watch) coverage(ctx context.Context, pv *v1alpha1.ProtectedVolume, pvc 
 			c.maxBaseAge = age.Duration
 		}
 	}
-
 	return c, nil
 }

@@ -29,16 +29,17 @@ import (
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/report"
 	"github.com/varve-io/varve/populator/store"
+	"github.com/varve-io/varve/populator/watch"
 )
 
-// maxWait is how long a policy is not looked at without anything having changed.
+// maxWait is the longest time between checks of a policy without changes.
 const maxWait = 10 * time.Minute
 
-// retryStore is the time until a policy is looked at again whose store is not there, or not
-// for it: what is applied together comes in any order.
+// retryStore is the time until a policy is checked again whose store is missing, or not
+// for it: objects applied together arrive in any order.
 const retryStore = 30 * time.Second
 
-// Reconciler starts the runs of policies. Its fields are not to be changed once it runs.
+// Reconciler starts the runs of policies. Its fields must not change while it runs.
 type Reconciler struct {
 	Client client.Client
 	Live   client.Reader
@@ -52,45 +53,62 @@ func (p *Reconciler) now() time.Time {
 	if p.Now != nil {
 		return p.Now()
 	}
-
 	return time.Now()
 }
 
-// Setup has a manager run policies, so many at once.
+// Setup makes a manager run policies, so many concurrently.
 func (p *Reconciler) Setup(mgr manager.Manager, workers int) error {
-	all := handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
-		var list v1alpha1.BackupPolicyList
-		if err := p.Client.List(ctx, &list, client.InNamespace(o.GetNamespace())); err != nil {
-			return nil
-		}
-		var out []reconcile.Request
-		for i := range list.Items {
-			out = append(out, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(&list.Items[i])})
-		}
-
-		return out
-	})
-	err := builder.ControllerManagedBy(mgr).Named("backuppolicy").
-		For(&v1alpha1.BackupPolicy{}, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
-		Watches(&corev1.PersistentVolumeClaim{}, all, builder.WithPredicates(predicate.Funcs{UpdateFunc: selectionChanged})).
+	err := watches(mgr.GetCache()).Add(builder.ControllerManagedBy(mgr).Named("backuppolicy").
+		For(&v1alpha1.BackupPolicy{}, builder.WithPredicates(predicate.GenerationChangedPredicate{}))).
 		WithOptions(report.Controller(workers)).
 		Complete(p)
 	if err != nil {
 		return fmt.Errorf("controller of BackupPolicies: %w", err)
 	}
-
 	return nil
 }
 
-// selectionChanged says whether an update of a claim can change which policies cover it.
+// watches cover what decides, beside its spec, whether a policy runs: its claims, and whether its
+// store accepts backups of its namespace.
+func watches(c client.Reader) watch.List {
+	find := func(is func(o client.Object, policy *v1alpha1.BackupPolicy) bool) handler.MapFunc {
+		return func(ctx context.Context, o client.Object) []reconcile.Request {
+			var list v1alpha1.BackupPolicyList
+			if err := c.List(ctx, &list, client.InNamespace(o.GetNamespace())); err != nil {
+				return nil // they check again by themselves
+			}
+			var out []reconcile.Request
+			for i := range list.Items {
+				if policy := &list.Items[i]; is(o, policy) {
+					out = append(out, reconcile.Request{NamespacedName: client.ObjectKeyFromObject(policy)})
+				}
+			}
+			return out
+		}
+	}
+	ofNamespace := find(func(client.Object, *v1alpha1.BackupPolicy) bool { return true })
+	ofStore := find(func(o client.Object, policy *v1alpha1.BackupPolicy) bool {
+		key := store.KeyOf(policy.Spec.StoreRef, policy.Namespace)
+		return key.Name == o.GetName() && key.Namespace == o.GetNamespace()
+	})
+	return watch.List{
+		{Object: &corev1.PersistentVolumeClaim{}, Find: ofNamespace, When: predicate.Funcs{UpdateFunc: selectionChanged}},
+		{Object: &v1alpha1.BackupStore{}, Find: ofStore, When: watch.Spec},
+		{Object: &v1alpha1.Repository{}, Find: ofStore, When: watch.Spec},
+		{Object: &corev1.Namespace{}, When: watch.Relabeled, Find: find(func(o client.Object, policy *v1alpha1.BackupPolicy) bool {
+			return policy.Namespace == o.GetName()
+		})},
+	}
+}
+
+// selectionChanged reports whether an update of a claim can change which policies cover it.
 func selectionChanged(e event.UpdateEvent) bool {
 	was, ok1 := e.ObjectOld.(*corev1.PersistentVolumeClaim)
 	is, ok2 := e.ObjectNew.(*corev1.PersistentVolumeClaim)
-
 	return !ok1 || !ok2 || was.Status.Phase != is.Status.Phase || (was.DeletionTimestamp == nil) != (is.DeletionTimestamp == nil) || !maps.Equal(was.Labels, is.Labels)
 }
 
-// Reconcile starts what is due of a policy.
+// Reconcile starts the due runs of a policy.
 func (p *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
 	var policy v1alpha1.BackupPolicy
 	if err := p.Live.Get(ctx, req.NamespacedName, &policy); err != nil {
@@ -110,7 +128,6 @@ func (p *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 			if apierrors.IsConflict(err) {
 				return reconcile.Result{RequeueAfter: time.Second}, nil
 			}
-
 			return reconcile.Result{}, fmt.Errorf("status of BackupPolicy %s: %w", req, err)
 		}
 	}
@@ -121,17 +138,15 @@ func (p *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	case c != nil && c.Status == metav1.ConditionFalse && c.Reason != v1alpha1.ReasonPaused && c.Reason != v1alpha1.ReasonInvalidSpec:
 		after = retryStore
 	}
-
 	return reconcile.Result{RequeueAfter: after}, nil
 }
 
 func equal(a, b *v1alpha1.BackupPolicyStatus) bool {
-	same := a.ObservedGeneration == b.ObservedGeneration && a.Claims == b.Claims && (a.NextRun == nil) == (b.NextRun == nil) && len(a.Conditions) == len(b.Conditions)
-
+	same := a.ObservedGeneration == b.ObservedGeneration && a.Claims == b.Claims && (a.NextRun == nil) == (b.NextRun == nil) && a.LastScheduled.Equal(b.LastScheduled) && len(a.Conditions) == len(b.Conditions)
 	return same && (a.NextRun == nil || a.NextRun.Equal(b.NextRun)) && slices.Equal(a.Conditions, b.Conditions)
 }
 
-// act looks at each claim of the policy and says when to look again.
+// act checks each claim of the policy and returns when to check again.
 func (p *Reconciler) act(ctx context.Context, policy *v1alpha1.BackupPolicy) (*time.Time, error) {
 	s := &policy.Status
 	s.NextRun, s.Claims = nil, 0
@@ -139,7 +154,6 @@ func (p *Reconciler) act(ctx context.Context, policy *v1alpha1.BackupPolicy) (*t
 		if report.Condition(&s.Conditions, policy, v1alpha1.ConditionReady, metav1.ConditionFalse, reason, message) {
 			p.Events.Warning(policy, reason, "%s", message)
 		}
-
 		return nil, nil
 	}
 	c, selector, err := read(policy)
@@ -156,7 +170,6 @@ func (p *Reconciler) act(ctx context.Context, policy *v1alpha1.BackupPolicy) (*t
 		if reason, again := store.Reason(err); !again {
 			return not(reason, err.Error())
 		}
-
 		return nil, err
 	}
 	claims, overlaps, err := p.claims(ctx, policy, selector)
@@ -166,10 +179,20 @@ func (p *Reconciler) act(ctx context.Context, policy *v1alpha1.BackupPolicy) (*t
 	s.Claims = int32(len(claims))
 	if policy.Spec.Paused {
 		report.Condition(&s.Conditions, policy, v1alpha1.ConditionReady, metav1.ConditionFalse, v1alpha1.ReasonPaused, "the policy is paused")
-
 		return nil, nil
 	}
+	if policy.Spec.Group && len(claims) > maxGroup {
+		return not(v1alpha1.ReasonInvalidSpec, fmt.Sprintf("the policy has a group and selects %d claims; a group has at most %d", len(claims), maxGroup))
+	}
 	var errs []error
+	if policy.Spec.Group && len(claims) > 0 {
+		next, err := p.group(ctx, policy, c, claims)
+		if err != nil {
+			return nil, err
+		}
+		at := metav1.NewTime(next)
+		s.NextRun, claims = &at, nil
+	}
 	for i := range claims {
 		next, err := p.claim(ctx, policy, c, &claims[i])
 		errs = append(errs, err)
@@ -183,19 +206,18 @@ func (p *Reconciler) act(ctx context.Context, policy *v1alpha1.BackupPolicy) (*t
 	}
 	if len(overlaps) > 0 {
 		report.Condition(&s.Conditions, policy, v1alpha1.ConditionReady, metav1.ConditionFalse, v1alpha1.ReasonOverlaps,
-			"other policies back these claims up to the same store, and do so: "+strings.Join(overlaps, ", "))
+			"other policies already back these claims up to the same store: "+strings.Join(overlaps, ", "))
 	} else {
-		report.Condition(&s.Conditions, policy, v1alpha1.ConditionReady, metav1.ConditionTrue, v1alpha1.ReasonScheduled, fmt.Sprintf("%d claims are backed up by it", len(claims)))
+		report.Condition(&s.Conditions, policy, v1alpha1.ConditionReady, metav1.ConditionTrue, v1alpha1.ReasonScheduled, fmt.Sprintf("%d claims are backed up by it", s.Claims))
 	}
 	if s.NextRun == nil {
 		return nil, nil
 	}
-
 	return &s.NextRun.Time, nil
 }
 
-// claims of the namespace that the policy covers, and those that a policy of an earlier name
-// covers already.
+// claims returns the claims of the namespace that the policy covers, and those that a policy
+// earlier by name covers already.
 func (p *Reconciler) claims(ctx context.Context, policy *v1alpha1.BackupPolicy, selector labels.Selector) (mine []corev1.PersistentVolumeClaim, overlaps []string, err error) {
 	var list corev1.PersistentVolumeClaimList
 	if err := p.Client.List(ctx, &list, client.InNamespace(policy.Namespace)); err != nil {
@@ -210,7 +232,7 @@ func (p *Reconciler) claims(ctx context.Context, policy *v1alpha1.BackupPolicy, 
 	for i := range others.Items {
 		o := &others.Items[i]
 		if o.Name < policy.Name && o.DeletionTimestamp == nil && !o.Spec.Paused && store.KeyOf(o.Spec.StoreRef, o.Namespace) == key {
-			// One that cannot run covers nothing.
+			// A policy that cannot run covers nothing.
 			if _, s, err := read(o); err == nil {
 				earlier = append(earlier, s)
 			}
@@ -228,11 +250,10 @@ func (p *Reconciler) claims(ctx context.Context, policy *v1alpha1.BackupPolicy, 
 		mine = append(mine, pvc)
 	}
 	slices.Sort(overlaps)
-
 	return mine, overlaps, nil
 }
 
-// read says when a policy runs and for which claims, or why it cannot run.
+// read returns when a policy runs and for which claims, or why it cannot run.
 func read(policy *v1alpha1.BackupPolicy) (cron.Schedule, labels.Selector, error) {
 	c, err := parseSchedule(policy.Spec.Schedule)
 	if err != nil {
@@ -245,7 +266,6 @@ func read(policy *v1alpha1.BackupPolicy) (cron.Schedule, labels.Selector, error)
 	if err != nil {
 		return nil, nil, err
 	}
-
 	return c, selector, nil
 }
 
@@ -257,17 +277,16 @@ func selectorOf(policy *v1alpha1.BackupPolicy) (labels.Selector, error) {
 	if err != nil {
 		return nil, fmt.Errorf("selector: %w", err)
 	}
-
 	return s, nil
 }
 
-// Covers says whether a claim is one to back up.
+// Covers reports whether a claim is to be backed up.
 func Covers(selector labels.Selector, pvc *corev1.PersistentVolumeClaim) bool {
 	return pvc.DeletionTimestamp == nil && pvc.Status.Phase == corev1.ClaimBound && pvc.Labels[v1alpha1.OptOutLabel] != "true" &&
 		pvc.Labels[mover.LabelManagedBy] != mover.ManagedBy && selector.Matches(labels.Set(pvc.Labels))
 }
 
-// claim sees to one claim: it has a ProtectedVolume, and a run if one is due. It returns
+// claim handles one claim: it gets a ProtectedVolume, and a run if one is due. It returns
 // when the next is.
 func (p *Reconciler) claim(ctx context.Context, policy *v1alpha1.BackupPolicy, c cron.Schedule, pvc *corev1.PersistentVolumeClaim) (time.Time, error) {
 	spread := time.Duration(0)
@@ -306,11 +325,10 @@ func (p *Reconciler) claim(ctx context.Context, policy *v1alpha1.BackupPolicy, c
 			return now, fmt.Errorf("status of ProtectedVolume %s: %w", pv.Name, err)
 		}
 	}
-
 	return next, nil
 }
 
-// protectedVolume reads or makes that of a claim and the policy's store.
+// protectedVolume reads or creates that of a claim and the policy's store.
 func (p *Reconciler) protectedVolume(ctx context.Context, policy *v1alpha1.BackupPolicy, pvc *corev1.PersistentVolumeClaim) (*v1alpha1.ProtectedVolume, error) {
 	key := types.NamespacedName{Namespace: pvc.Namespace, Name: backups.ProtectedVolumeName(pvc.Name, policy.Spec.StoreRef)}
 	var pv v1alpha1.ProtectedVolume
@@ -328,6 +346,5 @@ func (p *Reconciler) protectedVolume(ctx context.Context, policy *v1alpha1.Backu
 	if meta.FindStatusCondition(pv.Status.Conditions, v1alpha1.ConditionProtected) == nil {
 		report.Condition(&pv.Status.Conditions, &pv, v1alpha1.ConditionProtected, metav1.ConditionFalse, v1alpha1.ReasonNoRun, "it has not been backed up yet")
 	}
-
 	return &pv, nil
 }

@@ -40,7 +40,7 @@ func newPolicy(name, cron string) *v1alpha1.BackupPolicy {
 	return &v1alpha1.BackupPolicy{ObjectMeta: created(name), Spec: v1alpha1.BackupPolicySpec{StoreRef: mainRef, Schedule: v1alpha1.Schedule{Cron: cron}}}
 }
 
-// newReconciler works at time now.
+// newReconciler returns one whose time is now.
 func newReconciler(t *testing.T, now *time.Time, objects ...client.Object) *Reconciler {
 	t.Helper()
 	s := runtime.NewScheme()
@@ -49,14 +49,13 @@ func newReconciler(t *testing.T, now *time.Time, objects ...client.Object) *Reco
 	}
 	c := fake.NewClientBuilder().WithScheme(s).WithStatusSubresource(&v1alpha1.BackupPolicy{}, &v1alpha1.ProtectedVolume{}, &v1alpha1.VolumeBackup{}).
 		WithObjects(objects...).Build()
-
 	return &Reconciler{
 		Client: c, Live: c, Stores: &store.Stores{Client: c, Secrets: c, Namespace: "varve"},
 		Events: report.NewEvents(record.NewFakeRecorder(100)), Now: func() time.Time { return *now },
 	}
 }
 
-// look has a policy looked at, and returns when it is looked at again and why not before.
+// look reconciles a policy, and returns when it is checked again and why not before.
 func (p *Reconciler) look(t *testing.T, name string) (time.Duration, *metav1.Condition) {
 	t.Helper()
 	key := types.NamespacedName{Namespace: "shop", Name: name}
@@ -68,7 +67,6 @@ func (p *Reconciler) look(t *testing.T, name string) (time.Duration, *metav1.Con
 	if err := p.Live.Get(t.Context(), key, &policy); err != nil {
 		t.Fatal(err)
 	}
-
 	return res.RequeueAfter, meta.FindStatusCondition(policy.Status.Conditions, v1alpha1.ConditionReady)
 }
 
@@ -78,7 +76,6 @@ func (p *Reconciler) runs(t *testing.T) []v1alpha1.VolumeBackup {
 	if err := p.Live.List(t.Context(), &list); err != nil {
 		t.Fatal(err)
 	}
-
 	return list.Items
 }
 
@@ -102,7 +99,7 @@ func TestStoreThatComesLater(t *testing.T) {
 	}
 }
 
-// A full backup comes in time although no full one is known of.
+// A full backup is made in time even if no full one is known.
 func TestFullEvery(t *testing.T) {
 	for _, tc := range []struct {
 		name     string
@@ -128,7 +125,7 @@ func TestFullEvery(t *testing.T) {
 	}
 }
 
-// Claims whose names are long, and alike but for their ends, have runs of their own.
+// Claims with long names that differ only at the end have separate runs.
 func TestLongNames(t *testing.T) {
 	now := at("2026-11-21T01:05:00Z")
 	long := strings.Repeat("x", 230)
@@ -144,7 +141,7 @@ func TestLongNames(t *testing.T) {
 	}
 }
 
-// A policy that cannot run keeps no other from a claim.
+// A policy that cannot run does not keep another from a claim.
 func TestOverlaps(t *testing.T) {
 	now := at("2026-11-21T01:05:00Z")
 	for name, tc := range map[string]struct {
@@ -172,7 +169,7 @@ func TestOverlaps(t *testing.T) {
 	}
 }
 
-// Runs that a policy made are few; those that somebody made by hand are theirs.
+// Few runs of a policy are kept; those made by hand are left.
 func TestRunsAreThinned(t *testing.T) {
 	now := at("2026-11-21T20:05:00Z")
 	p := newReconciler(t, &now, newPolicy("hourly", "0 * * * *"), newClaim("data"), backupStore())
@@ -233,7 +230,7 @@ func TestMaxBaseAge(t *testing.T) {
 }
 
 // A claim that no policy covers any more has no next run, and does not hold a snapshot in
-// the storage for ever. One that was only backed up by hand keeps it for the next time.
+// the storage forever. One that was only backed up by hand keeps it for the next time.
 func TestWithoutPolicy(t *testing.T) {
 	was := metav1.NewTime(began)
 	other, paused := newPolicy("hourly", "0 * * * *"), newPolicy("hourly", "0 * * * *")

@@ -19,26 +19,37 @@ import (
 // LabelPolicy of a VolumeBackup that a policy started.
 const LabelPolicy = "varve.io/policy"
 
-// keptRuns is how many finished runs of a policy and claim stay, however long their TTL: with
+// keptRuns is how many finished runs of a policy and claim stay, even with a longer TTL: with
 // an hourly schedule they would be the most numerous objects of a cluster.
 const keptRuns = 5
 
-// start makes the run that was due at a time, unless it is too late for it or one is under
-// way. Its name is that time's, so that making it twice is making it once.
+// start creates the run that was due at a time, unless it is too late for it or one is
+// running. Its name derives from that time, so creating it is idempotent.
 func (p *Reconciler) start(ctx context.Context, policy *v1alpha1.BackupPolicy, pvc *corev1.PersistentVolumeClaim, pv *v1alpha1.ProtectedVolume, due time.Time) error {
+	vb, err := p.due(ctx, policy, pvc, pv, due)
+	if err != nil || vb == nil {
+		return err
+	}
+	if err := p.Client.Create(ctx, vb); err != nil && !apierrors.IsAlreadyExists(err) {
+		return fmt.Errorf("start the backup of claim %s: %w", pvc.Name, err)
+	}
+	return nil
+}
+
+// due returns the run of a time; nil for none.
+func (p *Reconciler) due(ctx context.Context, policy *v1alpha1.BackupPolicy, pvc *corev1.PersistentVolumeClaim, pv *v1alpha1.ProtectedVolume, due time.Time) (*v1alpha1.VolumeBackup, error) {
 	var before *metav1.Time
 	if d := policy.Spec.Schedule.StartingDeadline; d != nil {
 		at := metav1.NewTime(due.Add(d.Duration))
 		before = &at
 		if p.now().After(at.Time) {
-			p.Events.Warning(pv, v1alpha1.ReasonStartTooLate, "the run of %s could not be started in time", due.UTC().Format(time.RFC3339))
-
-			return nil
+			p.Events.Warning(pv, v1alpha1.ReasonStartTooLate, "the run of %s did not start in time", due.UTC().Format(time.RFC3339))
+			return nil, nil
 		}
 	}
 	var runs v1alpha1.VolumeBackupList
 	if err := p.Client.List(ctx, &runs, client.InNamespace(policy.Namespace)); err != nil {
-		return err
+		return nil, err
 	}
 	key := store.KeyOf(policy.Spec.StoreRef, policy.Namespace)
 	var ended []*v1alpha1.VolumeBackup
@@ -46,47 +57,47 @@ func (p *Reconciler) start(ctx context.Context, policy *v1alpha1.BackupPolicy, p
 		r := &runs.Items[i]
 		switch {
 		case r.Spec.ClaimName != pvc.Name || store.KeyOf(r.Spec.StoreRef, r.Namespace) != key || r.DeletionTimestamp != nil:
+		case r.Status.CompletionTime == nil && r.Name == runName(pv, due):
+			// It exists already; the others of its group may not.
 		case r.Status.CompletionTime == nil:
-			return nil // the run before is not over: it serves for this time
+			return nil, nil // the previous run has not ended: it serves for this time
 		case r.Labels[LabelPolicy] != "":
 			ended = append(ended, r)
 		}
 	}
 	if err := p.thin(ctx, ended); err != nil {
-		return err
+		return nil, err
 	}
 	kind := v1alpha1.BackupTypeAuto
 	if e := policy.Spec.FullEvery; e != nil && due.Sub(lastFull(pv)) >= e.Duration {
 		kind = v1alpha1.BackupTypeFull
 	}
-	vb := &v1alpha1.VolumeBackup{
+	return &v1alpha1.VolumeBackup{
 		ObjectMeta: metav1.ObjectMeta{
-			Namespace: policy.Namespace, Name: fmt.Sprintf("%s-%d", pv.Name, due.Unix()),
+			Namespace: policy.Namespace, Name: runName(pv, due),
 			Labels: map[string]string{LabelPolicy: labelValue(policy.Name)},
 		},
 		Spec: v1alpha1.VolumeBackupSpec{
 			ClaimName: pvc.Name, StoreRef: policy.Spec.StoreRef, Type: kind, SnapshotClassName: policy.Spec.SnapshotClassName,
-			RetainBase: policy.Spec.RetainBase, BackupVolume: policy.Spec.BackupVolume, Retention: policy.Spec.Retention, StartBefore: before,
+			RetainBase: policy.Spec.RetainBase, BackupVolume: policy.Spec.BackupVolume, Hooks: policy.Spec.Hooks, Retention: policy.Spec.Retention, StartBefore: before,
 		},
-	}
-	if err := p.Client.Create(ctx, vb); err != nil && !apierrors.IsAlreadyExists(err) {
-		return fmt.Errorf("start the backup of claim %s: %w", pvc.Name, err)
-	}
-
-	return nil
+	}, nil
 }
 
-// lastFull is the time of a claim's last full backup, or of its first sight: the points that a
-// ProtectedVolume found when it was made again may all be increments.
+func runName(pv *v1alpha1.ProtectedVolume, due time.Time) string {
+	return fmt.Sprintf("%s-%d", pv.Name, due.Unix())
+}
+
+// lastFull returns the time of a claim's last full backup, or when it was first seen: the
+// points that a recreated ProtectedVolume found may all be increments.
 func lastFull(pv *v1alpha1.ProtectedVolume) time.Time {
 	if pv.Status.LastFull != nil {
 		return pv.Status.LastFull.Time
 	}
-
 	return pv.CreationTimestamp.Time
 }
 
-// thin deletes all but the newest of runs that ended.
+// thin deletes all but the newest ended runs.
 func (p *Reconciler) thin(ctx context.Context, ended []*v1alpha1.VolumeBackup) error {
 	slices.SortFunc(ended, func(a, b *v1alpha1.VolumeBackup) int {
 		return b.Status.CompletionTime.Compare(a.Status.CompletionTime.Time)
@@ -96,13 +107,11 @@ func (p *Reconciler) thin(ctx context.Context, ended []*v1alpha1.VolumeBackup) e
 			return fmt.Errorf("delete run %s, which is over: %w", r.Name, err)
 		}
 	}
-
 	return nil
 }
 
-// labelValue cuts a name to what a label takes.
+// labelValue truncates a name to what a label accepts.
 func labelValue(name string) string {
 	const most = 63
-
 	return strings.TrimRight(name[:min(len(name), most)], "-.")
 }

@@ -5,6 +5,7 @@ package policies
 import (
 	"fmt"
 	"hash/fnv"
+	"strings"
 	"time"
 
 	"github.com/robfig/cron/v3"
@@ -13,14 +14,14 @@ import (
 	"github.com/varve-io/varve/api/v1alpha1"
 )
 
-// schedule is a policy's, for one claim: the times of the cron, each later by the claim's
-// share of the spread.
+// schedule is a policy's schedule for one claim: the times of the cron, each delayed by
+// the claim's share of the spread.
 type schedule struct {
 	cron   cron.Schedule
 	offset time.Duration
 }
 
-// parseSchedule reads a Schedule. The offset is left to of.
+// parseSchedule reads a Schedule. of sets the offset.
 func parseSchedule(s v1alpha1.Schedule) (cron.Schedule, error) {
 	zone := time.UTC
 	if s.TimeZone != "" {
@@ -28,6 +29,10 @@ func parseSchedule(s v1alpha1.Schedule) (cron.Schedule, error) {
 		if zone, err = time.LoadLocation(s.TimeZone); err != nil {
 			return nil, fmt.Errorf("timeZone %q: %w; use a name of the IANA database, such as Europe/Berlin", s.TimeZone, err)
 		}
+	}
+	// The parser looks for the space behind the zone and panics if there is none.
+	if zone, _, more := strings.Cut(s.Cron, " "); !more && strings.Contains(zone, "TZ=") {
+		return nil, fmt.Errorf("cron %q: there are no fields after the time zone", s.Cron)
 	}
 	c, err := cron.ParseStandard(s.Cron)
 	if err != nil {
@@ -43,12 +48,11 @@ func parseSchedule(s v1alpha1.Schedule) (cron.Schedule, error) {
 	if spec.Next(time.Now()).IsZero() {
 		return nil, fmt.Errorf("cron %q never comes", s.Cron)
 	}
-
 	return spec, nil
 }
 
-// of is the schedule of one claim: all claims of a policy spread over its window, each
-// always at the same place.
+// of returns the schedule of one claim: all claims of a policy spread over its window,
+// each always at the same place.
 func of(c cron.Schedule, spread time.Duration, claim types.UID) schedule {
 	s := schedule{cron: c}
 	if spread > 0 {
@@ -56,21 +60,20 @@ func of(c cron.Schedule, spread time.Duration, claim types.UID) schedule {
 		_, _ = h.Write([]byte(claim)) // never fails
 		s.offset = time.Duration(h.Sum64() % uint64(spread)).Truncate(time.Second)
 	}
-
 	return s
 }
 
-// next time behind t.
+// next time after t.
 func (s schedule) next(t time.Time) time.Time { return s.cron.Next(t.Add(-s.offset)).Add(s.offset) }
 
-// last time behind from and not behind now; zero if there is none. Times missed before it
-// are not made up for.
+// last returns the last time after from and not after now; zero if there is none. Missed
+// times before it are skipped.
 func (s schedule) last(from, now time.Time) time.Time {
 	t := s.next(from)
 	if t.After(now) {
 		return time.Time{}
 	}
-	// Steps that double find the neighbourhood of now, however long ago from is.
+	// Doubling steps get near now, even if from is long ago.
 	for step := time.Minute; ; {
 		jump := t.Add(step)
 		if jump.After(now) {
@@ -94,6 +97,5 @@ func (s schedule) last(from, now time.Time) time.Time {
 	for n := s.next(t); !n.After(now); n = s.next(t) {
 		t = n
 	}
-
 	return t
 }

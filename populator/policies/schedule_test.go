@@ -16,7 +16,6 @@ func at(s string) time.Time {
 	if err != nil {
 		panic(err)
 	}
-
 	return t
 }
 
@@ -52,7 +51,7 @@ func TestSchedule(t *testing.T) {
 	}
 }
 
-// last must be what walking all times comes to.
+// last must equal the result of walking all times.
 func TestLastIsTheLast(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	for range 300 {
@@ -102,9 +101,26 @@ func TestSpread(t *testing.T) {
 func TestRefusedSchedules(t *testing.T) {
 	for _, s := range []v1alpha1.Schedule{
 		{Cron: "hourly"}, {Cron: "* * * *"}, {Cron: "0 0 30 2 *"}, {Cron: "@every 5m"}, {Cron: "0 * * * *", TimeZone: "Berlin"}, {Cron: "61 * * * *"},
+		{Cron: "TZ=UTC"}, {Cron: "CRON_TZ=Europe/Berlin"}, {Cron: "TZ=UTC "}, {Cron: "TZ=Berlin 0 * * * *"}, {Cron: "TZ=UTC\t0 * * * *"},
 	} {
 		if _, err := parseSchedule(s); err == nil {
 			t.Errorf("%+v was taken", s)
 		}
 	}
+}
+
+// A schedule is a tenant's text: it is accepted or refused, and an accepted one occurs.
+func FuzzParseSchedule(f *testing.F) {
+	for _, s := range []string{"0 */6 * * *", "@daily", "TZ=UTC", "TZ=Asia/Tokyo 0 3 * * mon-fri", "CRON_TZ= @weekly", ", * * * *", "*-5/3 1,,2 ? JAN-12 sun", "0 0 30 2 *"} {
+		f.Add(s, "Europe/Berlin")
+	}
+	f.Fuzz(func(t *testing.T, text, zone string) {
+		if len(text) > 128 || len(zone) > 64 { // as the definition has it
+			return
+		}
+		c, err := parseSchedule(v1alpha1.Schedule{Cron: text, TimeZone: zone})
+		if err == nil && c.Next(at("2026-11-21T00:00:00Z")).IsZero() {
+			t.Errorf("%q in %q never comes", text, zone)
+		}
+	})
 }

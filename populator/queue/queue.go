@@ -1,14 +1,20 @@
-// Package queue decides which runs may have a mover now: so many backups and restores for
-// each store, and so many in all, restores before backups. A restore that had a place and
-// failed is no better than a backup the next time: a repository that is away for long is not
-// to keep those of others from running.
+// Package queue decides which runs may have a mover now, with limits for each store and in
+// all. A restore goes before backups until its namespace has half of all places. Among equals
+// the run whose namespace has the smallest share of the places goes first, then the oldest: a
+// tenant with many runs does not starve one with few. A restore that had a place and failed
+// counts as a backup the next time, so that an unreachable repository does not keep the runs
+// of others from starting.
 //
-// It is memory of one process only. What may run again after a restart is for the
-// runs' objects to say: a run under way calls Resume, which always succeeds.
+// A run that waits for something else gives its place back by Rest, and requests one again by
+// Start.
+//
+// It is in memory of one process only. After a restart the runs' objects decide what
+// runs: a run in progress calls Resume, which always succeeds.
 package queue
 
 import (
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -24,17 +30,19 @@ const (
 	Backup  Kind = "backup"
 )
 
-// Ticket asks for a place.
+// Ticket is a request for a place.
 type Ticket struct {
-	ID    types.UID // of the run's object
-	Name  types.NamespacedName
-	Kind  Kind
-	Store string // the limit counts runs of a store and kind
-	// Serial runs one at a time among those with the same text; empty for none.
+	ID   types.UID            // of the run's object
+	Name types.NamespacedName // of the run's object
+	Kind Kind
+	// Namespace of the tenant, among whom places are shared.
+	Namespace string
+	Store     string // the limit counts runs of a store and kind
+	// Serial: of runs with the same text one runs at a time; empty for no such limit.
 	Serial string
 	Limit  int // of the store and kind
 	Since  time.Time
-	// Again says that it had a place before, and gave it back.
+	// Again says that the run had a place before and gave it back.
 	Again bool
 }
 
@@ -45,16 +53,17 @@ type Queue struct {
 
 	mu      sync.Mutex
 	running map[types.UID]Ticket
-	waiting map[types.UID]Ticket
+	resting map[types.UID]Ticket // have no place, and keep their serial
+	waiting map[types.UID]Ticket // some of them rest
 }
 
 // New makes a queue of total places; 0 for no limit in all. wake, which may be nil, is
-// called for each waiting run when a place may be free; it must not block.
+// called for each waiting run that may start now; it must not block.
 func New(total int, wake func(Ticket)) *Queue {
-	return &Queue{total: total, wake: wake, running: map[types.UID]Ticket{}, waiting: map[types.UID]Ticket{}}
+	return &Queue{total: total, wake: wake, running: map[types.UID]Ticket{}, resting: map[types.UID]Ticket{}, waiting: map[types.UID]Ticket{}}
 }
 
-// Start takes a place if there is one, else the ticket waits. Asking again keeps the place.
+// Start takes a place if there is one, else the ticket waits. Calling it again keeps the place.
 func (q *Queue) Start(t Ticket) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -64,119 +73,93 @@ func (q *Queue) Start(t Ticket) bool {
 	if old, waits := q.waiting[t.ID]; waits && old.Since.Before(t.Since) {
 		t.Since = old.Since
 	}
-	if !q.fits(t) {
-		q.waiting[t.ID] = t
-
+	q.waiting[t.ID] = t
+	if !slices.ContainsFunc(q.next(""), func(w Ticket) bool { return w.ID == t.ID }) {
 		return false
 	}
 	delete(q.waiting, t.ID)
+	delete(q.resting, t.ID)
 	q.running[t.ID] = t
-
 	return true
 }
 
-// fits says whether t may start now: there is a place, and nobody waits who goes first.
-func (q *Queue) fits(t Ticket) bool {
-	same := 0
-	for _, r := range q.running {
-		if r.Kind == t.Kind && r.Store == t.Store {
-			same++
+// Rest gives back the place of a run that waits for something else, or its turn if it waits
+// for a place. The run keeps its serial: it has not ended.
+func (q *Queue) Rest(id types.UID) {
+	q.change(func() {
+		delete(q.waiting, id)
+		if t, has := q.running[id]; has {
+			delete(q.running, id)
+			q.resting[id] = t
 		}
-		if t.Serial != "" && r.Serial == t.Serial {
-			return false
-		}
-	}
-	if t.Limit > 0 && same >= t.Limit {
-		return false
-	}
-	free := q.total - len(q.running)
-	if q.total > 0 && free <= 0 {
-		return false
-	}
-	for _, w := range q.waiting {
-		if w.ID == t.ID {
-			continue
-		}
-		busy := w.Serial != "" && q.serialBusy(w.Serial)
-		if w.Kind == t.Kind && w.Store == t.Store && w.before(t) && !busy {
-			same++
-		}
-		if q.total > 0 && (w.Kind != t.Kind || w.Again || t.Again) && w.before(t) && !busy && !q.storeFull(w) {
-			free--
-		}
-	}
-
-	return (t.Limit <= 0 || same < t.Limit) && (q.total <= 0 || free > 0)
+	})
 }
 
-// urgent is a restore that had no place yet.
-func (t Ticket) urgent() bool { return t.Kind == Restore && !t.Again }
-
-// before says whether t goes before o where there is a place for one of them only.
-func (t Ticket) before(o Ticket) bool {
-	if t.urgent() != o.urgent() {
-		return t.urgent()
-	}
-
-	return t.Since.Before(o.Since)
+// Has reports whether a run has a place.
+func (q *Queue) Has(id types.UID) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	_, has := q.running[id]
+	return has
 }
 
-func (q *Queue) serialBusy(serial string) bool {
-	for _, r := range q.running {
-		if r.Serial == serial {
-			return true
-		}
-	}
-
-	return false
+// Wanted reports whether another run would start if the one with the ID gave its place back.
+func (q *Queue) Wanted(id types.UID) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.next(id)) > 0
 }
 
-func (q *Queue) storeFull(w Ticket) bool {
-	same := 0
-	for _, r := range q.running {
-		if r.Kind == w.Kind && r.Store == w.Store {
-			same++
-		}
-	}
-
-	return w.Limit > 0 && same >= w.Limit
-}
-
-// Resume takes a place whatever the limits: the run had one in another process.
+// Resume takes a place regardless of the limits: the run had one in another process. A resting
+// run keeps resting.
 func (q *Queue) Resume(t Ticket) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	if _, rests := q.resting[t.ID]; rests {
+		return
+	}
 	delete(q.waiting, t.ID)
 	q.running[t.ID] = t
 }
 
-// Done gives the place, or the wait for one, back and wakes those who wait.
+// Keep takes a place regardless of the limits, for a run whose mover exists, even if it rests.
+func (q *Queue) Keep(t Ticket) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	delete(q.waiting, t.ID)
+	delete(q.resting, t.ID)
+	q.running[t.ID] = t
+}
+
+// Done gives back the place, or the ticket that waits for one, and wakes waiting runs.
 func (q *Queue) Done(id types.UID) {
 	q.drop(func(t Ticket) bool { return t.ID == id })
 }
 
-// Gone is Done for the runs of a kind and name but the one that has the name now, if any: an
-// object may be deleted between the look at it and Start, and another have its name.
+// Gone is Done for the runs of a kind and name, except the one that has the name now, if
+// any: an object may be deleted after it was read and before Start, and another have its
+// name.
 func (q *Queue) Gone(k Kind, name types.NamespacedName, now types.UID) {
 	q.drop(func(t Ticket) bool { return t.Kind == k && t.Name == name && t.ID != now })
 }
 
-// drop takes tickets out and wakes those who wait if that made room.
+// drop removes tickets and wakes the runs that may start then.
 func (q *Queue) drop(is func(Ticket) bool) {
+	q.change(func() {
+		for _, m := range []map[types.UID]Ticket{q.running, q.resting, q.waiting} {
+			maps.DeleteFunc(m, func(_ types.UID, t Ticket) bool { return is(t) })
+		}
+	})
+}
+
+// change wakes the runs that may start after do, if it made a difference.
+func (q *Queue) change(do func()) {
 	q.mu.Lock()
-	had := false
-	for id, t := range q.running {
-		if is(t) {
-			had = true
-			delete(q.running, id)
-		}
-	}
-	maps.DeleteFunc(q.waiting, func(_ types.UID, t Ticket) bool { return is(t) })
+	before := [...]int{len(q.running), len(q.resting), len(q.waiting)}
+	do()
 	var wake []Ticket
-	if had && q.wake != nil {
-		for _, w := range q.waiting {
-			wake = append(wake, w)
-		}
+	if q.wake != nil && before != [...]int{len(q.running), len(q.resting), len(q.waiting)} {
+		wake = q.next("")
 	}
 	q.mu.Unlock()
 	for _, w := range wake {
@@ -184,7 +167,7 @@ func (q *Queue) drop(is func(Ticket) bool) {
 	}
 }
 
-// Oldest is since when the run of a kind that waits longest does; zero if none waits.
+// Oldest returns since when the longest waiting run of a kind waits; zero if none waits.
 func (q *Queue) Oldest(k Kind) time.Time {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -194,6 +177,5 @@ func (q *Queue) Oldest(k Kind) time.Time {
 			oldest = w.Since
 		}
 	}
-
 	return oldest
 }

@@ -44,9 +44,8 @@ func TestFirstComeFirstServed(t *testing.T) {
 		t.Errorf("the oldest waits since %v", got)
 	}
 	q.Done("a")
-	slices.Sort(woken)
-	if !slices.Equal(woken, []types.UID{"c", "d"}) {
-		t.Errorf("woke %v", woken)
+	if !slices.Equal(woken, []types.UID{"c"}) {
+		t.Errorf("woke %v, and there is a place for one", woken)
 	}
 	if q.Start(ticket("d", Backup, 4)) {
 		t.Error("the later one went first")
@@ -56,6 +55,96 @@ func TestFirstComeFirstServed(t *testing.T) {
 	}
 	if got := q.Oldest(Restore); !got.IsZero() {
 		t.Errorf("no restore waits, but one since %v", got)
+	}
+}
+
+// The places of a store, and all places, are shared by namespaces, then given by age.
+func TestPlacesAreShared(t *testing.T) {
+	for _, row := range []struct {
+		name  string
+		total int
+		limit int
+	}{{"of a store", 0, 4}, {"in all", 4, 0}} {
+		t.Run(row.name, func(t *testing.T) {
+			q := New(row.total, nil)
+			of := func(id, namespace string, second int64) Ticket {
+				t := ticket(id, Backup, second)
+				t.Namespace, t.Limit = namespace, row.limit
+				return t
+			}
+			for i, id := range []string{"a1", "a2", "a3", "a4"} {
+				if !q.Start(of(id, "a", int64(i))) {
+					t.Fatal("alone, a namespace has all places")
+				}
+			}
+			waiting := []Ticket{of("a5", "a", 5), of("a6", "a", 6), of("b1", "b", 7), of("c1", "c", 8), of("b2", "b", 9)}
+			for _, w := range waiting {
+				if q.Start(w) {
+					t.Fatal("a fifth of four places")
+				}
+			}
+			for i, next := range []types.UID{"b1", "c1", "a5", "b2", "a6"} {
+				q.Done(types.UID([]string{"a1", "a2", "a3", "b1", "c1"}[i]))
+				for _, w := range waiting {
+					if got := q.Start(w); got != (w.ID == next) {
+						t.Errorf("%s started: %v, when it was the turn of %s", w.ID, got, next)
+					}
+				}
+				waiting = slices.DeleteFunc(waiting, func(w Ticket) bool { return w.ID == next })
+			}
+		})
+	}
+}
+
+// A run that waits for something else has no place, and no other of its volume goes first.
+func TestRest(t *testing.T) {
+	var woken []types.UID
+	q := New(1, func(w Ticket) { woken = append(woken, w.ID) })
+	a, next, other := ticket("a", Backup, 1), ticket("next", Backup, 2), ticket("other", Backup, 3)
+	a.Serial, next.Serial = "volume", "volume"
+	if q.Wanted("a") || !q.Start(a) || q.Wanted("a") {
+		t.Error("nobody else wants a place")
+	}
+	if q.Start(next) || q.Wanted("a") {
+		t.Error("two of a volume")
+	}
+	if q.Start(other) || !q.Wanted("a") {
+		t.Error("another volume's waits")
+	}
+	q.Rest("a")
+	if !slices.Equal(woken, []types.UID{"other"}) {
+		t.Errorf("woke %v", woken)
+	}
+	if q.Start(next) || !q.Start(other) {
+		t.Error("the place is for another volume's")
+	}
+	q.Resume(a)
+	if q.Start(a) {
+		t.Error("it has a place beyond the limit, or by looking")
+	}
+	q.Done("other")
+	if q.Start(next) || !q.Start(a) {
+		t.Error("the one that rested is to go on first")
+	}
+	q.Done("a")
+	if !q.Start(next) {
+		t.Error("the volume is free")
+	}
+}
+
+// A store with few places and many waiting runs does not keep another's runs from starting.
+func TestFullStoreHoldsNobodyUp(t *testing.T) {
+	q := New(4, nil)
+	for i := range 100 {
+		w := ticket("s"+string(rune('0'+i/10))+string(rune('0'+i%10)), Backup, int64(i))
+		if got := q.Start(w); got != (i < 2) {
+			t.Fatalf("run %d started: %v", i, got)
+		}
+	}
+	other := ticket("other", Backup, 1000)
+	other.Store = "second"
+	if !q.Start(other) {
+		t.Error("there is a place for another store's")
 	}
 }
 
@@ -99,12 +188,11 @@ func TestResume(t *testing.T) {
 	}
 }
 
-// A restore that had its turn waits in line with backups; one that had none goes first.
+// A restore that had its turn queues with backups; one that had none goes first.
 func TestRestoresAgain(t *testing.T) {
 	again := func(id string, second int64) Ticket {
 		r := ticket(id, Restore, second)
 		r.Again = true
-
 		return r
 	}
 	q := New(1, nil)
@@ -149,7 +237,6 @@ func TestNamesThatAreGone(t *testing.T) {
 	named := func(id string, k Kind, name string) Ticket {
 		t := ticket(id, k, 1)
 		t.Name.Name, t.Limit = name, 1
-
 		return t
 	}
 	q.Start(named("a", Backup, "x"))
@@ -166,5 +253,94 @@ func TestNamesThatAreGone(t *testing.T) {
 	q.Gone(Backup, types.NamespacedName{Name: "y"}, "")
 	if !q.Oldest(Backup).IsZero() {
 		t.Error("one that is gone waits")
+	}
+}
+
+// A run that no longer waits for a place blocks no other, and one whose mover exists has a place
+// in any case.
+func TestRestOfOneThatWaits(t *testing.T) {
+	var woken []types.UID
+	q := New(1, func(w Ticket) { woken = append(woken, w.ID) })
+	q.Start(ticket("a", Backup, 1))
+	q.Start(ticket("b", Backup, 2))
+	q.Start(ticket("c", Backup, 3))
+	q.Rest("b")
+	q.Done("a")
+	if !slices.Equal(woken, []types.UID{"c"}) || !q.Start(ticket("c", Backup, 3)) {
+		t.Errorf("woke %v, and one that does not wait keeps its turn", woken)
+	}
+	q.Rest("c")
+	q.Keep(ticket("c", Backup, 3))
+	if q.Start(ticket("d", Backup, 4)) {
+		t.Error("the mover of one is there, and another has its place")
+	}
+}
+
+// A tenant gains nothing by several stores of its own, and loses nothing in one store by its use of
+// another.
+func TestSharesOverStores(t *testing.T) {
+	of := func(id, namespace, store string, second int64) Ticket {
+		t := ticket(id, Backup, second)
+		t.Namespace, t.Store, t.Limit = namespace, store, 4
+		return t
+	}
+	q := New(8, nil)
+	for _, r := range []Ticket{of("a1", "a", "a-1", 1), of("a2", "a", "a-1", 2), of("a3", "a", "a-2", 3), of("a4", "a", "a-2", 4), of("a5", "a", "a-3", 5),
+		of("b1", "b", "main", 6), of("c1", "c", "main", 7), of("c2", "c", "main", 8)} {
+		if !q.Start(r) {
+			t.Fatal(r.ID)
+		}
+	}
+	a, b := of("a6", "a", "a-4", 9), of("b2", "b", "main", 10)
+	if q.Start(a) || q.Start(b) {
+		t.Fatal("a ninth of eight places")
+	}
+	q.Done("c1")
+	if q.Start(a) || !q.Start(b) {
+		t.Error("the namespace with most places goes first, as it has yet another store")
+	}
+
+	q = New(100, nil)
+	for _, r := range []Ticket{of("a1", "a", "a-1", 1), of("a2", "a", "a-1", 2), of("a3", "a", "a-1", 3),
+		of("b1", "b", "main", 4), of("b2", "b", "main", 5), of("c1", "c", "main", 6), of("c2", "c", "main", 7)} {
+		if !q.Start(r) {
+			t.Fatal(r.ID)
+		}
+	}
+	a, b = of("a4", "a", "main", 9), of("b3", "b", "main", 8)
+	if q.Start(a) || q.Start(b) {
+		t.Fatal("a fifth of the store's places")
+	}
+	q.Done("c1")
+	if q.Start(b) || !q.Start(a) {
+		t.Error("the namespace with no place in the store does not go first")
+	}
+}
+
+// Restores of one namespace take half of all places before backups of others, and no more.
+func TestRestoresWithoutEnd(t *testing.T) {
+	q := New(4, nil)
+	for i, id := range []string{"r1", "r2", "r3", "r4", "r5", "r6"} {
+		r := ticket(id, Restore, int64(i))
+		r.Namespace, r.Limit = "a", 0
+		q.Start(r)
+	}
+	b := ticket("b", Backup, 100)
+	b.Namespace = "b"
+	if q.Start(b) {
+		t.Fatal("a fifth of four places")
+	}
+	q.Done("r1")
+	r := ticket("r5", Restore, 5)
+	r.Namespace, r.Limit = "a", 0
+	if q.Start(r) || !q.Start(b) {
+		t.Error("the restores of one namespace keep another's backup from starting")
+	}
+	q.Done("r2")
+	q.Done("r3")
+	b2 := ticket("b2", Backup, 1)
+	b2.Namespace = "c"
+	if q.Start(b2); !q.Start(r) {
+		t.Error("a restore of a namespace with few places goes before backups")
 	}
 }

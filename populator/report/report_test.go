@@ -35,11 +35,27 @@ func TestEventsAreSaidOnce(t *testing.T) {
 	}
 }
 
-// The status of a ProtectedVolume is at most 16 KiB, whatever went wrong: there is one for each
-// claim and store.
+// Texts of a repository, such as why a lineage began, appear in events and conditions as one
+// line without control characters.
+func TestTextIsPlain(t *testing.T) {
+	r := record.NewFakeRecorder(1)
+	vb := &v1alpha1.VolumeBackup{}
+	NewEvents(r).Normal(vb, "NewLineage", "because %s", "\x1b[2J\u202eof\nthis")
+	if said := <-r.Events; said != "Normal NewLineage because \ufffd[2J\ufffdof; this" {
+		t.Errorf("event %q", said)
+	}
+	var list []metav1.Condition
+	Condition(&list, vb, "Protected", metav1.ConditionTrue, "Reason", "a\nb\x7f")
+	if list[0].Message != "a; b\ufffd" {
+		t.Errorf("condition %q", list[0].Message)
+	}
+}
+
+// The status of a ProtectedVolume is at most 16 KiB with any error: there is one for each claim
+// and store.
 func TestProtectedVolumeIsSmall(t *testing.T) {
 	now := metav1.NewTime(time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC))
-	long := strings.Repeat("x", 128) // what a CSI driver may call a snapshot
+	long := strings.Repeat("x", 128) // a snapshot name that a CSI driver may use
 	pv := &v1alpha1.ProtectedVolume{Status: v1alpha1.ProtectedVolumeStatus{
 		ClaimUID: "0b0c1b73-c27f-3d54-6502-b79bd5b4ddb4", LastSuccess: &now, LastFull: &now, LastScheduled: &now, NextRun: &now, LastPrune: &now,
 		Base: &v1alpha1.BaseSnapshot{Name: long, Content: long, Handle: long, ChangeID: long, PointID: long, Time: now},

@@ -8,15 +8,15 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 )
 
-// Errors are tried again after retryFirst, then twice as long each time, up to retryMost: a
+// Errors are retried after retryFirst, then after twice the time each, up to retryMost: a
 // repository that is back after a night is noticed within a minute.
 const (
 	retryFirst = 200 * time.Millisecond
 	retryMost  = time.Minute
 )
 
-// Controller is how all of Varve's controllers work: so many objects at once, and errors
-// tried again without end.
+// Controller returns the options of all of Varve's controllers: so many objects
+// concurrently, and errors retried without end.
 func Controller(workers int) controller.Options {
 	return controller.Options{
 		MaxConcurrentReconciles: workers,

@@ -9,20 +9,20 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
 )
 
-// Write is a write to the API server that a step is about to do, or did.
+// Write is a write to the API server, before or after it.
 type Write struct {
 	Step  string // list/step; empty outside of a list
-	Verb  string // create, update, patch, delete, deletecollection, apply; with /status and the like behind it
+	Verb  string // create, update, patch, delete, deletecollection, apply; may end in /status and the like
 	Kind  string // Go type of the object
 	Name  string // namespace/name of the object
 	After bool   // false before the write, true once it succeeded
 }
 
-// Hook is told of each write. An error before a write prevents it; one after it is
-// what the writer gets instead of its success. Called concurrently.
+// Hook is called for each write. An error before a write prevents it; one after it
+// replaces its success. Called concurrently.
 type Hook func(ctx context.Context, w Write) error
 
-// Observe returns a client that tells hook of each write; a nil hook returns c.
+// Observe returns a client that calls hook for each write; for a nil hook it returns c.
 func Observe(c client.WithWatch, hook Hook) client.WithWatch {
 	if hook == nil {
 		return c
@@ -37,11 +37,9 @@ func Observe(c client.WithWatch, hook Hook) client.WithWatch {
 			return err
 		}
 		w.After = true
-
 		return hook(ctx, w)
 	}
 	key := client.ObjectKeyFromObject
-
 	return interceptor.NewClient(c, interceptor.Funcs{
 		Create: func(ctx context.Context, c client.WithWatch, obj client.Object, opts ...client.CreateOption) error {
 			return around(ctx, "create", obj, key(obj), func() error { return c.Create(ctx, obj, opts...) })
@@ -70,10 +68,9 @@ func Observe(c client.WithWatch, hook Hook) client.WithWatch {
 	})
 }
 
-// kindOf names an object's type without needing its TypeMeta, which typed objects
-// lack: *v1.PersistentVolumeClaim is PersistentVolumeClaim.
+// kindOf names an object's type without its TypeMeta, which typed objects lack:
+// *v1.PersistentVolumeClaim is PersistentVolumeClaim.
 func kindOf(obj any) string {
 	name := fmt.Sprintf("%T", obj)
-
 	return name[strings.LastIndexByte(name, '.')+1:]
 }

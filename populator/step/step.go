@@ -1,12 +1,12 @@
-// Package step runs a job of the controller as a named list of steps that survives
-// the death of the process between, and in the midst of, any two of them.
+// Package step runs a job of the controller as a named list of steps that survives the
+// death of the process between and within steps.
 //
 // A job (a backup, a populate, the swap of a PersistentVolume) is a List. The name of
-// the step being worked on is written to the job's object before the step begins, and
-// a new process goes on from there. Each step is idempotent: it looks at the cluster,
-// brings about what its name says if that is not so yet, and says Done, or Wait with
-// what it waits for. What a later step needs to know is in the object before the step
-// that makes it necessary: a handle is never in memory alone.
+// the step being worked on is written to the job's object before the step begins, and a
+// new process continues from there. Each step is idempotent: it reads the cluster, brings
+// about what its name says if necessary, and returns Done, or Wait with what it waits
+// for. What a later step needs to know is recorded in the object before the step that
+// makes it necessary: a handle is never only in memory.
 //
 // Because steps have names and their writes go through Observe, a test can stop the
 // process before and after each write of a list without knowing what the steps do.
@@ -20,12 +20,12 @@ import (
 	"time"
 )
 
-// Step of a job. R is what the job works on; it may be changed by the step.
+// Step of a job. R is what the job works on; the step may change it.
 type Step[R any] struct {
 	// Name is stable: it is recorded in objects, and documented for users.
 	Name string
-	// Do brings about what the name says. It is called again until it says Done;
-	// an error is tried again with back-off unless it is Terminal.
+	// Do brings about what the name says. It is called until it returns Done; an error is
+	// retried with back-off unless it is Terminal.
 	Do func(ctx context.Context, r R) (Result, error)
 }
 
@@ -34,22 +34,22 @@ type Result struct {
 	done    bool
 	Reason  string        // what is waited for, a condition reason
 	Message string        // the same for people
-	After   time.Duration // look again then, besides when a watched object changes; 0 for then only
+	After   time.Duration // check again then, and when a watched object changes; 0 for the latter only
 }
 
-// Done says that what the step is for has come about.
+// Done says that the step has achieved its purpose.
 func Done() Result { return Result{done: true} }
 
-// Wait says that somebody else has to do something first. after is how long until
-// the step looks again even if no watched object changed; 0 leaves it to watches.
+// Wait says that another process or user must do something first. after is how long until
+// the step checks again even if no watched object changed; 0 leaves it to watches.
 func Wait(reason, message string, after time.Duration) Result {
 	return Result{Reason: reason, Message: message, After: after}
 }
 
-// IsDone tells Done from Wait.
+// IsDone reports whether it is Done.
 func (r Result) IsDone() bool { return r.done }
 
-// terminal is an error that trying again cannot help.
+// terminal is an error that a retry cannot fix.
 type terminal struct {
 	reason string
 	err    error
@@ -67,8 +67,25 @@ func IsTerminal(err error) (reason string, ok bool) {
 	if !errors.As(err, &t) {
 		return "", false
 	}
-
 	return t.reason, true
+}
+
+// Cause returns a Terminal error without the names of list and step that Run put before it; it
+// returns any other error unchanged.
+func Cause(err error) error {
+	for {
+		if _, ok := IsTerminal(err); !ok {
+			return err
+		}
+		next := errors.Unwrap(err)
+		if next == nil {
+			return err
+		}
+		if _, ok := IsTerminal(next); !ok {
+			return next
+		}
+		err = next
+	}
 }
 
 // List is a job's steps in order.
@@ -83,17 +100,16 @@ func (l List[R]) Names() []string {
 	for _, s := range l.Steps {
 		names = append(names, s.Name)
 	}
-
 	return names
 }
 
-// Run goes on with a job from the step at, or from the first if at is empty. record
-// writes the name of a step to the job's object and is called before each step that
-// was not recorded yet, the first too; it must not return nil before the API server
-// has the name. When the last step is done the result is Done, and nothing is
-// recorded: what a finished job looks like is for its caller to write.
+// Run continues a job from the step at, or from the first if at is empty. record writes
+// the name of a step to the job's object and is called before each step that was not
+// recorded yet, including the first; it must not return nil before the API server has the
+// name. After the last step the result is Done and nothing is recorded: the caller writes
+// the state of a finished job.
 //
-// An unknown name is an error that loses nothing: a newer version wrote it.
+// An unknown name, written by a newer version, is an error that loses nothing.
 func (l List[R]) Run(ctx context.Context, r R, at string, record func(ctx context.Context, step string) error) (Result, error) {
 	i := 0
 	if at != "" {
@@ -119,7 +135,6 @@ func (l List[R]) Run(ctx context.Context, r R, at string, record func(ctx contex
 			return res, nil
 		}
 	}
-
 	return Done(), nil
 }
 
@@ -133,6 +148,5 @@ func withName(ctx context.Context, name string) context.Context {
 // outside of a list.
 func Current(ctx context.Context) string {
 	name, _ := ctx.Value(nameKey{}).(string)
-
 	return name
 }

@@ -3,6 +3,7 @@ package step
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"testing"
 
@@ -31,11 +32,9 @@ func testList() List[*job] {
 				return Wait("Reason", "waits", 0), nil
 			}
 			j.did = append(j.did, name)
-
 			return Done(), nil
 		}}
 	}
-
 	return List[*job]{Name: "test", Steps: []Step[*job]{do("a"), do("b"), do("c")}}
 }
 
@@ -57,7 +56,6 @@ func TestRun(t *testing.T) {
 			var records []string
 			res, err := testList().Run(t.Context(), &tc.job, tc.at, func(_ context.Context, s string) error {
 				records = append(records, s)
-
 				return nil
 			})
 			if !errors.Is(err, tc.err) || res.IsDone() != tc.done {
@@ -89,6 +87,12 @@ func TestTerminal(t *testing.T) {
 	if reason, ok := IsTerminal(err); !ok || reason != "Because" || !errors.Is(err, boom) {
 		t.Errorf("got %q, %v: %v", reason, ok, err)
 	}
+	if got := Cause(err); got != boom {
+		t.Errorf("the cause is %v", got)
+	}
+	if other := fmt.Errorf("x: %w", boom); Cause(other) != other {
+		t.Errorf("the cause is %v", Cause(other))
+	}
 	if _, ok := IsTerminal(boom); ok {
 		t.Error("any error is terminal")
 	}
@@ -104,7 +108,6 @@ func TestObserve(t *testing.T) {
 		if len(seen)-1 == when {
 			return stop
 		}
-
 		return nil
 	})
 	ctx := withName(t.Context(), "backup/twin")

@@ -16,24 +16,24 @@ import (
 
 // Bounds of Connections.
 const (
-	// maxIdle is how many connections are kept that nobody uses: each holds the list of
-	// its repository's points, and its indexes on disk.
+	// maxIdle is how many unused connections are kept: each holds the list of its
+	// repository's points, and its indexes on disk.
 	maxIdle = 64
-	// failureHolds is how long the failure to open a store is everybody's answer: claims
-	// that ask one after the other would each have a key derived.
+	// failureHolds is how long all callers get the same failure to open a store: claims
+	// that ask one after the other would each derive a key.
 	failureHolds = 5 * time.Second
-	// tenantsPatience bounds the opening of a tenant's Repository, whose server may send
-	// just enough, for ever, not to be silent.
+	// tenantsPatience bounds the opening of a tenant's Repository, whose server may
+	// forever send just enough not to be silent.
 	tenantsPatience = 10 * time.Minute
 )
 
 // ErrOpening means that the store answers, slowly, and is still being opened.
 var ErrOpening = errors.New("the repository is still being opened")
 
-// Connections are the repositories that a process has open: one for each store, shared by
-// all who work with it. A connection is opened anew when the store's settings or credentials
-// change. Opening goes on when those who asked for it have gone: the next to ask find it
-// further on. Safe for concurrent use.
+// Connections are the open repositories of a process: one per store, shared by all its users.
+// A connection is opened again when the store's settings or credentials change. Opening
+// continues when its callers have gone: the next ones find it further on. Safe for concurrent
+// use.
 type Connections struct {
 	base   context.Context
 	cancel context.CancelFunc
@@ -43,17 +43,18 @@ type Connections struct {
 
 	mu      sync.Mutex
 	byKey   map[Key]*connection
-	closing sync.WaitGroup
+	closed  bool
+	closing sync.WaitGroup // added to before closed
 }
 
-// connection is one that is open or being opened. Fields without a word are Connections'
-// to guard.
+// connection is one that is open or being opened. Connections guards the fields without a
+// comment.
 type connection struct {
 	key      Key
 	sum      [sha256.Size]byte // of settings and credentials
 	begun    time.Time
 	cancel   context.CancelCauseFunc // of the context that the storage keeps
-	ready    chan struct{}           // closed when open, err and ended are set for good
+	ready    chan struct{}           // closed when open, err and ended are final
 	open     *Open
 	err      error
 	ended    time.Time
@@ -63,16 +64,15 @@ type connection struct {
 	fresh    refresher
 }
 
-// NewConnections has none yet.
+// NewConnections returns Connections without any open.
 func NewConnections() *Connections {
 	base, cancel := context.WithCancel(context.Background())
 	turns := make(chan struct{}, 1)
-
 	return &Connections{
 		base: base, cancel: cancel, places: newPlaces(), byKey: map[Key]*connection{},
 		open: func(ctx context.Context, s Settings, opt OpenOptions) (*Open, error) { return s.Open(ctx, opt) },
-		// One at a time: two would take twice repository.KeyMemory. The next is not to
-		// begin beside the garbage of the last.
+		// One at a time: two would use twice repository.KeyMemory. The next must not
+		// start beside the garbage of the last.
 		turn: func(ctx context.Context) (func(), error) {
 			select {
 			case turns <- struct{}{}:
@@ -84,18 +84,19 @@ func NewConnections() *Connections {
 	}
 }
 
-// Close closes all connections, and waits for that.
+// Close closes all connections, and waits for those that have no user.
 func (p *Connections) Close() {
 	p.cancel()
 	p.mu.Lock()
 	for _, c := range p.byKey {
 		p.detach(c)
 	}
+	p.closed = true
 	p.mu.Unlock()
 	p.closing.Wait()
 }
 
-// Forget closes the connection of a store that is gone, or may not be used any more.
+// Forget closes the connection of a store that was deleted, or may no longer be used.
 func (p *Connections) Forget(key Key) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -104,8 +105,8 @@ func (p *Connections) Forget(key Key) {
 	}
 }
 
-// Get returns the store's repository as it is now; its Close gives it back. check has the
-// storage say whether it is the same repository still, under the same password.
+// Get returns the store's repository as it is now; its Close gives it back. With check
+// the storage is read to confirm the same repository and password.
 func (p *Connections) Get(ctx context.Context, key Key, settings Settings, opt OpenOptions, check bool) (*Open, error) {
 	for {
 		c, others, err := p.take(key, settings, opt)
@@ -114,31 +115,29 @@ func (p *Connections) Get(ctx context.Context, key Key, settings Settings, opt O
 		}
 		if err := c.wait(ctx); err != nil {
 			p.give(c, false)
-
 			return nil, err
 		}
-		if !others { // nobody can have written since
+		if !others { // no other process can have written since
 			return p.lend(c), nil
 		}
-		err = c.now(ctx, check)
+		err = p.now(ctx, c, check)
 		if err == nil {
 			return p.lend(c), nil
 		}
 		if ctx.Err() != nil {
 			p.give(c, false)
-
 			return nil, err
 		}
 		p.give(c, true)
 		if errors.Is(err, repository.ErrUnreachable) {
 			return nil, c.open.Redact(err)
 		}
-		// Opening says better what is the matter, or helps.
+		// Opening gives a better error, or helps.
 	}
 }
 
-// take finds the store's connection, or begins to open one, and notes that it is used.
-// others says that it was there before.
+// take finds the store's connection, or begins to open one, and counts the use. others
+// says that it existed before.
 func (p *Connections) take(key Key, settings Settings, opt OpenOptions) (_ *connection, others bool, _ error) {
 	sum, err := fingerprint(settings, opt)
 	if err != nil {
@@ -153,7 +152,6 @@ func (p *Connections) take(key Key, settings Settings, opt OpenOptions) (_ *conn
 	}
 	if c != nil {
 		c.refs++
-
 		return c, true, nil
 	}
 	if err := p.base.Err(); err != nil {
@@ -164,11 +162,10 @@ func (p *Connections) take(key Key, settings Settings, opt OpenOptions) (_ *conn
 	opt.Turn = p.turn
 	p.closing.Add(1)
 	go p.opened(c, settings, opt)
-
 	return c, false, nil
 }
 
-// failed says that opening failed, and is to be tried again. Called with the lock held.
+// failed reports whether opening failed and must be retried. Called with the lock held.
 func (c *connection) failed(create bool) bool {
 	select {
 	case <-c.ready:
@@ -189,7 +186,7 @@ func (p *Connections) opened(c *connection, settings Settings, opt OpenOptions) 
 	p.give(c, false)
 }
 
-// within calls open once there is a place, with a context that lives as long as the connection.
+// within calls open once there is a place, with a context of the connection's lifetime.
 func (p *Connections) within(c *connection, open func(context.Context) (*Open, error)) (*Open, error) {
 	ctx, cancel := context.WithCancelCause(p.base)
 	c.cancel = cancel
@@ -210,14 +207,12 @@ func (p *Connections) within(c *connection, open func(context.Context) (*Open, e
 			err = cause
 		}
 		cancel(context.Canceled)
-
 		return nil, err
 	}
-
 	return o, nil
 }
 
-// wait waits until the connection is open, or cannot be opened.
+// wait waits until the connection is open or cannot be opened.
 func (c *connection) wait(ctx context.Context) error {
 	select {
 	case <-c.ready:
@@ -227,23 +222,26 @@ func (c *connection) wait(ctx context.Context) error {
 	}
 }
 
-// now brings the connection up to what others have written.
-func (c *connection) now(ctx context.Context, check bool) error {
+// now refreshes a connection that the caller uses with what others have written.
+func (p *Connections) now(ctx context.Context, c *connection, check bool) error {
 	if check {
 		if err := c.open.Unchanged(ctx); err != nil {
 			return err
 		}
 	}
-
-	return c.fresh.do(ctx, func(ctx context.Context) error {
+	hold := func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		c.refs++
+	}
+	return c.fresh.do(ctx, hold, func() { p.give(c, false) }, func(ctx context.Context) error {
 		return c.open.Answering(ctx, c.open.Repository.Refresh, func() {})
 	})
 }
 
-// lend makes the handle of one who uses the connection.
+// lend makes a user's handle of the connection.
 func (p *Connections) lend(c *connection) *Open {
 	var once sync.Once
-
 	return &Open{Repository: c.open.Repository, Redact: c.open.Redact, give: func() { once.Do(func() { p.give(c, false) }) }}
 }
 
@@ -262,8 +260,8 @@ func (p *Connections) give(c *connection, broken bool) {
 	p.evict()
 }
 
-// detach has nobody else take the connection, and closes it when it is not used any more.
-// Called with the lock held.
+// detach prevents further use of the connection, and closes it after its last use. Called
+// with the lock held.
 func (p *Connections) detach(c *connection) {
 	if c.detached {
 		return
@@ -277,14 +275,19 @@ func (p *Connections) detach(c *connection) {
 	}
 }
 
-// end closes a connection that nobody uses. Called with the lock held.
+// end closes an unused connection. Called with the lock held.
 func (p *Connections) end(c *connection) {
 	if c.open == nil {
 		return
 	}
-	p.closing.Add(1)
+	awaited := !p.closed
+	if awaited {
+		p.closing.Add(1)
+	}
 	go func() {
-		defer p.closing.Done()
+		if awaited {
+			defer p.closing.Done()
+		}
 		if err := c.open.Close(context.WithoutCancel(p.base)); err != nil {
 			c.open.warn(err)
 		}
@@ -292,8 +295,8 @@ func (p *Connections) end(c *connection) {
 	}()
 }
 
-// evict ends the connections that were not used for longest where there are too many.
-// Called with the lock held.
+// evict ends the least recently used connections if there are too many. Called with the
+// lock held.
 func (p *Connections) evict() {
 	for {
 		var oldest *connection
@@ -313,8 +316,8 @@ func (p *Connections) evict() {
 	}
 }
 
-// fingerprint tells connections apart that are opened differently. What the repository must be
-// is checked of each.
+// fingerprint distinguishes connections that are opened differently. The expected repository is
+// checked for each.
 func fingerprint(s Settings, opt OpenOptions) (sum [sha256.Size]byte, err error) {
 	s.UniqueID = ""
 	text, err := json.Marshal(struct {
@@ -325,6 +328,5 @@ func fingerprint(s Settings, opt OpenOptions) (sum [sha256.Size]byte, err error)
 	if err != nil {
 		return sum, fmt.Errorf("settings of a store: %w", err)
 	}
-
 	return sha256.Sum256(text), nil
 }

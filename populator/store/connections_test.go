@@ -28,6 +28,7 @@ type shared struct {
 	*Stores
 	repo   *repotest.Repo
 	st     *Store
+	object *v1alpha1.BackupStore
 	client client.Client
 
 	mu     sync.Mutex
@@ -38,13 +39,16 @@ type shared struct {
 func newShared(t *testing.T) *shared {
 	t.Helper()
 	s := runtime.NewScheme()
-	if err := corev1.AddToScheme(s); err != nil {
+	if err := errors.Join(corev1.AddToScheme(s), v1alpha1.AddToScheme(s)); err != nil {
 		t.Fatal(err)
 	}
-	c := fake.NewClientBuilder().WithScheme(s).WithObjects(
-		&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: "varve", Name: "creds"}, Data: Credentials{KeyPassword: []byte(repotest.Password)}}).Build()
 	r := repotest.New(t)
-	x := &shared{repo: r, client: c, Stores: &Stores{
+	object := &v1alpha1.BackupStore{ObjectMeta: metav1.ObjectMeta{Name: "main", UID: "main"}, Spec: v1alpha1.BackupStoreSpec{RepositorySpec: v1alpha1.RepositorySpec{
+		Storage:     v1alpha1.Storage{Volume: &v1alpha1.VolumeStorage{ClaimName: filepath.Base(filepath.Dir(r.Dir)), Path: "blobs"}},
+		ClusterName: "here", CredentialsSecretRef: corev1.LocalObjectReference{Name: "creds"}}}}
+	c := fake.NewClientBuilder().WithScheme(s).WithObjects(object,
+		&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: "varve", Name: "creds"}, Data: Credentials{KeyPassword: []byte(repotest.Password)}}).Build()
+	x := &shared{repo: r, object: object, client: c, Stores: &Stores{
 		Client: c, Secrets: c, Namespace: "varve", Dir: t.TempDir(), VolumesDir: filepath.Dir(filepath.Dir(r.Dir)), Connections: NewConnections(),
 	}}
 	t.Cleanup(x.Connections.Close)
@@ -59,20 +63,15 @@ func newShared(t *testing.T) *shared {
 				return nil, err
 			}
 		}
-
 		return real(ctx, s, opt)
 	}
-	x.st = x.FromBackupStore(&v1alpha1.BackupStore{ObjectMeta: metav1.ObjectMeta{Name: "main", UID: "main"}, Spec: v1alpha1.BackupStoreSpec{RepositorySpec: v1alpha1.RepositorySpec{
-		Storage:     v1alpha1.Storage{Volume: &v1alpha1.VolumeStorage{ClaimName: filepath.Base(filepath.Dir(r.Dir)), Path: "blobs"}},
-		ClusterName: "here", CredentialsSecretRef: corev1.LocalObjectReference{Name: "creds"}}}})
-
+	x.st = x.FromBackupStore(object)
 	return x
 }
 
 func (x *shared) count() int {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-
 	return x.opened
 }
 
@@ -80,7 +79,7 @@ func (x *shared) nothing(ctx context.Context) error {
 	return x.With(ctx, x.st, func(context.Context, *Open) error { return nil })
 }
 
-// All who work with a store share one connection, which knows what others wrote.
+// All users of a store share one connection, which sees what others wrote.
 func TestConnectionIsShared(t *testing.T) {
 	x := newShared(t)
 	var all sync.WaitGroup
@@ -101,7 +100,6 @@ func TestConnectionIsShared(t *testing.T) {
 		if err == nil && !state.Found {
 			err = errors.New("what another process wrote is not seen")
 		}
-
 		return err
 	}); err != nil {
 		t.Error(err)
@@ -111,8 +109,8 @@ func TestConnectionIsShared(t *testing.T) {
 	}
 }
 
-// Other credentials, another repository in the place and a store that is gone end a
-// connection; one that is in use is closed by its last user.
+// Other credentials, another repository in the same place and a deleted store end a
+// connection; its last user closes one that is in use.
 func TestConnectionIsReplaced(t *testing.T) {
 	x := newShared(t)
 	held, err := x.Open(t.Context(), x.st)
@@ -163,7 +161,7 @@ func TestConnectionIsReplaced(t *testing.T) {
 	}
 }
 
-// Opening goes on when those who wait have gone, and a failure is everybody's for a while.
+// Opening continues when its callers have gone, and all callers share a failure for a while.
 func TestOpeningGoesOn(t *testing.T) {
 	x := newShared(t)
 	synctest.Test(t, func(t *testing.T) {
@@ -174,13 +172,11 @@ func TestOpeningGoesOn(t *testing.T) {
 		x.Connections.open = func(ctx context.Context, _ Settings, _ OpenOptions) (*Open, error) {
 			opened.Add(1)
 			time.Sleep(3 * time.Minute)
-
 			return nil, errors.Join(fails, broken)
 		}
 		try := func(patience time.Duration) error {
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
-
 			return x.nothing(ctx)
 		}
 		for range 2 {
@@ -204,8 +200,8 @@ func TestOpeningGoesOn(t *testing.T) {
 	})
 }
 
-// A tenant's server that sends just enough for ever holds its place for a while only; an
-// administrator's store may take its time.
+// A tenant's server that forever sends just enough holds its place only for a while; an
+// administrator's store may be slow.
 func TestTenantsOpeningIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := NewConnections()
@@ -231,7 +227,7 @@ func TestTenantsOpeningIsBounded(t *testing.T) {
 	})
 }
 
-// Connections that nobody uses are closed where there are too many.
+// Unused connections are closed if there are too many.
 func TestIdleConnectionsAreFew(t *testing.T) {
 	x := newShared(t)
 	for i := range maxIdle + 3 {
@@ -247,7 +243,7 @@ func TestIdleConnectionsAreFew(t *testing.T) {
 	}
 }
 
-// What has no connection needs none that is one's own.
+// Without shared Connections each opening has a private one.
 func TestOpenWithoutConnections(t *testing.T) {
 	x := newShared(t)
 	x.Connections.Close()
@@ -257,7 +253,8 @@ func TestOpenWithoutConnections(t *testing.T) {
 	}
 }
 
-// A namespace has one place at a time, tenants not all, and who was served least goes first.
+// A namespace has one place at a time, tenants do not get all places, and the least served goes
+// first.
 func TestPlaces(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPlaces()
@@ -322,4 +319,38 @@ func TestPlaces(t *testing.T) {
 			t.Errorf("%d wait", len(p.waiting))
 		}
 	})
+}
+
+// A look at the storage whose callers have gone keeps its connection: closed under it, the process would end.
+func TestLookOutlivesItsCallers(t *testing.T) {
+	x := newShared(t)
+	if err := x.nothing(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	p := x.Connections
+	p.mu.Lock()
+	c := p.byKey[x.st.Key]
+	p.mu.Unlock()
+	refs := func() int {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return c.refs
+	}
+	c.fresh.serial.Lock() // the look does not get on
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	if err := x.nothing(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a call that waits for the storage: %v", err)
+	}
+	p.Forget(x.st.Key)
+	if n := refs(); n != 1 || errors.Is(c.open.Answering(t.Context(), func(context.Context) error { return nil }, func() {}), repository.ErrClosed) {
+		t.Errorf("%d users, or it is closed", n)
+	}
+	c.fresh.serial.Unlock()
+	p.Close()
+	for end := time.Now().Add(time.Minute); refs() != 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the look has ended, and the connection has a user")
+		}
+	}
 }

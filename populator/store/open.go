@@ -51,7 +51,6 @@ func (s *Stores) Credentials(ctx context.Context, st *Store) (Credentials, error
 			return nil, fmt.Errorf("%s: %w", st.Key, err)
 		}
 	}
-
 	return c, nil
 }
 
@@ -61,23 +60,21 @@ type Open struct {
 	// Redact keeps the store's credentials out of errors of this repository.
 	Redact func(error) error
 	dirs   []string
-	give   func() // gives a shared connection back; nil for one of its own
+	give   func() // gives back a shared connection; nil for a private one
 }
 
-// Close ends the connection and removes what it kept, or gives a shared one back.
+// Close ends the connection and removes its files, or gives back a shared one.
 func (o *Open) Close(ctx context.Context) error {
 	if o.give != nil {
 		o.give()
-
 		return nil
 	}
-
 	return errors.Join(o.Repository.Close(ctx), removeAll(o.dirs))
 }
 
-// warn tells of an error that nobody waits for.
+// warn logs an error that no caller waits for.
 func (o *Open) warn(err error) {
-	slog.Warn("connection to a store did not close as it should", "error", o.Redact(err))
+	o.Log().Warn("cannot close the connection to a store", "error", o.Redact(err))
 }
 
 func removeAll(dirs []string) error {
@@ -85,31 +82,29 @@ func removeAll(dirs []string) error {
 	for _, dir := range dirs {
 		errs = append(errs, os.RemoveAll(dir))
 	}
-
 	return errors.Join(errs...)
 }
 
 // Open opens a store's repository. Errors of the repository wrap its sentinels
 // (repository.ErrUnreachable, ErrWrongPassword, ErrNotInitialized and so on), others this
-// package's. The repository is as it is now, also if the connection was open before; the
+// package's. The repository is current, even if the connection was open before; the
 // caller closes it soon.
 func (s *Stores) Open(ctx context.Context, st *Store) (*Open, error) {
 	return s.open(ctx, st, false, false)
 }
 
-// open opens a store's repository, or makes it. check has an open connection asked whether it
-// is to the same repository still.
+// open opens a store's repository, or makes it. With check it confirms that an open
+// connection still is to the same repository.
 func (s *Stores) open(ctx context.Context, st *Store, create, check bool) (*Open, error) {
 	c, err := s.Credentials(ctx, st)
 	if err != nil {
 		if s.Connections != nil && errors.Is(err, ErrCredentials) {
 			s.Connections.Forget(st.Key)
 		}
-
 		return nil, err
 	}
 	settings := settingsToLook(st)
-	opt := OpenOptions{Credentials: c, Dir: s.Dir, ConfigDir: s.ConfigDir, VolumeDir: s.volumeDir(st), Create: create}
+	opt := OpenOptions{Credentials: c, Dir: s.Dir, ConfigDir: s.ConfigDir, VolumeDir: s.volumeDir(st), Create: create, Log: s.Log}
 	if s.Connections == nil {
 		return settings.Open(ctx, opt)
 	}
@@ -120,38 +115,35 @@ func (s *Stores) open(ctx context.Context, st *Store, create, check bool) (*Open
 	if err := settings.check(o.Repository); err != nil {
 		return nil, errors.Join(err, o.Close(ctx))
 	}
-
 	return o, nil
 }
 
-// settingsToLook is a store's settings for the controller, which reads next to nothing, while people
-// wait: the bytes per second are for movers. Kopia takes each blob for one of 20 MB before it
-// is read, so that a small limit would have a lookup wait for longer than it may take.
+// settingsToLook returns a store's settings for the controller, which reads very little while users
+// wait: the bytes per second are for movers. Kopia assumes 20 MB for each blob before it is read, so
+// with a small limit a lookup would wait longer than it may take.
 func settingsToLook(st *Store) Settings {
 	s := st.Settings()
 	s.Upload, s.Download = 0, 0
-
 	return s
 }
 
-// Ensure is Open, but makes the repository if there is none and the store is ReadWrite, and
-// finds out that another stands there.
+// Ensure is Open, but it makes the repository if there is none and the store is ReadWrite,
+// and detects another in its place.
 func (s *Stores) Ensure(ctx context.Context, st *Store) (*Open, error) {
 	if err := s.makeVolumeDir(st); err != nil {
 		return nil, err
 	}
 	o, err := s.open(ctx, st, false, true)
-	// A repository that was seen there before and is gone is not made anew: a bucket
+	// A repository that was seen there before and is missing is not made again: a bucket
 	// was emptied, or its name mistyped.
 	if !errors.Is(err, repository.ErrNotInitialized) && !errors.Is(err, repository.ErrIncompleteRepository) || !st.Writable() || st.Status.UniqueID != "" {
 		return o, err
 	}
-
 	return s.open(ctx, st, true, true)
 }
 
-// makeVolumeDir makes the directory of a volume storage that was never seen, on the claim that is
-// mounted.
+// makeVolumeDir makes the directory of a volume storage that was never seen, on the mounted
+// claim.
 func (s *Stores) makeVolumeDir(st *Store) error {
 	v := st.Spec.Storage.Volume
 	if v == nil || v.Path == "" || !st.Writable() || st.Status.UniqueID != "" {
@@ -159,7 +151,7 @@ func (s *Stores) makeVolumeDir(st *Store) error {
 	}
 	dir, path := s.volumeDir(st), filepath.FromSlash(v.Path)
 	if dir == "" || !filepath.IsLocal(path) {
-		return nil // opening says what is wrong
+		return nil // opening reports the error
 	}
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -169,7 +161,6 @@ func (s *Stores) makeVolumeDir(st *Store) error {
 	if err := root.MkdirAll(path, 0o770); err != nil {
 		return fmt.Errorf("%w: directory %s on claim %s cannot be made: %w", repository.ErrUnreachable, v.Path, v.ClaimName, err)
 	}
-
 	return nil
 }
 
@@ -180,19 +171,18 @@ func (s *Stores) volumeDir(st *Store) string {
 			return dir
 		}
 	}
-
 	return ""
 }
 
 // OpenOptions of Settings.Open.
 type OpenOptions struct {
 	Credentials Credentials
-	// Dir takes a new directory for the connection's caches, which Close removes; empty
+	// Dir gets a new directory for the connection's caches, which Close removes; empty
 	// for the system's temporary one. They can grow to gigabytes: the indexes of a large
 	// repository.
 	Dir string
-	// ConfigDir takes another for its configuration, which has the storage's credentials
-	// in it: better a file system in memory. Empty for Dir.
+	// ConfigDir gets another for its configuration, which contains the storage's
+	// credentials: better a file system in memory. Empty for Dir.
 	ConfigDir string
 	// VolumeDir is where the claim of a volume storage is mounted.
 	VolumeDir string
@@ -201,8 +191,8 @@ type OpenOptions struct {
 	CacheBytes, MetadataBytes int64
 	// Create makes the repository if there is none.
 	Create bool
-	Log    *slog.Logger // what Kopia logs, at debug level; nil for nothing
-	// Turn to derive the repository's key; nil for at once.
+	Log    *slog.Logger // as repository.OpenOptions has it
+	// Turn bounds the derivation of the repository's key; nil for no bound.
 	Turn repository.Turn
 }
 
@@ -216,7 +206,7 @@ func (s Settings) Open(ctx context.Context, opt OpenOptions) (_ *Open, err error
 	}
 	redact := opt.Credentials.Redact
 	if s.Tenant {
-		st, redact = &repository.Guarded{Storage: st}, opt.Credentials.Withhold
+		st, redact = &repository.Guarded{Storage: st}, func(err error) error { return opt.Credentials.Withhold(err, opt.Log) }
 	}
 	var dirs []string
 	defer func() {
@@ -252,7 +242,7 @@ func (s Settings) Open(ctx context.Context, opt OpenOptions) (_ *Open, err error
 	}
 	if opt.Create {
 		err = repository.Create(ctx, repository.CreateOptions{ConnectOptions: conn})
-		if err != nil && !errors.Is(err, repository.ErrAlreadyExists) { // else made by somebody else meanwhile
+		if err != nil && !errors.Is(err, repository.ErrAlreadyExists) { // else another process made it since
 			return nil, err
 		}
 	}
@@ -263,22 +253,20 @@ func (s Settings) Open(ctx context.Context, opt OpenOptions) (_ *Open, err error
 	if err := s.check(repo); err != nil {
 		return nil, errors.Join(err, repo.Close(context.WithoutCancel(ctx)))
 	}
-
 	return &Open{Repository: repo, Redact: redact, dirs: dirs}, nil
 }
 
-// check says whether it is the repository that it must be.
+// check reports whether it is the expected repository.
 func (s Settings) check(repo *repository.Repository) error {
 	if id := repo.UniqueID(); s.UniqueID != "" && id != s.UniqueID {
 		return fmt.Errorf("%w: it was %s and is %s now; if that is meant, delete the store's object and create it again",
 			ErrOtherRepository, s.UniqueID, id)
 	}
-
 	return nil
 }
 
-// Reason is the condition reason that an error of this package or of a repository calls
-// for, and whether trying again may help without anybody doing something.
+// Reason returns the condition reason for an error of this package or of a repository,
+// and whether a retry may help without a user's action.
 func Reason(err error) (reason string, again bool) {
 	for _, row := range []struct {
 		is     error
@@ -308,6 +296,5 @@ func Reason(err error) (reason string, again bool) {
 			return row.reason, row.again
 		}
 	}
-
 	return v1alpha1.ReasonStoreNotReady, true
 }

@@ -6,17 +6,16 @@ import (
 	"sync"
 )
 
-// Stores that are opened at once: in all, and of tenants' Repositories. A storage that
-// answers slowly holds its place for long, and those of administrators are not to wait for
-// those of tenants.
+// The numbers of stores opened at once: in all, and of tenants' Repositories. A slow
+// storage holds its place for long, and administrators' stores must not wait for tenants'.
 const (
 	placesInAll   = 16
 	tenantsPlaces = 12
 )
 
 // places bounds how many stores are opened at once. A namespace has one of its Repositories
-// opened at a time, and of those that wait the one goes first whose namespace had its last
-// place longest ago.
+// opened at a time; of the waiting ones, that of the namespace whose last place is longest
+// ago goes first.
 type places struct {
 	mu      sync.Mutex
 	all     int
@@ -34,7 +33,7 @@ type waiter struct {
 
 func newPlaces() *places { return &places{busy: map[string]bool{}, last: map[string]uint64{}} }
 
-// enter waits for a place. leave gives it back.
+// enter waits for a place; leave gives it back.
 func (p *places) enter(ctx context.Context, namespace string) (leave func(), err error) {
 	w := &waiter{namespace: namespace, enter: make(chan struct{})}
 	p.mu.Lock()
@@ -55,7 +54,6 @@ func (p *places) enter(ctx context.Context, namespace string) (leave func(), err
 	if i < 0 { // got it in the same moment
 		p.leave(namespace)
 	}
-
 	return nil, context.Cause(ctx)
 }
 
@@ -70,7 +68,7 @@ func (p *places) leave(namespace string) {
 	p.admit()
 }
 
-// admit lets those enter for whom there is a place. Called with the lock held.
+// admit admits waiting callers while there are places. Called with the lock held.
 func (p *places) admit() {
 	for {
 		best := -1
@@ -100,16 +98,15 @@ func (p *places) fits(w *waiter) bool {
 	return p.all < placesInAll && (w.namespace == "" || p.tenants < tenantsPlaces && !p.busy[w.namespace])
 }
 
-// before says whether a goes before b, which has waited for longer.
+// before reports whether a goes before b, which has waited longer.
 func (p *places) before(a, b *waiter) bool {
 	if a.namespace == "" || b.namespace == "" {
 		return a.namespace == "" && b.namespace != ""
 	}
-
 	return p.last[a.namespace] < p.last[b.namespace]
 }
 
-// maxServed bounds what is remembered of namespaces.
+// maxServed bounds the remembered namespaces.
 const maxServed = 4096
 
 // forget keeps the memory of namespaces small. Called with the lock held.

@@ -8,12 +8,12 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/varve-io/varve/api/v1alpha1"
-	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/points"
 )
 
 func TestPick(t *testing.T) {
 	hour := func(n int) time.Time { return time.Date(2026, 11, 21, n, 0, 0, 0, time.UTC) }
-	points := []*backup.Point{{ID: "aaaa1111", Time: hour(1)}, {ID: "aaaa2222", Time: hour(3)}, {ID: "bbbb3333", Time: hour(2)}}
+	pts := []*points.Point{{ID: "aaaa1111", Time: hour(1)}, {ID: "aaaa2222", Time: hour(3)}, {ID: "bbbb3333", Time: hour(2)}}
 	at := func(t time.Time) *metav1.Time { m := metav1.NewTime(t); return &m }
 	for _, tc := range []struct {
 		name string
@@ -30,7 +30,7 @@ func TestPick(t *testing.T) {
 		{"unknown", v1alpha1.RecoveryAt{ID: "cccc"}, ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			p, err := Pick(points, tc.at)
+			p, err := Pick(pts, tc.at)
 			switch {
 			case tc.want == "" && (!errors.Is(err, ErrNoMatch) || errors.Is(err, ErrNone)):
 				t.Errorf("got %v, %v", p, err)

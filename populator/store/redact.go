@@ -10,15 +10,15 @@ import (
 	"github.com/varve-io/varve/backup/repository"
 )
 
-// notSecret are keys whose values may be read by anybody, and help to find a mistake.
+// notSecret are keys whose values are public, and help to find a mistake.
 var notSecret = map[string]bool{keyUser: true, keyKnownHosts: true, keyAccessKeyID: true, keyB2KeyID: true}
 
-// shortestSecret is the length from which a value is looked for: a shorter one would be found
-// in innocent text.
+// shortestSecret is the length from which a value is redacted: a shorter one would match
+// innocent text.
 const shortestSecret = 6
 
-// secrets are the texts that no message may hold. A SAS token is part of URLs, which errors of
-// the network quote: its parts are put in another order there, and escaped anew.
+// secrets returns the texts that no message may contain. A SAS token is part of URLs, which
+// network errors quote: there its parts are reordered, and escaped again.
 func (c Credentials) secrets() []string {
 	var out []string
 	for key := range c {
@@ -31,13 +31,12 @@ func (c Credentials) secrets() []string {
 			out = append(out, v, url.QueryEscape(v), url.PathEscape(v))
 		}
 	}
-
 	return out
 }
 
-// Redact has an error say nothing of the credentials: errors go to conditions, events and
-// logs, which others may read. What the error wraps can still be asked for. It returns the
-// error itself if there is nothing to hide.
+// Redact removes the credentials from an error: errors go to conditions, events and logs,
+// which others may read. What the error wraps stays reachable. It returns the error itself
+// if there is nothing to hide.
 func (c Credentials) Redact(err error) error {
 	if err == nil {
 		return nil
@@ -52,28 +51,29 @@ func (c Credentials) Redact(err error) error {
 	if clean == text {
 		return err
 	}
-
 	return &redacted{err: err, text: clean}
 }
 
-// withheld is what a tenant is told in place of a server's answer. Whoever may write a Repository
-// could else have Varve look at any server that it reaches, and read what that said.
+// withheld replaces a server's answer in errors for tenants. Otherwise the author of a Repository
+// could make Varve call any server within its reach, and read the answer.
 const withheld = "the storage cannot be reached or does not answer as one: check endpoint, bucket and keys; what it answered is in the log of Varve's pods, for administrators"
 
-// Withhold is Redact for a tenant's store: of what a server answered nothing is told, and it is
-// logged instead.
-func (c Credentials) Withhold(err error) error {
+// Withhold is Redact for a tenant's store: it removes a server's answer and logs it instead,
+// unless log is nil.
+func (c Credentials) Withhold(err error, log *slog.Logger) error {
 	err = c.Redact(err)
 	if err == nil || !errors.Is(err, repository.ErrUnreachable) && !errors.Is(err, repository.ErrStorageFailed) {
 		return err
 	}
-	slog.Warn("the storage of a Repository does not answer as it should", "error", err)
-
+	if log != nil {
+		log.Warn("the storage of a Repository does not answer as it should", "error", err)
+	}
 	return &redacted{err: err, text: withheld}
 }
 
-// told reports whether an error of opening a tenant's store says nothing of what a server
-// answered: it is about the tenant's own words, or what only a repository of theirs can hold.
+// told reports whether an error of opening a tenant's store contains nothing of a server's
+// answer: it is about the tenant's own input, or about what only the tenant's repository can
+// hold.
 func told(err error) bool {
 	return slices.ContainsFunc([]error{
 		ErrCredentials, ErrSpec, ErrOtherRepository, ErrReadOnly, repository.ErrReadOnly, repository.ErrInvalidOptions, repository.ErrWrongPassword,

@@ -41,7 +41,7 @@ func TestRedact(t *testing.T) {
 	}
 }
 
-// A tenant is not told what a server answered: its Repository could name any.
+// A tenant does not see a server's answer: its Repository could name any server.
 func TestAnswersAreForAdministrators(t *testing.T) {
 	c := Credentials{KeyPassword: []byte("secret-password")}
 	answer := errors.New("x509: certificate is valid for kubernetes.default.svc")
@@ -55,18 +55,18 @@ func TestAnswersAreForAdministrators(t *testing.T) {
 		{"wrong password", fmt.Errorf("open: %w", repository.ErrWrongPassword), true},
 		{"the device", errors.New("read /dev/varve: input/output error"), true},
 	} {
-		got := c.Withhold(tc.err)
+		got := c.Withhold(tc.err, nil)
 		if !errors.Is(got, tc.err) || (got.Error() == tc.err.Error()) != tc.told || strings.Contains(got.Error(), "kubernetes") {
 			t.Errorf("%s: %v", tc.name, got)
 		}
 	}
-	// What is not known to be harmless, when a store is opened, is not told either.
+	// An error of opening a store that is not known to be harmless is hidden too.
 	if told(answer) || told(fmt.Errorf("%w: %w", repository.ErrUnreachable, ErrSpec)) || !told(fmt.Errorf("%w: endpoint", repository.ErrInvalidOptions)) {
 		t.Error("errors of opening are told that should not be, or not told that should")
 	}
 }
 
-// The whole way: a Repository that names a server of the controller's own machine.
+// End to end: a Repository that names a server of the controller's own machine.
 func TestRepositoryAtLoopback(t *testing.T) {
 	if err := repository.GuardTransport(); err != nil {
 		t.Fatal(err)

@@ -5,8 +5,8 @@ import (
 	"sync"
 )
 
-// refresher has many who each need a look at the storage that begins after they asked share
-// it: while one look is under way, all who come wait for one more.
+// refresher lets callers share reads of the storage, where each needs a read that begins
+// after its call: during one read, all new callers wait for the next.
 type refresher struct {
 	serial sync.Mutex // held during a look
 
@@ -14,21 +14,23 @@ type refresher struct {
 	next *look // not begun
 }
 
-// look is one, for all who asked before it began.
+// look is one read, for all callers before its start.
 type look struct {
 	done chan struct{}
 	err  error
 }
 
-// do returns the result of a look that began after the call. What looks goes on when ctx
-// ends, for the others.
-func (r *refresher) do(ctx context.Context, what func(context.Context) error) error {
+// do returns the result of a read that began after the call. When ctx ends, the read
+// continues for the others: hold is called before it begins, and release after it.
+func (r *refresher) do(ctx context.Context, hold, release func(), what func(context.Context) error) error {
 	r.mu.Lock()
 	l := r.next
 	if l == nil {
 		l = &look{done: make(chan struct{})}
 		r.next = l
+		hold()
 		go func() {
+			defer release()
 			r.serial.Lock()
 			defer r.serial.Unlock()
 			r.mu.Lock()

@@ -32,15 +32,15 @@ const (
 	keyStoragePassword = "storagePassword"
 )
 
-// VolumeGroup is the group that the files of a volume storage belong to: the controller's, and
-// that of movers of such a store, which are user 0 without the right to read others' files.
-// Both processes have umask VolumeUmask.
+// VolumeGroup is the group of the files of a volume storage: the group of the controller, and
+// of movers of such a store, which are user 0 without the right to read others' files. Both
+// processes have umask VolumeUmask.
 const (
 	VolumeGroup = 65532
 	VolumeUmask = 0o007
 )
 
-// Credentials are the data of a store's Secret. They are not to be logged.
+// Credentials are the data of a store's Secret. Do not log them.
 type Credentials map[string][]byte
 
 // String keeps the values out of logs.
@@ -49,14 +49,13 @@ func (c Credentials) String() string { return fmt.Sprintf("%d credentials", len(
 // GoString keeps the values out of logs.
 func (c Credentials) GoString() string { return c.String() }
 
-// text of a key. Check has refused what is no secret of one line; a key that is not there
-// is empty.
+// text returns the value of a key, empty for a missing one. Check has refused secrets
+// that are not one line.
 func (c Credentials) text(key string) string {
 	line, err := secret.Line(c[key])
 	if err != nil {
 		return ""
 	}
-
 	return line
 }
 
@@ -73,7 +72,6 @@ func (c Credentials) Check() error {
 			return fmt.Errorf("%w: key %s of the Secret %w", ErrCredentials, key, err)
 		}
 	}
-
 	return nil
 }
 
@@ -98,21 +96,20 @@ func ReadCredentials(dir string) (Credentials, error) {
 		}
 		c[e.Name()] = p
 	}
-
 	return c, c.Check()
 }
 
-// Settings is what it takes to open a store, beside the credentials. It goes to movers as
-// JSON and holds no secret.
+// Settings is what is needed to open a store, beside the credentials. It goes to movers
+// as JSON and holds no secret.
 type Settings struct {
 	Storage     v1alpha1.Storage `json:"storage"`
 	ClusterName string           `json:"clusterName"`
 	ReadOnly    bool             `json:"readOnly,omitempty"`
 	CABundle    string           `json:"caBundle,omitempty"`
-	// Tenant says that a Repository's owner wrote it: what it names is guarded, and what the
-	// server answers is told to administrators only.
+	// Tenant says that a Repository's owner wrote it: its storage is guarded, and only
+	// administrators see the server's answers.
 	Tenant bool `json:"tenant,omitempty"`
-	// UniqueID is what the repository must be; empty for any.
+	// UniqueID is that of the expected repository; empty for any.
 	UniqueID string `json:"uniqueID,omitempty"`
 	// Bytes per second; 0 for no limit.
 	Upload   int64 `json:"upload,omitempty"`
@@ -133,7 +130,6 @@ func (s *Store) Settings() Settings {
 			out.Download = l.DownloadPerSecond.Value()
 		}
 	}
-
 	return out
 }
 
@@ -155,7 +151,6 @@ func (s Settings) storage(c Credentials, volumeDir string) (repository.Storage, 
 		if s.CABundle != "" {
 			out.RootCA = trusted(s.CABundle)
 		}
-
 		return out, nil
 	case st.GCS != nil:
 		return &repository.GCS{Bucket: st.GCS.Bucket, Prefix: st.GCS.Prefix, CredentialsJSON: c[keyGCSCredentials]}, nil
@@ -175,7 +170,6 @@ func (s Settings) storage(c Credentials, volumeDir string) (repository.Storage, 
 				out.ClientID = os.Getenv("AZURE_CLIENT_ID")
 			}
 		}
-
 		return out, nil
 	case st.B2 != nil:
 		return &repository.B2{Bucket: st.B2.Bucket, Prefix: st.B2.Prefix, KeyID: c.text(keyB2KeyID), Key: c.text(keyB2Key)}, nil
@@ -199,7 +193,6 @@ func (s Settings) storage(c Credentials, volumeDir string) (repository.Storage, 
 		// The controller and its movers are different users of the group VolumeGroup.
 		return &repository.Filesystem{Path: filepath.Join(volumeDir, filepath.FromSlash(st.Volume.Path)), Shared: true}, nil
 	}
-
 	return nil, fmt.Errorf("%w: it names no storage", ErrSpec)
 }
 
@@ -209,8 +202,8 @@ var systemRoots = []string{
 	"/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem",
 }
 
-// trusted is the bundle beside the system's authorities: what a storage is given
-// replaces those.
+// trusted returns the bundle together with the system's authorities, which a storage's
+// bundle would replace.
 func trusted(bundle string) []byte {
 	out := []byte(strings.TrimRight(bundle, "\n") + "\n")
 	for _, file := range systemRoots {
@@ -218,6 +211,5 @@ func trusted(bundle string) []byte {
 			return append(out, p...)
 		}
 	}
-
 	return out
 }

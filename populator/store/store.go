@@ -1,17 +1,18 @@
 // Package store finds the repository that a BackupStore or a Repository object names,
-// decides who may use it, and opens it with the credentials that lie beside it.
+// decides who may use it, and opens it with the object's credentials.
 //
-// Three things are kept apart. A Store is what an object says: no secrets, cheap, safe to
-// keep. Credentials are read from the API server each time that a store is opened.
-// An Open repository is a connection of this process, with directories of its own; all who
-// open one store share it (see Connections). Movers do not open stores by this package's
-// Stores, but by Settings and the files of a mounted Secret.
+// Three things are separate. A Store is what an object says: no secrets, cheap, safe to
+// keep. Credentials are read from the API server each time that a store is opened. An Open
+// repository is a connection of this process, with its own directories; all openers of one
+// store share it (see Connections). Movers do not open stores by this package's Stores,
+// but by Settings and the files of a mounted Secret.
 package store
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -20,10 +21,11 @@ import (
 
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/points"
 )
 
-// Errors that callers decide by. Those of the repository itself are package
-// repository's, ErrUnreachable above all.
+// Sentinel errors for callers. Those of the repository itself are package repository's,
+// such as ErrUnreachable.
 var (
 	// ErrNotFound means that there is no object of that name.
 	ErrNotFound = errors.New("no such store")
@@ -35,29 +37,28 @@ var (
 	ErrCredentials = errors.New("credentials of the store are missing")
 	// ErrReadOnly means that the store is for restores only.
 	ErrReadOnly = errors.New("the store is read-only")
-	// ErrOtherRepository means that another repository stands where the store's stood.
-	ErrOtherRepository = errors.New("another repository stands in the store's place")
-	// ErrSpec means that the object asks for what cannot be.
+	// ErrOtherRepository means that another repository is in the place of the store's.
+	ErrOtherRepository = errors.New("the store's place holds another repository")
+	// ErrSpec means that the object requests the impossible.
 	ErrSpec = errors.New("the store's spec cannot be used")
-	// ErrNone means that the repository was read, and holds no point of the volume.
+	// ErrNone means that the repository was read and holds no point of the volume.
 	ErrNone = errors.New("the store holds no recovery point of the volume")
-	// ErrNoMatch means that the volume has points, and none that was asked for.
-	ErrNoMatch = errors.New("none of the volume's recovery points is what was asked for")
+	// ErrNoMatch means that the volume has points, but not the requested one.
+	ErrNoMatch = errors.New("none of the volume's recovery points matches")
 )
 
-// Key names a store for good within a cluster. It is comparable.
+// Key names a store permanently within a cluster. It is comparable.
 type Key struct {
 	Kind      v1alpha1.StoreKind
 	Namespace string // of a Repository; empty for a BackupStore
 	Name      string
 }
 
-// KeyOf is the store that a reference means to an object in namespace.
+// KeyOf returns the key of the store that a reference of an object in namespace means.
 func KeyOf(ref v1alpha1.StoreReference, namespace string) Key {
 	if ref.Kind == v1alpha1.StoreKindRepository {
 		return Key{Kind: ref.Kind, Namespace: namespace, Name: ref.Name}
 	}
-
 	return Key{Kind: v1alpha1.StoreKindBackupStore, Name: ref.Name}
 }
 
@@ -66,7 +67,6 @@ func (k Key) String() string {
 	if k.Namespace != "" {
 		return string(k.Kind) + "/" + k.Namespace + "/" + k.Name
 	}
-
 	return string(k.Kind) + "/" + k.Name
 }
 
@@ -84,11 +84,11 @@ type Store struct {
 }
 
 // Volume is how a claim's points are named in the store.
-func (s *Store) Volume(namespace, claim string) backup.Volume {
-	return backup.Volume{Namespace: namespace, Name: claim, Cluster: s.Spec.ClusterName}
+func (s *Store) Volume(namespace, claim string) points.Volume {
+	return points.Volume{Namespace: namespace, Name: claim, Cluster: s.Spec.ClusterName}
 }
 
-// Writable says whether the store takes backups.
+// Writable reports whether the store accepts backups.
 func (s *Store) Writable() bool { return s.Spec.Access != v1alpha1.AccessReadOnly }
 
 // Limits of concurrent runs, with the defaults that the API documents.
@@ -102,17 +102,16 @@ func (s *Store) Limits() (backups, restores int) {
 			restores = int(l.Restores)
 		}
 	}
-
 	return backups, restores
 }
 
-// ByUID says whether a namespace that was deleted and created again is another one to the
-// store.
+// ByUID reports whether the store treats a namespace that was deleted and created again
+// as another one.
 func (s *Store) ByUID() bool {
 	return s.Tenancy != nil && s.Tenancy.NamespaceIdentity == v1alpha1.NamespaceIdentityUID
 }
 
-// Floor is what no retention in the store goes below.
+// Floor returns the minimum of every retention in the store.
 func (s *Store) Floor() backup.Floor {
 	var f backup.Floor
 	if s.Tenancy == nil || s.Tenancy.RetentionFloor == nil {
@@ -122,13 +121,12 @@ func (s *Store) Floor() backup.Floor {
 	if age := s.Tenancy.RetentionFloor.Age; age != nil {
 		f.Age = age.Duration
 	}
-
 	return f
 }
 
 // Stores finds and opens stores. Safe for concurrent use.
 type Stores struct {
-	// Client reads stores and namespaces; a cached one will do.
+	// Client reads stores and namespaces; it may be cached.
 	Client client.Reader
 	// Secrets reads Secrets and namespaces by name, uncached: get is the only verb it needs.
 	Secrets client.Reader
@@ -140,12 +138,14 @@ type Stores struct {
 	// VolumesDir has the claims that BackupStores name as storage, each mounted under
 	// its claim's name. Empty if there are none.
 	VolumesDir string
-	// Connections are shared by all who open stores; nil for one each time.
+	// Connections are shared by all openers of stores; nil for a private one each time.
 	Connections *Connections
+	// Log receives what no error says; nil for none.
+	Log *slog.Logger
 }
 
 // Get reads the store that an object in namespace refers to. The error wraps ErrNotFound
-// if there is none. It does not say that the namespace may use it: see CheckUse.
+// if there is none. It does not check that the namespace may use it: see CheckUse.
 func (s *Stores) Get(ctx context.Context, ref v1alpha1.StoreReference, namespace string) (*Store, error) {
 	return s.ByKey(ctx, KeyOf(ref, namespace))
 }
@@ -170,11 +170,10 @@ func (s *Stores) ByKey(ctx context.Context, k Key) (*Store, error) {
 	if apierrors.IsNotFound(err) {
 		return nil, fmt.Errorf("%w: %s; create it or correct storeRef", ErrNotFound, k)
 	}
-
 	return nil, fmt.Errorf("read %s: %w", k, err)
 }
 
-// FromBackupStore is the Store of an object at hand.
+// FromBackupStore returns the Store of an object.
 func (s *Stores) FromBackupStore(o *v1alpha1.BackupStore) *Store {
 	return &Store{
 		Key: Key{Kind: v1alpha1.StoreKindBackupStore, Name: o.Name}, UID: o.UID, Object: o,
@@ -182,7 +181,7 @@ func (s *Stores) FromBackupStore(o *v1alpha1.BackupStore) *Store {
 	}
 }
 
-// FromRepository is the Store of an object at hand.
+// FromRepository returns the Store of an object.
 func (s *Stores) FromRepository(o *v1alpha1.Repository) *Store {
 	return &Store{
 		Key: Key{Kind: v1alpha1.StoreKindRepository, Namespace: o.Namespace, Name: o.Name}, UID: o.UID, Object: o,
@@ -200,7 +199,6 @@ func (s *Stores) NamespaceUID(ctx context.Context, name string) (types.UID, erro
 	if ns.UID == "" {
 		return "", fmt.Errorf("namespace %s has no UID", name)
 	}
-
 	return ns.UID, nil
 }
 
@@ -210,6 +208,5 @@ func (s *Stores) namespaceOf(ctx context.Context, name string) (*corev1.Namespac
 	if err := s.Client.Get(ctx, client.ObjectKey{Name: name}, &ns); err != nil {
 		return nil, fmt.Errorf("read namespace %s: %w", name, err)
 	}
-
 	return &ns, nil
 }

@@ -11,10 +11,10 @@ import (
 	"github.com/varve-io/varve/api/v1alpha1"
 )
 
-// checkTenant refuses what a tenant's Repository must not have Varve's pods do for it. A
-// Repository and its Secret are written by whoever may edit a namespace; the controller and
-// its movers have an identity in the cloud, files, and claims that are not that tenant's. So a
-// Repository brings credentials of its own, and none that name a file or a program.
+// checkTenant refuses what a tenant's Repository must not make Varve's pods do. Every editor
+// of a namespace can write a Repository and its Secret; the controller and its movers have a
+// cloud identity, files, and claims that are not that tenant's. So a Repository brings its own
+// credentials, and none that name a file or a program.
 func checkTenant(spec v1alpha1.RepositorySpec, c Credentials) error {
 	st := spec.Storage
 	switch {
@@ -45,16 +45,15 @@ func checkTenant(spec v1alpha1.RepositorySpec, c Credentials) error {
 	if !own {
 		return fmt.Errorf("%w: a Repository needs credentials of its own in its Secret (kubectl explain repository.spec.storage names the keys); Varve's own identity is for BackupStores", ErrCredentials)
 	}
-
 	return nil
 }
 
-// googleKeys are the types of Google credentials that are a secret and no more. Those of type
-// external_account name a file or a program of the machine and a server to send what it
-// holds to (google.golang.org/api/option, WithCredentialsJSON warns of it).
+// googleKeys are the types of Google credentials that are only a secret. Those of type
+// external_account name a file or a program of the machine and a server to which its content
+// is sent (google.golang.org/api/option, WithCredentialsJSON warns of it).
 var googleKeys = []string{"service_account", "authorized_user"}
 
-// googleHosts are what Google writes into token_uri.
+// googleHosts are the hosts that Google writes into token_uri.
 var googleHosts = []string{"oauth2.googleapis.com", "accounts.google.com", "www.googleapis.com"}
 
 func checkGoogleKey(text []byte) error {
@@ -70,17 +69,16 @@ func checkGoogleKey(text []byte) error {
 	if !slices.Contains(googleKeys, key.Type) {
 		return fmt.Errorf("%w: %s is of type %q; a Repository takes the key of a service account", ErrCredentials, keyGCSCredentials, key.Type)
 	}
-	// The library asks where the key says for a token, and for the bucket.
+	// The library requests the token, and the bucket, from hosts that the key names.
 	if u, err := url.Parse(key.TokenURI); err != nil || key.TokenURI != "" && (u.Scheme != "https" || !slices.Contains(googleHosts, u.Host)) ||
 		key.Universe != "" && key.Universe != "googleapis.com" {
 		return fmt.Errorf("%w: %s names a token_uri or universe_domain that is not Google's own: for BackupStores only", ErrCredentials, keyGCSCredentials)
 	}
-
 	return nil
 }
 
-// azureDomains are those of the clouds of Azure. An account's name stands before one of them
-// in the host that is asked.
+// azureDomains are those of Azure's clouds. The host is an account's name followed by one of
+// them.
 var azureDomains = []string{"", "blob.core.windows.net", "blob.core.usgovcloudapi.net", "blob.core.chinacloudapi.cn"}
 
 var azureAccount = regexp.MustCompile(`^[a-z0-9]{3,24}$`)
@@ -92,6 +90,5 @@ func checkAzure(a *v1alpha1.AzureStorage) error {
 	case !slices.Contains(azureDomains, a.Domain):
 		return fmt.Errorf("%w: storage.azure.domain %q is none of Azure's (%s): another one is for BackupStores only", ErrSpec, a.Domain, strings.Join(azureDomains[1:], ", "))
 	}
-
 	return nil
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/varve-io/varve/api/v1alpha1"
 )
 
-// A Repository's Secret is its tenant's; what Varve's pods can do beyond is not.
+// A Repository's Secret is its tenant's; the other rights of Varve's pods are not.
 func TestCredentialsOfTenants(t *testing.T) {
 	s3 := v1alpha1.Storage{S3: &v1alpha1.S3Storage{Bucket: "b"}}
 	gcs := v1alpha1.Storage{GCS: &v1alpha1.GCSStorage{Bucket: "b"}}
@@ -55,7 +55,6 @@ func TestCredentialsOfTenants(t *testing.T) {
 				for k, v := range tc.secret {
 					s.Data[k] = []byte(v)
 				}
-
 				return s
 			}
 			c := fake.NewClientBuilder().WithScheme(scheme).WithObjects(secret("shop"), secret("varve")).Build()

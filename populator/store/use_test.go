@@ -12,12 +12,12 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
 
 	"github.com/varve-io/varve/api/v1alpha1"
-	"github.com/varve-io/varve/backup"
+	"github.com/varve-io/varve/backup/points"
 )
 
-// Points of namespace shop: one of before UIDs were recorded, two of an earlier namespace of
-// the name, one of the present one.
-var shopPoints = []*backup.Point{{ID: "before"}, {ID: "old-1", NamespaceUID: "old"}, {ID: "old-2", NamespaceUID: "old"}, {ID: "new", NamespaceUID: "new"}}
+// Points of namespace shop: one from before UIDs were recorded, two of an earlier namespace
+// of that name, one of the present one.
+var shopPoints = []*points.Point{{ID: "before"}, {ID: "old-1", NamespaceUID: "old"}, {ID: "old-2", NamespaceUID: "old"}, {ID: "new", NamespaceUID: "new"}}
 
 func TestCheckRestore(t *testing.T) {
 	all := []string{"before", "old-1", "old-2", "new"}
@@ -56,8 +56,8 @@ func TestCheckRestore(t *testing.T) {
 			may, err := s.CheckRestore(t.Context(), st, "shop", "", tc.from)
 			var got []string
 			if err == nil {
-				v := backup.Volume{Cluster: "here", Namespace: "shop", Name: "data"}
-				for _, p := range shopPoints { // each asked for by its ID
+				v := points.Volume{Cluster: "here", Namespace: "shop", Name: "data"}
+				for _, p := range shopPoints { // each requested by its ID
 					if _, perr := pickAllowed(st, "shop", v, shopPoints, may, v1alpha1.RecoveryAt{ID: p.ID}); perr == nil {
 						got = append(got, p.ID)
 					} else if err = perr; !errors.Is(err, ErrNotGranted) {

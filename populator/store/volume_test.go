@@ -18,13 +18,13 @@ import (
 	"github.com/varve-io/varve/api/v1alpha1"
 )
 
-// asOther has this test run again, in a process of another user of the volume's group, which
-// is what a mover is to the controller.
+// asOther runs this test again, in a process of another user of the volume's group, as a
+// mover is to the controller.
 const asOther = "VARVE_TEST_VOLUME_DIR"
 
 var onVolume = Settings{Storage: v1alpha1.Storage{Volume: &v1alpha1.VolumeStorage{ClaimName: "nfs", Path: "a/b"}}, ClusterName: "here"}
 
-// write has an open repository take a block, which makes files and directories, and read it.
+// write writes a block to an open repository, which makes files and directories, and reads it.
 func write(ctx context.Context, t *testing.T, repo *Open, text string) {
 	t.Helper()
 	w, err := repo.NewWriter(ctx, "test")
@@ -50,7 +50,6 @@ func TestVolumeIsSharedWithMovers(t *testing.T) {
 		}
 		defer repo.Close(context.WithoutCancel(t.Context()))
 		write(t.Context(), t, repo, "theirs")
-
 		return
 	}
 	if os.Getuid() != 0 {
@@ -98,7 +97,7 @@ func TestVolumeIsSharedWithMovers(t *testing.T) {
 	write(t.Context(), t, repo, "ours again")
 }
 
-// other runs the test's other process: the program is copied to where that user reaches it.
+// other runs the test's other process: the program is copied to a place that the user can read.
 func other(t *testing.T, dir string) {
 	t.Helper()
 	from, err := os.Open("/proc/self/exe")

@@ -10,7 +10,7 @@ import (
 	"github.com/varve-io/varve/backup/cbt"
 )
 
-// expectSame checks that an exact source emits the ranges it was told, no more.
+// expectSame checks that an exact source emits the ranges of the listing, no more.
 func expectSame(t *testing.T, w world, report cbt.Report, got []cbt.Extent) {
 	t.Helper()
 
@@ -126,7 +126,7 @@ func caseFixedLengthShortTail(t *testing.T, newSource Maker) {
 	expectSame(t, w, report, got)
 }
 
-// caseBroken tells forty extents in several goes.
+// caseBroken lists forty extents in several parts.
 func caseBroken(breaks ...Break) Case {
 	return func(t *testing.T, newSource Maker) {
 		var extents []cbt.Extent
@@ -145,7 +145,7 @@ func caseBroken(breaks ...Break) Case {
 	}
 }
 
-// caseLargerDisk has a disk larger than the storage says. Refused, or read where the
+// caseLargerDisk uses a disk larger than the storage reports: refused, or read where the
 // storage does not know it.
 func caseLargerDisk(t *testing.T, newSource Maker) {
 	w := threeChanges()

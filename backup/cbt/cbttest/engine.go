@@ -7,13 +7,13 @@ import (
 	"github.com/varve-io/varve/backup/cbt"
 )
 
-// Engine makes a recovery point of before, known to the storage by the base's change ID
-// and volume handle, and on it one of after with the source, spot check and all. It
-// gives what the second one reads back as, or the error of its backup.
+// Engine makes a recovery point of before, known to the storage by the base's change ID and
+// volume handle, and on it one of after with the source, including the spot check. It returns
+// what the second one reads back as, or the error of its backup.
 type Engine func(t *testing.T, base cbt.Base, before, after []byte, source cbt.Source) ([]byte, error)
 
-// AllEngine tries what a source and the engine have to hold together: what is told is
-// backed up, and silence about what did change is found.
+// AllEngine tests source and engine together: reported changes are backed up, and unreported
+// ones are found.
 func AllEngine(t *testing.T, engine Engine, newSource Maker) {
 	t.Run("Told", func(t *testing.T) {
 		w := engineWorld()
@@ -47,7 +47,7 @@ func AllEngine(t *testing.T, engine Engine, newSource Maker) {
 	}
 }
 
-// engineWorld is small enough for the least sample of a spot check to be all of it.
+// engineWorld is small enough that the least sample of a spot check covers it.
 func engineWorld() world {
 	return newWorld(diskSize, diskSize,
 		cbt.Extent{Offset: 3 * grain, Length: grain},

@@ -5,14 +5,13 @@ import (
 	"time"
 )
 
-// Clock is the time that backoff and stalls go by.
+// Clock is the clock of backoff and stalls.
 type Clock interface {
-	// AfterFunc calls f on a goroutine of its own once d has passed, as
-	// time.AfterFunc does.
+	// AfterFunc calls f on its own goroutine after d, as time.AfterFunc does.
 	AfterFunc(d time.Duration, f func()) Timer
 }
 
-// Timer is what time.Timer is.
+// Timer is like time.Timer.
 type Timer interface {
 	Reset(d time.Duration) bool
 	Stop() bool
@@ -37,12 +36,11 @@ func sleep(ctx context.Context, clock Clock, d time.Duration) error {
 	}
 }
 
-// wait is the pause before the nth repeat in a row, n from 1; random is from 0 to 1.
+// wait returns the pause before the nth repeat in a row, n from 1; random is from 0 to 1.
 func (r Retry) wait(n int, random float64) time.Duration {
 	d := r.Max
 	if shift := n - 1; shift < 32 && r.Base<<shift>>shift == r.Base {
 		d = min(r.Max, r.Base<<shift)
 	}
-
 	return d/2 + time.Duration(random*float64(d-d/2))
 }

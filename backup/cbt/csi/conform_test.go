@@ -16,7 +16,7 @@ import (
 
 const stallTimeout = 15 * time.Minute
 
-// testClock lets every wait pass at once, and stalls only when told.
+// testClock ends every wait at once, and stalls only on request.
 type testClock struct {
 	mu     sync.Mutex
 	waits  []time.Duration
@@ -35,13 +35,11 @@ func (c *testClock) AfterFunc(d time.Duration, f func()) csi.Timer {
 	if d == stallTimeout {
 		timer := &stallTimer{c, f}
 		c.stalls = append(c.stalls, timer)
-
 		return timer
 	}
 
 	c.waits = append(c.waits, d)
 	go f()
-
 	return time.NewTimer(0)
 }
 
@@ -52,11 +50,10 @@ func (s *stallTimer) Stop() bool {
 	defer s.c.mu.Unlock()
 
 	s.f = nil
-
 	return true
 }
 
-// stall has every call under way come to its stall timeout.
+// stall makes every current call reach its stall timeout.
 func (c *testClock) stall() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -71,7 +68,6 @@ func (c *testClock) stall() {
 func (c *testClock) waited() []time.Duration {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-
 	return append([]time.Duration(nil), c.waits...)
 }
 
@@ -79,8 +75,8 @@ type fixedToken string
 
 func (f fixedToken) Token(t context.Context) (csi.Token, error) { return csi.NewToken(string(f)) }
 
-// openSession opens a session with a server, for volume vol from snapshot base to
-// snapshot target, with what change does to the options.
+// openSession opens a session with a server, for volume vol from snapshot base to snapshot
+// target, with options changed by change.
 func openSession(t *testing.T, s *csitest.Server, change func(*csi.Options)) *csi.Session {
 	t.Helper()
 
@@ -99,11 +95,10 @@ func openSession(t *testing.T, s *csitest.Server, change func(*csi.Options)) *cs
 	}
 
 	t.Cleanup(func() { _ = session.Close() })
-
 	return session
 }
 
-// newSource is the source of a session with a server that says l.
+// newSource returns the source of a session with a server that reports l.
 func newSource(t *testing.T, l cbttest.Listing) cbt.Source {
 	t.Helper()
 
@@ -133,7 +128,6 @@ func newSource(t *testing.T, l cbttest.Listing) cbt.Source {
 	if l.Base == "" {
 		return session.Allocated()
 	}
-
 	return session.Delta()
 }
 

@@ -22,15 +22,14 @@ const (
 	tcpInterval = 10 * time.Second
 	tcpProbes   = 6
 
-	// pingAfter is above the five minutes below which a gRPC server that has not
-	// been told otherwise, as the sidecar, throws clients out for pinging.
+	// pingAfter is above the five minutes below which a gRPC server with defaults, as the
+	// sidecar, disconnects clients that ping.
 	pingAfter   = 6 * time.Minute
 	pingTimeout = 30 * time.Second
 )
 
 func dial(ctx context.Context, network, address string) (net.Conn, error) {
 	d := net.Dialer{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: tcpIdle, Interval: tcpInterval, Count: tcpProbes}}
-
 	return d.DialContext(ctx, network, address)
 }
 
@@ -51,10 +50,9 @@ func connect(o Options, troubles *troubles) (*grpc.ClientConn, error) {
 			if err != nil {
 				troubles.note(err)
 			}
-
 			return c, err
 		}),
-		grpc.WithDisableServiceConfig(), // what DNS says about retries is not asked for
+		grpc.WithDisableServiceConfig(), // no retry settings from DNS
 		grpc.WithDisableRetry(),
 		grpc.WithNoProxy(),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
@@ -65,12 +63,11 @@ func connect(o Options, troubles *troubles) (*grpc.ClientConn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("connect to %s: %w", o.Endpoint.Address, err)
 	}
-
 	return conn, nil
 }
 
-// troubles remembers why a connection could not be made; nil once it was. The status of a
-// call tells that only in words.
+// troubles records why a connection could not be made; nil once it was. The status of a call
+// has that only as text.
 type troubles struct {
 	mu   sync.Mutex
 	last error
@@ -86,11 +83,10 @@ func (t *troubles) note(err error) {
 func (t *troubles) get() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-
 	return t.last
 }
 
-// watchedCredentials note how the TLS handshake went.
+// watchedCredentials record the result of the TLS handshake.
 type watchedCredentials struct {
 	credentials.TransportCredentials
 	troubles *troubles
@@ -99,7 +95,6 @@ type watchedCredentials struct {
 func (w watchedCredentials) ClientHandshake(ctx context.Context, authority string, c net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	conn, info, err := w.TransportCredentials.ClientHandshake(ctx, authority, c)
 	w.troubles.note(err)
-
 	return conn, info, err
 }
 

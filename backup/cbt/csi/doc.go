@@ -20,7 +20,7 @@
 // The engine asks the rungs of the ladder in order: Delta (what changed), Allocated
 // (what holds data), Whole (read and compare everything). A rung that cannot answer
 // fails with a cbt.Reason and the next one is asked; a service that refuses our
-// credentials ends the backup (cbt.ErrDenied), because somebody has to grant
+// credentials ends the backup (cbt.ErrDenied), because a user has to grant
 // something. Whichever rung answers, the new point is recorded with the target's change
 // ID, snapshot handle and volume handle, so that the next increment can be a delta.
 //

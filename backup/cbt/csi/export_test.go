@@ -11,6 +11,5 @@ func VerdictReasons() []cbt.Reason {
 			all = append(all, v.reason)
 		}
 	}
-
 	return all
 }

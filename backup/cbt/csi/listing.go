@@ -14,10 +14,10 @@ import (
 	"github.com/varve-io/varve/backup/cbt"
 )
 
-// receiver gives the messages of a call, io.EOF after the last.
+// receiver returns the messages of a call, io.EOF after the last.
 type receiver func() (message, error)
 
-// message is what both calls answer with.
+// message is the answer of both calls.
 type message interface {
 	GetBlockMetadataType() api.BlockMetadataType
 	GetVolumeCapacityBytes() int64
@@ -31,7 +31,6 @@ func receive[M any, P interface {
 	if err != nil {
 		return nil, err
 	}
-
 	return func() (message, error) {
 		m, err := stream.Recv()
 		return P(m), err
@@ -48,10 +47,11 @@ type listing struct {
 	results int32
 	failed  int // calls in a row without a new range
 	breaks  int // in all
-	// cleanAt is where the last clean end was; -1 for none. The same twice is the end.
+	// cleanAt is the offset of the last clean end; -1 for none. The same offset twice is the
+	// end.
 	cleanAt int64
-	refused Token // the token that was refused last
-	// renewed says that another token was tried since the last new range.
+	refused Token // the last refused token
+	// renewed means that another token was tried since the last new range.
 	renewed bool
 }
 
@@ -59,7 +59,7 @@ func (s *Session) newListing(name string, size int64, emit func(cbt.Extent) erro
 	return &listing{s: s, name: name, merge: newMerge(name, size, emit), results: s.opt.MaxResults, cleanAt: -1}
 }
 
-// run calls until the list is complete.
+// run makes calls until the list is complete.
 func (l *listing) run(ctx context.Context) error {
 	for {
 		before := l.merge.end
@@ -86,13 +86,13 @@ func (l *listing) run(ctx context.Context) error {
 				return err
 			}
 		default:
-			return err // of emit, or of what the driver said
+			return err // of emit, or invalid data of the driver
 		}
 	}
 }
 
-// cleanEnd judges a call that ended without an error: it may have been cut, by a driver
-// that takes being cancelled for being through.
+// cleanEnd judges a call that ended without an error: a driver may have been cancelled, and
+// end as if complete.
 func (l *listing) cleanEnd(ctx context.Context) (complete bool, err error) {
 	end := l.merge.end
 	if l.merge.complete() || l.cleanAt == end {
@@ -110,10 +110,10 @@ func (l *listing) cleanEnd(ctx context.Context) (complete bool, err error) {
 
 	level := slog.LevelInfo
 	if l.breaks == 0 {
-		level = slog.LevelWarn // once is enough to know the driver by
+		level = slog.LevelWarn // once is enough to identify such a driver
 	}
 
-	slog.Log(ctx, level, "the list of changed blocks ended early as if it were complete; going on", "source", l.name, "offset", end)
+	l.s.opt.Log.Log(ctx, level, "the list of changed blocks ended early as if it were complete; continuing", "source", l.name, "offset", end)
 
 	if l.breaks++; l.breaks > l.s.opt.Retry.Breaks {
 		return false, &cbt.Error{
@@ -121,7 +121,6 @@ func (l *listing) cleanEnd(ctx context.Context) (complete bool, err error) {
 			Detail: fmt.Sprintf("the list broke %d times", l.breaks),
 		}
 	}
-
 	return false, nil
 }
 
@@ -149,7 +148,6 @@ func (l *listing) recover(ctx context.Context, e *callError) error {
 		if e.reason == "" { // there was no token to call with
 			kind = cbt.ErrDenied
 		}
-
 		return &cbt.Error{
 			Source: l.name, Kind: kind, Reason: e.reason, Cause: e.cause,
 			Detail: fmt.Sprintf("given up at offset %d after %d failed calls in a row, %d in all", l.merge.end, l.failed, l.breaks),
@@ -161,7 +159,7 @@ func (l *listing) recover(ctx context.Context, e *callError) error {
 	}
 
 	wait := s.opt.Retry.wait(l.failed, s.opt.Random())
-	slog.InfoContext(ctx, "the list of changed blocks broke; going on", "source", l.name, "offset", l.merge.end,
+	s.opt.Log.InfoContext(ctx, "the list of changed blocks broke off; continuing", "source", l.name, "offset", l.merge.end,
 		"error", e.cause, "reason", string(e.reason), "wait", wait)
 
 	if err := sleep(ctx, s.opt.Clock, wait); err != nil {
@@ -171,12 +169,11 @@ func (l *listing) recover(ctx context.Context, e *callError) error {
 	if e.code == codes.Unavailable || e.reason == cbt.ReasonStalled {
 		return s.reconnect()
 	}
-
 	return nil
 }
 
-// freshToken says whether there is another token than the one refused, which may have
-// expired a moment ago.
+// freshToken reports whether there is another token than the refused one, which may have
+// expired just before.
 func (l *listing) freshToken(ctx context.Context) bool {
 	if l.renewed {
 		return false
@@ -189,12 +186,11 @@ func (l *listing) freshToken(ctx context.Context) bool {
 	}
 
 	token, err := l.s.opt.Tokens.Token(ctx)
-
 	return err == nil && !token.Equal(l.refused)
 }
 
-// call makes one call and merges what it answers. Its errors are *callError, those of
-// merge and those of emit; nil is a clean end.
+// call makes one call and merges its answer. Its errors are *callError, those of merge and
+// those of emit; nil is a clean end.
 func (l *listing) call(ctx context.Context) error {
 	s := l.s
 
@@ -234,6 +230,5 @@ func (l *listing) call(ctx context.Context) error {
 	}
 
 	l.refused = token
-
 	return s.judge(err, context.Cause(ctx), token)
 }

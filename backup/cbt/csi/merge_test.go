@@ -27,11 +27,10 @@ func (m testMessage) blocks() []*api.BlockMetadata {
 	for _, r := range m.ranges {
 		out = append(out, &api.BlockMetadata{ByteOffset: r[0], SizeBytes: r[1]})
 	}
-
 	return out
 }
 
-// merged is what a disk of size bytes is told by calls, each of some messages.
+// merged returns the merged list of a disk of size bytes after calls, each of some messages.
 func merged(size int64, calls ...[]testMessage) ([]cbt.Extent, error) {
 	var got []cbt.Extent
 
@@ -49,7 +48,6 @@ func merged(size int64, calls ...[]testMessage) ([]cbt.Extent, error) {
 			}
 		}
 	}
-
 	return got, m.finish()
 }
 
@@ -144,9 +142,9 @@ func TestMergeRefuses(t *testing.T) {
 	}
 }
 
-// FuzzMerge feeds calls and messages made of bytes, and holds what comes out against a
-// plain array: ascending, within the disk, each byte once, and of the ranges of accepted
-// messages all that is behind what was told before.
+// FuzzMerge makes calls and messages from bytes, and compares the result with a plain array:
+// ascending, within the disk, each byte once, and of the ranges of accepted messages all that
+// is after what was listed before.
 func FuzzMerge(f *testing.F) {
 	message := func(kind, call byte, capacity uint16, ranges ...uint16) []byte {
 		b := []byte{kind, call, byte(len(ranges) / 2)}
@@ -154,7 +152,6 @@ func FuzzMerge(f *testing.F) {
 		for _, r := range ranges {
 			b = binary.BigEndian.AppendUint16(b, r)
 		}
-
 		return b
 	}
 
@@ -181,7 +178,6 @@ func FuzzMerge(f *testing.F) {
 			for i := e.Offset; i < end; i++ {
 				told[i] = true
 			}
-
 			return nil
 		})
 		m.begin()

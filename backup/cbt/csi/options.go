@@ -4,25 +4,26 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"time"
 )
 
-// Endpoint is how a driver's sidecar is reached: the spec of its
-// SnapshotMetadataService object (cbt.storage.k8s.io/v1beta1).
+// Endpoint says how to reach a driver's sidecar: the spec of its SnapshotMetadataService
+// object (cbt.storage.k8s.io/v1beta1).
 type Endpoint struct {
-	// Address is host:port. If it is empty the driver has no service: Delta and
-	// Allocated answer cbt.ReasonNoService and everything is read and compared.
+	// Address is host:port. If it is empty the driver has no service: Delta and Allocated
+	// fail with cbt.ReasonNoService and everything is read and compared.
 	Address string `json:"address,omitempty"`
-	// CABundle vouches for the service's certificate: PEM, one or more certificates.
-	// The system's authorities are not asked.
+	// CABundle verifies the service's certificate: PEM, one or more certificates. The
+	// system's authorities are not used.
 	CABundle []byte `json:"caBundle,omitempty"`
-	// Audience is what the token must be for. The token source, not this package,
-	// sees to that.
+	// Audience is the required audience of the token. The token source ensures it, not this
+	// package.
 	Audience string `json:"audience,omitempty"`
-	// Trouble is what is wrong with the object, if it says too little to reach the
-	// service by. Nothing is asked then, as of a service that cannot be reached.
+	// Trouble is what is wrong with the object, if it does not suffice to reach the service.
+	// Then no call is made, as if the service could not be reached.
 	Trouble string `json:"trouble,omitempty"`
 }
 
@@ -33,52 +34,53 @@ type Snapshot struct {
 	Name      string `json:"name,omitempty"`
 	// Handle is status.snapshotHandle of its VolumeSnapshotContent.
 	Handle string `json:"handle"`
-	// ChangeID is what a delta takes as its base: the handle with most drivers. The
-	// function ChangeID knows which; empty if the driver did not tell, and then the
-	// next backup is no delta.
+	// ChangeID is the base of a delta: the handle with most drivers (see the function
+	// ChangeID). Empty if the driver did not provide it; then the next backup is no delta.
 	ChangeID string `json:"changeID,omitempty"`
 	// VolumeHandle is the storage's name of the volume that was snapshotted.
 	VolumeHandle string `json:"volumeHandle,omitempty"`
 }
 
-// Options of a Session. Those that are not data are left out of its JSON.
+// Options of a Session. Options that are not data are not in its JSON.
 type Options struct {
 	Endpoint Endpoint `json:"endpoint"`
 
-	// TokenFile is a projected service account token for the endpoint's audience, read
-	// anew for each call. Tokens, if set, takes its place. One of them is needed
-	// unless there is no address.
+	// TokenFile is a projected service account token for the endpoint's audience, read for
+	// each call. Tokens, if set, replaces it. One of them is required unless there is no
+	// address.
 	TokenFile string      `json:"tokenFile,omitempty"`
 	Tokens    TokenSource `json:"-"`
 
-	// Target is the snapshot that is being backed up. It must be bound and ready, as
-	// seen by the caller: v1.1.0 of the sidecar dies of one that has no status yet.
-	// Namespace, Name, Handle and VolumeHandle are required.
+	// Target is the snapshot being backed up. The caller has seen it bound and ready: v1.1.0
+	// of the sidecar crashes on a snapshot without a status. Namespace, Name, Handle and
+	// VolumeHandle are required.
 	Target Snapshot `json:"target"`
-	// Base is the snapshot that the cluster keeps as the base of the next delta; nil if
-	// none is kept. If it is not the one that the parent point was made from, no
-	// delta is asked for. Without it the driver is asked all the same, with what the
-	// parent point recorded: some need no base to exist.
+	// Base is the snapshot that the cluster keeps as the base of the next delta; nil if none.
+	// If it is not the one that the parent point was made from, no delta is requested.
+	// Without it the driver is asked by what the parent point recorded: for some the base
+	// need not exist.
 	Base *Snapshot `json:"base,omitempty"`
 
 	// MaxResults bounds the ranges of one message; 0 leaves it to the driver.
 	MaxResults int32 `json:"maxResults,omitempty"`
-	// Retry says how broken calls are taken up again.
+	// Retry says how broken calls are continued.
 	Retry Retry `json:"retry,omitzero"`
-	// StallTimeout is how long a call may say nothing before it is taken for broken; 0
-	// for 15 minutes. The sidecar itself ends calls after ten.
+	// StallTimeout is how long a call may send nothing before it counts as broken; 0 for 15
+	// minutes. The sidecar itself ends calls after ten.
 	StallTimeout time.Duration `json:"stallTimeout,omitempty"`
 
-	// Clock and Random, numbers from 0 to 1 for the jitter of the backoff, are replaced
-	// by tests. Dialer is net.Dialer's DialContext, as is.
+	// Log receives tolerated errors; nil for no log.
+	Log *slog.Logger `json:"-"`
+
+	// Clock and Random (numbers from 0 to 1 for the jitter of the backoff) are replaced by
+	// tests, as is Dialer, net.Dialer's DialContext.
 	Clock  Clock          `json:"-"`
 	Random func() float64 `json:"-"`
 	Dialer DialFunc       `json:"-"`
 }
 
-// Retry bounds the repeats of calls that broke. The wait before the nth repeat in a
-// row is drawn from the upper half of Base*2^(n-1), at most Max. A range that is new
-// begins the row anew.
+// Retry bounds the repeats of calls that broke. The wait before the nth repeat in a row is
+// random in the upper half of Base*2^(n-1), at most Max. A new range restarts the row.
 type Retry struct {
 	// Attempts in a row without a new range; 0 for 7 (about a minute).
 	Attempts int `json:"attempts,omitempty"`
@@ -99,11 +101,11 @@ const (
 
 	// maxMessage bounds a message: some 700,000 ranges, 70 MB in memory.
 	maxMessage = 16 << 20
-	// cautiousResults is what is asked for once a message was too large.
+	// cautiousResults is requested after a message was too large.
 	cautiousResults = 10_000
 )
 
-// withDefaults fills in what is left out and refuses what cannot work.
+// withDefaults sets defaults and rejects what cannot work.
 func (o Options) withDefaults() (Options, error) {
 	if o.Retry.Attempts <= 0 {
 		o.Retry.Attempts = defaultAttempts
@@ -125,6 +127,10 @@ func (o Options) withDefaults() (Options, error) {
 		o.StallTimeout = defaultStallTimeout
 	}
 
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+
 	if o.Clock == nil {
 		o.Clock = systemClock{}
 	}
@@ -140,7 +146,6 @@ func (o Options) withDefaults() (Options, error) {
 	if o.Tokens == nil && o.TokenFile != "" {
 		o.Tokens = TokenFile(o.TokenFile)
 	}
-
 	return o, o.check()
 }
 
@@ -160,11 +165,10 @@ func (o Options) check() error {
 	case o.Endpoint.Address != "" && o.Endpoint.Trouble == "" && o.Tokens == nil:
 		return fmt.Errorf("no token for %s: give a TokenFile or a TokenSource", o.Endpoint.Address)
 	}
-
 	return nil
 }
 
-// check says why the service cannot be reached, whatever is at the other end.
+// check returns why the service cannot be reached with this endpoint.
 func (e Endpoint) check() error {
 	if e.Trouble != "" {
 		return errors.New(e.Trouble)
@@ -179,7 +183,6 @@ func (e Endpoint) check() error {
 	}
 
 	_, err := e.pool()
-
 	return err
 }
 
@@ -188,6 +191,5 @@ func (e Endpoint) pool() (*x509.CertPool, error) {
 	if !pool.AppendCertsFromPEM(e.CABundle) {
 		return nil, errors.New("the CA bundle of the SnapshotMetadataService holds no certificate in PEM")
 	}
-
 	return pool, nil
 }

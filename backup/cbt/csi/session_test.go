@@ -16,7 +16,7 @@ import (
 	"github.com/varve-io/varve/backup/cbt/csi/csitest"
 )
 
-// TestEndIsAskedForAgain looks at which calls are made to know that a list is complete.
+// TestEndIsAskedForAgain checks which calls are made to know that a list is complete.
 func TestEndIsAskedForAgain(t *testing.T) {
 	tail := []cbt.Extent{{Offset: testSize - testGrain, Length: testGrain}}
 	early := func(after int) csitest.Behaviour { return csitest.Behaviour{End: csitest.Early, After: after} }
@@ -53,7 +53,7 @@ func TestEndIsAskedForAgain(t *testing.T) {
 	}
 }
 
-// TestEndlessBreaks bounds what a service can do to us by getting on a little each time.
+// TestEndlessBreaks bounds the calls to a service that makes a little progress each time.
 func TestEndlessBreaks(t *testing.T) {
 	for end, want := range map[csitest.End]cbt.Reason{csitest.Early: cbt.ReasonTruncated, csitest.Status: cbt.ReasonUnavailable} {
 		var calls []csitest.Behaviour
@@ -246,7 +246,7 @@ func TestOptionsAreChecked(t *testing.T) {
 	}
 }
 
-// A SnapshotMetadataService that somebody wrote wrongly costs the changed blocks, not the backup.
+// A wrong SnapshotMetadataService object costs the changed blocks, not the backup.
 func TestBrokenEndpoint(t *testing.T) {
 	server := csitest.New(t, csitest.Script{})
 

@@ -24,7 +24,7 @@ var (
 	_ cbt.Source = whole{}
 )
 
-// anySize asks for a listing of a disk whose size is not known.
+// anySize requests the listing of a disk of unknown size.
 const anySize = math.MaxInt64
 
 var errEnough = errors.New("no more ranges are needed")
@@ -49,7 +49,6 @@ func (s *Session) listDelta(ctx context.Context, req cbt.Request, emit func(cbt.
 
 	report, err := s.run(ctx, l, req)
 	report.BaseChangeID = req.Base.ChangeID
-
 	return report, err
 }
 
@@ -66,7 +65,6 @@ func (a allocated) Changes(ctx context.Context, req cbt.Request, emit func(cbt.E
 
 	report, err := s.run(ctx, l, req)
 	report.Allocated = true
-
 	return report, err
 }
 
@@ -74,11 +72,10 @@ func (a allocated) Changes(ctx context.Context, req cbt.Request, emit func(cbt.E
 func (w whole) Changes(ctx context.Context, req cbt.Request, emit func(cbt.Extent) error) (cbt.Report, error) {
 	report, err := cbt.Compare{}.Changes(ctx, req, emit)
 	w.s.sign(&report)
-
 	return report, err
 }
 
-// sign notes which snapshot the report is of.
+// sign records which snapshot the report is of.
 func (s *Session) sign(r *cbt.Report) {
 	t := s.opt.Target
 	r.TargetChangeID, r.SnapshotHandle, r.VolumeHandle = t.ChangeID, t.Handle, t.VolumeHandle
@@ -113,13 +110,11 @@ func (s *Session) run(ctx context.Context, l *listing, req cbt.Request) (cbt.Rep
 
 	report := cbt.Report{Source: l.name, Size: req.Size, Exact: true, Reported: l.merge.reported}
 	s.sign(&report)
-
 	return report, nil
 }
 
-// checkBase refuses a delta to anything but the snapshot that the parent was made from.
-// The sidecar passes the ID on to the driver unchecked, and that may know another
-// snapshot by it.
+// checkBase refuses a delta to any snapshot but the one that the parent was made from. The
+// sidecar passes the ID to the driver unchecked, which may use it for another snapshot.
 func (s *Session) checkBase(base *cbt.Base) error {
 	if base == nil {
 		return &cbt.Error{Source: DeltaName, Kind: cbt.ErrNoBase}
@@ -152,16 +147,14 @@ func (s *Session) checkBase(base *cbt.Base) error {
 			"the snapshot kept as the base has handle %s, but the parent point %s was made from %s",
 			quote(kept.Handle), quote(base.PointID), quote(base.SnapshotHandle))
 	}
-
 	return nil
 }
 
-// quote shows a name from elsewhere: printable and not too long.
+// quote makes a foreign name printable and not too long.
 func quote(s string) string {
 	const most = 128
 	if len(s) > most {
 		s = s[:most] + "..."
 	}
-
 	return strconv.Quote(s)
 }

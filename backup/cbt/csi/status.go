@@ -11,8 +11,8 @@ import (
 	"github.com/varve-io/varve/backup/cbt"
 )
 
-// StatusError is what the service answered, or what the connection to it came to. It
-// holds no part of the token, whatever the service put into its message.
+// StatusError is the answer of the service, or the error of the connection to it. It contains
+// no part of the token, whatever the service's message contains.
 type StatusError struct {
 	Code    codes.Code
 	Message string
@@ -20,10 +20,10 @@ type StatusError struct {
 
 func (e *StatusError) Error() string { return e.Code.String() + ": " + e.Message }
 
-// maxStatusMessage bounds what is shown of a service's message, in bytes.
+// maxStatusMessage bounds the shown part of a service's message, in bytes.
 const maxStatusMessage = 1 << 10
 
-// newStatusError takes the status out of an error and leaves the rest of it behind.
+// newStatusError keeps only the status of an error.
 func newStatusError(err error, token Token) *StatusError {
 	st := status.Convert(err)
 	text := token.redact(st.Message())
@@ -32,28 +32,26 @@ func newStatusError(err error, token Token) *StatusError {
 		if r < ' ' || r == 0x7f {
 			return ' '
 		}
-
 		return r
 	}, text)
 
 	if len(text) > maxStatusMessage {
 		text = strings.ToValidUTF8(text[:maxStatusMessage], "") + "..."
 	}
-
 	return &StatusError{Code: st.Code(), Message: text}
 }
 
-// step is what follows from a failed call.
+// step is what to do after a failed call.
 type step int
 
 const (
-	again step = iota // try again, then step down
-	down              // the next rung, at once
+	again step = iota // retry, then the next source
+	down              // the next source, at once
 	stop              // the backup fails
 )
 
-// verdicts are of the codes that a call can fail with; all others are codes.Unknown.
-// See "GetMetadataDelta Errors" in the CSI specification.
+// verdicts are the steps for the codes that a call can fail with; all others are
+// codes.Unknown. See "GetMetadataDelta Errors" in the CSI specification.
 var verdicts = map[codes.Code]struct {
 	step   step
 	reason cbt.Reason
@@ -72,7 +70,7 @@ var verdicts = map[codes.Code]struct {
 	codes.DeadlineExceeded:  {again, cbt.ReasonDeadlineExceeded},
 	codes.ResourceExhausted: {again, cbt.ReasonResourceExhausted},
 	codes.Aborted:           {again, cbt.ReasonAborted},
-	codes.Canceled:          {again, cbt.ReasonAborted}, // not by us
+	codes.Canceled:          {again, cbt.ReasonAborted}, // not cancelled here
 	codes.Unknown:           {again, cbt.ReasonUnknown},
 }
 
@@ -87,7 +85,7 @@ type callError struct {
 func (e *callError) Error() string { return e.cause.Error() }
 func (e *callError) Unwrap() error { return e.cause }
 
-// judge says what follows from the error of a call. cause is why its context ended.
+// judge decides what to do after the error of a call. cause is why its context ended.
 func (s *Session) judge(err, cause error, token Token) *callError {
 	if errors.Is(cause, errStalled) {
 		return &callError{again, cbt.ReasonStalled, fmt.Errorf("%w of %s", errStalled, s.opt.StallTimeout), codes.DeadlineExceeded}
@@ -103,17 +101,15 @@ func (s *Session) judge(err, cause error, token Token) *callError {
 	if st.Code == codes.Unavailable && s.troubles.get() != nil {
 		v.reason = cbt.ReasonConnectionFailed
 	}
-
 	return &callError{v.step, v.reason, st, st.Code}
 }
 
 var errStalled = errors.New("the service said nothing within the stall timeout")
 
-// deniedDetail says what to do about a refusal.
+// deniedDetail says what to do after a refusal.
 func (s *Session) deniedDetail(code codes.Code) string {
 	if code == codes.PermissionDenied {
 		return fmt.Sprintf("let the service account of the token get volumesnapshots in namespace %s", quote(s.opt.Target.Namespace))
 	}
-
 	return fmt.Sprintf("the token was not accepted; it must be for audience %s, as the driver's SnapshotMetadataService says", quote(s.opt.Endpoint.Audience))
 }

@@ -29,11 +29,10 @@ func testExtents(n int) []cbt.Extent {
 	for i := range n {
 		e = append(e, cbt.Extent{Offset: int64(i) * 2 * testGrain, Length: testGrain})
 	}
-
 	return e
 }
 
-// list runs a source and gives what it emitted.
+// list runs a source and returns what it emitted.
 func list(t *testing.T, source cbt.Source, req cbt.Request) ([]cbt.Extent, cbt.Report, error) {
 	t.Helper()
 
@@ -43,11 +42,10 @@ func list(t *testing.T, source cbt.Source, req cbt.Request) ([]cbt.Extent, cbt.R
 		got = append(got, e)
 		return nil
 	})
-
 	return got, report, err
 }
 
-// TestCodes has a service answer with one code for ever, having told one range or none.
+// TestCodes: a service always answers with one code, after one range or none.
 func TestCodes(t *testing.T) {
 	const attempts = 7
 
@@ -111,8 +109,8 @@ func TestCodes(t *testing.T) {
 	}
 }
 
-// checkWaits wants the waits of n repeats in a row to double up to the bound, each drawn
-// from the upper half.
+// checkWaits checks that the waits of n repeats in a row double up to the bound, each random
+// in the upper half.
 func checkWaits(t *testing.T, waits []time.Duration, n int, some bool) {
 	t.Helper()
 

@@ -20,18 +20,9 @@ import (
 	"github.com/varve-io/varve/backup/cbt/csi/csitest"
 )
 
-// captureLog has everything logged from now on, and each error noted, end up in one
-// text.
-func captureLog(t *testing.T) *syncBuffer {
-	t.Helper()
-
-	var b syncBuffer
-
-	before := slog.Default()
-	slog.SetDefault(slog.New(slog.NewJSONHandler(&b, &slog.HandlerOptions{Level: slog.LevelDebug})))
-	t.Cleanup(func() { slog.SetDefault(before) })
-
-	return &b
+// logTo makes a session log to log.
+func logTo(log *slog.Logger) func(*csi.Options) {
+	return func(o *csi.Options) { o.Log = log }
 }
 
 type syncBuffer struct {
@@ -42,26 +33,20 @@ type syncBuffer struct {
 func (b *syncBuffer) Write(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-
 	return b.b.Write(p)
 }
 
 func (b *syncBuffer) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-
 	return b.b.String()
 }
 
-func TestMain(m *testing.M) {
-	slog.SetDefault(slog.New(slog.DiscardHandler))
-	os.Exit(m.Run())
-}
-
-// TestTokenNeverShows has the service echo the token in every way of failing, and looks
-// for it in all that was logged or returned.
+// TestTokenNeverShows: the service echoes the token in every way of failing, and the test
+// looks for it in all that was logged or returned.
 func TestTokenNeverShows(t *testing.T) {
-	logged := captureLog(t)
+	logged := &syncBuffer{}
+	log := slog.New(slog.NewJSONHandler(logged, &slog.HandlerOptions{Level: slog.LevelDebug}))
 
 	for _, code := range []codes.Code{
 		codes.Unavailable, codes.Internal, codes.Unauthenticated, codes.PermissionDenied, codes.NotFound, codes.Unknown, codes.InvalidArgument,
@@ -71,12 +56,12 @@ func TestTokenNeverShows(t *testing.T) {
 			End: csitest.Status, After: 1, Code: code,
 			Message: fmt.Sprintf("token %s, signature %s, claims\n%s", csitest.Token, parts[2], parts[1]),
 		}})
-		session := openSession(t, server, nil)
+		session := openSession(t, server, logTo(log))
 
 		for _, source := range []cbt.Source{session.Delta(), session.Allocated()} {
 			_, _, err := list(t, source, deltaRequest())
 			fmt.Fprintf(logged, "%v %+v %#v %q", err, err, err, err)
-			slog.Error("failed", "error", err)
+			log.Error("failed", "error", err)
 
 			for e := err; e != nil; e = errors.Unwrap(e) {
 				fmt.Fprintf(logged, "%+v", e)
@@ -87,7 +72,7 @@ func TestTokenNeverShows(t *testing.T) {
 	// A token that the service does not know, which it shows.
 	server := csitest.New(t, csitest.Script{Capacity: testSize})
 	server.SetToken("another")
-	session := openSession(t, server, nil)
+	session := openSession(t, server, logTo(log))
 	_, _, err := list(t, session.Delta(), deltaRequest())
 	fmt.Fprint(logged, err)
 
@@ -114,7 +99,7 @@ func TestTokenNeverShows(t *testing.T) {
 
 	_, _ = logged.Write(text)
 
-	slog.Info("token", "token", token, "struct", struct{ T csi.Token }{token})
+	log.Info("token", "token", token, "struct", struct{ T csi.Token }{token})
 
 	text = []byte(logged.String())
 	if !bytes.Contains(text, []byte("the list of changed blocks broke")) {
@@ -155,7 +140,7 @@ func TestTokenFile(t *testing.T) {
 	}
 }
 
-// TestTokenIsReadAnew has the kubelet renew a token in the middle of a list.
+// TestTokenIsReadAnew: the kubelet renews a token in the middle of a list.
 func TestTokenIsReadAnew(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "token")
 	write := func(token string) {
@@ -180,7 +165,6 @@ func TestTokenIsReadAnew(t *testing.T) {
 			write("second")
 			server.SetToken("second")
 		}
-
 		return nil
 	})
 	if err != nil || len(got) != 5 {
@@ -203,7 +187,6 @@ func (r *renewing) Token(context.Context) (csi.Token, error) {
 	if r.err != nil {
 		return csi.Token{}, r.err
 	}
-
 	return csi.NewToken(r.tokens[min(r.made, len(r.tokens)-1)])
 }
 

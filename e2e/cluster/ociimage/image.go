@@ -45,12 +45,12 @@ type Config struct {
 	Env          []string
 	Labels       map[string]string
 	Created      time.Time
-	// Compress the layer, as registries want it; tests do without.
+	// Compress the layer, as registries require; tests do not need it.
 	Compress bool
 }
 
-// Base is what every image needs whose binary is static: users, a place for
-// temporary files, and name service rules.
+// Base is what every image with a static binary needs: users, a place for temporary
+// files, and name service rules.
 func Base() []File {
 	return []File{
 		{Path: "/etc/passwd", Mode: 0o644, Data: []byte("root:x:0:0:root:/root:/sbin/nologin\nnobody:x:65534:65534:nobody:/nonexistent:/sbin/nologin\nnonroot:x:65532:65532:nonroot:/home/nonroot:/sbin/nologin\n")},
@@ -112,8 +112,8 @@ func layerOf(files []File, when time.Time) ([]byte, error) {
 	return b.Bytes(), w.Close()
 }
 
-// withParents adds the directories that are missing and sorts, so that a parent
-// comes before its children and the order is always the same.
+// withParents adds missing directories and sorts, so that a parent precedes its children
+// and the order is always the same.
 func withParents(files []File) []File {
 	have := map[string]bool{"": true, ".": true}
 	for _, f := range files {

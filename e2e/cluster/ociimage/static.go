@@ -20,11 +20,11 @@ import (
 	"golang.org/x/crypto/x509roots/fallback/bundle"
 )
 
-// StaticApp is an image of one static Go binary, in the manner of distroless: users,
-// certificate authorities, the binary and its bill of materials, no shell, not root.
+// StaticApp is an image of one static Go binary, like distroless: users, certificate
+// authorities, the binary and its bill of materials, no shell, not root.
 type StaticApp struct {
 	Binary  string // path of the binary
-	Name    string // what it is called in the image, below /usr/local/bin
+	Name    string // its name in the image, below /usr/local/bin
 	Version string
 	Source  string // the project's address, for the labels
 	Created time.Time
@@ -90,9 +90,9 @@ func setting(info *debug.BuildInfo, key string) string {
 	return ""
 }
 
-// authorities is the Mozilla set as the pinned module has it, so that an image does
-// not depend on the machine that built it. Roots with constraints that a plain
-// bundle cannot express are left out.
+// authorities is the Mozilla set of the pinned module, so that an image does not depend
+// on the machine that built it. Roots with constraints that a plain bundle cannot express
+// are left out.
 func authorities() []byte {
 	var b bytes.Buffer
 	for root := range bundle.Roots() {

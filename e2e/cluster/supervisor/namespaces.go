@@ -16,12 +16,12 @@ import (
 
 const cgroupFS = "/sys/fs/cgroup"
 
-// CloneFlags are the namespaces a node has of its own from the start; its cgroup
-// namespace follows in EnterCgroup.
+// CloneFlags are the namespaces that a node has from the start; its cgroup namespace
+// follows in EnterCgroup.
 const CloneFlags = syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWNET | syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS
 
-// hierarchies are the names of the mounted cgroup v1 hierarchies; none where the
-// machine has version 2 only.
+// hierarchies are the names of the mounted cgroup v1 hierarchies; none if the machine
+// only has version 2.
 func hierarchies() ([]string, error) {
 	b, err := os.ReadFile("/proc/mounts")
 	if err != nil {
@@ -37,9 +37,9 @@ func hierarchies() ([]string, error) {
 	return out, nil
 }
 
-// EnterCgroup moves the process below cgroup group in every hierarchy and runs argv
-// in its place in a cgroup namespace rooted there, so that all the node's cgroups
-// lie in one known place and can be removed when it is gone.
+// EnterCgroup moves the process below cgroup group in every hierarchy and runs argv in
+// its place in a cgroup namespace rooted there, so that all the node's cgroups are in one
+// known place and can be removed once it has ended.
 func EnterCgroup(group string, argv []string) error {
 	v1, err := hierarchies()
 	if err != nil {
@@ -115,8 +115,8 @@ func handDown(dir string) error {
 	return nil
 }
 
-// inheritCpuset fills what a new version 1 cpuset lacks: it takes no process while
-// its cpus and mems are empty.
+// inheritCpuset fills a new version 1 cpuset, which accepts no process while its cpus and
+// mems are empty.
 func inheritCpuset(hierarchy, group string) error {
 	dir := filepath.Join(cgroupFS, hierarchy)
 	for part := range strings.SplitSeq(group, "/") {
@@ -135,7 +135,7 @@ func inheritCpuset(hierarchy, group string) error {
 	return nil
 }
 
-// RemoveCgroups removes what EnterCgroup and the node made; the node must be gone.
+// RemoveCgroups removes what EnterCgroup and the node made; the node must have ended.
 func RemoveCgroups(group string) error {
 	v1, err := hierarchies()
 	if err != nil {
@@ -167,16 +167,16 @@ func removeTree(dir string) error {
 			}
 		}
 	}
-	// Plain rmdir: a cgroup's files go with it.
+	// Plain rmdir: it also removes a cgroup's files.
 	if err := unix.Rmdir(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove cgroup %s: %w", dir, err)
 	}
 	return nil
 }
 
-// PrepareNode mounts what a node has of its own: /proc, /sys and the cgroups of its
-// namespaces, empty /run and /opt, and copies of /var/log and /var/lib whose changes
-// lie below dir: components write there whatever they are told.
+// PrepareNode mounts a node's private directories: /proc, /sys and the cgroups of its
+// namespaces, empty /run and /opt, and copies of /var/log and /var/lib whose changes are
+// below dir: components write there in spite of their configuration.
 func PrepareNode(hostname, dir string) error {
 	logs, upper, work := filepath.Join(dir, "var-log"), filepath.Join(dir, "var-lib"), filepath.Join(dir, "var-lib-work")
 	for _, d := range []string{logs, upper, work} {

@@ -18,19 +18,18 @@ type Process struct {
 	Argv []string `json:"argv"`
 	// Env is added to the supervisor's environment.
 	Env []string `json:"env,omitempty"`
-	// Log is the file that takes its output, appended.
+	// Log is the file to which its output is appended.
 	Log string `json:"log"`
-	// Restart starts it anew, as a kubelet would do for a container, when it ends by
-	// itself.
+	// Restart restarts it when it ends by itself, as a kubelet would a container.
 	Restart bool `json:"restart,omitempty"`
 }
 
-// Status is how a process fares.
+// Status is the state of a process.
 type Status struct {
 	Process
-	// PID is of the node's PID namespace; 0 if it does not run.
+	// PID is in the node's PID namespace; 0 if it does not run.
 	PID int `json:"pid"`
-	// Exits counts how often it ended; Last tells how.
+	// Exits counts how often it ended; Last says how.
 	Exits int    `json:"exits"`
 	Last  string `json:"last,omitempty"`
 }
@@ -38,7 +37,7 @@ type Status struct {
 // Client talks to a supervisor's socket.
 type Client struct{ Socket string }
 
-// Start runs a process; one of that name must not be running.
+// Start runs a process; none of that name may be running.
 func (c Client) Start(ctx context.Context, p Process) error { return c.call(ctx, "start", p, nil) }
 
 // Signal sends a signal and returns at once.
@@ -46,13 +45,12 @@ func (c Client) Signal(ctx context.Context, name string, sig syscall.Signal) err
 	return c.call(ctx, "signal", signalRequest{Name: name, Signal: int(sig)}, nil)
 }
 
-// Stop ends a process with a signal, waits until it is gone, and keeps it from
-// being restarted.
+// Stop ends a process with a signal, waits for its end, and prevents a restart.
 func (c Client) Stop(ctx context.Context, name string, sig syscall.Signal) error {
 	return c.call(ctx, "stop", signalRequest{Name: name, Signal: int(sig)}, nil)
 }
 
-// Status tells of all processes ever started, by name.
+// Status returns the state of all processes ever started, by name.
 func (c Client) Status(ctx context.Context) (map[string]Status, error) {
 	var s map[string]Status
 	return s, c.call(ctx, "status", struct{}{}, &s)

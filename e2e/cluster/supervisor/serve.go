@@ -16,7 +16,7 @@ import (
 	"time"
 )
 
-// restartPause keeps a process that cannot start from taking a whole core.
+// restartPause keeps a process that cannot start from using a whole core.
 const restartPause = time.Second
 
 // Server starts and reaps the processes of a node.
@@ -89,7 +89,7 @@ func (s *Server) start(p Process) error {
 	return s.launch(pr)
 }
 
-// launch is called with the lock held, so that the reaper finds what was forked.
+// launch is called with the lock held, so that the reaper finds the new process.
 func (s *Server) launch(pr *proc) error {
 	path, err := exec.LookPath(pr.Argv[0])
 	if err != nil {

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// await asks until the answer is nil.
+// await polls until the result is nil.
 func await(t *testing.T, what string, ask func() error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)

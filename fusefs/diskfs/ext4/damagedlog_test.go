@@ -13,6 +13,7 @@ import (
 
 	"github.com/varve-io/varve/fusefs/diskfs"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+	"github.com/varve-io/varve/internal/mounttest"
 )
 
 // mounts reports whether the kernel mounts a copy of an image.
@@ -24,7 +25,7 @@ func mounts(t *testing.T, image string) bool {
 	if err := exec.Command("mount", "-t", "ext4", loop, dir).Run(); err != nil {
 		return false
 	}
-	diskfstest.Run(t, "umount", dir)
+	mounttest.Unmount(t, dir)
 	return true
 }
 

@@ -17,7 +17,7 @@ import (
 )
 
 // TestDeepTrees reads hashed directories of every depth, the greatest of which needs
-// large_dir, and an extent tree of two levels. debugfs tells that they are so deep.
+// large_dir, and an extent tree of two levels. debugfs confirms the depth.
 func TestDeepTrees(t *testing.T) {
 	diskfstest.NeedRoot(t)
 	diskfstest.NeedTool(t, "debugfs")

@@ -85,7 +85,7 @@ func (d *device) readAt(p []byte, off int64) error {
 		return corrupt(fmt.Sprintf("byte %d", off), "range of %d bytes is beyond the device's %d", len(p), d.size)
 	}
 	if len(d.over) == 0 {
-		return readFull(d.r, p, off)
+		return diskfs.ReadFull(d.r, p, off)
 	}
 	bs := int64(d.blockSize)
 	// Runs of blocks that the journal does not have are read in one piece.
@@ -101,7 +101,7 @@ func (d *device) readAt(p []byte, off int64) error {
 		}
 		n = min(n, len(p))
 		if n > start {
-			if err := readFull(d.r, p[start:n], off+int64(start)); err != nil {
+			if err := diskfs.ReadFull(d.r, p[start:n], off+int64(start)); err != nil {
 				return err
 			}
 		}
@@ -120,25 +120,13 @@ func (d *device) readAt(p []byte, off int64) error {
 // logged reads a block from the journal.
 func (d *device) logged(lb loggedBlock) ([]byte, error) {
 	b := make([]byte, d.blockSize)
-	if err := readFull(d.r, b, lb.pos); err != nil {
+	if err := diskfs.ReadFull(d.r, b, lb.pos); err != nil {
 		return nil, err
 	}
 	if lb.escaped {
 		be.PutUint32(b, journalMagic)
 	}
 	return b, nil
-}
-
-// readFull fills p; a reader that ends early is io.ErrUnexpectedEOF.
-func readFull(r io.ReaderAt, p []byte, off int64) error {
-	n, err := r.ReadAt(p, off)
-	if n == len(p) {
-		return nil
-	}
-	if err == nil || errors.Is(err, io.EOF) {
-		err = io.ErrUnexpectedEOF
-	}
-	return fmt.Errorf("read %d bytes at %d: %w", len(p), off, err)
 }
 
 // wrapWhere says what was being read, unless the error says so itself.

@@ -137,7 +137,7 @@ func (n *inode) indexed() bool {
 }
 
 // direntVisitor takes a used entry, or the error that stands for entries that cannot be
-// read; it answers whether to go on.
+// read; it reports whether to continue.
 type direntVisitor func(rawDirent, error) bool
 
 // eachDirent visits all used entries. As in the kernel, a block that cannot be read, or
@@ -160,7 +160,7 @@ func (n *inode) eachDirent(visit direntVisitor) {
 		if _, err := n.dirRun(lblk); err != nil {
 			var gap *diskfs.MapError
 			if !visit(rawDirent{}, err) || !errors.As(err, &gap) {
-				return // nothing behind it
+				return // nothing after it
 			}
 			lblk = uint64(gap.End)>>n.fs.sb.blockBits - 1
 			continue
@@ -213,7 +213,7 @@ func (n *inode) verifyDirBlock(b []byte, lblk uint64) ([]byte, error) {
 	return b[:at], nil
 }
 
-// walkDirents visits the used entries in b; it reports whether to go on. An entry that
+// walkDirents visits the used entries in b; it reports whether to continue. An entry that
 // is damaged hides itself, and one whose length is wrong what follows it in the block.
 func (n *inode) walkDirents(b []byte, lblk uint64, visit direntVisitor) bool {
 	for off := 0; off < len(b); {

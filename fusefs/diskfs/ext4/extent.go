@@ -85,10 +85,10 @@ func (n *inode) extentBlock(block uint64, where string, depth int) ([]byte, erro
 	return node, n.verifyExtentBlock(node, where)
 }
 
-// unmapped is the error of a block of the map, beyond which the file goes on at block end.
+// unmapped is the error of a block of the map, beyond which the file continues at block end.
 func (n *inode) unmapped(end uint64, err error) error {
 	if end >= (uint64(n.size)+uint64(n.fs.sb.blockSize)-1)>>n.fs.sb.blockBits {
-		return err // nothing behind it
+		return err // nothing after it
 	}
 	return &diskfs.MapError{End: int64(end << n.fs.sb.blockBits), Err: err}
 }

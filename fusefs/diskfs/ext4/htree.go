@@ -20,7 +20,7 @@ const (
 	indexMaxIndirect = 2 // levels of inner nodes below the root; 1 without large_dir
 )
 
-// indexCountOffset tells where the pairs of an index block begin; 0 if the block
+// indexCountOffset returns where the pairs of an index block begin; 0 if the block
 // is none, as a block of entries in an indexed directory.
 func indexCountOffset(b []byte, lblk uint64) int {
 	size := len(b)

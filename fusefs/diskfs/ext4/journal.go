@@ -168,7 +168,7 @@ func (j *journal) position(n uint64) (int64, error) {
 	return int64(j.cached.block+n-j.cached.start) << j.fs.sb.blockBits, nil
 }
 
-// block reads a block of the journal and tells its place.
+// block reads a block of the journal and returns its place.
 func (j *journal) block(n uint64) ([]byte, int64, error) {
 	pos, err := j.position(n)
 	if err != nil {

@@ -70,6 +70,7 @@ func TestAgainstKernel(t *testing.T) {
 		{name: "mmp", args: "-t ext4 -O mmp,verity", want: acl},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			if c.size == 0 {
 				c.size = 256 * mib
 			}

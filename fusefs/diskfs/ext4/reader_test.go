@@ -45,7 +45,7 @@ func TestWithoutMount(t *testing.T) {
 			mkfs(t, image, append(strings.Fields(args), "-d", src)...)
 			_, fsys := openImage(t, image)
 			// mke2fs gives new inodes, places and times of change; it does not keep
-			// nanoseconds, lays directories out anew, and adds lost+found.
+			// nanoseconds, rewrites directories, and adds lost+found.
 			n := diskfstest.Compare(t, fsys, src, diskfstest.Options{
 				IgnoreIno: true, IgnoreBlocks: true, IgnoreData: true, IgnoreAtime: true,
 				IgnoreCtime: true, WholeSeconds: true, IgnoreDirSize: true, IgnoreNlink: true, Skip: []string{".", "lost+found"},

@@ -7,6 +7,7 @@ import (
 	"io"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
 // The superblock: 1024 bytes at byte 1024 of the volume, little-endian.
@@ -106,7 +107,7 @@ func (sb *superblock) hasRO(ro uint32) bool             { return sb.roCompat&ro 
 func (sb *superblock) metadataCsum() bool               { return sb.hasRO(roMetadataCsum) }
 func (sb *superblock) needsRecovery() bool              { return sb.hasIncompat(incompatRecover) }
 
-// typeName tells ext2, ext3 and ext4 apart as blkid does.
+// typeName distinguishes ext2, ext3 and ext4 as blkid does.
 func (sb *superblock) typeName() string {
 	switch {
 	case sb.incompat&^incompatExt3 != 0 || sb.roCompat&^roExt3 != 0:
@@ -124,7 +125,7 @@ func readSuperblock(r io.ReaderAt, size int64, over overlay) (*superblock, error
 		return nil, fmt.Errorf("ext4: %d bytes hold no superblock: %w", size, diskfs.ErrNotRecognised)
 	}
 	raw := make([]byte, superblockSize)
-	if err := readFull(r, raw, superblockOffset); err != nil {
+	if err := diskfs.ReadFull(r, raw, superblockOffset); err != nil {
 		return nil, fmt.Errorf("ext4: read superblock: %w", err)
 	}
 	sb, err := parseSuperblock(raw, size)
@@ -249,7 +250,7 @@ func (sb *superblock) checkGeometry(logBlock, logCluster uint32, size int64) err
 	case sb.firstDataBlock > 1 || sb.firstDataBlock >= sb.blocks:
 		return corrupt(where, "first data block %d of %d", sb.firstDataBlock, sb.blocks)
 	case sb.blocks > uint64(size)>>sb.blockBits:
-		return corrupt(where, "%d blocks of %d bytes do not fit the device's %d bytes; is the image cut short?", sb.blocks, bs, size)
+		return corrupt(where, "%d blocks of %d bytes do not fit a device of %s; is the image cut short?", sb.blocks, bs, bytesize.Exact(size))
 	}
 	sb.groups = (sb.blocks - sb.firstDataBlock + sb.blocksPerGroup - 1) / sb.blocksPerGroup
 	if uint64(sb.inodes) > sb.groups*uint64(sb.inodesPerGroup) {

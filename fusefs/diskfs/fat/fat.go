@@ -11,7 +11,6 @@ package fat
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -19,6 +18,7 @@ import (
 	"sync"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
 var le = binary.LittleEndian
@@ -106,7 +106,7 @@ func (f *FS) parse(b []byte) error {
 	case reserved == 0 || tables == 0 || tables > 2 || perTable == 0:
 		return corrupt(where, "%d reserved sectors, %d tables of %d", reserved, tables, perTable)
 	case sectors > f.size/f.sectorSize:
-		return corrupt(where, "%d sectors of %d bytes on a device of %d; is the image cut short?", sectors, f.sectorSize, f.size)
+		return corrupt(where, "%d sectors of %d bytes do not fit a device of %s; is the image cut short?", sectors, f.sectorSize, bytesize.Exact(f.size))
 	}
 	f.clusterSize = perCluster * f.sectorSize
 	f.tableStart, f.tableSize = reserved*f.sectorSize, perTable*f.sectorSize
@@ -193,17 +193,7 @@ func (f *FS) inode(ino uint64) (*inode, error) {
 
 // read fills p from the volume.
 func (f *FS) read(p []byte, off int64) error {
-	if off < 0 || off > f.size || int64(len(p)) > f.size-off {
-		return corrupt(fmt.Sprintf("byte %d", off), "range of %d bytes is beyond the volume's %d", len(p), f.size)
-	}
-	n, err := f.r.ReadAt(p, off)
-	if n == len(p) {
-		return nil
-	}
-	if err == nil || errors.Is(err, io.EOF) {
-		err = io.ErrUnexpectedEOF
-	}
-	return fmt.Errorf("fat: read %d bytes at %d: %w", len(p), off, err)
+	return diskfs.ReadWithin(typeName, f.r, f.size, p, off)
 }
 
 func (f *FS) valid(cluster uint32) bool { return cluster >= 2 && cluster-2 < f.clusters }

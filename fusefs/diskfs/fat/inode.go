@@ -236,8 +236,8 @@ func (n *inode) Entries() iter.Seq2[diskfs.Dirent, error] {
 	}
 }
 
-// sectorEntries lists the entries of one sector, which lies at pos; it answers whether to
-// go on.
+// sectorEntries lists the entries of one sector, which lies at pos; it reports whether to
+// continue.
 func (n *inode) sectorEntries(b []byte, pos int64, long *longName, yield func(diskfs.Dirent, error) bool) bool {
 	for i := 0; i+entrySize <= len(b); i += entrySize {
 		e := b[i : i+entrySize]

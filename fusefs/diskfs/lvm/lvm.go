@@ -198,7 +198,7 @@ func (v *Volume) corrupt(format string, args ...any) error {
 	return &diskfs.CorruptError{Type: "lvm2", Where: "logical volume " + v.Group + "/" + v.Name, What: fmt.Sprintf(format, args...)}
 }
 
-// Locate tells where a byte of the volume lies on which physical volume, and how many bytes
+// Locate returns where a byte of the volume lies on which physical volume, and how many bytes
 // follow it there; nil if the volume cannot be read or ends before.
 func (v *Volume) Locate(off int64) (pv *PV, at, length int64) {
 	if v.Err != nil || off < 0 || off >= v.Size {

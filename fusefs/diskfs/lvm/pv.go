@@ -19,7 +19,7 @@ import (
 //
 // A metadata area is a ring: a header of 512 bytes (checksum, magic, version, start,
 // size, places of texts: offset 8, size 8, checksum 4, flags 4), then text that may
-// run past the end and go on after the header.
+// run past the end and continue after the header.
 const (
 	labelMagic    = "LABELONE"
 	labelType     = "LVM2 001"

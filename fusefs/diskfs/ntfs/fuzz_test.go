@@ -53,7 +53,7 @@ func small(t testing.TB) (b []byte, used []int) {
 	return b, used
 }
 
-// Random damage is told, and never more than that.
+// Random damage is reported, and has no other effect.
 func TestDamaged(t *testing.T) {
 	b, used := small(t)
 	rnd := rand.New(rand.NewPCG(5, 6))

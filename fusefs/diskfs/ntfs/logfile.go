@@ -19,7 +19,7 @@ const (
 	logPages = 128 << 10
 )
 
-// checkLog tells whether changes stand in the journal that are not in the volume.
+// checkLog reports whether the journal has changes that are not in the volume.
 func (f *FS) checkLog(stale bool) error {
 	clean, err := f.logIsClean()
 	switch {

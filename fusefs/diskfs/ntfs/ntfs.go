@@ -26,13 +26,13 @@ package ntfs
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"math/bits"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
 var le = binary.LittleEndian
@@ -126,7 +126,7 @@ func (f *FS) parse(b []byte) error {
 	}
 	sectors := le.Uint64(b[40:])
 	if sectors == 0 || sectors > uint64(f.size/sector) {
-		return corrupt(where, "%d sectors of %d bytes on a device of %d; is the image cut short?", sectors, sector, f.size)
+		return corrupt(where, "%d sectors of %d bytes do not fit a device of %s; is the image cut short?", sectors, sector, bytesize.Exact(f.size))
 	}
 	f.size = int64(sectors) * sector
 	f.clusters = f.size / f.clusterSize
@@ -225,17 +225,7 @@ func (f *FS) Inode(ino uint64) (diskfs.Inode, error) {
 
 // read fills p from the volume.
 func (f *FS) read(p []byte, off int64) error {
-	if off < 0 || off > f.size || int64(len(p)) > f.size-off {
-		return corrupt(fmt.Sprintf("byte %d", off), "range of %d bytes is beyond the volume's %d", len(p), f.size)
-	}
-	n, err := f.r.ReadAt(p, off)
-	if n == len(p) {
-		return nil
-	}
-	if err == nil || errors.Is(err, io.EOF) {
-		err = io.ErrUnexpectedEOF
-	}
-	return fmt.Errorf("ntfs: read %d bytes at %d: %w", len(p), off, err)
+	return diskfs.ReadWithin(typeName, f.r, f.size, p, off)
 }
 
 // record reads a record of the master file table that is in use.

@@ -40,13 +40,14 @@ func TestAgainstNTFS3G(t *testing.T) {
 		big      int
 		compress bool
 	}{
-		{"default", nil, 5000, 100 << 20, true},
+		{"default", nil, 5000, 24 << 20, true},
 		{"512-byte clusters", []string{"-c", "512"}, 300, 3 << 20, true},
 		{"64k clusters", []string{"-c", "65536"}, 300, 3 << 20, false},
 		{"2M clusters", []string{"-c", "2097152"}, 10, 3 << 20, false},
 		{"4k sectors", []string{"-s", "4096"}, 300, 3 << 20, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			image := newVolume(t, 512<<20, c.args...)
 			options := "rw,big_writes,umask=022"
 			if c.compress {

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+	"github.com/varve-io/varve/internal/mounttest"
 )
 
 // mount mounts a volume by ntfs-3g, through FUSE.
@@ -28,7 +29,7 @@ func mount(t testing.TB, image, options string) (dir string, unmount func()) {
 	unmount = func() {
 		if mounted {
 			mounted = false
-			diskfstest.Run(t, "umount", dir)
+			mounttest.Unmount(t, dir)
 		}
 	}
 	t.Cleanup(unmount)

@@ -68,8 +68,8 @@ type attribute struct {
 	size, init, real int64
 }
 
-// fixup checks the update sequence of a record or an index block, and puts the bytes
-// back that it stands for: a block that was written in part is told so.
+// fixup checks the update sequence of a record or an index block, and restores the bytes
+// that it replaced: it detects a block that was written in part.
 func fixup(b []byte, where string) error {
 	at, n := int(le.Uint16(b[4:])), int(le.Uint16(b[6:]))
 	if n != len(b)/fixupStride+1 || at < 8 || at+2*n > fixupStride-2 {
@@ -163,7 +163,7 @@ func parseAttribute(b []byte) (a attribute, ok bool) {
 		return a, false
 	}
 	a.mapping = b[at:]
-	// Only the first part tells sizes.
+	// Only the first part has sizes.
 	return a, a.first > 0 || a.size >= 0 && a.init >= 0 && a.alloc >= 0
 }
 

@@ -28,7 +28,7 @@ var tagNames = map[uint32]string{
 	0xc0000004: "file in hierarchical storage",
 }
 
-// special tells links, devices and the like from plain files: by a reparse point, by
+// special distinguishes links, devices and the like from plain files: by a reparse point, by
 // the content that Interix and ntfs-3g give them, or by attributes of WSL.
 func (n *inode) special(flags uint32) error {
 	var major, minor uint32
@@ -147,7 +147,7 @@ func windowsTarget(s string, relative bool) string {
 
 // interix reads what Interix and ntfs-3g write into files with the attribute "system":
 // "IntxLNK\1" and the target in UTF-16, "IntxCHR\0" or "IntxBLK\0" and two numbers of
-// 8 bytes. Their pipes and sockets, which are files of 0 and 1 bytes, cannot be told
+// 8 bytes. Their pipes and sockets, which are files of 0 and 1 bytes, cannot be distinguished
 // from others and stay files.
 func (n *inode) interix() error {
 	const magic, device = 8, 24
@@ -156,7 +156,7 @@ func (n *inode) interix() error {
 	}
 	s, err := n.content()
 	if err != nil {
-		return nil //nolint:nilerr // told to who reads the file
+		return nil //nolint:nilerr // reported to readers of the file
 	}
 	b := make([]byte, s.size)
 	if err := s.read(b, 0); err != nil {
@@ -166,7 +166,7 @@ func (n *inode) interix() error {
 	case head == "IntxLNK\x01":
 		return n.link(text(b[magic:]))
 	case (head == "IntxCHR\x00" || head == "IntxBLK\x00") && len(b) == device:
-		n.stat.Major, n.stat.Minor = uint32(le.Uint64(b[8:])), uint32(le.Uint64(b[16:])) //nolint:gosec // the kernel's numbers have 32 bits
+		n.stat.Major, n.stat.Minor = uint32(le.Uint64(b[8:])), uint32(le.Uint64(b[16:]))
 		if n.setType(syscall.S_IFCHR); head[4] == 'B' {
 			n.setType(syscall.S_IFBLK)
 		}

@@ -201,7 +201,7 @@ func (s *stream) readUnits(p []byte, off int64) error {
 	return nil
 }
 
-// readUnit copies from one unit, which stays in memory: readers go on in it.
+// readUnit copies from one unit, which stays in memory: readers continue in it.
 func (s *stream) readUnit(p []byte, number, from int64) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -4,6 +4,9 @@ import (
 	"container/list"
 	"fmt"
 	"sync"
+
+	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
 const (
@@ -24,8 +27,8 @@ func (d *device) readAt(p []byte, off int64) error {
 	if off < 0 || off > d.size || int64(len(p)) > d.size-off {
 		return corrupt("image", "%d bytes at %d lie beyond its end at %d", len(p), off, d.size)
 	}
-	if err := readFull(d.r, p, off); err != nil {
-		return err
+	if err := diskfs.ReadFull(d.r, p, off); err != nil {
+		return fmt.Errorf("xfs: %w", err)
 	}
 	if d.over != nil {
 		d.over.patch(p, off)
@@ -71,12 +74,12 @@ func (o *overlay) write(p []byte, off int64) error {
 		pg := o.pages[no]
 		if pg == nil {
 			if len(o.pages) >= o.limit {
-				return unsupported("a log that changes more than %d MiB of metadata", o.limit*pageSize>>20)
+				return unsupported("a log that changes more than %s of metadata", bytesize.Format(int64(o.limit)*pageSize))
 			}
 			pg = new(page)
 			n := min(pageSize, o.base.size-no*pageSize)
-			if err := readFull(o.base.r, pg.data[:n], no*pageSize); err != nil {
-				return err
+			if err := diskfs.ReadFull(o.base.r, pg.data[:n], no*pageSize); err != nil {
+				return fmt.Errorf("xfs: %w", err)
 			}
 			o.pages[no] = pg
 		}
@@ -172,7 +175,7 @@ func (c *blockCache) put(key blockKey, data []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.byKey[key] != nil {
-		return // another goroutine read it meanwhile
+		return // another goroutine has read it
 	}
 	c.byKey[key] = c.order.PushFront(&cachedBlock{key, data})
 	c.bytes += len(data)

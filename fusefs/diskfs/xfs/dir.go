@@ -50,7 +50,7 @@ func fileType(b byte) fs.FileMode {
 }
 
 // direntVisitor takes an entry, or the error that stands for entries that cannot be
-// read; it answers whether to go on.
+// read; it reports whether to continue.
 type direntVisitor func(diskfs.Dirent, error) bool
 
 // Entries lists a directory in the order of the disk.
@@ -143,7 +143,7 @@ func (i *inode) blockEntries(each direntVisitor) {
 		if err != nil {
 			var gap *diskfs.MapError
 			if !each(diskfs.Dirent{}, err) || !errors.As(err, &gap) {
-				return // nothing behind it
+				return // nothing after it
 			}
 			blk = max(blk+step, uint64(gap.End)>>i.fs.sb.blockLog&^(step-1)) - step
 			continue

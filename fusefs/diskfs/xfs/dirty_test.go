@@ -10,8 +10,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/varve-io/varve/fusefs/diskfs"
 	"golang.org/x/sys/unix"
+
+	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
 
 // shutdown stops the file system at dir at once, as a crash does: with the log forced
@@ -119,7 +121,7 @@ func checkReplay(t testing.TB, img string) *FS {
 		t.Errorf("log is %v, should have been replayed", f.Info().Log)
 	}
 	got := imageTree(t, f)
-	kernel := copyImage(t, img)
+	kernel := diskfstest.CopyImage(t, img)
 	var want map[string]file
 	mounted(t, kernel, "", func(dir string) { want = kernelTree(t, dir) })
 	compare(t, got, want)
@@ -164,6 +166,7 @@ func TestReplay(t *testing.T) {
 		{"64k blocks", []string{"-b", "size=65536"}, 1000, 2, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			seed := seed + uint64(i)
 			t.Logf("XFS_TEST_SEED=%d", seed)
 			rnd := rand.New(rand.NewPCG(seed, 2))
@@ -210,7 +213,7 @@ func TestReplayCopy(t *testing.T) {
 		f := p.open("synced")
 		p.must(f.Sync()) // forces the log, and leaves metadata to be written later
 		p.must(f.Close())
-		copied = copyImage(t, img)
+		copied = diskfstest.CopyImage(t, img)
 	})
 	f := checkReplay(t, copied)
 	inoOf(t, f, "synced")
@@ -229,6 +232,7 @@ func TestReplayShapes(t *testing.T) {
 		{"1k", []string{"-b", "size=1024"}, 1024},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			checkReplay(t, crashed(t, true, c.mkfs, nil, func(dir string) {
 				p := newFiller(t, dir, 11)
 				p.all(c.block, true)
@@ -369,7 +373,7 @@ func TestSparseInodes(t *testing.T) {
 		}
 	})
 	f := checkReplay(t, img)
-	kernel := copyImage(t, img)
+	kernel := diskfstest.CopyImage(t, img)
 	mounted(t, kernel, "", func(string) {})
 	out := run(t, "xfs_db", "-r", "-c", "agi 0", "-c", "addr root", "-c", "p", kernel)
 	if !regexp.MustCompile(`\[\d+,0x[0-9a-f]+,`).MatchString(out) { // startino, holemask

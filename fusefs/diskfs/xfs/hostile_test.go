@@ -10,9 +10,10 @@ import (
 	"sync"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/varve-io/varve/fusefs/diskfs"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
-	"golang.org/x/sys/unix"
 )
 
 // memImage is the part of an image that was read, in memory; the rest is zeroes.

@@ -17,8 +17,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/varve-io/varve/fusefs/diskfs"
 	"golang.org/x/sys/unix"
+
+	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
 
 // requireKernel skips a test where images cannot be made and mounted.
@@ -51,14 +53,7 @@ func run(t testing.TB, name string, args ...string) string {
 // newImage makes a sparse file of mb MiB with a file system in it.
 func newImage(t testing.TB, mb int64, mkfs ...string) string {
 	t.Helper()
-	img := filepath.Join(t.TempDir(), "xfs.img")
-	f, err := os.Create(img)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(f.Truncate(mb<<20), f.Close()); err != nil {
-		t.Fatal(err)
-	}
+	img := diskfstest.NewImage(t, mb<<20)
 	run(t, "mkfs.xfs", append(append([]string{"-q", "-f"}, mkfs...), img)...)
 	return img
 }
@@ -66,34 +61,9 @@ func newImage(t testing.TB, mb int64, mkfs ...string) string {
 // mounted mounts img, calls do with the mount point and unmounts.
 func mounted(t testing.TB, img, opts string, do func(dir string)) {
 	t.Helper()
-	dir := t.TempDir()
-	// Other tests on this machine look for free loop devices too, and one may take the
-	// one that mount(8) found.
-	for tries := 0; ; tries++ {
-		out, err := exec.Command("mount", "-t", "xfs", "-o", "loop,"+opts, img, dir).CombinedOutput()
-		if err == nil {
-			break
-		}
-		if tries == 20 || !bytes.Contains(out, []byte("busy")) && !bytes.Contains(out, []byte("loop device")) {
-			t.Fatalf("mount %s: %v\n%s", img, err, out)
-		}
-	}
-	up := true
-	down := func() {
-		if up {
-			up = false
-			run(t, "umount", dir)
-		}
-	}
-	defer down()
+	dir, unmount := diskfstest.Mount(t, img, opts)
+	defer unmount()
 	do(dir)
-}
-
-func copyImage(t testing.TB, img string) string {
-	t.Helper()
-	to := filepath.Join(t.TempDir(), "copy.img")
-	run(t, "cp", img, to)
-	return to
 }
 
 // openImage opens img with this package.
@@ -220,7 +190,7 @@ func contentSum(t testing.TB, r io.ReaderAt, size int64, ranges string) string {
 	if size <= 256<<20 {
 		ranges = fmt.Sprintf("0-%d", size)
 	}
-	buf := make([]byte, 100_000) // no multiple of a block
+	buf := make([]byte, min(max(size, 1), 100_000)) // no multiple of a block
 	for _, rg := range strings.Fields(ranges) {
 		var from, to int64
 		if _, err := fmt.Sscanf(rg, "%d-%d", &from, &to); err != nil {
@@ -235,22 +205,25 @@ func contentSum(t testing.TB, r io.ReaderAt, size int64, ranges string) string {
 
 func kernelXattrs(t testing.TB, path string) string {
 	t.Helper()
-	buf := make([]byte, 1<<16)
+	buf := make([]byte, 1<<16) // as long as the kernel lets the list and a value be
 	n, err := unix.Llistxattr(path, buf)
 	if err != nil {
 		t.Fatal(path, err)
 	}
+	if n == 0 {
+		return ""
+	}
+	v := make([]byte, 1<<16)
 	var xs []diskfs.Xattr
 	for _, name := range strings.Split(strings.TrimSuffix(string(buf[:n]), "\x00"), "\x00") {
 		if name == "" || strings.HasPrefix(name, "trusted.SGI_ACL_") {
 			continue
 		}
-		v := make([]byte, 1<<16)
 		n, err := unix.Lgetxattr(path, name, v)
 		if err != nil {
 			t.Fatal(path, name, err)
 		}
-		xs = append(xs, diskfs.Xattr{Name: name, Value: v[:n]})
+		xs = append(xs, diskfs.Xattr{Name: name, Value: bytes.Clone(v[:n])})
 	}
 	sort.Slice(xs, func(a, b int) bool { return xs[a].Name < xs[b].Name })
 	return xattrString(xs)

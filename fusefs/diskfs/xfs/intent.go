@@ -262,7 +262,7 @@ const (
 	exchangeAttrFork   = 1 << 0
 	exchangeSetSizes   = 1 << 1
 	exchangeWritten    = 1 << 2 // leave alone what is a hole or unwritten in file 1
-	exchangeReflink1   = 1 << 3 // these two change flags that nobody sees here
+	exchangeReflink1   = 1 << 3 // these two change flags that are not visible here
 	exchangeReflink2   = 1 << 4
 	exchangeKnownFlags = exchangeSetSizes | exchangeWritten | exchangeReflink1 | exchangeReflink2
 )

@@ -12,12 +12,14 @@ import (
 	"testing"
 	"unsafe"
 
-	"github.com/varve-io/varve/fusefs/diskfs"
 	"golang.org/x/sys/unix"
+
+	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
 
 // A crash between the transactions of one operation is rare, and no workload meets it
-// by plan. So these tests write the log record of one themselves, behind the end of a
+// by plan. So these tests write the log record of one themselves, after the end of a
 // clean log, and let the kernel replay it too.
 
 // patchImage changes n bytes of an image at off.
@@ -225,7 +227,7 @@ func TestUnfinishedAttributes(t *testing.T) {
 	// shows of b's blocks is beyond what is promised here.
 	got := mustOpen(t, img)
 	var want, have string
-	kernel := copyImage(t, img)
+	kernel := diskfstest.CopyImage(t, img)
 	mounted(t, kernel, "", func(dir string) { want = kernelXattrs(t, dir+"/a") + "; " + kernelXattrs(t, dir+"/b") })
 	for _, path := range []string{"a", "b"} {
 		xs, err := mustInode(t, got, path).Xattrs()
@@ -286,7 +288,7 @@ func TestOtherItems(t *testing.T) {
 	mounted(t, img, "", func(dir string) { newFiller(t, dir, 24).write("a", []byte("a")) })
 
 	for kind, want := range map[uint16]string{itemIunlink: "IUNLINK", 0x1250: "0x1250"} {
-		bad := copyImage(t, img)
+		bad := diskfstest.CopyImage(t, img)
 		appendRecord(t, bad, [][]byte{le(kind, uint16(1), uint32(0), uint64(1))})
 		_, err := openImage(t, bad, diskfs.Options{})
 		if !errors.Is(err, diskfs.ErrDirtyLog) || !errors.Is(err, diskfs.ErrUnsupported) || !strings.Contains(fmt.Sprint(err), want) {
@@ -358,7 +360,7 @@ func TestParentPointers(t *testing.T) {
 // TestSwappedExtents crashes after xfs_fsr's way of exchanging the extents of two files,
 // which changes the owner of their trees without logging them. What the kernel showed
 // before the crash is the witness: Linux 6.18 does not mount such a log (it verifies
-// the inode's checksum before it has made it anew).
+// the inode's checksum before it has recomputed it).
 func TestSwappedExtents(t *testing.T) {
 	requireKernel(t)
 	img := newImage(t, 320)

@@ -14,7 +14,7 @@ import (
 const (
 	maxLogBytes = 2 << 30
 
-	// Up to 8 records of up to 256 KiB are written at once, in any order; behind the
+	// Up to 8 records of up to 256 KiB are written at once, in any order; after the
 	// head there may be gaps within that many sectors.
 	maxRecordBytes   = 256 << 10
 	inFlightRecords  = 8

@@ -14,8 +14,10 @@ import (
 	"testing"
 	"testing/fstest"
 
-	"github.com/varve-io/varve/fusefs/diskfs"
 	"golang.org/x/sys/unix"
+
+	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
 
 // Kernels without version 4 or without case-insensitive names cannot be the witness for
@@ -183,7 +185,7 @@ func TestRefused(t *testing.T) {
 		{"root", func(b []byte) { b[56] = 0xff }, "root inode"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			bad := copyImage(t, img)
+			bad := diskfstest.CopyImage(t, img)
 			patchSuperblock(t, bad, c.patch)
 			f, err := os.Open(bad)
 			if err != nil {

@@ -184,7 +184,7 @@ func (rp *replay) item(it *logItem, lsn uint64) error {
 	case itemBUD, itemATTRD, itemXMD:
 		return rp.done(it)
 	}
-	// Left alone, as nothing that reads files, directories or attributes looks at what
+	// Skipped, since nothing that reads files, directories or attributes uses what
 	// they change: QUOTAOFF (collected before), and the intents to free extents (EFI),
 	// to update reverse mappings (RUI) and reference counts (CUI), on either device.
 	// They concern the trees of free space, owners and sharing; a mount finishes them so
@@ -332,7 +332,7 @@ var lsnPlaces = map[uint32]struct{ lsn, uuid int }{
 
 // newer reports whether the block at base already holds what a transaction changed: it
 // was written in place after it. Blocks without a sequence number are taken as older,
-// and so is the superblock; that does no harm, since the log goes on to their last state.
+// and so is the superblock; that does no harm, since the log continues to their last state.
 func (rp *replay) newer(base int64, size int, lsn uint64) (bool, error) {
 	head := make([]byte, min(size, 512))
 	if err := rp.f.dev.readAt(head, base); err != nil {

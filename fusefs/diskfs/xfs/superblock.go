@@ -5,11 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"io"
 	"math/bits"
 	"strings"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
 // superblock is what the reader needs of the superblock ("Superblocks"), checked.
@@ -167,8 +167,8 @@ func parseSuperblock(buf []byte, size int64, recovered bool) (*superblock, error
 		sb.dblocks < uint64(sb.agCount-1)*uint64(sb.agBlocks)+minAGBlocks:
 		return nil, corrupt(where, "%d blocks in %d groups of %d", sb.dblocks, sb.agCount, sb.agBlocks)
 	case sb.dblocks > uint64(size)>>sb.blockLog:
-		return nil, corrupt(where, "the file system spans %d blocks of %d bytes, the image has only %d bytes",
-			sb.dblocks, sb.blockSize, size)
+		return nil, corrupt(where, "the file system spans %d blocks of %d bytes, and the image has only %s; is it cut short?",
+			sb.dblocks, sb.blockSize, bytesize.Exact(size))
 	}
 	if _, err := sb.inodeOffset(sb.rootIno); err != nil {
 		return nil, corrupt(where, "root inode %d out of range", sb.rootIno)
@@ -285,18 +285,6 @@ func checksum(b []byte, off int) uint32 {
 	crc := crc32.Update(0, castagnoli, b[:off])
 	crc = crc32.Update(crc, castagnoli, zero[:])
 	return crc32.Update(crc, castagnoli, b[off+4:])
-}
-
-// readFull reads len(p) bytes at off; an end before that is an error.
-func readFull(r io.ReaderAt, p []byte, off int64) error {
-	n, err := r.ReadAt(p, off)
-	if n == len(p) {
-		return nil
-	}
-	if err == nil || errors.Is(err, io.EOF) {
-		err = io.ErrUnexpectedEOF
-	}
-	return fmt.Errorf("xfs: read %d bytes at %d: %w", len(p), off, err)
 }
 
 func crcUpdate(crc uint32, b []byte) uint32 { return crc32.Update(crc, castagnoli, b) }

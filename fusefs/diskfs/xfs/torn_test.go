@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
 
 // TestReplayTorn damages records among the last, which can have been in flight when
@@ -71,7 +72,7 @@ func TestReplayTorn(t *testing.T) {
 			if n == 0 {
 				n = r.sectors() - c.from
 			}
-			torn := copyImage(t, img)
+			torn := diskfstest.CopyImage(t, img)
 			patchImage(t, torn, l.start+int64(r.blk+c.from)*sector, n*sector, c.damage)
 			states[fmt.Sprint(imageTree(t, checkReplay(t, torn)))] = true
 		})

@@ -5,14 +5,14 @@ import "fmt"
 // The data of records is a series of operations ("Log Operations"): a header, then
 // that many bytes. The operations of one transaction, which can be spread over records
 // and mixed with those of others, bear its number; each carries a region of one of its
-// items. A region cut by the end of a record goes on in the next.
+// items. A region cut by the end of a record continues in the next.
 const (
 	opHeaderSize = 12
 
 	opStart     = 0x01
 	opCommit    = 0x02
-	opContinue  = 0x04 // goes on in the next operation
-	opContinued = 0x08 // goes on from the one before
+	opContinue  = 0x04 // continues in the next operation
+	opContinued = 0x08 // continues the one before
 	opEnd       = 0x10 // the last piece
 	opUnmount   = 0x20
 

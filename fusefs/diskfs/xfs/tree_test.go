@@ -25,6 +25,7 @@ func TestTree(t *testing.T) {
 		{"4k sectors, 2k inodes", []string{"-s", "size=4096", "-i", "size=2048"}, 4096, true, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			img := newImage(t, 400, append(c.mkfs, "-L", "label")...)
 			var want map[string]file
 			mounted(t, img, "", func(dir string) {

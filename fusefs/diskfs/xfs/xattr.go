@@ -5,6 +5,7 @@ import (
 	"sort"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
 // Attributes ("Extended Attributes") stand in the inode, or in leaf blocks under a
@@ -14,7 +15,7 @@ const (
 	attrLocal      = 1 << 0 // the value stands in the leaf
 	attrRoot       = 1 << 1 // trusted.
 	attrSecure     = 1 << 2 // security.
-	attrParent     = 1 << 3 // parent pointers: not attributes that anybody set
+	attrParent     = 1 << 3 // parent pointers: not attributes set by users
 	attrIncomplete = 1 << 7 // being made or removed; does not exist
 	attrNamespace  = attrRoot | attrSecure | attrParent
 
@@ -39,7 +40,7 @@ type rawAttr struct {
 }
 
 // attrVisitor takes an attribute, or the error that stands for attributes that cannot be
-// read; it answers whether to go on.
+// read; it reports whether to continue.
 type attrVisitor func(rawAttr, error) bool
 
 // Xattrs lists the extended attributes in the order of their names: those that can be
@@ -59,7 +60,7 @@ func (i *inode) Xattrs() ([]diskfs.Xattr, error) {
 			return true
 		}
 		if total += len(a.name) + len(a.value); total > maxAttrBytes {
-			faults.Add(corrupt(inodeName(i.stat.Ino), "more than %d MiB of attributes", maxAttrBytes>>20))
+			faults.Add(corrupt(inodeName(i.stat.Ino), "more than %s of attributes", bytesize.Format(maxAttrBytes)))
 			return false
 		}
 		raw = append(raw, a)
@@ -151,7 +152,7 @@ func (i *inode) shortAttrs(add attrVisitor) {
 }
 
 // leafAttrs lists attributes in leaves: down the left edge of the tree, then along the
-// leaves. Where a leaf is damaged, those behind it are found through the nodes.
+// leaves. Where a leaf is damaged, those after it are found through the nodes.
 func (i *inode) leafAttrs(add attrVisitor) {
 	if _, ok, err := i.attr.find(0); err != nil || !ok {
 		if err != nil {
@@ -162,8 +163,8 @@ func (i *inode) leafAttrs(add attrVisitor) {
 	i.attrSubtree(0, 0, map[uint32]bool{}, add)
 }
 
-// attrSubtree lists the leaves below a block of the tree, each once. It answers whether to
-// go on.
+// attrSubtree lists the leaves below a block of the tree, each once. It reports whether to
+// continue.
 func (i *inode) attrSubtree(blk uint32, level int, seen map[uint32]bool, add attrVisitor) bool {
 	if seen[blk] {
 		return add(rawAttr{}, corrupt(i.attr.name(), "block %d stands in the tree twice", blk))

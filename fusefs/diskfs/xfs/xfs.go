@@ -77,7 +77,7 @@ func Open(r io.ReaderAt, size int64, opt diskfs.Options) (*FS, error) {
 func (f *FS) Root() uint64 { return f.sb.rootIno }
 
 // Info describes the volume. Free and Files of a volume whose log was replayed are
-// counted anew from the allocation groups, as a mount does.
+// recounted from the allocation groups, as a mount does.
 func (f *FS) Info() diskfs.Info {
 	f.infoOnce.Do(func() {
 		sb := f.sb

@@ -16,11 +16,12 @@ import (
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/cbt/csi"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/store"
 )
 
-// pod is a mover's pod of files: a device, and a store on a directory.
+// pod is a mover's pod made of files: a device, and a store on a directory.
 type pod struct {
 	t *testing.T
 	Environment
@@ -58,7 +59,6 @@ func newPod(t *testing.T) *pod {
 	p.disk = make([]byte, 3<<20)
 	_, _ = rng.Read(p.disk)
 	p.write()
-
 	return p
 }
 
@@ -71,7 +71,7 @@ func (p *pod) write() {
 
 func (p *pod) task(snapshot string) mover.Task {
 	return mover.Task{Version: mover.ProtocolVersion, Action: mover.ActionBackup, Store: p.settings, Backup: &mover.BackupTask{
-		Volume: backup.Volume{Namespace: "shop", Name: "data", Cluster: "e2e"}, Time: time.Date(2026, 11, 21, 10, 0, 0, 0, time.UTC),
+		Volume: points.Volume{Namespace: "shop", Name: "data", Cluster: "e2e"}, Time: time.Date(2026, 11, 21, 10, 0, 0, 0, time.UTC),
 		Claim:   blocktree.Claim{VolumeMode: "Block", RequestBytes: 3 << 20},
 		Changed: csi.Options{Target: csi.Snapshot{Namespace: "varve", Name: snapshot, Handle: snapshot, VolumeHandle: "vol-1"}},
 	}}
@@ -83,7 +83,6 @@ func (p *pod) run(t mover.Task) mover.Result {
 	if !r.OK {
 		p.t.Fatalf("%s: %s", r.Reason, r.Message)
 	}
-
 	return r
 }
 
@@ -100,7 +99,7 @@ func TestBackup(t *testing.T) {
 		t.Errorf("no progress was shown: %+v", last)
 	}
 
-	// An attempt whose answer was lost made the point all the same.
+	// An attempt whose result was lost has still made the point.
 	if again := p.run(p.task("snap-1")); again.Point.ID != first.Point.ID || again.PointCount != 1 {
 		t.Errorf("the same snapshot made another point: %+v", again)
 	}
@@ -115,7 +114,7 @@ func TestBackup(t *testing.T) {
 	}
 }
 
-// The store's floor is kept whatever retention a run asks for.
+// The store's floor holds for any retention of a run.
 func TestRetentionFloor(t *testing.T) {
 	p := newPod(t)
 	var r mover.Result
@@ -132,7 +131,36 @@ func TestRetentionFloor(t *testing.T) {
 	}
 }
 
-// Where a namespace that was made again is another one, its retention does not touch the
+// The retention of its runs deletes a group as one: by the run that completes the next group, and
+// not before.
+func TestRetentionOfGroups(t *testing.T) {
+	p := newPod(t)
+	members := []points.Volume{{Namespace: "shop", Name: "data", Cluster: "e2e"}, {Namespace: "shop", Name: "log", Cluster: "e2e"}}
+	run := func(day int, v points.Volume) mover.Result {
+		p.disk[1<<20]++
+		p.write()
+		task := p.task(fmt.Sprint("snap-", day, v.Name))
+		at := task.Backup.Time.AddDate(0, 0, day)
+		task.Backup.Volume, task.Backup.Time = v, at
+		task.Backup.Retention = &backup.Policy{Latest: 1}
+		task.Backup.Group = &blocktree.Group{ID: fmt.Sprintf("%032x", day), Name: "shop/all", Time: at, Members: []string{"shop/data", "shop/log"}}
+		return p.run(task)
+	}
+	for _, v := range members {
+		run(1, v)
+	}
+	if r := run(2, members[0]); r.Removed != 0 || r.PointCount != 2 {
+		t.Errorf("half of the second group: %d points removed, %d left", r.Removed, r.PointCount)
+	}
+	if r := run(2, members[1]); r.KeepError != "" || r.Removed != 2 || r.PointCount != 1 {
+		t.Errorf("all of it: %d points removed, %d of the volume left, %s", r.Removed, r.PointCount, r.KeepError)
+	}
+	if r := run(3, members[0]); r.Removed != 0 || r.PointCount != 2 {
+		t.Errorf("half of the third: %d points removed, %d left", r.Removed, r.PointCount)
+	}
+}
+
+// If a namespace that was created again counts as another one, its retention skips the
 // earlier one's points, and its status does not list them.
 func TestPointsOfAnEarlierNamespace(t *testing.T) {
 	p := newPod(t)
@@ -156,7 +184,7 @@ func TestPointsOfAnEarlierNamespace(t *testing.T) {
 	}
 }
 
-// A claim that was deleted and made again has another volume: nothing to build on.
+// A claim that was deleted and created again has another volume: nothing to build on.
 func TestOtherVolume(t *testing.T) {
 	p := newPod(t)
 	p.run(p.task("snap-1"))
@@ -167,16 +195,15 @@ func TestOtherVolume(t *testing.T) {
 	}
 }
 
-// A claim made anew, of a restored volume say, begins a lineage by itself: its first
-// backup is compared with the newest point, and retention takes no point of the claim
-// before for one of its own.
+// A new claim, for instance of a restored volume, begins a lineage by itself: its first
+// backup is compared with the newest point, and retention does not count points of the
+// earlier claim as its own.
 func TestNewClaim(t *testing.T) {
 	p := newPod(t)
 	task := func(snapshot, claim, handle string) mover.Task {
 		task := p.task(snapshot)
 		task.Backup.Claim.UID, task.Backup.Changed.Target.VolumeHandle = claim, handle
 		task.Backup.Retention = &backup.Policy{Latest: 1}
-
 		return task
 	}
 	if r := p.run(task("snap-1", "uid-1", "vol-1")); r.NewLineage != "" {
@@ -200,7 +227,7 @@ func TestNewClaim(t *testing.T) {
 	if r = p.run(task("snap-3", "uid-2", "vol-2")); r.NewLineage != "" || r.PointCount != 2 || r.Removed != 1 {
 		t.Errorf("the new claim's second point: %+v", r)
 	}
-	// Formatted anew within the same claim: as good as another disk.
+	// Formatted again within the same claim: the same as another disk.
 	clear(p.disk)
 	p.write()
 	if r = p.run(task("snap-4", "uid-2", "vol-2")); r.NewLineage == "" || r.PointCount != 3 || r.Removed != 0 {

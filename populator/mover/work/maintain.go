@@ -10,7 +10,7 @@ import (
 	"github.com/varve-io/varve/populator/store"
 )
 
-// maintain runs what is due, and says how much there is.
+// maintain runs the due maintenance, and reports what it reclaimed.
 func maintain(ctx context.Context, _ Environment, _ mover.Task, repo *store.Open) (mover.Result, error) {
 	res, err := backup.Maintain(ctx, repo.Repository, backup.MaintainOptions{Mode: repository.MaintenanceAuto})
 	if errors.Is(err, repository.ErrNotOwner) {
@@ -24,6 +24,5 @@ func maintain(ctx context.Context, _ Environment, _ mover.Task, repo *store.Open
 	if res.MaintenanceReport != nil {
 		r.Reclaimed = res.Reclaimed.Bytes
 	}
-
 	return r, nil
 }

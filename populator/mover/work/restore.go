@@ -5,28 +5,29 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"time"
 
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/disk"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
+	"github.com/varve-io/varve/internal/bytesize"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/store"
 )
 
-// restore writes a recovery point to the device, reads the device back, compares, and
-// looks what file system was written. The point is leased meanwhile, if the store lets
-// leases be written. An attempt that was killed leaves nothing to go on from: where it
-// was may have been another node, so the next begins anew.
+// restore writes a recovery point to the device, reads it back, compares, and checks which file
+// system was written. The point is leased during the restore, if the store allows writing
+// leases. A killed attempt leaves nothing to continue from: it may have run on another node, so
+// the next begins again.
 func restore(ctx context.Context, e Environment, t mover.Task, repo *store.Open) (_ mover.Result, err error) {
 	p, err := findPoint(ctx, repo.Repository, t.Restore.PointID)
 	if err != nil {
 		return mover.Result{}, err
 	}
-	// Direct I/O where the blocks suit it, so that what is read back comes from the
+	// Direct I/O if the block size allows, so that the data read back comes from the
 	// storage and not from this node's memory.
 	size, err := deviceSize(e.Device)
 	if err != nil {
@@ -44,11 +45,11 @@ func restore(ctx context.Context, e Environment, t mover.Task, repo *store.Open)
 	res.Point.Time.Time = p.Time
 	if target.Size() < p.Size {
 		return res, &reasoned{v1alpha1.ReasonDeviceShort, true, fmt.Errorf(
-			"the volume's device has %d bytes, the disk of recovery point %s %d", target.Size(), p.ShortID(), p.Size)}
+			"the volume's device has %s, and the disk of recovery point %s has %s", bytesize.Exact(target.Size()), p.ShortID(), bytesize.Exact(p.Size))}
 	}
 	report := &reporter{w: e.Log}
 	done, err := backup.Restore(ctx, repo.Repository, p, target, backup.RestoreOptions{
-		Verify: true, Progress: func(p backup.Progress) {
+		Verify: true, Delta: t.Restore.Delta, Progress: func(p backup.Progress) {
 			if e.pulse != nil {
 				e.pulse.beat()
 			}
@@ -59,39 +60,35 @@ func restore(ctx context.Context, e Environment, t mover.Task, repo *store.Open)
 	}
 	res.Restore.WrittenBytes, res.Restore.VerifiedBytes = done.Written, done.Verified
 	if res.Restore.FileSystem, err = e.Probe(io.NewSectionReader(target, 0, target.Size()), p.Size); err != nil {
-		// None that is known: whether that matters is the controller's to say.
-		slog.InfoContext(ctx, "the recovery point holds no file system that is known", "error", err)
+		// No known one: the controller decides whether that matters.
+		e.Logger.InfoContext(ctx, "the recovery point holds no file system that is known", "error", err)
 		res.Restore.FileSystem = ""
 	}
-	slog.InfoContext(ctx, "restored", "point", p.Name(), "written", done.Written, "verified", done.Verified,
+	e.Logger.InfoContext(ctx, "restored", "point", p.Name(), "written", done.Written, "verified", done.Verified,
 		"fileSystem", res.Restore.FileSystem, "duration", done.Duration.Round(time.Millisecond))
-
 	return res, nil
 }
 
-// findPoint finds a point by its whole ID, among all volumes: whose it may be was
-// decided before.
-func findPoint(ctx context.Context, repo *repository.Repository, id string) (*backup.Point, error) {
-	cat, err := backup.List(ctx, repo, backup.ListOptions{})
+// findPoint finds a point by its whole ID, among all volumes: access was checked before.
+func findPoint(ctx context.Context, repo *repository.Repository, id string) (*points.Point, error) {
+	cat, err := points.List(ctx, repo, points.ListOptions{})
 	if err != nil {
 		return nil, err
 	}
 	if p := cat.ByID(id); p != nil {
 		return p, nil
 	}
-
 	return nil, &reasoned{v1alpha1.ReasonNoRecoveryPoint, false, fmt.Errorf(
 		"recovery point %s is not in the repository any more: it was pruned or forgotten", id)}
 }
 
-// deviceSize in bytes, of a block device too (lseek(2) tells it).
+// deviceSize returns the size in bytes, also of a block device (by lseek(2)).
 func deviceSize(path string) (int64, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return 0, err
 	}
 	defer f.Close()
-
 	return f.Seek(0, io.SeekEnd)
 }
 
@@ -104,22 +101,20 @@ func deviceError(err error) error {
 	case errors.Is(err, os.ErrNotExist), errors.Is(err, disk.ErrNotADisk):
 		return &reasoned{v1alpha1.ReasonDeviceNotReadable, true, fmt.Errorf("the pod has no block device: %w", err)}
 	case errors.As(err, &used):
-		return &reasoned{v1alpha1.ReasonMoverFailed, true, fmt.Errorf("somebody else uses the volume that is to be written: %w", err)}
+		return &reasoned{v1alpha1.ReasonMoverFailed, true, fmt.Errorf("another process uses the volume that is to be written: %w", err)}
 	}
-
 	return fmt.Errorf("open the device: %w", err)
 }
 
-// restoreError gives those errors a reason that decide what the controller does.
+// restoreError adds a reason to errors that decide what the controller does.
 func restoreError(err error) error {
 	switch {
-	case errors.Is(err, backup.ErrNoSuchPoint):
+	case errors.Is(err, points.ErrNoSuchPoint):
 		return &reasoned{v1alpha1.ReasonNoRecoveryPoint, false, err}
 	case errors.Is(err, backup.ErrVerify):
 		return &reasoned{v1alpha1.ReasonRestoreFailed, true, err}
 	case errors.Is(err, backup.ErrTargetTooSmall), errors.Is(err, disk.ErrTooSmall):
 		return &reasoned{v1alpha1.ReasonDeviceShort, true, err}
 	}
-
 	return err
 }

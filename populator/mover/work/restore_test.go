@@ -2,6 +2,7 @@ package work
 
 import (
 	"bytes"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -12,14 +13,15 @@ import (
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/backup"
 	"github.com/varve-io/varve/backup/disk"
+	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository/repotest"
 	"github.com/varve-io/varve/internal/probe"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/store"
 )
 
-// ext4Magic is all that it takes to call a disk ext4: a superblock with the magic, a few
-// sizes and a feature that ext3 lacks (extents).
+// ext4Magic is the minimum of an ext4 disk: a superblock with the magic, a few sizes and
+// a feature that ext3 lacks (extents).
 func ext4Magic(p []byte) {
 	sb := p[1024:2048]
 	clear(sb)
@@ -42,7 +44,6 @@ func TestRestore(t *testing.T) {
 		if err := os.WriteFile(path, p, 0o600); err != nil {
 			t.Fatal(err)
 		}
-
 		return path
 	}
 	repo := repotest.New(t).Open(t)
@@ -51,7 +52,7 @@ func TestRestore(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer src.Close()
-	_, rec, err := backup.Run(t.Context(), repo, backup.Options{Disk: src, Volume: backup.Volume{Namespace: "shop", Name: "db", Cluster: "test"}})
+	_, rec, err := backup.Run(t.Context(), repo, backup.Options{Disk: src, Volume: points.Volume{Namespace: "shop", Name: "db", Cluster: "test"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -74,7 +75,7 @@ func TestRestore(t *testing.T) {
 			if tc.loop {
 				device = loopDevice(t, path)
 			}
-			e := Environment{Device: device, Probe: probe.Type, Log: &bytes.Buffer{}}
+			e := Environment{Device: device, Probe: probe.Type, Log: &bytes.Buffer{}, Logger: slog.New(slog.DiscardHandler)}
 			res, err := restore(t.Context(), e, mover.Task{Restore: &mover.RestoreTask{PointID: tc.point}}, &store.Open{Repository: repo})
 			if tc.reason != "" {
 				got := failure(t.Context(), err)
@@ -84,7 +85,6 @@ func TestRestore(t *testing.T) {
 				if tc.reason == v1alpha1.ReasonDeviceShort && res.Restore.DeviceBytes != int64(len(tc.device)) {
 					t.Errorf("says that the device has %d bytes", res.Restore.DeviceBytes)
 				}
-
 				return
 			}
 			if err != nil {
@@ -120,6 +120,5 @@ func loopDevice(t *testing.T, file string) string {
 			t.Errorf("detach %s: %v: %s", dev, err, out)
 		}
 	})
-
 	return dev
 }

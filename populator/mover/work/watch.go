@@ -13,25 +13,24 @@ import (
 )
 
 const (
-	// quiet is how long work may stand still before it is looked whether the repository
-	// is still there. A storage that went away without a word leaves connections on which
-	// nothing ever comes; the system gives those up after minutes, and Kopia tries again
-	// ten times.
+	// quiet is how long work may stand still before a check whether the repository is
+	// reachable. A storage that disappears silently leaves connections on which nothing
+	// arrives; the system gives them up after minutes, and Kopia retries ten times.
 	quiet = 20 * time.Second
-	// grace is how long work that was ended so may take to let go: it would tell the
-	// repository, too.
+	// grace is how long work that was ended in this way may take to stop: it would also
+	// call the repository.
 	grace = 10 * time.Second
 )
 
-// pulse is how often the work that it is told of moved on.
+// pulse counts the beats of the work.
 type pulse struct{ beats atomic.Int64 }
 
 func (p *pulse) beat() { p.beats.Add(1) }
 
-// watch does work that beats as it moves on. When that stands still and probe finds that the
-// repository cannot be reached, the work's context ends and the probe's error is returned,
-// after grace at the latest: the process is about to end, and with it what is left of the work.
-func watch(ctx context.Context, probe func(context.Context) error, do func(context.Context, *pulse) (mover.Result, error)) (mover.Result, error) {
+// watch does work that beats as it makes progress. When it stands still and probe finds the
+// repository unreachable, the work's context ends and the probe's error is returned, after
+// grace at the latest: the process is about to end, and with it the rest of the work.
+func watch(ctx context.Context, log *slog.Logger, probe func(context.Context) error, do func(context.Context, *pulse) (mover.Result, error)) (mover.Result, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	type outcome struct {
@@ -63,30 +62,28 @@ func watch(ctx context.Context, probe func(context.Context) error, do func(conte
 			if !errors.Is(err, repository.ErrUnreachable) || ctx.Err() != nil || p.beats.Load() != last {
 				continue
 			}
-			slog.WarnContext(ctx, "nothing moves, and the repository cannot be reached", "error", err)
+			log.WarnContext(ctx, "no progress, and the repository cannot be reached", "error", err)
 			cancel()
 			select {
 			case <-ended:
 			case <-time.After(grace):
 			}
-
 			return mover.Result{}, err
 		}
 	}
 }
 
-// prober opens the repository of a task once more.
+// prober opens the repository of a task again.
 func prober(e Environment, t mover.Task) func(context.Context) error {
 	return func(ctx context.Context) error {
 		c, err := store.ReadCredentials(e.StoreDir)
 		if err != nil {
 			return err
 		}
-		repo, err := t.Store.Open(ctx, store.OpenOptions{Credentials: c, Dir: e.Scratch, ConfigDir: e.ConfigDir, VolumeDir: e.VolumeDir})
+		repo, err := t.Store.Open(ctx, store.OpenOptions{Credentials: c, Dir: e.Scratch, ConfigDir: e.ConfigDir, VolumeDir: e.VolumeDir, Log: e.Logger})
 		if err != nil {
 			return err
 		}
-
 		return repo.Close(context.WithoutCancel(ctx))
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -32,7 +33,7 @@ func TestWatch(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				started := time.Now()
 				over := make(chan struct{})
-				_, err := watch(t.Context(), func(context.Context) error { return tc.probe }, func(ctx context.Context, p *pulse) (mover.Result, error) {
+				_, err := watch(t.Context(), slog.New(slog.DiscardHandler), func(context.Context) error { return tc.probe }, func(ctx context.Context, p *pulse) (mover.Result, error) {
 					defer close(over)
 					tick := time.NewTicker(time.Second)
 					defer tick.Stop()
@@ -40,7 +41,6 @@ func TestWatch(t *testing.T) {
 						select {
 						case <-ctx.Done():
 							time.Sleep(tc.lingers)
-
 							return mover.Result{}, ctx.Err()
 						case <-tick.C:
 						}
@@ -48,7 +48,6 @@ func TestWatch(t *testing.T) {
 							p.beat()
 						}
 					}
-
 					return mover.Result{}, nil
 				})
 				if took := time.Since(started); tc.want != nil && took > 2*quiet+grace {

@@ -1,9 +1,9 @@
-// Package csikube reads from a Kubernetes cluster what package csi wants to know: where
-// a driver's SnapshotMetadata service is, how a snapshot is called, and tokens for it.
+// Package csikube reads from a Kubernetes cluster what package csi needs: where a driver's
+// SnapshotMetadata service is, the names of a snapshot, and tokens for the service.
 //
-// The rights that this takes: get volumesnapshots, volumesnapshotcontents and
+// It needs these rights: get volumesnapshots, volumesnapshotcontents and
 // snapshotmetadataservices; create serviceaccounts/token only for TokenRequest, which a
-// projected token volume makes needless.
+// projected token volume makes unnecessary.
 package csikube
 
 import (
@@ -23,14 +23,14 @@ import (
 	"github.com/varve-io/varve/backup/cbt/csi"
 )
 
-// AddToScheme adds the types that this package reads and makes.
+// AddToScheme adds the types that this package reads and creates.
 func AddToScheme(s *runtime.Scheme) error {
 	return errors.Join(snapshotmetadatav1beta1.AddToScheme(s), snapshotv1.AddToScheme(s), corev1.AddToScheme(s), authenticationv1.AddToScheme(s))
 }
 
-// Service finds the SnapshotMetadata service of a driver, by the object of the driver's
-// name. If there is none, or the cluster has no such kind, the Endpoint is empty, as
-// csi.Options takes it. One that says too little is no error, but its Trouble.
+// Service finds the SnapshotMetadata service of a driver, by the object of the driver's name.
+// If there is none, or the cluster has no such kind, the Endpoint is empty, as csi.Options
+// allows. An incomplete object is no error, but the Endpoint's Trouble.
 func Service(ctx context.Context, r client.Reader, driver string) (csi.Endpoint, error) {
 	var svc snapshotmetadatav1beta1.SnapshotMetadataService
 
@@ -47,21 +47,19 @@ func Service(ctx context.Context, r client.Reader, driver string) (csi.Endpoint,
 	if e.Address == "" || e.Audience == "" || len(e.CABundle) == 0 {
 		e.Trouble = fmt.Sprintf("SnapshotMetadataService %s lacks an address, a CA certificate or an audience: see the driver's installation", driver)
 	}
-
 	return e, nil
 }
 
-// ErrNotReady is a snapshot that must not be asked about yet: a sidecar of v1.1.0 dies
-// of one without a status. Wait for the VolumeSnapshot to change.
+// ErrNotReady means that a snapshot must not be used yet: a sidecar of v1.1.0 crashes on one
+// without a status. Wait for the VolumeSnapshot to change.
 var ErrNotReady = errors.New("the snapshot is not ready")
 
-// Snapshot names a VolumeSnapshot as csi.Options wants its target and its base, and tells
-// its driver. It fails with ErrNotReady until the snapshot is bound, both ways, and
-// readyToUse.
+// Snapshot describes a VolumeSnapshot for csi.Options, as target or base, and returns its
+// driver. It fails with ErrNotReady until the snapshot is bound, both ways, and readyToUse.
 //
-// volumeHandle is what the caller knows the volume by, from its PersistentVolume. The
-// content of a snapshot that was taken here names it too, and must agree; that of one
-// made for a handle, such as a copy in another namespace, does not.
+// volumeHandle is the handle of the volume, from its PersistentVolume. The content of a
+// snapshot that was taken here has it too, and must agree; the content of one made for a
+// handle, such as a copy in another namespace, does not.
 func Snapshot(ctx context.Context, r client.Reader, key client.ObjectKey, volumeHandle string) (snapshot csi.Snapshot, driver string, err error) {
 	fail := func(err error) (csi.Snapshot, string, error) {
 		return csi.Snapshot{}, "", fmt.Errorf("VolumeSnapshot %s: %w", key, err)
@@ -110,11 +108,9 @@ func Snapshot(ctx context.Context, r client.Reader, key client.ObjectKey, volume
 	snapshot = csi.Snapshot{Namespace: vs.Namespace, Name: vs.Name, Handle: *content.Status.SnapshotHandle, VolumeHandle: volumeHandle}
 	driver = content.Spec.Driver
 
-	// A driver that does not tell its change ID costs the next backup its delta, and
-	// this one nothing.
+	// Without the driver's change ID the next backup is no delta; this one is not affected.
 	if id, err := csi.ChangeID(driver, snapshot.Handle, csi.Annotations{Snapshot: vs.Annotations, Content: content.Annotations}); err == nil {
 		snapshot.ChangeID = id
 	}
-
 	return snapshot, driver, nil
 }

@@ -29,7 +29,6 @@ func newClient(t *testing.T, funcs interceptor.Funcs, objects ...client.Object) 
 	if err := AddToScheme(scheme); err != nil {
 		t.Fatal(err)
 	}
-
 	return fake.NewClientBuilder().WithScheme(scheme).WithObjects(objects...).WithInterceptorFuncs(funcs).Build()
 }
 
@@ -67,10 +66,9 @@ func TestService(t *testing.T) {
 	}
 }
 
-// boundSnapshot is a snapshot as the cluster shows it once it is ready.
+// boundSnapshot returns a snapshot that is ready.
 func boundSnapshot() (*snapshotv1.VolumeSnapshot, *snapshotv1.VolumeSnapshotContent) {
 	content, handle, volume, ready := "content", "handle", "vol", true
-
 	return &snapshotv1.VolumeSnapshot{
 			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "snap", UID: "uid"},
 			Status:     &snapshotv1.VolumeSnapshotStatus{BoundVolumeSnapshotContentName: &content, ReadyToUse: &ready},
@@ -164,7 +162,6 @@ func TestTokenRequest(t *testing.T) {
 
 		made++
 		r.Status = authenticationv1.TokenRequestStatus{Token: fmt.Sprint("token-", made), ExpirationTimestamp: metav1.NewTime(now.Add(life))}
-
 		return nil
 	}})
 	tokens := &TokenRequest{
@@ -182,7 +179,6 @@ func TestTokenRequest(t *testing.T) {
 		if expect, _ := csi.NewToken(fmt.Sprint("token-", want)); !token.Equal(expect) || made != want {
 			t.Fatalf("%d tokens were made, want %d", made, want)
 		}
-
 		return token
 	}
 
@@ -203,7 +199,7 @@ func TestTokenRequest(t *testing.T) {
 	tokens.Refused(second)
 	get(3)
 
-	// One that lives shorter than the margin is used once.
+	// A token with a shorter life than the margin is used once.
 	now, life = now.Add(time.Hour), 30*time.Second
 
 	get(4)

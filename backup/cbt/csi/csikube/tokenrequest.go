@@ -14,10 +14,10 @@ import (
 	"github.com/varve-io/varve/backup/cbt/csi"
 )
 
-// TokenRequest mints tokens of a service account through the TokenRequest API, and
-// renews them once four fifths of their life are over. A pod does better with a
-// projected token volume and csi.TokenFile. Safe for concurrent use; the fields are not
-// to be changed after the first call.
+// TokenRequest requests tokens of a service account through the TokenRequest API, and renews
+// them after four fifths of their life. In a pod use a projected token volume and
+// csi.TokenFile instead. Safe for concurrent use; do not change the fields after the first
+// call.
 type TokenRequest struct {
 	// Client makes the requests; client.Client is one.
 	Client client.SubResourceClientConstructor
@@ -25,8 +25,7 @@ type TokenRequest struct {
 	Account client.ObjectKey
 	// Audience is that of the csi.Endpoint.
 	Audience string
-	// Lifetime asked for; 0 for ten minutes, the least there is. The server may give
-	// another.
+	// Lifetime requested; 0 for ten minutes, the minimum. The server may return another.
 	Lifetime time.Duration
 	// Now is the clock; nil for the system's.
 	Now func() time.Time
@@ -40,8 +39,8 @@ var _ csi.Refresher = (*TokenRequest)(nil)
 
 const (
 	leastLifetime = 10 * time.Minute
-	// margin is what a token given out lives for at least, unless the server gives
-	// out shorter ones.
+	// margin is how long a returned token lives at least, unless the server returns shorter
+	// ones.
 	margin = time.Minute
 )
 
@@ -73,7 +72,6 @@ func (t *TokenRequest) Token(ctx context.Context) (csi.Token, error) {
 	life := request.Status.ExpirationTimestamp.Sub(now)
 	t.token = token
 	t.until = now.Add(min(life*4/5, life-margin))
-
 	return token, nil
 }
 
@@ -91,6 +89,5 @@ func (t *TokenRequest) now() time.Time {
 	if t.Now != nil {
 		return t.Now()
 	}
-
 	return time.Now()
 }

@@ -35,7 +35,7 @@ func (s *Server) GetMetadataAllocated(r *api.GetMetadataAllocatedRequest, stream
 
 type sendFunc func(api.BlockMetadataType, int64, []*api.BlockMetadata) error
 
-// take notes a call and says what is to be said to it.
+// take records a call and returns the answer to it.
 func (s *Server) take(c Call) (Script, Behaviour, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -50,14 +50,13 @@ func (s *Server) take(c Call) (Script, Behaviour, bool) {
 	if b.DeltaOnly && c.Method != "delta" {
 		b = Behaviour{}
 	}
-
 	return script, b, c.Token == s.token
 }
 
 func (s *Server) answer(ctx context.Context, c Call, send sendFunc) error {
 	script, b, known := s.take(c)
 	if !known {
-		// Worse than any real service: it shows what it was given.
+		// Worse than any real service: it echoes the token.
 		return status.Errorf(codes.Unauthenticated, "unknown token %s", c.Token)
 	}
 
@@ -84,25 +83,22 @@ func (s *Server) answer(ctx context.Context, c Call, send sendFunc) error {
 		return status.Error(b.Code, b.Message)
 	case Drop:
 		s.dropAll()
-
 		return status.Error(codes.Unavailable, "dropped")
 	case Stall:
 		s.stalled <- struct{}{}
 		<-ctx.Done()
-
 		return status.FromContextError(ctx.Err()).Err()
 	}
-
 	return nil
 }
 
-// from is the part of the list that is told to one who asks from offset on.
+// from returns the part of the list to send for a call from offset on.
 func from(list []cbt.Extent, offset int64, b Behaviour) []cbt.Extent {
 	if b.Repeat {
 		return list
 	}
 
-	// A wrong range has no end to go by; only a right one is left out.
+	// A wrong range has no usable end; only a right one is skipped.
 	for len(list) > 0 && list[0].Length > 0 && list[0].Offset >= 0 && list[0].Length <= offset-list[0].Offset {
 		list = list[1:]
 	}
@@ -113,7 +109,6 @@ func from(list []cbt.Extent, offset int64, b Behaviour) []cbt.Extent {
 		first.Offset, first.Length = start, first.End()-start
 		list = append([]cbt.Extent{first}, list[1:]...)
 	}
-
 	return list
 }
 
@@ -152,12 +147,11 @@ func tell(script Script, b Behaviour, kind api.BlockMetadataType, list []cbt.Ext
 
 		list = list[count:]
 	}
-
 	return nil
 }
 
-// blocks are those of the length given that touch the list, in order, the last one as
-// short as the capacity has it.
+// blocks returns the blocks of a length that touch the list, in order, the last one cut at
+// the capacity.
 func blocks(list []cbt.Extent, length, capacity int64) []cbt.Extent {
 	var out []cbt.Extent
 
@@ -171,6 +165,5 @@ func blocks(list []cbt.Extent, length, capacity int64) []cbt.Extent {
 			}
 		}
 	}
-
 	return out
 }

@@ -1,5 +1,5 @@
-// Package csitest is a SnapshotMetadata service for tests: it speaks pkg/api over TLS
-// on a loopback socket, says what its script tells it to, and misbehaves as told.
+// Package csitest is a SnapshotMetadata service for tests: it speaks pkg/api over TLS on a
+// loopback socket, and answers and misbehaves by a script.
 package csitest
 
 import (
@@ -26,26 +26,24 @@ import (
 	"github.com/varve-io/varve/backup/cbt/csi"
 )
 
-// Token is the one that a new Server takes: the shape of a service account's, and
-// nothing that could turn up by chance.
+// Token is the token that a new Server accepts: like a service account's, with text that
+// cannot occur by chance.
 const Token = "eyJhbGciOiJSUzI1NiJ9.c2VjcmV0LWNsYWltcy1vZi1hLXRlc3Q.c2lnbmF0dXJlLW9mLWEtdGVzdA"
 
-// Audience is what a Server says that tokens are for.
+// Audience is the Server's audience for tokens.
 const Audience = "csitest"
 
-// Script is what a Server says.
+// Script is what a Server answers.
 type Script struct {
 	// Capacity of the volume in bytes.
 	Capacity int64
-	// Delta and Allocated are the ranges it lists. With Fixed, blocks of that length
-	// that touch them are listed in order; else they are as they stand, wrong or
-	// right.
+	// Delta and Allocated are the ranges it lists. With Fixed, the blocks of that length that
+	// touch them are listed in order; else the ranges themselves, right or wrong.
 	Delta, Allocated []cbt.Extent
 	Fixed            int64
 	// PerMessage is the most ranges in a message; 0 for 100.
 	PerMessage int
-	// Calls say how each call behaves, in the order in which they come; those behind
-	// the last behave as Then says.
+	// Calls say how each call behaves, in order; later calls behave as Then says.
 	Calls []Behaviour
 	Then  Behaviour
 }
@@ -59,30 +57,30 @@ const (
 	Early             // the same, but before
 	Status            // with Code and Message
 	Drop              // the connection is cut
-	Stall             // not at all, until the caller gives up
+	Stall             // not until the caller gives up
 )
 
 // Behaviour of a call. The zero value is a good one.
 type Behaviour struct {
 	End End
-	// After is how many ranges of the list are told, in this call and before; for
-	// all Ends but Clean.
+	// After is how many ranges of the list are sent, in this call and before; for all Ends
+	// but Clean.
 	After   int
 	Code    codes.Code
 	Message string
-	// DeltaOnly leaves calls for allocated blocks alone.
+	// DeltaOnly does not apply to calls for allocated blocks.
 	DeltaOnly bool
 
-	// Before has the first range begin so many bytes before the offset asked for, if
-	// any was; Repeat has all of them told again from the start.
+	// Before begins the first range this many bytes before the requested offset, if any;
+	// Repeat sends all ranges again from the start.
 	Before int64
 	Repeat bool
-	// Capacity and Type, if not 0, are said from the second message on.
+	// Capacity and Type, if not 0, are sent from the second message on.
 	Capacity int64
 	Type     api.BlockMetadataType
 }
 
-// Call is a request that came.
+// Call is a received request.
 type Call struct {
 	Method          string // "delta" or "allocated"
 	Token           string
@@ -92,7 +90,7 @@ type Call struct {
 	MaxResults      int32
 }
 
-// Server is such a service. Its methods may be called from any goroutine.
+// Server is such a service. It is safe for concurrent use.
 type Server struct {
 	api.UnimplementedSnapshotMetadataServer
 
@@ -106,7 +104,7 @@ type Server struct {
 	conns  map[net.Conn]struct{}
 }
 
-// New runs a Server until the test is over.
+// New runs a Server until the test ends.
 func New(t testing.TB, script Script) *Server {
 	t.Helper()
 
@@ -138,25 +136,23 @@ func New(t testing.TB, script Script) *Server {
 			t.Errorf("serve: %v", err)
 		}
 	})
-
 	return s
 }
 
-// Endpoint is how to reach it.
+// Endpoint says how to reach it.
 func (s *Server) Endpoint() csi.Endpoint { return s.endpoint }
 
 // Stalled receives a value for each call that stalls.
 func (s *Server) Stalled() <-chan struct{} { return s.stalled }
 
-// Calls are those that came so far.
+// Calls returns the calls received so far.
 func (s *Server) Calls() []Call {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-
 	return append([]Call(nil), s.calls...)
 }
 
-// SetToken has it take another token only.
+// SetToken makes it accept only another token.
 func (s *Server) SetToken(token string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -187,7 +183,6 @@ func (l *listener) Accept() (net.Conn, error) {
 		l.s.conns[c] = struct{}{}
 		l.s.mu.Unlock()
 	}
-
 	return c, err
 }
 
@@ -224,6 +219,5 @@ func certificates() (authority []byte, certificate tls.Certificate, err error) {
 	if err != nil {
 		return nil, certificate, err
 	}
-
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: caDER}), tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, nil
 }

@@ -21,14 +21,22 @@ const (
 	gatewayName = "versitygw-v1.8.0" // as pinned in e2e/tools/go.mod
 )
 
-// gateway builds the S3 server once and returns its path.
+// gateway returns the path of the S3 server: that of "make test", or one that it builds once in the user's cache.
+// It is outside of the checkout, where go's test cache would compare its date.
 func gateway(t testing.TB) string {
 	t.Helper()
+	if bin := os.Getenv("VARVE_TEST_S3"); bin != "" {
+		return bin
+	}
 	root, err := moduleRoot()
 	if err != nil {
 		t.Fatal(err)
 	}
-	bin := filepath.Join(root, ".cache", "tools", gatewayName)
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bin := filepath.Join(cache, "varve-tests", gatewayName)
 	if _, err := os.Stat(bin); err == nil {
 		return bin
 	}

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/pkg/sftp"
@@ -22,6 +23,7 @@ type SFTP struct {
 	Port           int
 	User, Password string
 	KnownHosts     string // line of a known_hosts file
+	readOnly       atomic.Bool
 }
 
 // StartSFTP serves the machine's files until the test ends; paths are absolute.
@@ -65,7 +67,7 @@ func StartSFTP(t testing.TB) *SFTP {
 			open[c] = true
 			mu.Unlock()
 			running.Go(func() {
-				_ = serveSSH(c, config) // a client that goes is no failure of the test
+				_ = s.serveSSH(c, config) // a client that goes is no failure of the test
 				_ = c.Close()
 			})
 		}
@@ -82,7 +84,10 @@ func StartSFTP(t testing.TB) *SFTP {
 	return s
 }
 
-func serveSSH(c net.Conn, config *ssh.ServerConfig) error {
+// ReadOnly has sessions that begin from now on write nothing.
+func (s *SFTP) ReadOnly() { s.readOnly.Store(true) }
+
+func (s *SFTP) serveSSH(c net.Conn, config *ssh.ServerConfig) error {
 	conn, channels, requests, err := ssh.NewServerConn(c, config)
 	if err != nil {
 		return fmt.Errorf("handshake: %w", err)
@@ -100,13 +105,13 @@ func serveSSH(c net.Conn, config *ssh.ServerConfig) error {
 		if err != nil {
 			return fmt.Errorf("accept channel: %w", err)
 		}
-		running.Go(func() { serveSession(channel, in) })
+		running.Go(func() { s.serveSession(channel, in) })
 	}
 	return nil
 }
 
 // serveSession answers the one request for the subsystem sftp.
-func serveSession(channel ssh.Channel, in <-chan *ssh.Request) {
+func (s *SFTP) serveSession(channel ssh.Channel, in <-chan *ssh.Request) {
 	defer channel.Close()
 	for req := range in {
 		ok := req.Type == "subsystem" && len(req.Payload) > 4 && string(req.Payload[4:]) == "sftp"
@@ -114,7 +119,11 @@ func serveSession(channel ssh.Channel, in <-chan *ssh.Request) {
 		if !ok {
 			continue
 		}
-		server, err := sftp.NewServer(channel)
+		var options []sftp.ServerOption
+		if s.readOnly.Load() {
+			options = append(options, sftp.ReadOnly())
+		}
+		server, err := sftp.NewServer(channel, options...)
 		if err != nil {
 			return
 		}

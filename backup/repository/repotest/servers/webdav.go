@@ -11,6 +11,7 @@ import (
 // WebDAV is a server of one directory, for one user.
 type WebDAV struct {
 	URL, User, Password string
+	Rights              Rights
 	server              *httptest.Server
 }
 
@@ -23,6 +24,10 @@ func StartWebDAV(t testing.TB, dir string) *WebDAV {
 		if user, password, ok := q.BasicAuth(); !ok || user != s.User || password != s.Password {
 			w.Header().Set("WWW-Authenticate", `Basic realm="test"`)
 			http.Error(w, "who are you?", http.StatusUnauthorized)
+			return
+		}
+		if !s.Rights.lets(q.Method) {
+			http.Error(w, "not allowed", http.StatusForbidden)
 			return
 		}
 		dav.ServeHTTP(w, q)

@@ -9,6 +9,11 @@ app.kubernetes.io/name: varve
 app.kubernetes.io/component: controller
 {{- end -}}
 
+{{- define "varve.moverSelector" -}}
+app.kubernetes.io/managed-by: varve
+app.kubernetes.io/component: mover
+{{- end -}}
+
 {{- define "varve.image" -}}
 {{- if .Values.image.digest -}}
 {{ .Values.image.repository }}@{{ .Values.image.digest }}

@@ -17,7 +17,7 @@ import (
 	"github.com/varve-io/varve/e2e/chart"
 )
 
-// Head of the file that is written.
+// Head of the written file.
 const head = "# Varve as plain manifests, rendered from deploy/helm/varve by make manifests.\n"
 
 func main() {
@@ -48,6 +48,5 @@ func render(dir, file, admission string) ([]byte, error) {
 		}
 		values = chartutil.MergeTables(more, values)
 	}
-
 	return chart.Render(dir, values)
 }

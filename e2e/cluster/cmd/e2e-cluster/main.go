@@ -29,7 +29,7 @@ import (
 	"github.com/varve-io/varve/e2e/cluster/supervisor"
 )
 
-// exitCode is that of a command run for the user, who has seen its own message.
+// exitCode is that of a command run for the user, who has seen its message.
 type exitCode int
 
 func (c exitCode) Error() string { return fmt.Sprintf("exit status %d", int(c)) }

@@ -3,7 +3,7 @@
 //
 //	mkimage -binary bin/varve -name varve:dev -o bin/varve-image.tar -sbom bin/varve.spdx.json
 //
-// SOURCE_DATE_EPOCH dates all of it, so that the same binary gives the same image.
+// SOURCE_DATE_EPOCH dates all entries, so that the same binary gives the same image.
 package main
 
 import (

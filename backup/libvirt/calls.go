@@ -1,0 +1,164 @@
+package libvirt
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/digitalocean/go-libvirt"
+)
+
+// ErrNoAnswer means that libvirt did not answer a call in time. The connection is of no use then:
+// each later call fails with it too, at once. What libvirt does of the call is not known.
+var ErrNoAnswer = errors.New("libvirt does not answer")
+
+// Bounds of how long a call may take. libvirt itself waits half a minute for another call about the
+// same domain, and one that drains a slow disk waits for it.
+const (
+	DefaultTimeout = time.Minute
+	leaving        = 2 * time.Second // how long the end of a connection is waited for
+)
+
+// call runs one call of libvirt's, for at most as long as the URI allows.
+func call[T any](c *Conn, name string, do func(*libvirt.Libvirt) (T, error)) (T, error) {
+	return callWithin(c, name, c.timeout, do)
+}
+
+func callWithin[T any](c *Conn, name string, limit time.Duration, do func(*libvirt.Libvirt) (T, error)) (T, error) {
+	var none T
+	if err := c.silent.Load(); err != nil {
+		return none, *err
+	}
+	watch := time.AfterFunc(limit, func() {
+		err := fmt.Errorf("%w: %s took longer than %s; see whether libvirtd (or virtqemud) hangs, and start it again", ErrNoAnswer, name, limit)
+		c.silent.CompareAndSwap(nil, &err)
+		_ = c.conn.Close() // which ends the call
+	})
+	answer, err := do(c.lv)
+	if watch.Stop() || err == nil || Refused(err) {
+		return answer, err
+	}
+	if why := c.silent.Load(); why != nil {
+		return none, *why
+	}
+	return none, err
+}
+
+// run is call for what answers nothing.
+func run(c *Conn, name string, do func(*libvirt.Libvirt) error) error {
+	_, err := call(c, name, func(l *libvirt.Libvirt) (struct{}, error) { return struct{}{}, do(l) })
+	return err
+}
+
+// State is a domain's.
+func (c *Conn) State(d libvirt.Domain) (libvirt.DomainState, error) {
+	return call(c, "DomainGetState", func(l *libvirt.Libvirt) (libvirt.DomainState, error) {
+		state, _, err := l.DomainGetState(d, 0)
+		return libvirt.DomainState(state), err
+	})
+}
+
+// Lookup finds a domain by its name.
+func (c *Conn) Lookup(name string) (libvirt.Domain, error) {
+	return call(c, "DomainLookupByName", func(l *libvirt.Libvirt) (libvirt.Domain, error) { return l.DomainLookupByName(name) })
+}
+
+// LookupUUID finds a domain by its UUID.
+func (c *Conn) LookupUUID(id libvirt.UUID) (libvirt.Domain, error) {
+	return call(c, "DomainLookupByUUID", func(l *libvirt.Libvirt) (libvirt.Domain, error) { return l.DomainLookupByUUID(id) })
+}
+
+// XML is a domain's definition.
+func (c *Conn) XML(d libvirt.Domain, flags libvirt.DomainXMLFlags) (string, error) {
+	return call(c, "DomainGetXMLDesc", func(l *libvirt.Libvirt) (string, error) { return l.DomainGetXMLDesc(d, flags) })
+}
+
+// Define defines a domain.
+func (c *Conn) Define(xml string) (libvirt.Domain, error) {
+	return call(c, "DomainDefineXMLFlags", func(l *libvirt.Libvirt) (libvirt.Domain, error) { return l.DomainDefineXMLFlags(xml, 0) })
+}
+
+// BlockInfo is how much of a disk is allocated, and its size, in bytes.
+func (c *Conn) BlockInfo(d libvirt.Domain, target string) (allocated, capacity uint64, err error) {
+	both, err := call(c, "DomainGetBlockInfo", func(l *libvirt.Libvirt) (both [2]uint64, err error) {
+		both[0], both[1], _, err = l.DomainGetBlockInfo(d, target, 0)
+		return both, err
+	})
+	return both[0], both[1], err
+}
+
+// JobType is that of the job that runs.
+func (c *Conn) JobType(d libvirt.Domain) (libvirt.DomainJobType, error) {
+	return call(c, "DomainGetJobStats", func(l *libvirt.Libvirt) (libvirt.DomainJobType, error) {
+		kind, _, err := l.DomainGetJobStats(d, 0)
+		return libvirt.DomainJobType(kind), err
+	})
+}
+
+// AbortJob has the job end.
+func (c *Conn) AbortJob(d libvirt.Domain) error {
+	return run(c, "DomainAbortJob", func(l *libvirt.Libvirt) error { return l.DomainAbortJob(d) })
+}
+
+// BackupBegin begins a backup job. An empty checkpoint is none.
+func (c *Conn) BackupBegin(d libvirt.Domain, backup, checkpoint string) error {
+	var with libvirt.OptString
+	if checkpoint != "" {
+		with = libvirt.OptString{checkpoint}
+	}
+	return run(c, "DomainBackupBegin", func(l *libvirt.Libvirt) error { return l.DomainBackupBegin(d, backup, with, 0) })
+}
+
+// BackupXML describes the backup job that runs.
+func (c *Conn) BackupXML(d libvirt.Domain) (string, error) {
+	return call(c, "DomainBackupGetXMLDesc", func(l *libvirt.Libvirt) (string, error) { return l.DomainBackupGetXMLDesc(d, 0) })
+}
+
+// Checkpoints are those of a domain, parents first.
+func (c *Conn) Checkpoints(d libvirt.Domain) ([]libvirt.DomainCheckpoint, error) {
+	return call(c, "DomainListAllCheckpoints", func(l *libvirt.Libvirt) ([]libvirt.DomainCheckpoint, error) {
+		list, _, err := l.DomainListAllCheckpoints(d, 1, uint32(libvirt.DomainCheckpointListTopological))
+		return list, err
+	})
+}
+
+// Checkpoint finds one by its name.
+func (c *Conn) Checkpoint(d libvirt.Domain, name string) (libvirt.DomainCheckpoint, error) {
+	return call(c, "DomainCheckpointLookupByName", func(l *libvirt.Libvirt) (libvirt.DomainCheckpoint, error) {
+		return l.DomainCheckpointLookupByName(d, name, 0)
+	})
+}
+
+// CheckpointXML describes a checkpoint.
+func (c *Conn) CheckpointXML(p libvirt.DomainCheckpoint, flags libvirt.DomainCheckpointXMLFlags) (string, error) {
+	return call(c, "DomainCheckpointGetXMLDesc", func(l *libvirt.Libvirt) (string, error) { return l.DomainCheckpointGetXMLDesc(p, uint32(flags)) })
+}
+
+// CheckpointCreate makes a checkpoint, or tells libvirt of one.
+func (c *Conn) CheckpointCreate(d libvirt.Domain, xml string, flags libvirt.DomainCheckpointCreateFlags) error {
+	return run(c, "DomainCheckpointCreateXML", func(l *libvirt.Libvirt) error {
+		_, err := l.DomainCheckpointCreateXML(d, xml, uint32(flags))
+		return err
+	})
+}
+
+// CheckpointDelete deletes a checkpoint.
+func (c *Conn) CheckpointDelete(p libvirt.DomainCheckpoint, flags libvirt.DomainCheckpointDeleteFlags) error {
+	return run(c, "DomainCheckpointDelete", func(l *libvirt.Libvirt) error { return l.DomainCheckpointDelete(p, flags) })
+}
+
+// Freeze has the guest's agent freeze its file systems, Thaw thaw them.
+func (c *Conn) Freeze(d libvirt.Domain) error {
+	return run(c, "DomainFsfreeze", func(l *libvirt.Libvirt) error {
+		_, err := l.DomainFsfreeze(d, nil, 0)
+		return err
+	})
+}
+
+// Thaw thaws the guest's file systems.
+func (c *Conn) Thaw(d libvirt.Domain) error {
+	return run(c, "DomainFsthaw", func(l *libvirt.Libvirt) error {
+		_, err := l.DomainFsthaw(d, nil, 0)
+		return err
+	})
+}

@@ -1,0 +1,104 @@
+package source_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/varve-io/varve/backup/libvirt"
+	"github.com/varve-io/varve/backup/libvirt/libvirttest"
+	"github.com/varve-io/varve/backup/source"
+	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+)
+
+// libvirtRemote backs up a domain over ssh and over TLS, each twice, by this machine's own
+// loopback interface.
+func libvirtRemote(t *testing.T, d *domain) {
+	diskfstest.NeedTool(t, "sshd")
+	diskfstest.NeedTool(t, "ssh-keygen")
+	d.start(t)
+	d.write(t, "vda", 1, 0, 4<<20)
+	path := libvirttest.StartSSH(t)
+	ssh := func(args ...string) string {
+		t.Helper()
+		cmd := exec.CommandContext(t.Context(), os.Args[0], args...)
+		cmd.Env = append(os.Environ(), "PATH="+path+":"+os.Getenv("PATH"))
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%q: %v: %s", args, err, out)
+		}
+		return string(out)
+	}
+	if room, err := strconv.ParseInt(ssh("libvirt-room", "libvirt+ssh://varve-test/"+d.name+"?socket="+d.socket, t.TempDir()), 10, 64); err != nil || room < 1<<20 {
+		t.Errorf("the room over ssh is %d, %v", room, err)
+	}
+	for _, uri := range []string{
+		fmt.Sprintf("libvirt+ssh://varve-test/%s?socket=%s", d.name, d.socket),
+		fmt.Sprintf("libvirt+tls://localhost:%d/%s?pkipath=%s/tls&nbd-port=%d", d.port, d.name, d.libvirtd.dir, libvirttest.FreePort(t)),
+	} {
+		// What a start needs beside the disks comes over ssh, and not over TLS.
+		parts := "xml\n"
+		if strings.HasPrefix(uri, "libvirt+ssh") {
+			parts += fmt.Sprintf("nvram %x\nloader %x\n", bytes.Repeat([]byte("n"), 64<<10), bytes.Repeat([]byte("l"), 64<<10))
+		}
+		if got := ssh("libvirt-parts", uri, t.TempDir()); got != parts {
+			t.Errorf("%s: the parts are %.60q, want %.60q", uri, got, parts)
+		}
+		points := t.TempDir()
+		for i := range 2 {
+			d.write(t, "vda", byte(7+i), 1<<20, 65536)
+			ssh("killed-backup", uri, points, "")
+		}
+		now := machine{}
+		for disk := range d.model {
+			now[disk] = load(points, disk)
+		}
+		now.check(t, d.model, "")
+		d.mustBeClean(t, 1)
+		d.virsh(t, "checkpoint-delete", d.name, now["vda"].id)
+	}
+}
+
+// printParts prints the parts of a machine, and in hex what they hold, but for its definition.
+func printParts(uri, scratch string) (err error) {
+	s, err := source.Open(context.Background(), uri, machine{}.options(scratch))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.Close()) }()
+	for _, p := range s.(source.Machine).Parts() {
+		if p.Name == source.PartXML {
+			fmt.Fprintln(os.Stdout, p.Name)
+		} else {
+			fmt.Fprintf(os.Stdout, "%s %x\n", p.Name, p.Content)
+		}
+	}
+	return nil
+}
+
+// printRoom prints the room in a directory of another machine, in bytes.
+func printRoom(text, dir string) error {
+	uri, err := libvirt.ParseURI(text)
+	if err != nil {
+		return err
+	}
+	conn, err := libvirt.Dial(context.Background(), uri, "", dir)
+	if err != nil {
+		return err
+	}
+	for range 1000 {
+		if n := conn.Free(); n >= 0 {
+			fmt.Fprint(os.Stdout, n)
+			return conn.Close()
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return errors.New("the room is not known")
+}

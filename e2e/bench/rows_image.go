@@ -1,0 +1,120 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+// imageWrites is what a guest writes between two backups, in runs of a quarter of a MiB.
+const (
+	imageWrites   = 400
+	imageWriteLen = "256k"
+)
+
+// imageRows back the disk in a qcow2 up, beside qemu-img convert, which copies it.
+func imageRows(b *bench) ([]result, error) {
+	dir, err := os.MkdirTemp(b.cfg.dir, "image-*")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	c := &chain{site: &site{b: b, dir: dir}, raw: b.disk, top: filepath.Join(dir, "vm.qcow2")}
+	if err := sh("qemu-img", "convert", "-f", "raw", "-O", "qcow2", b.disk, c.top); err != nil {
+		return nil, err
+	}
+	full, err := c.imageFull()
+	if err != nil {
+		return nil, err
+	}
+	increment, err := c.imageIncrement()
+	return append(full, increment...), err
+}
+
+// copyImage writes an image to the disk by qemu-img convert.
+func (c *chain) copyImage(args ...string) func() (sample, error) {
+	return func() (sample, error) {
+		to := filepath.Join(c.dir, "copy.qcow2")
+		defer os.Remove(to)
+		settle()
+		s, err := c.b.exec("qemu-img", append(append([]string{"convert", "-f", "qcow2", "-O", "qcow2"}, args...), to)...)
+		return synced(s, err, to)
+	}
+}
+
+func (c *chain) imageFull() ([]result, error) {
+	ours := func() (sample, error) {
+		s, err := c.b.newSite()
+		if err != nil {
+			return sample{}, err
+		}
+		defer s.remove()
+		return s.save(c.top)
+	}
+	if _, err := ours(); err != nil { // warm the page cache
+		return nil, err
+	}
+	a, p, err := c.b.pair(ours, c.copyImage(c.top))
+	if err != nil {
+		return nil, err
+	}
+	out := []result{slower("full backup of a qcow2", "qemu-img convert", atMost(1, "<= 1.00 x its time"),
+		"convert copies, and a backup hashes and compresses too", a, p)}
+
+	// One connection, one request at a time: what a simple client does.
+	single := func() (sample, error) {
+		srv, err := c.serveQemu()
+		if err != nil {
+			return sample{}, err
+		}
+		settle()
+		s, err := c.b.exec("nbdcopy", "--connections=1", "--requests=1", "--threads=1", srv.uri, "null:")
+		return s, errors.Join(err, srv.stop())
+	}
+	if a, p, err = c.b.pair(ours, single); err != nil {
+		return nil, err
+	}
+	return append(out, faster("full backup of a qcow2", "one reader of its export, which stores nothing", atLeast(2, ">= 2 x"),
+		"the reader throws away what it reads, and a backup hashes and compresses it", a, p)), nil
+}
+
+// imageIncrement writes to a copy of the image each time: to an overlay for the peer, which
+// copies the overlay.
+func (c *chain) imageIncrement() ([]result, error) {
+	var writes []string
+	for i := range imageWrites { // not over the superblock: it would be another disk
+		writes = append(writes, "-c", fmt.Sprintf("write -P %d %dM %s", 1+i%255, 1+i*7, imageWriteLen))
+	}
+	ours := func() (sample, error) {
+		s, err := c.b.newSite()
+		if err != nil {
+			return sample{}, err
+		}
+		defer s.remove()
+		vm := filepath.Join(s.dir, "vm.qcow2")
+		if err := sh("cp", "--reflink=auto", c.top, vm); err != nil {
+			return sample{}, err
+		}
+		if _, err := s.save(vm, "--track"); err != nil {
+			return sample{}, err
+		}
+		if err := sh("qemu-io", append(append([]string{"-f", "qcow2"}, writes...), vm)...); err != nil {
+			return sample{}, err
+		}
+		return s.save(vm)
+	}
+	over := filepath.Join(c.dir, "over.qcow2")
+	if err := sh("qemu-img", "create", "-q", "-f", "qcow2", "-b", c.top, "-F", "qcow2", over); err != nil {
+		return nil, err
+	}
+	if err := sh("qemu-io", append(append([]string{"-f", "qcow2"}, writes...), over)...); err != nil {
+		return nil, err
+	}
+	a, p, err := c.b.pair(ours, c.copyImage("-B", c.top, "-F", "qcow2", over))
+	if err != nil {
+		return nil, err
+	}
+	return []result{slower("increment of a qcow2 by its bitmap, 100 MiB written, spot check included", "qemu-img convert of an overlay", atMost(1, "<= 1.00 x its time"),
+		"the key derived from the password (scrypt, 0.15 s of CPU), two runs of qemu-img for the bitmaps and the syncs of three flushes are a floor that does not shrink with the change", a, p)}, nil
+}

@@ -1,0 +1,63 @@
+package hold
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/remotecommand"
+	"k8s.io/streaming/pkg/httpstream"
+)
+
+// PodExec runs commands in pods through the API server. It needs the verbs get and create of
+// pods/exec: a WebSocket is opened by GET, and clusters that check its rights require create too.
+type PodExec struct {
+	Config    *rest.Config
+	Clientset kubernetes.Interface
+}
+
+// Exec implements Exec. Standard error is not read: Bootstrap redirects it to standard output, so
+// that lines are not mixed.
+func (p PodExec) Exec(ctx context.Context, t Target, command []string, stdin io.Reader, stdout io.Writer) error {
+	return p.Stream(ctx, t, command, stdin, stdout, nil)
+}
+
+// Stream runs a command in a container with all its streams, until it ends or they break. stderr
+// may be nil. A writer that fails does not end it: later output is lost.
+func (p PodExec) Stream(ctx context.Context, t Target, command []string, stdin io.Reader, stdout, stderr io.Writer) error {
+	url := p.Clientset.CoreV1().RESTClient().Post().Resource("pods").Namespace(t.Namespace).Name(t.Pod).SubResource("exec").
+		VersionedParams(&corev1.PodExecOptions{Container: t.Container, Command: command, Stdin: true, Stdout: true, Stderr: stderr != nil}, scheme.ParameterCodec).URL()
+	// Version 5 of the WebSocket protocol can close standard input alone; older servers get SPDY.
+	web, err := remotecommand.NewWebSocketExecutor(p.Config, "GET", url.String())
+	if err != nil {
+		return fmt.Errorf("exec in pod %s: %w", t, err)
+	}
+	spdy, err := remotecommand.NewSPDYExecutor(p.Config, "POST", url)
+	if err != nil {
+		return fmt.Errorf("exec in pod %s: %w", t, err)
+	}
+	both, err := remotecommand.NewFallbackExecutor(web, spdy, func(err error) bool {
+		return httpstream.IsUpgradeFailure(err) || httpstream.IsHTTPSProxyError(err)
+	})
+	if err != nil {
+		return fmt.Errorf("exec in pod %s: %w", t, err)
+	}
+	err = both.StreamWithContext(ctx, remotecommand.StreamOptions{Stdin: stdin, Stdout: stdout, Stderr: stderr})
+	if err != nil && ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		err = context.Cause(ctx)
+	}
+	// The answer to a failed upgrade is a text, with any status.
+	if err != nil && strings.Contains(err.Error(), "forbidden") {
+		return fmt.Errorf("%w: %w", ErrForbidden, err)
+	}
+	if err != nil {
+		return fmt.Errorf("exec in pod %s: %w", t, err)
+	}
+	return nil
+}

@@ -1,0 +1,136 @@
+package stream
+
+import (
+	"context"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/varve-io/varve/populator/hold"
+)
+
+// local runs commands on this machine with one of its shells.
+type local struct {
+	t     *testing.T
+	shell []string // what sh is
+	dir   string   // of the test's files
+	path  string   // where commands are
+	// short loses this many bytes at the end of the output, without an error.
+	short int
+	// cutIn is after how many bytes of standard input that ends, unless it is silent from then on; 0 for never.
+	cutIn  int
+	silent bool
+}
+
+// inEach runs a test with each shell.
+func inEach(t *testing.T, test func(t *testing.T, l *local)) {
+	t.Helper()
+	for name, shell := range shells(t) {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l := &local{t: t, shell: shell, dir: t.TempDir(), path: os.Getenv("PATH")}
+			if name == "busybox" { // as in a container that has nothing else
+				l.path = filepath.Join(l.dir, "bin")
+				if err := os.Mkdir(l.path, 0o755); err != nil {
+					t.Fatal(err)
+				}
+				if out, err := exec.Command(shell[0], "--install", "-s", l.path).CombinedOutput(); err != nil {
+					t.Fatalf("%v: %s", err, out)
+				}
+			}
+			test(t, l)
+		})
+	}
+}
+
+// shells of this machine with which the program is tested, as sh.
+func shells(t *testing.T) map[string][]string {
+	t.Helper()
+	all := map[string][]string{}
+	for name, args := range map[string][]string{"dash": {"dash"}, "busybox": {"busybox", "sh"}, "bash": {"bash", "--posix"}} {
+		path, err := exec.LookPath(args[0])
+		if err != nil {
+			t.Logf("without %s, which is not installed", name)
+
+			continue
+		}
+		all[name] = append([]string{path}, args[1:]...)
+	}
+	if all["dash"] == nil || all["busybox"] == nil {
+		t.Skip("dash or busybox is not installed; make setup installs them")
+	}
+	return all
+}
+
+func (l *local) Stream(ctx context.Context, _ hold.Target, command []string, stdin io.Reader, stdout, stderr io.Writer) error {
+	cmd := exec.CommandContext(ctx, l.shell[0], append(append([]string{}, l.shell[1:]...), command[1:]...)...)
+	cmd.Env = []string{"PATH=" + l.path, "DIR=" + l.dir}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	cmd.Stdin, cmd.Stdout, cmd.Stderr, cmd.WaitDelay = r, &shortened{stdout, l.short}, stderr, time.Second
+	cmd.Cancel = func() error { return w.Close() } // the client is gone: the process gets the end of its input, and no signal
+	go func() {
+		if l.cutIn > 0 {
+			_, _ = io.CopyN(w, stdin, int64(l.cutIn))
+			if l.silent {
+				return
+			}
+		} else {
+			_, _ = io.Copy(w, stdin)
+		}
+		_ = w.Close()
+	}()
+	err = cmd.Run()
+	_ = w.Close()
+	return err
+}
+
+// shortened loses the end of its input.
+type shortened struct {
+	io.Writer
+	n int
+}
+
+func (s *shortened) Write(p []byte) (int, error) {
+	cut := min(s.n, len(p))
+	s.n -= cut
+	if _, err := s.Writer.Write(p[:len(p)-cut]); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// gone waits until a process whose ID is in a file of the test has ended.
+func (l *local) gone(file string) {
+	l.t.Helper()
+	var pid int
+	l.until("the command to begin", func() bool {
+		text, _ := os.ReadFile(filepath.Join(l.dir, file))
+		pid, _ = strconv.Atoi(strings.TrimSpace(string(text)))
+		return pid > 0
+	})
+	l.until("the command to be ended", func() bool {
+		text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+		return err != nil || strings.Contains(string(text), ") Z ")
+	})
+}
+
+func (l *local) until(what string, is func() bool) {
+	l.t.Helper()
+	// Some looks are costly: longer waits have fewer.
+	begun := time.Now()
+	for waited := time.Duration(0); !is(); waited = time.Since(begun) {
+		if waited > 5*time.Minute {
+			l.t.Fatalf("waited for %s", what)
+		}
+		time.Sleep(min(5*time.Millisecond+waited/10, time.Second/2))
+	}
+}
