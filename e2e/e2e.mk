@@ -22,11 +22,11 @@ e2e-cluster-down: ## Take it down without a trace
 .PHONY: e2e-nbd
 e2e-nbd: setup ## NBD clients against varve serve, the Linux kernel in a virtual machine too (needs root)
 	@e2e/nbd/setup.sh
-	cd e2e && CGO_ENABLED=0 VARVE_TEST_KERNEL=1 $(GO) test -count=1 -timeout 30m -v -run "$${RUN:-.}" ./nbd
+	cd e2e && CGO_ENABLED=0 VARVE_TEST_KERNEL=1 $(GO) test -count=1 -timeout 90m -v -run "$${RUN:-.}" ./nbd
 
 .PHONY: e2e-vm
 e2e-vm: setup ## Back up and restore a virtual machine under libvirt (needs root)
-	cd e2e && CGO_ENABLED=0 VARVE_TEST_KERNEL=1 $(GO) test -count=1 -timeout 30m -v ./vm
+	cd e2e && CGO_ENABLED=0 VARVE_TEST_KERNEL=1 $(GO) test -count=1 -timeout 90m -v ./vm
 
 .PHONY: e2e
 e2e: e2e-setup e2e-nbd e2e-vm e2e-prepare e2e-tests ## The end-to-end tests in a cluster of their own (RUN=regexp to choose)

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -20,10 +21,9 @@ import (
 // of 4 MiB.
 type libvirtMachine struct {
 	dir, socket string
+	uuid        string // no other test's, in any process: a backup locks its machine by it
 	model       map[string][]byte
 }
-
-const machineUUID = "00000000-0000-4000-8000-0000000c0de1"
 
 // startLibvirtMachine starts both. prepare are called with its directory before.
 func startLibvirtMachine(t *testing.T, prepare ...func(dir string)) *libvirtMachine {
@@ -38,7 +38,11 @@ func startLibvirtMachine(t *testing.T, prepare ...func(dir string)) *libvirtMach
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &libvirtMachine{dir, filepath.Join(dir, "libvirt-sock"), map[string][]byte{"vda": make([]byte, 4<<20), "vdb": make([]byte, 4<<20)}}
+	id := sha256.Sum256([]byte(dir))
+	m := &libvirtMachine{
+		dir, filepath.Join(dir, "libvirt-sock"), fmt.Sprintf("%x-%x-4000-8000-%x", id[:4], id[4:6], id[6:12]),
+		map[string][]byte{"vda": make([]byte, 4<<20), "vdb": make([]byte, 4<<20)},
+	}
 	for _, f := range prepare {
 		f(dir)
 	}
@@ -67,7 +71,7 @@ func startLibvirtMachine(t *testing.T, prepare ...func(dir string)) *libvirtMach
 <os><type arch='x86_64' machine='pc'>hvm</type></os><devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
 <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='%[2]s/vda'/><target dev='vda' bus='virtio'/></disk>
 <disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='%[2]s/vdb'/><target dev='vdb' bus='virtio'/></disk>
-<controller type='usb' model='none'/><memballoon model='none'/></devices></domain>`, machineUUID, dir)
+<controller type='usb' model='none'/><memballoon model='none'/></devices></domain>`, m.uuid, dir)
 	if err := os.WriteFile(xml, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -123,7 +127,7 @@ func TestKilledBackupOfLibvirt(t *testing.T) {
 		after := fmt.Sprintf("call %d (%s)", n, step)
 		m.write(t, n+400)
 		mustBackUp(t, env, after, m.model, "shop/vm-vdb", args...)
-		mustHaveLeft(t, after, machineUUID, scratch)
+		mustHaveLeft(t, after, m.uuid, scratch)
 		if job, err := m.virsh("domjobinfo", "killed"); err != nil || !strings.Contains(job, "None") {
 			t.Errorf("after %s: a job is left: %v, %s", after, err, job)
 		}

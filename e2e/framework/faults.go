@@ -78,8 +78,11 @@ func (f *F) ReadFile(pod *corev1.Pod, path string) (string, error) {
 	return "", fmt.Errorf("pod %s has no file %s", pod.Name, path)
 }
 
+// ErrNoProcess means that a pod's containers run nothing: the kubelet waits before it starts what crashed again.
+var ErrNoProcess = errors.New("runs no process")
+
 // KillPod kills the processes of a pod's containers at once, as a crash would. The
-// kubelet restarts them by the pod's policy.
+// kubelet restarts them by the pod's policy. The error is ErrNoProcess if there are none.
 func (f *F) KillPod(pod *corev1.Pod) error {
 	pids, err := f.processes(pod)
 	if err != nil {
@@ -98,7 +101,7 @@ func (f *F) KillPod(pod *corev1.Pod) error {
 		killed++
 	}
 	if killed == 0 {
-		errs = append(errs, fmt.Errorf("pod %s runs no process", pod.Name))
+		errs = append(errs, fmt.Errorf("pod %s %w", pod.Name, ErrNoProcess))
 	}
 	return errors.Join(errs...)
 }

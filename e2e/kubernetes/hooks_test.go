@@ -177,15 +177,7 @@ func TestHookFaults(t *testing.T) {
 	s.waitFailed("kubelet", v1alpha1.ReasonHookFailed)
 
 	held("controller")
-	pods, err := s.controllers(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i := range pods { // the leader is one of them
-		if err := s.KillPod(&pods[i]); err != nil {
-			t.Fatal(err)
-		}
-	}
+	s.killControllers()
 	s.waitState(pod, "thawed")
 	s.waitFailed("controller", v1alpha1.ReasonHoldLost)
 
