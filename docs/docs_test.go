@@ -3,6 +3,7 @@
 package docs
 
 import (
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -90,6 +91,50 @@ func TestDependenciesHaveReasons(t *testing.T) {
 	if direct < 20 {
 		t.Errorf("only %d modules found in go.mod: this test no longer reads it", direct)
 	}
+}
+
+// The modules below e2e have each library in the version that Varve has, so that it is compiled once for all.
+func TestModulesAgree(t *testing.T) {
+	const root = ".."
+	want := versions(t, filepath.Join(root, "go.mod"))
+	others := 0
+	if err := filepath.WalkDir(filepath.Join(root, "e2e"), func(path string, e fs.DirEntry, err error) error {
+		if err != nil || e.Name() != "go.mod" {
+			return err
+		}
+		others++
+		for module, version := range versions(t, path) {
+			if want[module] == "" {
+				want[module] = version
+			}
+			if version != want[module] {
+				t.Errorf("%s has %s %s, another module has %s", path, module, version, want[module])
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if others < 4 {
+		t.Errorf("only %d modules were found below e2e", others)
+	}
+}
+
+// versions returns the modules that a go.mod requires.
+func versions(t *testing.T, path string) map[string]string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := map[string]string{}
+	for _, m := range regexp.MustCompile(`(?m)^\t(\S+) (v\S+)`).FindAllStringSubmatch(string(text), -1) {
+		out[m[1]] = m[2]
+	}
+	if len(out) < 20 {
+		t.Errorf("only %d modules found in %s: this test no longer reads it", len(out), path)
+	}
+	return out
 }
 
 // checkSuiteNames looks up `group/*` and `group/name` in the NBD suite.

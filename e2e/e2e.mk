@@ -22,7 +22,8 @@ e2e-cluster-down: ## Take it down without a trace
 .PHONY: e2e-nbd
 e2e-nbd: setup ## NBD clients against varve serve, the Linux kernel in a virtual machine too (needs root)
 	@e2e/nbd/setup.sh
-	cd e2e && CGO_ENABLED=0 VARVE_TEST_KERNEL=1 $(GO) test -count=1 -timeout 90m -v -run "$${RUN:-.}" ./nbd
+	CGO_ENABLED=0 $(GO) build -buildvcs=false -tags $(TAGS),testing -ldflags '$(LDFLAGS)' -o $(BIN)/varve-quick ./cmd/varve
+	cd e2e && CGO_ENABLED=0 VARVE_TEST_KERNEL=1 VARVE_QUICK=$(CURDIR)/$(BIN)/varve-quick $(GO) test -count=1 -timeout 90m -v -run "$${RUN:-.}" ./nbd
 
 .PHONY: e2e-vm
 e2e-vm: setup ## Back up and restore a virtual machine under libvirt (needs root)

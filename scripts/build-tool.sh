@@ -10,6 +10,6 @@ trap 'rm -rf "$tmp"' EXIT
 cd "$tmp"
 go mod init tool.invalid >/dev/null 2>&1
 echo "building $package $version"
-go get -tool "$package@$version" >/dev/null 2>get.log || { cat get.log >&2; exit 1; }
-GOFLAGS=-trimpath CGO_ENABLED=0 go build -o "$output.tmp" "$package"
+GOFLAGS= go get -tool "$package@$version" >/dev/null 2>get.log || { cat get.log >&2; exit 1; }
+CGO_ENABLED=0 go build -o "$output.tmp" "$package"
 mv "$output.tmp" "$output"

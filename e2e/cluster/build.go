@@ -80,7 +80,8 @@ var upstreamManifests = []struct{ module, glob, prefix string }{
 	{metadataModule, "deploy/snapshot-metadata-client-cluster-role.yaml", "rbac-"},
 }
 
-const buildTags = "no_btrfs,no_aufs,no_devmapper,no_zfs"
+// buildTags begin with those of the Makefile: libraries that Varve has in the same version are compiled once for both.
+const buildTags = "timetzdata,disable_grpc_modules,no_btrfs,no_aufs,no_devmapper,no_zfs"
 
 // Builder makes the cluster's binaries from the e2e module's sources.
 type Builder struct {

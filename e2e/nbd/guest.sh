@@ -55,7 +55,7 @@ sync
 poweroff -f
 INIT
 chmod +x "$root/init"
-(cd "$root" && find . | "$cache/root/bin/busybox" cpio -o -H newc 2>/dev/null) | gzip -1 >"$work/initrd"
+(cd "$root" && find . | "$cache/root/bin/busybox" cpio -o -H newc 2>/dev/null) >"$work/initrd" # not compressed: the guest is slow
 timeout -k 5 "${GUEST_TIMEOUT:-300}" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -M q35 -m 768 -smp 2 \
 	-nodefaults -no-user-config -display none -serial stdio -monitor none -no-reboot \
 	-netdev user,id=n0,net=10.0.2.0/24,host=10.0.2.2 -device virtio-net-pci,netdev=n0,romfile= \

@@ -153,7 +153,7 @@ func (s *site) guest(script, data string, line func(string)) {
 		args = append(args, data)
 	}
 	cmd := s.command(guest, args...)
-	cmd.Env = append(cmd.Env, "GUEST_TIMEOUT=1500") // for one that hangs: without hardware virtualization, beside a cluster, each step may take minutes
+	cmd.Env = append(cmd.Env, "GUEST_TIMEOUT=3000") // for one that hangs: without hardware virtualization, and behind all other tests, a step may take minutes
 	cmd.Stderr = os.Stderr
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {

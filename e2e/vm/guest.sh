@@ -67,5 +67,5 @@ while :; do
 done
 INIT
 chmod +x "$root/init"
-(cd "$root" && find . | "$cache/root/bin/busybox" cpio -o -H newc 2>/dev/null) | gzip -1 >"$out/initrd"
+(cd "$root" && find . | "$cache/root/bin/busybox" cpio -o -H newc 2>/dev/null) >"$out/initrd" # not compressed: the guest is slow
 cp "$cache"/root/boot/vmlinuz-* "$out/vmlinuz"

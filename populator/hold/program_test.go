@@ -222,7 +222,11 @@ func (l *local) killOne(step string, i int, silent bool) bool {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
-	m := start(ctx, l, Target{}, gated(), 2*time.Second, 500*time.Millisecond)
+	silence := 10 * time.Second // on a busy machine the client itself is silent for seconds
+	if silent {
+		silence = 2 * time.Second
+	}
+	m := start(ctx, l, Target{}, gated(), silence, 500*time.Millisecond)
 	released := make(chan error, 1)
 	if step == "thawing" {
 		l.check(m.frozen(ctx))
