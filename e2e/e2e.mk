@@ -48,4 +48,4 @@ image: ## Build Varve's container image as an OCI archive: bin/image/varve.tar
 	# runs here, whatever GOARCH the binary is for.
 	cd e2e && SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 0)} CGO_ENABLED=0 GOOS= GOARCH= \
 		$(GO) run ./cluster/cmd/mkimage -binary $(CURDIR)/$(BIN)/image/varve -name $(IMAGE) -version $(or $(VERSION),dev) \
-		-o $(CURDIR)/$(BIN)/image/varve.tar -sbom $(CURDIR)/$(BIN)/image/varve.spdx.json
+		-compress=$(or $(COMPRESS),true) -o $(CURDIR)/$(BIN)/image/varve.tar -sbom $(CURDIR)/$(BIN)/image/varve.spdx.json

@@ -19,6 +19,8 @@ type Info struct {
 	Size    int64 // of the disk, in bytes
 	Bitmaps []BitmapInfo
 	Corrupt bool
+	// DataFile is the file that holds the bytes, if that is another one.
+	DataFile string
 }
 
 // BitmapInfo is a persistent bitmap of a qcow2's own.
@@ -45,8 +47,9 @@ func parseInfo(text []byte) (*Info, error) {
 		Format   string `json:"format"`
 		Specific struct {
 			Data struct {
-				Bitmaps []BitmapInfo `json:"bitmaps"`
-				Corrupt bool         `json:"corrupt"`
+				Bitmaps  []BitmapInfo `json:"bitmaps"`
+				Corrupt  bool         `json:"corrupt"`
+				DataFile string       `json:"data-file"`
 			} `json:"data"`
 		} `json:"format-specific"`
 	}
@@ -56,13 +59,14 @@ func parseInfo(text []byte) (*Info, error) {
 	if raw.Size == nil || *raw.Size < 0 || raw.Format == "" {
 		return nil, errors.New("read the answer of qemu-img: it names no size or no format")
 	}
-	return &Info{Format: raw.Format, Size: *raw.Size, Bitmaps: raw.Specific.Data.Bitmaps, Corrupt: raw.Specific.Data.Corrupt}, nil
+	specific := raw.Specific.Data
+	return &Info{Format: raw.Format, Size: *raw.Size, Bitmaps: specific.Bitmaps, Corrupt: specific.Corrupt, DataFile: specific.DataFile}, nil
 }
 
 // ReadInfo describes an image file. It fails with ErrLocked where another process writes to
 // it: what would be read is moving.
 func ReadInfo(ctx context.Context, path, format string) (*Info, error) {
-	out, err := run(ctx, "qemu-img", "info", "--output=json", "-f", format, "--", absolute(path))
+	out, err := runAt(ctx, path, "info", "--output=json", "-f", format, "--", absolute(path))
 	if err != nil {
 		return nil, err
 	}
@@ -75,13 +79,13 @@ func ReadInfo(ctx context.Context, path, format string) (*Info, error) {
 
 // AddBitmap has a qcow2 record what is written from now on.
 func AddBitmap(ctx context.Context, path, name string) error {
-	_, err := run(ctx, "qemu-img", "bitmap", "--add", "-f", QCOW2, "--", absolute(path), name)
+	_, err := runAt(ctx, path, "bitmap", "--add", "-f", QCOW2, "--", absolute(path), name)
 	return err
 }
 
 // RemoveBitmap deletes a bitmap of a qcow2; an inconsistent one too.
 func RemoveBitmap(ctx context.Context, path, name string) error {
-	_, err := run(ctx, "qemu-img", "bitmap", "--remove", "-f", QCOW2, "--", absolute(path), name)
+	_, err := runAt(ctx, path, "bitmap", "--remove", "-f", QCOW2, "--", absolute(path), name)
 	return err
 }
 
@@ -92,7 +96,7 @@ func Create(ctx context.Context, path, format string, size int64) error {
 	if format == VPC {
 		args = append(args, "-o", "force_size=on")
 	}
-	_, err := run(ctx, "qemu-img", append(args, "--", absolute(path), fmt.Sprint(size))...)
+	_, err := runAt(ctx, path, append(args, "--", absolute(path), fmt.Sprint(size))...)
 	return err
 }
 
@@ -104,14 +108,16 @@ var (
 	ErrNoProgram = errors.New("a program of QEMU is missing")
 )
 
-// run runs one of QEMU's programs and returns what it printed.
-func run(ctx context.Context, program string, args ...string) ([]byte, error) {
+// runAt runs qemu-img on an image and returns what it printed. It runs in the image's folder: QEMU looks for a data file with
+// a relative name in the working directory, and CheckReferences in the image's.
+func runAt(ctx context.Context, image string, args ...string) ([]byte, error) {
+	const program = "qemu-img"
 	path, err := find(program)
 	if err != nil {
 		return nil, err
 	}
 	cmd := exec.CommandContext(ctx, path, args...)
-	cmd.Env = Environment()
+	cmd.Env, cmd.Dir = Environment(), filepath.Dir(absolute(image))
 	stdout, stderr := &head{limit: maxAnswer}, &head{limit: 4 << 10}
 	cmd.Stdout, cmd.Stderr = stdout, stderr
 	err = cmd.Run()

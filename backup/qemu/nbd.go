@@ -84,6 +84,9 @@ func StartNBD(s Serve) (_ *Server, err error) {
 	args := append([]string{"-c", `LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" "$@"`, program}, s.args()...)
 	cmd := exec.Command("/bin/sh", args...)
 	cmd.Env = Environment()
+	if s.Path != "" {
+		cmd.Dir = filepath.Dir(absolute(s.Path)) // see runAt
+	}
 	cmd.ExtraFiles = []*os.File{file}
 	srv := &Server{
 		uri: &nbdclient.URI{Network: "unix", Address: socket}, dir: dir,

@@ -71,6 +71,8 @@ type image struct {
 	opt          Options
 	srv          *qemu.Server
 	disk         *nbddisk.Disk
+	bytes        Bytes    // disk, past its server where that is possible
+	file         *os.File // bytes reads it; nil if it does not
 	info         *qemu.Info
 	target       string   // the bitmap that begins with this backup; empty for none
 	stale        []string // bitmaps of ours that may go after it
@@ -121,6 +123,9 @@ func openImage(ctx context.Context, path, format string, opt Options) (_ Session
 		if why := m.srv.Err(); why != nil {
 			err = m.explain(why)
 		}
+		return nil, err
+	}
+	if m.bytes, err = m.readRuns(m.disk); err != nil {
 		return nil, err
 	}
 	return m, m.srv.Hide()
@@ -176,7 +181,7 @@ func (m *image) track(ctx context.Context) error {
 // Disks is the one.
 func (m *image) Disks() []Disk {
 	return []Disk{{
-		Bytes: m.disk, Kind: m.format + " image", Notes: m.notes,
+		Bytes: m.bytes, Kind: m.format + " image", Notes: m.notes,
 		Changes: []cbt.Source{&imageBitmaps{m}, &nbddisk.Allocated{Disk: m.disk, Target: m.target, Kind: "allocation"}},
 	}}
 }
@@ -223,7 +228,10 @@ func (m *image) stop() error {
 	if m.srv != nil {
 		errs = append(errs, m.srv.Close())
 	}
-	m.disk, m.srv = nil, nil
+	if m.file != nil {
+		errs = append(errs, m.file.Close())
+	}
+	m.disk, m.srv, m.file = nil, nil, nil
 	return errors.Join(errs...)
 }
 

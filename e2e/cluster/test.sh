@@ -3,9 +3,9 @@
 # for them, and takes those down. RUN chooses tests by regexp, which then share one cluster
 # (the one that is up, if there is one). Counts what was skipped and why.
 #
-# All tests take three clusters beside each other: in two of them are those of the cluster itself, and those of
-# package kubernetes that need a cluster to themselves, because they kill the controller or a node. Those mostly wait,
-# one after the other.
+# All tests take three clusters beside each other: in two of them are those of the cluster itself, a few of package
+# kubernetes, and all of it that need a cluster to themselves, because they kill the controller or a node. Those mostly
+# wait, one after the other.
 #
 # test.sh prepare builds the image and the tests: a cluster is not kept up while a
 # compiler runs. test.sh run runs them.
@@ -15,10 +15,16 @@ export CGO_ENABLED=0
 # Those packages need a cluster; one at a time, as they share it.
 mapfile -t packages < <(go list -f '{{range .XTestImports}}{{if eq . "github.com/varve-io/varve/e2e/framework"}}{{$.ImportPath}}{{end}}{{end}}{{range .TestImports}}{{if eq . "github.com/varve-io/varve/e2e/framework"}}{{$.ImportPath}}{{end}}{{end}}' ./... | sort -u)
 packages=(./cluster/... ./csidriver/... "${packages[@]}")
+built=$PWD/../bin/e2e
 case "${1:-}" in
 prepare)
-	VERSION=e2e make --no-print-directory -C .. image IMAGE=localhost/varve:e2e || exit 1
-	go vet "${packages[@]}" && go test -vet=off -count=1 -run '^$' "${packages[@]}" >/dev/null
+	VERSION=e2e make --no-print-directory -C .. image IMAGE=localhost/varve:e2e COMPRESS=false || exit 1
+	rm -rf "$built" && mkdir -p "$built" && go vet "${packages[@]}" || exit 1
+	# Linked once, for all clusters.
+	go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}} {{.Dir}}{{end}}' "${packages[@]}" |
+		while read -r package dir; do
+			go test -c -vet=off -ldflags '-s -w' -o "$built/${package//\//+}" "$package" && echo "$package $dir" >>"$built/packages" || exit 1
+		done
 	exit
 	;;
 run) ;;
@@ -59,12 +65,32 @@ ready() {
 	return 1
 }
 
-# tests NAME RUNDIR ARGUMENTS... runs tests in a cluster and keeps what they say in $logs/NAME.
+# each PATTERN ARGUMENTS... runs the tests of the packages that match, or of those that do not match !PATTERN, one
+# after the other.
+each() {
+	local pattern=${1#!} unlike=0 package dir rc=0 from
+	[ "$1" = "$pattern" ] || unlike=1
+	shift
+	while read -r package dir <&3; do
+		[[ $package =~ $pattern ]]
+		[ $? -eq $unlike ] || continue
+		from=$SECONDS
+		if (cd "$dir" && "$built/${package//\//+}" -test.v -test.parallel 5 -test.timeout 90m "$@"); then
+			echo "ok $package $((SECONDS - from)) s"
+		else
+			echo "FAIL $package $((SECONDS - from)) s"
+			rc=1
+		fi
+	done 3<"$built/packages"
+	return $rc
+}
+
+# tests NAME RUNDIR PATTERN ARGUMENTS... runs tests in a cluster and keeps what they say in $logs/NAME.
 # They wait for the cluster more than they work: more at once than there are processors.
 tests() {
 	local name=$1 run=$2
 	shift 2
-	(in_cluster "$run" go test -vet=off -p 1 -parallel 5 -count=1 -timeout 90m -v "$@" 2>&1) | tee "$logs/$name" |
+	(in_cluster "$run" each "$@" 2>&1) | tee "$logs/$name" |
 		grep --line-buffered -E '^(ok|FAIL|panic:)|^ *--- (FAIL|PASS)'
 	[ "${PIPESTATUS[0]}" -eq 0 ] && return
 	{
@@ -74,10 +100,9 @@ tests() {
 }
 
 if [ -n "${RUN:-}" ]; then
-	ready "" && tests chosen "" -run "$RUN" "${packages[@]}"
+	ready "" && tests chosen "" . -test.run "$RUN"
 else
 	mapfile -t alone <kubernetes/alone.txt
-	mapfile -t others < <(printf '%s\n' "${packages[@]}" | grep -vE '/(kubernetes|framework)$')
 	# any TEST... prints a regexp of tests.
 	any() { (IFS='|' && echo "^($*)\$"); }
 	# Short paths: that of a socket has 107 bytes at most.
@@ -86,15 +111,25 @@ else
 		own+=("$run")
 	done
 	half=$((${#alone[@]} / 2))
+	# Of the others as many as make the three end at about the same time.
+	second=() third=() i=0
+	while read -r test; do
+		case $((i++ % 8)) in
+		0) second+=("$test") ;;
+		4) third+=("$test") ;;
+		esac
+	done < <(grep -ho '^func Test[A-Za-z0-9_]*' kubernetes/*_test.go | cut -d' ' -f2 | grep -vxFf kubernetes/alone.txt | grep -vx TestMain)
 	ready "${own[0]}" && {
-		tests framework "${own[0]}" ./framework
-		tests faults "${own[0]}" -run "$(any "${alone[@]::half}")" ./kubernetes
+		tests framework "${own[0]}" '/framework$'
+		tests second "${own[0]}" '/kubernetes$' -test.run "$(any "${second[@]}")"
+		tests faults "${own[0]}" '/kubernetes$' -test.run "$(any "${alone[@]::half}")"
 	} &
 	ready "${own[1]}" && {
-		tests others "${own[1]}" "${others[@]}"
-		tests alone "${own[1]}" -run "$(any "${alone[@]:half}")" ./kubernetes
+		tests others "${own[1]}" '!/(kubernetes|framework)$'
+		tests third "${own[1]}" '/kubernetes$' -test.run "$(any "${third[@]}")"
+		tests alone "${own[1]}" '/kubernetes$' -test.run "$(any "${alone[@]:half}")"
 	} &
-	ready "" && tests together "" -skip "$(any "${alone[@]}")" ./kubernetes
+	ready "" && tests together "" '/kubernetes$' -test.skip "$(any "${alone[@]}" "${second[@]}" "${third[@]}")"
 	wait
 fi
 passed=$(cat "$logs"/* | grep -cE '^ *--- PASS')

@@ -172,8 +172,8 @@ func (s *site) through(ctx context.Context, cfg *rest.Config, jobs []job, dies f
 // nothing lost.
 //
 // It is killed at all writes in turn while one backup and two restores run, and then, in
-// separate runs, at one write of each of the three: in all such runs, or in as many as
-// VARVE_E2E_KILLS says, a new share each day.
+// separate runs, at one write of each of the three: in all such runs and both before and after each write, or in as many as
+// VARVE_E2E_KILLS says, and before or after each write, a new share each day.
 func TestKilledAtEachWrite(t *testing.T) {
 	k := newKiller(t) // alone: the controller is this process
 	all := k.worked(everywhere())
@@ -265,7 +265,7 @@ func chosen(t *testing.T, all []point) [][]point {
 		}
 	}
 	n = min(n, len(runs))
-	day := int(time.Now().Unix() / int64(24*time.Hour/time.Second))
+	day := today()
 	var out [][]point
 	for i := range n {
 		out = append(out, runs[(day*n+i)%len(runs)])

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/fnv"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -130,17 +132,24 @@ func (k *killer) worked(dies func(point) bool) []point {
 	}, "block", "files")
 }
 
-// everywhere dies once at each point.
+// everywhere dies once at each write: before and after it if VARVE_E2E_KILLS is all, else on one side of it, and on
+// the other on the next day.
 func everywhere() func(point) bool {
+	both, day := os.Getenv("VARVE_E2E_KILLS") == "all", today()
 	done := map[point]bool{}
 	return func(p point) bool {
-		if done[p] {
+		side := fnv.New32a() // writing to it never fails
+		_, _ = fmt.Fprint(side, p.step, p.verb, p.kind)
+		if done[p] || !both && p.after != ((int(side.Sum32())+day)%2 == 0) {
 			return false
 		}
 		done[p] = true
 		return true
 	}
 }
+
+// today is the number of the day.
+func today() int { return int(time.Now().Unix() / int64(24*time.Hour/time.Second)) }
 
 // at dies once at each of some points.
 func at(points ...point) func(point) bool {

@@ -39,7 +39,7 @@ func buildApp(t *testing.T, cgo string) string {
 func TestStaticAppIsReproducible(t *testing.T) {
 	var archives [][]byte
 	for range 2 {
-		app := StaticApp{Binary: buildApp(t, "0"), Name: "app", Version: "v1", Created: time.Unix(1700000000, 0)}
+		app := StaticApp{Binary: buildApp(t, "0"), Name: "app", Version: "v1", Created: time.Unix(1700000000, 0), Compress: true}
 		img, sbom, err := app.Build()
 		if err != nil {
 			t.Fatal(err)

@@ -28,6 +28,8 @@ type StaticApp struct {
 	Version string
 	Source  string // the project's address, for the labels
 	Created time.Time
+	// Compress the layer, which takes longer than all else.
+	Compress bool
 }
 
 // Build makes the image and its SPDX document, which is also in the image.
@@ -47,7 +49,7 @@ func (a StaticApp) Build() (img v1.Image, sbom []byte, err error) {
 		File{Path: "/etc/ssl/certs/ca-certificates.crt", Mode: 0o644, Data: authorities()},
 		File{Path: path.Join("/usr/share/sbom", a.Name+".spdx.json"), Mode: 0o644, Data: sbom},
 	)
-	img, err = Build(files, Config{Architecture: arch, Entrypoint: []string{target}, User: "65532:65532", Compress: true, Created: a.Created,
+	img, err = Build(files, Config{Architecture: arch, Entrypoint: []string{target}, User: "65532:65532", Compress: a.Compress, Created: a.Created,
 		Env: []string{"PATH=/usr/local/bin", "SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt", "HOME=/home/nonroot"},
 		Labels: map[string]string{
 			"org.opencontainers.image.title":    a.Name,

@@ -33,6 +33,7 @@ func run() error {
 	source := flag.String("source", "https://github.com/varve-io/varve", "the project's address, for the labels")
 	out := flag.String("o", "", "the archive to write")
 	sbomFile := flag.String("sbom", "", "where to write the bill of materials; empty: only into the image")
+	compress := flag.Bool("compress", true, "compress the layer, as for a registry")
 	flag.Parse()
 	if *binary == "" || *name == "" || *out == "" {
 		return errors.New("-binary, -name and -o are required")
@@ -45,7 +46,7 @@ func run() error {
 		}
 		created = time.Unix(n, 0)
 	}
-	img, sbom, err := ociimage.StaticApp{Binary: *binary, Name: filepath.Base(*binary), Version: *version, Source: *source, Created: created}.Build()
+	img, sbom, err := ociimage.StaticApp{Binary: *binary, Name: filepath.Base(*binary), Version: *version, Source: *source, Created: created, Compress: *compress}.Build()
 	if err != nil {
 		return err
 	}
