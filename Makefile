@@ -18,10 +18,10 @@ VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LDFLAGS   := -s -w -X main.version=$(VERSION)
 
 # Build tags: the time zones in the binary, and Google's storage over JSON only, which
-# is what Kopia uses. All targets compile with the same flags, so that each library is
-# compiled once for all of them.
+# is what Kopia uses. No binary keeps debug information, so none is made: an eighth of the compiler's
+# time. All targets compile with the same flags, so that each library is compiled once for all of them.
 TAGS      := timetzdata,disable_grpc_modules
-FLAGS     := -trimpath -tags=$(TAGS)
+FLAGS     := -trimpath -tags=$(TAGS) -gcflags=all=-dwarf=false
 export GOFLAGS ?= $(FLAGS)
 export CGO_ENABLED ?= 1
 export TAGS VARVE_RACE VARVE_NIGHTLY CACHE

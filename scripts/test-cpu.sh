@@ -9,6 +9,7 @@ shift 2
 log=()
 [[ $test != */go-build*/b*/*.test ]] || log=(-test.testlogfile="${test%/*}/testlog.txt")
 # Tests make much garbage and keep little. Those that measure memory measure it as users have it.
+unset GOGC GOMEMLIMIT
 grep -qsE 'MemStats|SetGCPercent|SetMemoryLimit|GOGC|GOMEMLIMIT|axrss|VmHWM|VmRSS|runtime/metrics|runtime\.GC\(' ./*_test.go ||
 	export GOGC=400 GOMEMLIMIT=1GiB
 spent=$(mktemp)

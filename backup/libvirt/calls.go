@@ -3,6 +3,7 @@ package libvirt
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/digitalocean/go-libvirt"
@@ -87,12 +88,21 @@ func (c *Conn) BlockInfo(d libvirt.Domain, target string) (allocated, capacity u
 	return both[0], both[1], err
 }
 
-// JobType is that of the job that runs.
-func (c *Conn) JobType(d libvirt.Domain) (libvirt.DomainJobType, error) {
-	return call(c, "DomainGetJobStats", func(l *libvirt.Libvirt) (libvirt.DomainJobType, error) {
+// JobRuns reports whether a job runs, or is beginning or ending.
+func (c *Conn) JobRuns(d libvirt.Domain) (bool, error) {
+	kind, err := call(c, "DomainGetJobStats", func(l *libvirt.Libvirt) (libvirt.DomainJobType, error) {
 		kind, _, err := l.DomainGetJobStats(d, 0)
 		return libvirt.DomainJobType(kind), err
 	})
+	// A backup job that libvirt begins or ends has no data yet, or no longer (qemuBackupGetJobInfoStats).
+	if Is(err, libvirt.ErrInternalError) && strings.Contains(err.Error(), "backup job data missing") {
+		return true, nil
+	}
+	switch kind {
+	case libvirt.DomainJobNone, libvirt.DomainJobCompleted, libvirt.DomainJobCancelled, libvirt.DomainJobFailed:
+		return false, err
+	}
+	return true, err
 }
 
 // AbortJob has the job end.

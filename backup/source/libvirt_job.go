@@ -220,19 +220,36 @@ func (m *libvirtMachine) endJob() error {
 	}
 }
 
+// noOtherJob returns ErrMachineBusy if libvirt runs a job that is not of this repository and volume. One that
+// is ending, such as that of a backup that was killed, is awaited: libvirt calls it a job then, and
+// describes none.
+func (m *libvirtMachine) noOtherJob() error {
+	const ending = 2 * time.Second
+	end := time.Now().Add(ending)
+	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 500*time.Millisecond) {
+		running, err := m.conn.JobRuns(m.domain)
+		if err != nil {
+			return err
+		}
+		job, err := m.job()
+		if err != nil {
+			return err
+		}
+		if job != nil && m.isOurs(job) || job == nil && !running {
+			return nil
+		}
+		if job != nil || time.Now().After(end) {
+			return fmt.Errorf("%w: libvirt runs a job on %s that is not of this repository and volume; wait for it, or end it with 'virsh domjobabort %[2]s'", ErrMachineBusy, m.def.Name)
+		}
+		time.Sleep(wait)
+	}
+}
+
 // sweep removes what an earlier backup of this repository and volume left: all but the
 // checkpoints that a point may build on.
 func (m *libvirtMachine) sweep(ctx context.Context) error {
-	k, err := m.conn.JobType(m.domain)
-	if err != nil {
+	if err := m.noOtherJob(); err != nil {
 		return err
-	}
-	job, err := m.job()
-	if err != nil {
-		return err
-	}
-	if job != nil && !m.isOurs(job) || job == nil && k != golibvirt.DomainJobNone && k != golibvirt.DomainJobCompleted && k != golibvirt.DomainJobCancelled && k != golibvirt.DomainJobFailed {
-		return fmt.Errorf("%w: libvirt runs a job on %s that is not of this repository and volume; wait for it, or end it with 'virsh domjobabort %[2]s'", ErrMachineBusy, m.def.Name)
 	}
 	if m.opt.Freeze {
 		if err := thawLeft(m.opt.Self, m.text); err != nil {

@@ -9,10 +9,12 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/varve-io/varve/backup/libvirt"
 	"github.com/varve-io/varve/backup/libvirt/libvirttest"
 	"github.com/varve-io/varve/backup/qemu"
 	"github.com/varve-io/varve/backup/source"
@@ -379,8 +381,43 @@ func (d *domain) node(disk string) string {
 func (d *domain) abortJob(t *testing.T) {
 	t.Helper()
 	d.virsh(t, "domjobabort", d.name)
-	for !strings.Contains(d.virsh(t, "domjobinfo", d.name), "None") {
+	for !strings.Contains(d.try("domjobinfo", d.name), "None") { // virsh fails while libvirt ends the job
 		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// askAboutJobs asks all the time whether a job runs while some begin and end: there is always an answer.
+func (d *domain) askAboutJobs(t *testing.T) {
+	t.Helper()
+	u, err := libvirt.ParseURI(d.uri())
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := libvirt.Dial(t.Context(), u, "", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	dom, err := conn.Lookup(d.name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var over atomic.Bool
+	answered := make(chan error, 1)
+	go func() {
+		var err error
+		for err == nil && !over.Load() {
+			_, err = conn.JobRuns(dom)
+		}
+		answered <- err
+	}()
+	for range 10 {
+		d.virsh(t, "backup-begin", d.name, filepath.Join(d.dir, "job.xml"))
+		d.abortJob(t)
+	}
+	over.Store(true)
+	if err := <-answered; err != nil {
+		t.Error(err)
 	}
 }
 
@@ -399,6 +436,7 @@ func libvirtJobs(t *testing.T, d *domain) {
 		t.Errorf("another tool's job: %v", err)
 	}
 	d.abortJob(t)
+	d.askAboutJobs(t)
 	s, err := source.Open(t.Context(), d.uri(), other)
 	if err != nil {
 		t.Fatal(err)

@@ -80,8 +80,12 @@ var upstreamManifests = []struct{ module, glob, prefix string }{
 	{metadataModule, "deploy/snapshot-metadata-client-cluster-role.yaml", "rbac-"},
 }
 
-// buildTags begin with those of the Makefile: libraries that Varve has in the same version are compiled once for both.
-const buildTags = "timetzdata,disable_grpc_modules,no_btrfs,no_aufs,no_devmapper,no_zfs"
+// buildTags begin with those of the Makefile, and the compiler's flags are its too: libraries that Varve has in the same
+// version are compiled once for both.
+const (
+	buildTags     = "timetzdata,disable_grpc_modules,no_btrfs,no_aufs,no_devmapper,no_zfs"
+	compilerFlags = "all=-dwarf=false"
+)
 
 // Builder makes the cluster's binaries from the e2e module's sources.
 type Builder struct {
@@ -116,7 +120,7 @@ func (b Builder) Dir() (string, error) {
 		return "", err
 	}
 	h := sha256.New() // writing to it never fails
-	_, _ = fmt.Fprintln(h, runtime.Version(), runtime.GOARCH, buildTags, components, upstreamManifests)
+	_, _ = fmt.Fprintln(h, runtime.Version(), runtime.GOARCH, buildTags, compilerFlags, components, upstreamManifests)
 	root := filepath.Join(b.Source, "cluster", "components")
 	err = filepath.WalkDir(root, func(p string, e fs.DirEntry, err error) error {
 		if err != nil || e.IsDir() {
@@ -234,7 +238,7 @@ func (b Builder) copyManifests(ctx context.Context, src, to string) error {
 }
 
 func (b Builder) goBuild(ctx context.Context, dir, out, pkg, ldflags string) error {
-	_, err := goCommand(ctx, dir, "build", "-trimpath", "-buildvcs=false", "-tags", buildTags,
+	_, err := goCommand(ctx, dir, "build", "-trimpath", "-buildvcs=false", "-tags", buildTags, "-gcflags", compilerFlags,
 		"-ldflags", "-s -w"+ldflags, "-o", out, pkg)
 	return err
 }
