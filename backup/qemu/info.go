@@ -63,10 +63,21 @@ func parseInfo(text []byte) (*Info, error) {
 	return &Info{Format: raw.Format, Size: *raw.Size, Bitmaps: specific.Bitmaps, Corrupt: specific.Corrupt, DataFile: specific.DataFile}, nil
 }
 
+// Host is the machine where images lie and QEMU's programs run. The zero value is this one.
+type Host struct {
+	// Command prepares a program to run in a folder of another machine.
+	Command func(ctx context.Context, dir string, argv ...string) (*exec.Cmd, error)
+}
+
+// ReadInfo is Host.ReadInfo of this machine.
+func ReadInfo(ctx context.Context, path, format string) (*Info, error) {
+	return Host{}.ReadInfo(ctx, path, format)
+}
+
 // ReadInfo describes an image file. It fails with ErrLocked where another process writes to
 // it: what would be read is moving.
-func ReadInfo(ctx context.Context, path, format string) (*Info, error) {
-	out, err := runAt(ctx, path, "info", "--output=json", "-f", format, "--", absolute(path))
+func (h Host) ReadInfo(ctx context.Context, path, format string) (*Info, error) {
+	out, err := h.runAt(ctx, path, "info", "--output=json", "-f", format, "--", absolute(path))
 	if err != nil {
 		return nil, err
 	}
@@ -78,14 +89,14 @@ func ReadInfo(ctx context.Context, path, format string) (*Info, error) {
 }
 
 // AddBitmap has a qcow2 record what is written from now on.
-func AddBitmap(ctx context.Context, path, name string) error {
-	_, err := runAt(ctx, path, "bitmap", "--add", "-f", QCOW2, "--", absolute(path), name)
+func (h Host) AddBitmap(ctx context.Context, path, name string) error {
+	_, err := h.runAt(ctx, path, "bitmap", "--add", "-f", QCOW2, "--", absolute(path), name)
 	return err
 }
 
 // RemoveBitmap deletes a bitmap of a qcow2; an inconsistent one too.
-func RemoveBitmap(ctx context.Context, path, name string) error {
-	_, err := runAt(ctx, path, "bitmap", "--remove", "-f", QCOW2, "--", absolute(path), name)
+func (h Host) RemoveBitmap(ctx context.Context, path, name string) error {
+	_, err := h.runAt(ctx, path, "bitmap", "--remove", "-f", QCOW2, "--", absolute(path), name)
 	return err
 }
 
@@ -96,7 +107,7 @@ func Create(ctx context.Context, path, format string, size int64) error {
 	if format == VPC {
 		args = append(args, "-o", "force_size=on")
 	}
-	_, err := runAt(ctx, path, append(args, "--", absolute(path), fmt.Sprint(size))...)
+	_, err := Host{}.runAt(ctx, path, append(args, "--", absolute(path), fmt.Sprint(size))...)
 	return err
 }
 
@@ -110,14 +121,12 @@ var (
 
 // runAt runs qemu-img on an image and returns what it printed. It runs in the image's folder: QEMU looks for a data file with
 // a relative name in the working directory, and CheckReferences in the image's.
-func runAt(ctx context.Context, image string, args ...string) ([]byte, error) {
+func (h Host) runAt(ctx context.Context, image string, args ...string) ([]byte, error) {
 	const program = "qemu-img"
-	path, err := find(program)
+	cmd, err := h.command(ctx, filepath.Dir(absolute(image)), append([]string{program}, args...)...)
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.CommandContext(ctx, path, args...)
-	cmd.Env, cmd.Dir = Environment(), filepath.Dir(absolute(image))
 	stdout, stderr := &head{limit: maxAnswer}, &head{limit: 4 << 10}
 	cmd.Stdout, cmd.Stderr = stdout, stderr
 	err = cmd.Run()
@@ -125,11 +134,24 @@ func runAt(ctx context.Context, image string, args ...string) ([]byte, error) {
 	case ctx.Err() != nil:
 		return nil, context.Cause(ctx)
 	case err != nil:
-		return nil, explain(program, stderr.String(), err)
+		return nil, Explain(program, stderr.String(), err)
 	case stdout.cut:
 		return nil, fmt.Errorf("%s printed more than %d bytes", program, maxAnswer)
 	}
 	return stdout.buf.Bytes(), nil
+}
+
+func (h Host) command(ctx context.Context, dir string, argv ...string) (*exec.Cmd, error) {
+	if h.Command != nil {
+		return h.Command(ctx, dir, argv...)
+	}
+	path, err := find(argv[0])
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.CommandContext(ctx, path, argv[1:]...)
+	cmd.Env, cmd.Dir = Environment(), dir
+	return cmd, nil
 }
 
 func find(program string) (string, error) {
@@ -140,8 +162,8 @@ func find(program string) (string, error) {
 	return path, nil
 }
 
-// explain is the error of a program that failed, with what it printed.
-func explain(program, printed string, err error) error {
+// Explain is the error of a program that failed, with what it printed.
+func Explain(program, printed string, err error) error {
 	text := strings.TrimPrefix(strings.TrimSpace(printed), program+": ")
 	if i := strings.IndexByte(text, '\n'); i >= 0 && strings.Contains(text[i:], "Is another process") {
 		text = text[:i]

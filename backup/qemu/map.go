@@ -15,7 +15,7 @@ type Run struct {
 // Map returns, in order, the runs of a qcow2 within length bytes from start. What is compressed, encrypted or
 // only in a backing file is in none. The image must not have a data file (Info.DataFile): offsets would be that file's.
 func Map(ctx context.Context, path string, start, length int64) ([]Run, error) {
-	out, err := runAt(ctx, path, "map", "--output=json", "-f", QCOW2,
+	out, err := Host{}.runAt(ctx, path, "map", "--output=json", "-f", QCOW2,
 		fmt.Sprintf("--start-offset=%d", start), fmt.Sprintf("--max-length=%d", length), "--", absolute(path))
 	if err != nil {
 		return nil, err

@@ -81,7 +81,7 @@ func StartNBD(s Serve) (_ *Server, err error) {
 	defer file.Close()
 
 	// LISTEN_PID is the child's own, which a shell knows.
-	args := append([]string{"-c", `LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" "$@"`, program}, s.args()...)
+	args := append([]string{"-c", `LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" "$@"`, program}, s.Args()...)
 	cmd := exec.Command("/bin/sh", args...)
 	cmd.Env = Environment()
 	if s.Path != "" {
@@ -116,7 +116,8 @@ func StartNBD(s Serve) (_ *Server, err error) {
 	return srv, nil
 }
 
-func (s Serve) args() []string {
+// Args are the arguments of qemu-nbd, but for its socket.
+func (s Serve) Args() []string {
 	args := []string{"-t", "-e", strconv.Itoa(max(1, s.Connections)), "-f", s.Format}
 	if s.Write {
 		args = append(args, "--discard=unmap", "--detect-zeroes=unmap")
@@ -163,7 +164,7 @@ func (s *Server) Err() error {
 	case <-time.After(2 * time.Second):
 		return nil
 	}
-	return explain("qemu-nbd", s.stderr.String(), errors.Join(errors.New("it ended"), s.err))
+	return Explain("qemu-nbd", s.stderr.String(), errors.Join(errors.New("it ended"), s.err))
 }
 
 // Close ends the server, which writes what it has in memory first, and fails if it could
@@ -192,7 +193,7 @@ func (s *Server) close() error {
 		return nil // how a reader ends says nothing of what was read
 	}
 	if s.err != nil {
-		return explain("qemu-nbd", s.stderr.String(), s.err)
+		return Explain("qemu-nbd", s.stderr.String(), s.err)
 	}
 	return nil
 }

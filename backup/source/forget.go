@@ -37,12 +37,12 @@ func Forget(ctx context.Context, uri string, opt Options) (removed []string, err
 	if err := qemu.CheckReferences(uri, format, opt.FollowChain); err != nil {
 		return nil, err
 	}
-	return forgetImage(ctx, uri, format, opt)
+	return forgetImage(ctx, qemu.Host{}, uri, format, opt)
 }
 
 // forgetImage removes the bitmaps of an image.
-func forgetImage(ctx context.Context, path, format string, opt Options) (removed []string, err error) {
-	info, err := qemu.ReadInfo(ctx, path, format)
+func forgetImage(ctx context.Context, host qemu.Host, path, format string, opt Options) (removed []string, err error) {
+	info, err := host.ReadInfo(ctx, path, format)
 	if err != nil {
 		return nil, (&image{path: path}).explain(err)
 	}
@@ -51,7 +51,7 @@ func forgetImage(ctx context.Context, path, format string, opt Options) (removed
 		if !strings.HasPrefix(b.Name, prefix) {
 			continue
 		}
-		if err := qemu.RemoveBitmap(ctx, path, b.Name); err != nil {
+		if err := host.RemoveBitmap(ctx, path, b.Name); err != nil {
 			return removed, fmt.Errorf("remove bitmap %s: %w", b.Name, (&image{path: path}).explain(err))
 		}
 		removed = append(removed, b.Name)

@@ -10,11 +10,13 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/varve-io/varve/backup/cbt"
 	"github.com/varve-io/varve/backup/nbddisk"
 	"github.com/varve-io/varve/backup/qemu"
+	"github.com/varve-io/varve/nbdserver/nbdclient"
 )
 
 // Errors of image files.
@@ -65,18 +67,58 @@ func chooseFormat(path string, opt Options) (string, error) {
 		path, ErrFormat, head.Format, head.Format)
 }
 
+// imageHost is the machine of an image file.
+type imageHost interface {
+	qemu() qemu.Host
+	// serve starts a qemu-nbd.
+	serve(ctx context.Context, s qemu.Serve) (imageServer, error)
+	// stamp is another one after the file was replaced or written to.
+	stamp(ctx context.Context, path string) (string, error)
+}
+
+// imageServer is a qemu-nbd of our own.
+type imageServer interface {
+	URI() *nbdclient.URI
+	// Hide removes what is not needed once clients are connected.
+	Hide() error
+	// Err is why it ended; nil while it runs.
+	Err() error
+	Close() error
+}
+
+// here is this machine.
+type here struct{}
+
+func (here) qemu() qemu.Host { return qemu.Host{} }
+
+func (here) serve(_ context.Context, s qemu.Serve) (imageServer, error) { return qemu.StartNBD(s) }
+
+func (here) stamp(_ context.Context, path string) (string, error) {
+	fi, err := os.Stat(path)
+	if err != nil {
+		return "", err
+	}
+	return stampOf(fi), nil
+}
+
+func stampOf(fi os.FileInfo) string {
+	st, _ := fi.Sys().(*syscall.Stat_t)
+	return fmt.Sprint(st.Dev, st.Ino, fi.Size(), fi.ModTime().UnixNano())
+}
+
 // image is a disk in an image file, served by a qemu-nbd of our own.
 type image struct {
 	path, format string
 	opt          Options
-	srv          *qemu.Server
+	host         imageHost
+	srv          imageServer
 	disk         *nbddisk.Disk
 	bytes        Bytes    // disk, past its server where that is possible
 	file         *os.File // bytes reads it; nil if it does not
 	info         *qemu.Info
 	target       string   // the bitmap that begins with this backup; empty for none
 	stale        []string // bitmaps of ours that may go after it
-	stat         os.FileInfo
+	stamp        string
 	notes        []string
 	committed    bool
 }
@@ -91,12 +133,17 @@ func (o Options) newBitmapName() string {
 	return o.bitmapPrefix() + hex.EncodeToString(b[:])
 }
 
-func openImage(ctx context.Context, path, format string, opt Options) (_ Session, err error) {
+func openImage(ctx context.Context, path, format string, opt Options) (Session, error) {
 	if err := qemu.CheckReferences(path, format, opt.FollowChain); err != nil {
 		return nil, err
 	}
-	m := &image{path: path, format: format, opt: opt}
-	if m.info, err = qemu.ReadInfo(ctx, path, format); err != nil {
+	return openImageOf(ctx, here{}, path, format, opt)
+}
+
+// openImageOf opens an image whose references are known to be right.
+func openImageOf(ctx context.Context, host imageHost, path, format string, opt Options) (_ Session, err error) {
+	m := &image{path: path, format: format, opt: opt, host: host}
+	if m.info, err = host.qemu().ReadInfo(ctx, path, format); err != nil {
 		return nil, m.explain(err)
 	}
 	if m.info.Corrupt {
@@ -111,13 +158,14 @@ func openImage(ctx context.Context, path, format string, opt Options) (_ Session
 	if err := m.track(ctx); err != nil {
 		return nil, err
 	}
-	if m.stat, err = os.Stat(path); err != nil {
+	if m.stamp, err = host.stamp(ctx, path); err != nil {
 		return nil, fmt.Errorf("open source: %w", err)
 	}
-	m.srv, err = qemu.StartNBD(qemu.Serve{Path: path, Format: format, Bitmaps: usable, Connections: nbddisk.DefaultConnections})
+	srv, err := host.serve(ctx, qemu.Serve{Path: path, Format: format, Bitmaps: usable, Connections: nbddisk.DefaultConnections})
 	if err != nil {
-		return nil, err
+		return nil, m.explain(err)
 	}
+	m.srv = srv
 	m.disk, err = nbddisk.Open(ctx, m.srv.URI(), nbddisk.Options{Bitmaps: usable, Describe: path})
 	if err != nil {
 		if why := m.srv.Err(); why != nil {
@@ -162,7 +210,7 @@ func (m *image) track(ctx context.Context) error {
 		return nil
 	}
 	name := cmp.Or(m.opt.name, m.opt.newBitmapName())
-	err := qemu.AddBitmap(ctx, m.path, name)
+	err := m.host.qemu().AddBitmap(ctx, m.path, name)
 	switch {
 	case err == nil:
 		m.target = name
@@ -188,12 +236,12 @@ func (m *image) Disks() []Disk {
 
 // Check finds an image that was written to in spite of QEMU's locks, which not every file
 // system has.
-func (m *image) Check(context.Context) error {
-	now, err := os.Stat(m.path)
+func (m *image) Check(ctx context.Context) error {
+	now, err := m.host.stamp(ctx, m.path)
 	if err != nil {
 		return fmt.Errorf("check source: %w", err)
 	}
-	if !os.SameFile(now, m.stat) || now.Size() != m.stat.Size() || !now.ModTime().Equal(m.stat.ModTime()) {
+	if now != m.stamp {
 		return fmt.Errorf("%s was changed while it was read: no point was made; stop what writes to it, and back it up again", m.path)
 	}
 	return nil
@@ -212,7 +260,7 @@ func (m *image) Commit(ctx context.Context) error {
 
 func (m *image) removeBitmaps(ctx context.Context, names []string) {
 	for _, name := range names {
-		if err := qemu.RemoveBitmap(ctx, m.path, name); err != nil {
+		if err := m.host.qemu().RemoveBitmap(ctx, m.path, name); err != nil {
 			m.opt.log().WarnContext(ctx, "a bitmap of an earlier backup stays in the image; the next backup removes it", "image", m.path, "bitmap", name, "error", err)
 			return
 		}

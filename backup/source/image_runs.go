@@ -43,14 +43,14 @@ type window struct {
 
 // readRuns returns disk itself where its file has no runs.
 func (m *image) readRuns(disk *nbddisk.Disk) (Bytes, error) {
-	if m.format != qemu.QCOW2 || m.info.DataFile != "" || m.opt.Inspect {
+	if m.host != (here{}) || m.format != qemu.QCOW2 || m.info.DataFile != "" || m.opt.Inspect {
 		return disk, nil
 	}
 	f, err := os.Open(m.path)
 	if err != nil {
 		return nil, err
 	}
-	if now, err := f.Stat(); err != nil || !os.SameFile(now, m.stat) {
+	if now, err := f.Stat(); err != nil || stampOf(now) != m.stamp {
 		return nil, errors.Join(errors.New(m.path+" was replaced while it was opened"), err, f.Close())
 	}
 	m.file = f

@@ -14,6 +14,7 @@ import (
 
 	"github.com/varve-io/varve/backup/libvirt"
 	"github.com/varve-io/varve/backup/nbddisk"
+	"github.com/varve-io/varve/backup/qemu"
 )
 
 // begin takes the moment of the backup, and opens the disks as they were then.
@@ -329,12 +330,16 @@ func forgetLibvirt(ctx context.Context, text string, opt Options) (removed []str
 	for _, c := range list {
 		removed = append(removed, "checkpoint "+c.Name)
 	}
-	if running || uri.Remote() {
+	host := qemu.Host{}
+	if uri.Remote() {
+		host = sshHost{uri}.qemu()
+	}
+	if running || uri.Remote() && uri.Transport != "ssh" {
 		return removed, nil
 	}
 	for _, d := range m.def.Disks { // bitmaps of which libvirt does not know
 		if d.Tracked() && d.Path != "" {
-			names, err := forgetImage(ctx, d.Path, d.Format, opt)
+			names, err := forgetImage(ctx, host, d.Path, d.Format, opt)
 			if err != nil {
 				return removed, err
 			}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/varve-io/varve/backup/libvirt"
 	"github.com/varve-io/varve/backup/libvirt/libvirttest"
+	"github.com/varve-io/varve/backup/qemu"
 	"github.com/varve-io/varve/backup/source"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
@@ -63,6 +64,67 @@ func libvirtRemote(t *testing.T, d *domain) {
 		now.check(t, d.model, "")
 		d.mustBeClean(t, 1)
 		d.virsh(t, "checkpoint-delete", d.name, now["vda"].id)
+	}
+	libvirtRemoteStopped(t, d, ssh)
+}
+
+// libvirtRemoteStopped backs up a stopped domain over ssh, the second time by bitmaps; and is killed in between, which ends
+// the servers of the images there.
+func libvirtRemoteStopped(t *testing.T, d *domain, ssh func(...string) string) {
+	t.Helper()
+	d.stop(t)
+	points, uri := t.TempDir(), fmt.Sprintf("libvirt+ssh://varve-test/%s?socket=%s", d.name, d.socket)
+	ssh("killed-backup", uri, points, "")
+	d.start(t)
+	d.write(t, "vda", 21, 2<<20, 65536)
+	d.stop(t)
+	left := func() string {
+		servers, _ := exec.Command("pgrep", "-af", "^(env LC_ALL=C )?qemu-nbd .*"+d.dir+"/").CombinedOutput()
+		return string(servers)
+	}
+	if said := ssh("killed-at", uri, points, "recorded vda"); !strings.Contains(said, "vda by bitmap") {
+		t.Errorf("the killed one: %s", said)
+	}
+	for end := time.Now().Add(time.Minute); left() != ""; time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("servers are left: %s", left())
+		}
+	}
+	said := ssh("killed-backup", uri, points, "")
+	if !strings.Contains(said, "vda by bitmap") || !strings.Contains(said, "vdc by bitmap") || !strings.Contains(said, "vdb by allocation") {
+		t.Errorf("the second: %s", said)
+	}
+	now := machine{}
+	for disk := range d.model {
+		now[disk] = load(points, disk)
+	}
+	now.check(t, d.model, "")
+	if servers := left(); servers != "" {
+		t.Errorf("servers are left: %s", servers)
+	}
+	if info, err := qemu.ReadInfo(t.Context(), d.path("vda"), qemu.QCOW2); err != nil || len(info.Bitmaps) != 1 || info.Bitmaps[0].Name != now["vda"].id {
+		t.Errorf("bitmaps: %+v, %v; want one, %s", info, err, now["vda"].id)
+	}
+	if removed := ssh("libvirt-forget", uri); !strings.Contains(removed, now["vda"].id) {
+		t.Errorf("forgot %q", removed)
+	}
+	// Over TLS there is no way to the images.
+	tls := fmt.Sprintf("libvirt+tls://localhost:%d/%s?pkipath=%s/tls", d.port, d.name, d.libvirtd.dir)
+	if _, err := source.Open(t.Context(), tls, machine{}.options(t.TempDir())); err == nil || !strings.Contains(err.Error(), "use libvirt+ssh://") {
+		t.Errorf("over TLS: %v", err)
+	}
+	// A running machine has the image.
+	lock := exec.CommandContext(t.Context(), "qemu-nbd", "-t", "-f", "qcow2", "-k", t.TempDir()+"/s", d.path("vda"))
+	if err := lock.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = lock.Process.Kill(); _ = lock.Wait() }()
+	for end := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
+		if said := ssh("libvirt-locked", uri, t.TempDir()); strings.Contains(said, qemu.ErrLocked.Error()) {
+			break
+		} else if time.Now().After(end) {
+			t.Fatalf("an image in use: %s", said)
+		}
 	}
 }
 

@@ -9,7 +9,7 @@ import (
 	"github.com/varve-io/varve/backup/qemu"
 )
 
-// stoppedMachine is a domain that does not run: its images, each by a qemu-nbd of our own, which
+// stoppedMachine is a domain that does not run: its images, each by a qemu-nbd of our own on its machine, which
 // keeps it from starting until the session ends. Their bitmaps have the names of checkpoints, and
 // libvirt hears of those when the domain is next backed up while it runs.
 type stoppedMachine struct {
@@ -26,8 +26,9 @@ func (m *libvirtMachine) openStopped(ctx context.Context) (_ Session, err error)
 			err = errors.Join(err, s.closeImages())
 		}
 	}()
-	if m.uri.Remote() {
-		return nil, fmt.Errorf("%s: the domain is stopped: its images are read on their own machine; run varve there, or start the domain", m.text)
+	remote := m.uri.Remote()
+	if remote && m.uri.Transport != "ssh" {
+		return nil, fmt.Errorf("%s: the domain is stopped, and images of another machine are read over ssh: use libvirt+ssh://, or start the domain", m.text)
 	}
 	target := m.opt.newBitmapName()
 	for _, d := range m.disks {
@@ -37,11 +38,14 @@ func (m *libvirtMachine) openStopped(ctx context.Context) (_ Session, err error)
 		opt := m.opt
 		opt.Format, opt.name = d.Format, target
 		var session Session
-		if d.Format == qemu.Raw {
+		// Its definition, not a guest, says which files it is made of.
+		opt.Track, opt.FollowChain = d.Format == qemu.QCOW2, true
+		switch {
+		case remote:
+			session, err = openImageOf(ctx, sshHost{m.uri}, d.Path, d.Format, opt)
+		case d.Format == qemu.Raw:
 			session, err = openLocal(d.Path, opt)
-		} else {
-			// Its definition, not a guest, says which files it is made of.
-			opt.Track, opt.FollowChain = d.Format == qemu.QCOW2, true
+		default:
 			session, err = openImage(ctx, d.Path, d.Format, opt)
 		}
 		if err != nil {

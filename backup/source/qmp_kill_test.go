@@ -36,6 +36,22 @@ func TestMain(m *testing.M) {
 		_, _ = machine{}.backup(context.Background(), os.Args[2], opt, nil, nil)
 		os.Exit(0)
 	}
+	if len(os.Args) > 4 && os.Args[1] == "killed-at" { // in a process of its own, so that this one ends well
+		cmd := exec.Command(os.Args[0], "killed-backup", os.Args[2], os.Args[3], os.Args[4])
+		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+		fmt.Fprintln(os.Stderr, cmd.Run())
+		os.Exit(0)
+	}
+	if len(os.Args) > 3 && os.Args[1] == "libvirt-locked" {
+		_, err := source.Open(context.Background(), os.Args[2], machine{}.options(os.Args[3]))
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(0)
+	}
+	if len(os.Args) > 2 && os.Args[1] == "libvirt-forget" {
+		removed, err := source.Forget(context.Background(), os.Args[2], source.Options{})
+		fmt.Fprintln(os.Stdout, removed, err)
+		os.Exit(0)
+	}
 	if len(os.Args) > 3 && os.Args[1] == "libvirt-room" {
 		if err := printRoom(os.Args[2], os.Args[3]); err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -103,6 +119,7 @@ func killedBackup(uri, points, kill string) error {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
+		fmt.Fprintf(os.Stderr, "%s by %s\n", name, s.by)
 		step("recorded " + name)
 	})
 	return err

@@ -1,0 +1,160 @@
+package libvirt
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/varve-io/varve/internal/plain"
+	"github.com/varve-io/varve/internal/tempdir"
+)
+
+// Command prepares a program to run in a folder of the URI's machine, over ssh.
+func (u *URI) Command(ctx context.Context, dir string, argv ...string) (*exec.Cmd, error) {
+	return u.shell(ctx, nil, "cd "+quote(dir)+" && exec env LC_ALL=C "+quoteAll(argv))
+}
+
+// shell prepares a script of a POSIX shell to run there.
+func (u *URI) shell(ctx context.Context, options []string, script string) (*exec.Cmd, error) {
+	if u.Transport != "ssh" {
+		return nil, errors.New("programs of another machine run over ssh only: use libvirt+ssh://")
+	}
+	program, err := exec.LookPath("ssh")
+	if err != nil {
+		return nil, fmt.Errorf("libvirt+ssh needs the program ssh: %w", err)
+	}
+	return exec.CommandContext(ctx, program, append(append(sshArgs(u), options...), "--", u.Host, "exec sh -c "+quote(script))...), nil
+}
+
+func quoteAll(argv []string) string {
+	quoted := make([]string, len(argv))
+	for i, a := range argv {
+		quoted[i] = quote(a)
+	}
+	return strings.Join(quoted, " ")
+}
+
+// Listener is a program of another machine that listens on a socket, which ssh forwards. It is killed with this process,
+// however that ends, and if the connection to it does.
+type Listener struct {
+	dir   *tempdir.Dir
+	cmd   *exec.Cmd
+	stdin io.Closer
+	ended chan struct{}
+	text  bytes.Buffer // what it printed; after ended
+}
+
+// listenScript runs a program until its standard input ends. The program is of the shell's process
+// group, which sshd makes.
+const listenScript = `umask 077
+mkdir %[1]s || exit
+trap 'rm -rf %[1]s; kill -9 0' EXIT
+trap 'exit 1' HUP INT TERM
+{ cd %[2]s && env LC_ALL=C %[3]s; : >%[1]s/ended; } </dev/null >/dev/null &
+until [ -S %[1]s/s ]; do
+	[ ! -e %[1]s/ended ] || exit 1
+	sleep 0.1 || sleep 1
+done
+echo ready
+cat >/dev/null`
+
+// Listen starts, in a folder there, the program that argv makes listen on a socket.
+func (u *URI) Listen(ctx context.Context, dir string, argv func(socket string) []string) (_ *Listener, err error) {
+	var id [8]byte
+	_, _ = rand.Read(id[:]) // never fails
+	there := "/tmp/varve-nbd-" + hex.EncodeToString(id[:])
+	l := &Listener{ended: make(chan struct{})}
+	if l.dir, err = tempdir.Make("/tmp", "varve-tunnel-"); err != nil { // short, as a socket's path must be
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, l.Close())
+		}
+	}()
+	// Not bound to ctx: it is ended by Close.
+	l.cmd, err = u.shell(context.WithoutCancel(ctx), []string{"-o", "ExitOnForwardFailure=yes", "-L", l.Socket() + ":" + there + "/s"},
+		fmt.Sprintf(listenScript, there, quote(dir), quoteAll(argv(there+"/s"))))
+	if err != nil {
+		return nil, err
+	}
+	l.cmd.Stderr = &l.text
+	l.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM, Setpgid: true}
+	stdin, err := l.cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	stdout, err := l.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	ready, started := make(chan struct{}), make(chan error)
+	go func() {
+		// The signal comes when the thread ends that started the child: keep it.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := l.cmd.Start()
+		started <- err
+		if err != nil {
+			return
+		}
+		if line, err := bufio.NewReaderSize(io.LimitReader(stdout, 64), 64).ReadString('\n'); err == nil && line == "ready\n" {
+			close(ready)
+		}
+		_, _ = io.Copy(io.Discard, stdout)
+		_ = l.cmd.Wait()
+		close(l.ended)
+	}()
+	if err := <-started; err != nil {
+		return nil, err
+	}
+	l.stdin = stdin
+	select {
+	case <-ready:
+		return l, nil
+	case <-l.ended:
+		return nil, l.Err()
+	case <-time.After(opening):
+		return nil, fmt.Errorf("ssh to %s: nothing listens within %s", u.Host, opening)
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// Socket is the forwarded one, on this machine.
+func (l *Listener) Socket() string { return filepath.Join(l.dir.Path(), "s") }
+
+// Err is why the program ended; nil while it runs.
+func (l *Listener) Err() error {
+	select {
+	case <-l.ended:
+		return errors.New(plain.Clip(strings.TrimSpace(l.text.String()), 500))
+	default:
+		return nil
+	}
+}
+
+// Close ends the program.
+func (l *Listener) Close() error {
+	if l.stdin != nil {
+		_ = l.stdin.Close()
+		select {
+		case <-l.ended:
+		case <-time.After(leaving): // the connection is lost
+			_ = l.cmd.Process.Kill()
+			<-l.ended
+		}
+	}
+	return l.dir.Close()
+}
