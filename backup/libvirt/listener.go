@@ -1,7 +1,6 @@
 package libvirt
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
@@ -11,12 +10,12 @@ import (
 	"io"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/varve-io/varve/internal/plain"
+	"github.com/varve-io/varve/internal/process"
 	"github.com/varve-io/varve/internal/tempdir"
 )
 
@@ -90,38 +89,18 @@ func (u *URI) Listen(ctx context.Context, dir string, argv func(socket string) [
 		return nil, err
 	}
 	l.cmd.Stderr = &l.text
-	l.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM, Setpgid: true}
+	ready := readyFeed{ready: make(chan struct{})}
+	l.cmd.Stdout = &ready
 	stdin, err := l.cmd.StdinPipe()
 	if err != nil {
 		return nil, err
 	}
-	stdout, err := l.cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	ready, started := make(chan struct{}), make(chan error)
-	go func() {
-		// The signal comes when the thread ends that started the child: keep it.
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		err := l.cmd.Start()
-		started <- err
-		if err != nil {
-			return
-		}
-		if line, err := bufio.NewReaderSize(io.LimitReader(stdout, 64), 64).ReadString('\n'); err == nil && line == "ready\n" {
-			close(ready)
-		}
-		_, _ = io.Copy(io.Discard, stdout)
-		_ = l.cmd.Wait()
-		close(l.ended)
-	}()
-	if err := <-started; err != nil {
+	if err := process.StartTied(l.cmd, syscall.SIGTERM, func(error) { close(l.ended) }); err != nil {
 		return nil, err
 	}
 	l.stdin = stdin
 	select {
-	case <-ready:
+	case <-ready.ready:
 		return l, nil
 	case <-l.ended:
 		return nil, l.Err()
@@ -130,6 +109,22 @@ func (u *URI) Listen(ctx context.Context, dir string, argv func(socket string) [
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
+}
+
+// readyFeed waits for the line "ready".
+type readyFeed struct {
+	ready chan struct{}
+	text  []byte
+}
+
+func (f *readyFeed) Write(p []byte) (int, error) {
+	const line = "ready\n"
+	if len(f.text) < len(line) {
+		if f.text = append(f.text, p[:min(len(p), len(line)-len(f.text))]...); string(f.text) == line {
+			close(f.ready)
+		}
+	}
+	return len(p), nil
 }
 
 // Socket is the forwarded one, on this machine.

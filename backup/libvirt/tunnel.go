@@ -11,13 +11,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/varve-io/varve/internal/plain"
+	"github.com/varve-io/varve/internal/process"
 	"github.com/varve-io/varve/internal/tempdir"
 )
 
@@ -76,21 +76,8 @@ func startTunnel(ctx context.Context, u *URI, nbd, watched string) (_ *tunnel, e
 		t.cmd.Stdout = &roomFeed{t: t}
 	}
 	t.cmd.Stderr = &t.text
-	t.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM, Setpgid: true}
-	started := make(chan error)
-	go func() {
-		// The signal comes when the thread ends that started the child: keep it.
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		err := t.cmd.Start()
-		started <- err
-		if err == nil {
-			_ = t.cmd.Wait()
-		}
-		close(t.ended)
-	}()
-	if err := <-started; err != nil {
-		return nil, errors.Join(err, t.close())
+	if err := process.StartTied(t.cmd, syscall.SIGTERM, func(error) { close(t.ended) }); err != nil {
+		return nil, errors.Join(err, t.dir.Close())
 	}
 	deadline := time.After(opening)
 	for {

@@ -7,12 +7,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"sync"
 	"syscall"
 	"time"
 
+	"github.com/varve-io/varve/internal/process"
 	"github.com/varve-io/varve/internal/tempdir"
 	"github.com/varve-io/varve/nbdserver/nbdclient"
 )
@@ -93,26 +93,12 @@ func StartNBD(s Serve) (_ *Server, err error) {
 		ended: make(chan struct{}), stderr: &head{limit: 4 << 10}, write: s.Write,
 	}
 	cmd.Stderr = srv.stderr
-	// A group of its own: a terminal's Ctrl-C is for us, and we end it when we are done. A SIGTERM is lost while
-	// qemu-nbd starts (QEMU qemu-nbd.c sets its state before its loop), and it would hold the image forever.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
-	started := make(chan error)
-	go func() {
-		// The signal comes when the thread ends that started the child: keep it.
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		if err := cmd.Start(); err != nil {
-			started <- err
-			return
-		}
-		srv.process = cmd.Process
-		started <- nil
-		srv.err = cmd.Wait()
-		close(srv.ended)
-	}()
-	if err := <-started; err != nil {
+	// A SIGTERM is lost while qemu-nbd starts (QEMU qemu-nbd.c sets its state before its loop), and it would hold the
+	// image forever.
+	if err := process.StartTied(cmd, syscall.SIGKILL, func(err error) { srv.err = err; close(srv.ended) }); err != nil {
 		return nil, fmt.Errorf("start qemu-nbd: %w", err)
 	}
+	srv.process = cmd.Process
 	return srv, nil
 }
 

@@ -1,5 +1,5 @@
 // Package process distinguishes processes of a host, across boots, containers and reused
-// PIDs.
+// PIDs, and starts some that end with this one.
 package process
 
 import (
