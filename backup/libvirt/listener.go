@@ -54,19 +54,28 @@ type Listener struct {
 	text  bytes.Buffer // what it printed; after ended
 }
 
-// listenScript runs a program until its standard input ends. The program is of the shell's process
-// group, which sshd makes.
+// listenScript runs a program until its standard input ends, or has no line for a minute: a connection may be lost without
+// a word. All are of one process group, the shell's own, which sshd makes.
 const listenScript = `umask 077
+read -r pid name state parent group rest </proc/$$/stat
+[ "$group" = $$ ] || { echo "the shell of this host has no process group of its own" >&2; exit 1; }
 mkdir %[1]s || exit
 trap 'rm -rf %[1]s; kill -9 0' EXIT
-trap 'exit 1' HUP INT TERM
+trap 'exit 1' HUP INT TERM PIPE
 { cd %[2]s && env LC_ALL=C %[3]s; : >%[1]s/ended; } </dev/null >/dev/null &
+: >%[1]s/beat
+{ while sleep 60 && rm %[1]s/beat; do :; done; rm -rf %[1]s; kill -9 0; } </dev/null >/dev/null 2>&1 &
+tries=0
 until [ -S %[1]s/s ]; do
-	[ ! -e %[1]s/ended ] || exit 1
+	[ ! -e %[1]s/ended ] && [ $tries -lt 300 ] || exit 1
+	tries=$((tries + 1))
 	sleep 0.1 || sleep 1
 done
 echo ready
-cat >/dev/null`
+while read -r line; do : >%[1]s/beat; done`
+
+// beatPause is the time between two lines to listenScript.
+const beatPause = 5 * time.Second
 
 // Listen starts, in a folder there, the program that argv makes listen on a socket.
 func (u *URI) Listen(ctx context.Context, dir string, argv func(socket string) []string) (_ *Listener, err error) {
@@ -99,6 +108,7 @@ func (u *URI) Listen(ctx context.Context, dir string, argv func(socket string) [
 		return nil, err
 	}
 	l.stdin = stdin
+	go l.beat(stdin)
 	select {
 	case <-ready.ready:
 		return l, nil
@@ -108,6 +118,20 @@ func (u *URI) Listen(ctx context.Context, dir string, argv func(socket string) [
 		return nil, fmt.Errorf("ssh to %s: nothing listens within %s", u.Host, opening)
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
+	}
+}
+
+// beat tells the other end that this one is there, until the program ends or its input is closed.
+func (l *Listener) beat(to io.Writer) {
+	for {
+		select {
+		case <-l.ended:
+			return
+		case <-time.After(beatPause):
+			if _, err := io.WriteString(to, "\n"); err != nil {
+				return
+			}
+		}
 	}
 }
 
@@ -129,6 +153,9 @@ func (f *readyFeed) Write(p []byte) (int, error) {
 
 // Socket is the forwarded one, on this machine.
 func (l *Listener) Socket() string { return filepath.Join(l.dir.Path(), "s") }
+
+// Running reports whether the program runs, as far as is known here.
+func (l *Listener) Running() bool { return l.Err() == nil }
 
 // Err is why the program ended; nil while it runs.
 func (l *Listener) Err() error {

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -29,6 +30,9 @@ type Serve struct {
 	Bitmaps []string
 	// Connections at most.
 	Connections int
+	// Exclusive keeps others from writing to a raw file, whose readers take no lock otherwise (QEMU's blkdebug driver,
+	// unshare-child-perms).
+	Exclusive bool
 }
 
 // Server is a qemu-nbd of our own, on a socket that only this user can reach. It is killed
@@ -104,7 +108,12 @@ func StartNBD(s Serve) (_ *Server, err error) {
 
 // Args are the arguments of qemu-nbd, but for its socket.
 func (s Serve) Args() []string {
-	args := []string{"-t", "-e", strconv.Itoa(max(1, s.Connections)), "-f", s.Format}
+	args := []string{"-t", "-e", strconv.Itoa(max(1, s.Connections))}
+	if s.Exclusive {
+		return append(args, "-r", "--image-opts", "driver=raw,file.driver=blkdebug,file.unshare-child-perms.0=write,file.unshare-child-perms.1=resize,"+
+			"file.image.driver=file,file.image.filename="+strings.ReplaceAll(absolute(s.Path), ",", ",,"))
+	}
+	args = append(args, "-f", s.Format)
 	if s.Write {
 		args = append(args, "--discard=unmap", "--detect-zeroes=unmap")
 	} else {
@@ -141,6 +150,16 @@ func (s *Server) URI() *nbdclient.URI { return s.uri }
 // Hide removes the socket from the file system once all clients are connected, so that
 // nothing of it stays if this process is killed.
 func (s *Server) Hide() error { return s.dir.Close() }
+
+// Running reports whether the server runs, and holds its lock.
+func (s *Server) Running() bool {
+	select {
+	case <-s.ended:
+		return false
+	default:
+		return true
+	}
+}
 
 // Err says why the server ended by itself; nil while it runs. It waits a moment for one whose
 // clients have lost it.

@@ -11,6 +11,9 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+	"github.com/varve-io/varve/nbdserver/nbdclient"
 )
 
 // TestMain is also the process that TestServerKilled kills.
@@ -115,4 +118,39 @@ func servers(path string) (n int) {
 		}
 	}
 	return n
+}
+
+// TestServerExclusive: nobody writes to a raw file while a server of it wants that, and none is served that is written to.
+func TestServerExclusive(t *testing.T) {
+	t.Parallel()
+	diskfstest.NeedTool(t, "qemu-nbd")
+	diskfstest.NeedTool(t, "qemu-io")
+	path := filepath.Join(t.TempDir(), "a,b.raw")
+	if err := os.WriteFile(path, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	write := func() error { return exec.Command("qemu-io", "-f", "raw", "-c", "write 0 4k", path).Run() }
+	if err := write(); err != nil {
+		t.Fatal(err)
+	}
+	srv, err := StartNBD(Serve{Path: path, Format: Raw, Exclusive: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := nbdclient.Dial(t.Context(), srv.URI(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := write(); err == nil {
+		t.Error("another process wrote to it")
+	}
+	if err := errors.Join(conn.Close(), srv.Close()); err != nil {
+		t.Error(err)
+	}
+	if srv.Running() {
+		t.Error("it runs after its end")
+	}
+	if err := write(); err != nil {
+		t.Errorf("the lock is left: %v", err)
+	}
 }

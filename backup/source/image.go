@@ -81,6 +81,8 @@ type imageServer interface {
 	URI() *nbdclient.URI
 	// Hide removes what is not needed once clients are connected.
 	Hide() error
+	// Running reports whether it runs, and holds its lock.
+	Running() bool
 	// Err is why it ended; nil while it runs.
 	Err() error
 	Close() error
@@ -113,8 +115,7 @@ type image struct {
 	host         imageHost
 	srv          imageServer
 	disk         *nbddisk.Disk
-	bytes        Bytes    // disk, past its server where that is possible
-	file         *os.File // bytes reads it; nil if it does not
+	bytes        Bytes // disk, past its server where that is possible
 	info         *qemu.Info
 	target       string   // the bitmap that begins with this backup; empty for none
 	stale        []string // bitmaps of ours that may go after it
@@ -161,7 +162,7 @@ func openImageOf(ctx context.Context, host imageHost, path, format string, opt O
 	if m.stamp, err = host.stamp(ctx, path); err != nil {
 		return nil, fmt.Errorf("open source: %w", err)
 	}
-	srv, err := host.serve(ctx, qemu.Serve{Path: path, Format: format, Bitmaps: usable, Connections: nbddisk.DefaultConnections})
+	srv, err := host.serve(ctx, qemu.Serve{Path: path, Format: format, Bitmaps: usable, Connections: nbddisk.DefaultConnections, Exclusive: format == qemu.Raw})
 	if err != nil {
 		return nil, m.explain(err)
 	}
@@ -173,7 +174,7 @@ func openImageOf(ctx context.Context, host imageHost, path, format string, opt O
 		}
 		return nil, err
 	}
-	if m.bytes, err = m.readRuns(m.disk); err != nil {
+	if m.bytes, err = m.readRuns(ctx, m.disk); err != nil {
 		return nil, err
 	}
 	return m, m.srv.Hide()
@@ -241,6 +242,9 @@ func (m *image) Check(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("check source: %w", err)
 	}
+	if !m.srv.Running() {
+		return fmt.Errorf("%s: the qemu-nbd that kept others from writing to it has ended: no point was made; back it up again: %w", m.path, m.srv.Err())
+	}
 	if now != m.stamp {
 		return fmt.Errorf("%s was changed while it was read: no point was made; stop what writes to it, and back it up again", m.path)
 	}
@@ -276,10 +280,10 @@ func (m *image) stop() error {
 	if m.srv != nil {
 		errs = append(errs, m.srv.Close())
 	}
-	if m.file != nil {
-		errs = append(errs, m.file.Close())
+	if runs, ok := m.bytes.(*runsDisk); ok {
+		errs = append(errs, runs.close())
 	}
-	m.disk, m.srv, m.file = nil, nil, nil
+	m.disk, m.srv, m.bytes = nil, nil, nil
 	return errors.Join(errs...)
 }
 

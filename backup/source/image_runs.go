@@ -26,8 +26,14 @@ const (
 // image's lock.
 type runsDisk struct {
 	*nbddisk.Disk
-	path string
-	file *os.File
+
+	path   string
+	file   *os.File
+	window int64 // bytes, runWindow
+
+	ctx    context.Context // of qemu-img
+	cancel context.CancelFunc
+	asking sync.WaitGroup
 
 	mu      sync.Mutex
 	windows map[int64]*window // by their number on the disk
@@ -41,8 +47,9 @@ type window struct {
 	runs    []qemu.Run
 }
 
-// readRuns returns disk itself where its file has no runs.
-func (m *image) readRuns(disk *nbddisk.Disk) (Bytes, error) {
+// readRuns returns disk itself where its file has no runs. On a block device nothing would tell of a writer: QEMU's locks
+// are of one device node, and writing changes no time of it.
+func (m *image) readRuns(ctx context.Context, disk *nbddisk.Disk) (Bytes, error) {
 	if m.host != (here{}) || m.format != qemu.QCOW2 || m.info.DataFile != "" || m.opt.Inspect {
 		return disk, nil
 	}
@@ -50,18 +57,49 @@ func (m *image) readRuns(disk *nbddisk.Disk) (Bytes, error) {
 	if err != nil {
 		return nil, err
 	}
-	if now, err := f.Stat(); err != nil || stampOf(now) != m.stamp {
+	now, err := f.Stat()
+	if err != nil || stampOf(now) != m.stamp {
 		return nil, errors.Join(errors.New(m.path+" was replaced while it was opened"), err, f.Close())
 	}
-	m.file = f
-	return &runsDisk{Disk: disk, path: m.path, file: f, windows: map[int64]*window{}}, nil
+	if !now.Mode().IsRegular() {
+		return disk, f.Close()
+	}
+	d := &runsDisk{Disk: disk, path: m.path, file: f, window: runWindow, windows: map[int64]*window{}}
+	d.ctx, d.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	return d, nil
+}
+
+// close ends what reads the file.
+func (d *runsDisk) close() error {
+	d.cancel()
+	d.asking.Wait()
+	return d.file.Close()
+}
+
+// ask returns the runs of a window.
+func (d *runsDisk) ask(start int64) ([]qemu.Run, error) {
+	d.asking.Add(1)
+	defer d.asking.Done()
+	runs, err := qemu.Map(d.ctx, d.path, start, min(d.window, d.Size()-start))
+	if err != nil {
+		return nil, err
+	}
+	ours, err := d.file.Stat()
+	if err != nil {
+		return nil, err
+	}
+	theirs, err := os.Stat(d.path)
+	if err != nil || !os.SameFile(ours, theirs) {
+		return nil, errors.Join(errors.New(d.path+" was replaced"), err)
+	}
+	return runs, nil
 }
 
 // ReadAt implements io.ReaderAt.
 func (d *runsDisk) ReadAt(p []byte, off int64) (n int, err error) {
 	for n < len(p) {
 		at := off + int64(n)
-		part := p[n:min(int64(len(p)), int64(n)+runWindow-at%runWindow)]
+		part := p[n:min(int64(len(p)), int64(n)+d.window-at%d.window)]
 		run, ok := d.runAt(at, int64(len(part)))
 		if ok && run.Start <= at {
 			part = part[:min(int64(len(part)), run.Start+run.Length-at)]
@@ -84,7 +122,7 @@ func (d *runsDisk) ReadAt(p []byte, off int64) (n int, err error) {
 // runAt returns the run that holds the byte at off or the next one in its window. It counts length
 // bytes as read. It is false if there is none, or as long as nobody has asked.
 func (d *runsDisk) runAt(off, length int64) (qemu.Run, bool) {
-	number := off / runWindow
+	number := off / d.window
 	d.mu.Lock()
 	w := d.windows[number]
 	if w == nil {
@@ -94,8 +132,7 @@ func (d *runsDisk) runAt(off, length int64) (qemu.Run, bool) {
 	if w.served += length; w.runs == nil && !w.loading && w.served > runServed {
 		w.loading = true
 		d.mu.Unlock()
-		start := number * runWindow
-		runs, err := qemu.Map(context.Background(), d.path, start, min(runWindow, d.Size()-start))
+		runs, err := d.ask(number * d.window)
 		d.mu.Lock()
 		if err == nil && len(runs) > 0 { // else the server has all bytes
 			w.runs, w.loading = runs, false

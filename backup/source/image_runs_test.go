@@ -11,6 +11,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/varve-io/varve/backup/qemu"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
 
@@ -90,7 +91,10 @@ func TestImageRuns(t *testing.T) {
 	qemuTool("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "raw", "mixed.qcow2")
 	qemuTool("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", "data_file=data,data_file_raw=off", "raw", "outside.qcow2")
 	qemuTool("qemu-img", "create", "-q", "-f", "qcow2", "-b", "plain.qcow2", "-F", "qcow2", "over.qcow2")
-	for _, name := range []string{"mixed.qcow2", "over.qcow2"} {
+	qemuTool("qemu-img", "create", "-q", "-f", "qcow2", "-o", "extended_l2=on,cluster_size=128k", "-b", "plain.qcow2", "-F", "qcow2", "parts.qcow2")
+	qemuTool("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "raw", "snapshot.qcow2")
+	qemuTool("qemu-img", "snapshot", "-c", "before", "snapshot.qcow2")
+	for _, name := range []string{"mixed.qcow2", "over.qcow2", "parts.qcow2", "snapshot.qcow2"} {
 		qemuTool("qemu-io", "-f", "qcow2", "-c", "write -P 7 5000000 20000000", "-c", "write -z 30M 3M", "-c", "discard 36M 1M",
 			"-c", "write -P 9 40000512 512", name)
 	}
@@ -103,7 +107,7 @@ func TestImageRuns(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, direct := range map[string]bool{
-		"plain": true, "small": true, "compressed": false, "mixed": true, "outside": false, "over": true, "cut": true,
+		"plain": true, "small": true, "compressed": false, "mixed": true, "outside": false, "over": true, "parts": true, "snapshot": true, "cut": true,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -124,6 +128,10 @@ func TestImageRuns(t *testing.T) {
 				}
 			}()
 			b := s.Disks()[0].Bytes
+			d, ok := b.(*runsDisk)
+			if ok {
+				d.window = 9 << 20 // six of them, the last one shorter, and more than are kept
+			}
 			for range 3 { // by the server, by both, and from the file
 				got := make([]byte, 0, size)
 				for p := make([]byte, 777_777); len(got) < size; {
@@ -140,9 +148,15 @@ func TestImageRuns(t *testing.T) {
 			if n, err := b.ReadAt(make([]byte, 10), size-4); n != 4 || !errors.Is(err, io.EOF) {
 				t.Errorf("at the end: %d, %v", n, err)
 			}
-			d, ok := b.(*runsDisk)
 			if used := ok && len(d.loaded) > 0; used != direct {
 				t.Errorf("bytes came from the file itself: %v", used)
+			}
+			if err := s.Check(t.Context()); err != nil {
+				t.Error(err)
+			}
+			s.(*image).srv.(*qemu.Server).Abort() // the lock goes with it
+			if err := s.Check(t.Context()); err == nil {
+				t.Error("nothing is wrong without the server's lock")
 			}
 		})
 	}

@@ -337,16 +337,17 @@ func forgetLibvirt(ctx context.Context, text string, opt Options) (removed []str
 	if running || uri.Remote() && uri.Transport != "ssh" {
 		return removed, nil
 	}
+	var errs []error
 	for _, d := range m.def.Disks { // bitmaps of which libvirt does not know
 		if d.Tracked() && d.Path != "" {
 			names, err := forgetImage(ctx, host, d.Path, d.Format, opt)
-			if err != nil {
-				return removed, err
-			}
 			for _, n := range names {
 				removed = append(removed, d.Target+": "+n)
 			}
+			if err != nil {
+				errs = append(errs, fmt.Errorf("bitmaps of %s may be left: %w", d.Target, err))
+			}
 		}
 	}
-	return removed, nil
+	return removed, errors.Join(errs...)
 }

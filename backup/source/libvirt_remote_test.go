@@ -105,8 +105,9 @@ func libvirtRemoteStopped(t *testing.T, d *domain, ssh func(...string) string) {
 	if info, err := qemu.ReadInfo(t.Context(), d.path("vda"), qemu.QCOW2); err != nil || len(info.Bitmaps) != 1 || info.Bitmaps[0].Name != now["vda"].id {
 		t.Errorf("bitmaps: %+v, %v; want one, %s", info, err, now["vda"].id)
 	}
-	if removed := ssh("libvirt-forget", uri); !strings.Contains(removed, now["vda"].id) {
-		t.Errorf("forgot %q", removed)
+	removed := ssh("libvirt-forget", uri)
+	if info, err := qemu.ReadInfo(t.Context(), d.path("vda"), qemu.QCOW2); err != nil || len(info.Bitmaps) != 0 || !strings.Contains(removed, now["vda"].id) {
+		t.Errorf("forgot %q, and left %+v, %v", removed, info, err)
 	}
 	// Over TLS there is no way to the images.
 	tls := fmt.Sprintf("libvirt+tls://localhost:%d/%s?pkipath=%s/tls", d.port, d.name, d.libvirtd.dir)
@@ -119,6 +120,9 @@ func libvirtRemoteStopped(t *testing.T, d *domain, ssh func(...string) string) {
 		t.Fatal(err)
 	}
 	defer func() { _ = lock.Process.Kill(); _ = lock.Wait() }()
+	if left() == "" {
+		t.Error("servers are not found")
+	}
 	for end := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		if said := ssh("libvirt-locked", uri, t.TempDir()); strings.Contains(said, qemu.ErrLocked.Error()) {
 			break

@@ -35,6 +35,9 @@ func (m *libvirtMachine) openStopped(ctx context.Context) (_ Session, err error)
 		if d.Path == "" {
 			return nil, fmt.Errorf("%s: the domain is stopped, and its disk %s is of type %s: only files and block devices can be read then; start it, or leave the disk out with --exclude %s", m.text, d.Target, d.Type, d.Target)
 		}
+		if remote && d.Type != "file" {
+			return nil, fmt.Errorf("%s: the domain is stopped, and its disk %s is of type %s: of another machine only image files are read then; run varve there, start the domain, or leave the disk out with --exclude %s", m.text, d.Target, d.Type, d.Target)
+		}
 		opt := m.opt
 		opt.Format, opt.name = d.Format, target
 		var session Session

@@ -50,6 +50,9 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 2 && os.Args[1] == "libvirt-forget" {
 		removed, err := source.Forget(context.Background(), os.Args[2], source.Options{})
 		fmt.Fprintln(os.Stdout, removed, err)
+		if err != nil {
+			os.Exit(1)
+		}
 		os.Exit(0)
 	}
 	if len(os.Args) > 3 && os.Args[1] == "libvirt-room" {

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/varve-io/varve/internal/progress"
@@ -50,6 +51,24 @@ func processesOf(home string) (list []string) {
 	return list
 }
 
+// output is what varve and the commands that it starts print, side by side.
+type output struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.b.Write(p)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.b.String()
+}
+
 // runVarve runs one command line in this process, as main does.
 func runVarve(t *testing.T, env testEnv, args ...string) result {
 	t.Helper()
@@ -58,7 +77,8 @@ func runVarve(t *testing.T, env testEnv, args ...string) result {
 
 func runVarveContext(t *testing.T, ctx context.Context, env testEnv, args ...string) result {
 	t.Helper()
-	var stdout, stderr bytes.Buffer
+	var stdout bytes.Buffer
+	var stderr output
 	a := &app{
 		stdin: strings.NewReader(""), stdout: &stdout, stderr: &stderr,
 		lookupEnv: func(name string) (string, bool) { v, ok := env[name]; return v, ok },

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -149,14 +150,20 @@ func TestKilledBackupOfLibvirt(t *testing.T) {
 }
 
 // libvirtCalls tells which messages of one run are steps: the n-th must be the same in each run.
-type libvirtCalls struct{ looked, begun, polled bool }
+type libvirtCalls struct {
+	looked bool
+	begun  bool
+	loop   []uint32 // what is called until the answer is another, however often
+}
 
 // count reports whether a message is a step. Not counted are messages that are no calls, as those
 // that keep a connection alive; calls before the one that looks for what an earlier backup left;
-// and the second and later ones of those that ask whether the backup's job is there still.
+// and all but the first of those that ask again and again: whether a job ends, whether it does after it was aborted, and
+// whether that of the backup is there still.
 func (c *libvirtCalls) count(packet []byte) bool {
 	const (
 		remoteProgram = 0x20008086 // src/remote/remote_protocol.x of libvirt
+		abortJob      = 164
 		getJobStats   = 298
 		backupBegin   = 421
 		backupGetXML  = 422
@@ -165,10 +172,18 @@ func (c *libvirtCalls) count(packet []byte) bool {
 		return false
 	}
 	procedure := binary.BigEndian.Uint32(packet[12:])
-	again := c.begun && c.polled && procedure == backupGetXML
+	again := slices.Contains(c.loop, procedure)
 	c.looked = c.looked || procedure == getJobStats
 	c.begun = c.begun || procedure == backupBegin
-	c.polled = c.begun && procedure == backupGetXML
+	switch {
+	case again:
+	case procedure == getJobStats, procedure == abortJob:
+		c.loop = []uint32{procedure, backupGetXML}
+	case procedure == backupGetXML && c.begun:
+		c.loop = []uint32{backupGetXML}
+	default:
+		c.loop = nil
+	}
 	return c.looked && !again
 }
 

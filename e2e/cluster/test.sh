@@ -3,8 +3,8 @@
 # for them, and takes those down. RUN chooses tests by regexp, which then share one cluster
 # (the one that is up, if there is one). Counts what was skipped and why.
 #
-# All tests take three clusters beside each other: in two of them are those of the cluster itself, a few of package
-# kubernetes, and all of it that need a cluster to themselves, because they kill the controller or a node. Those mostly
+# All tests take three clusters beside each other: in two of them are those of the cluster itself, and those of
+# package kubernetes that need a cluster to themselves, because they kill the controller or a node. Those mostly
 # wait, one after the other.
 #
 # test.sh prepare builds the image and the tests: a cluster is not kept up while a
@@ -23,8 +23,8 @@ prepare)
 	# Linked once, for all clusters.
 	go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}} {{.Dir}}{{end}}' "${packages[@]}" |
 		while read -r package dir; do
-			go test -c -vet=off -ldflags '-s -w' -o "$built/${package//\//+}" "$package" && echo "$package $dir" >>"$built/packages" || exit 1
-		done
+			go test -c -vet=off -ldflags '-s -w' -o "$built/${package//\//+}" "$package" && echo "$package $dir" >>"$built/some" || exit 1
+		done && mv "$built/some" "$built/packages"
 	exit
 	;;
 run) ;;
@@ -68,21 +68,22 @@ ready() {
 # each PATTERN ARGUMENTS... runs the tests of the packages that match, or of those that do not match !PATTERN, one
 # after the other.
 each() {
-	local pattern=${1#!} unlike=0 package dir rc=0 from
+	local pattern=${1#!} unlike=0 package dir rc=0 from ran=0
 	[ "$1" = "$pattern" ] || unlike=1
 	shift
 	while read -r package dir <&3; do
 		[[ $package =~ $pattern ]]
 		[ $? -eq $unlike ] || continue
-		from=$SECONDS
-		if (cd "$dir" && "$built/${package//\//+}" -test.v -test.parallel 5 -test.timeout 90m "$@"); then
+		from=$SECONDS ran=1
+		if (cd "$dir" && "$built/${package//\//+}" -test.v -test.paniconexit0 -test.parallel 5 -test.timeout 90m "$@"); then
 			echo "ok $package $((SECONDS - from)) s"
 		else
 			echo "FAIL $package $((SECONDS - from)) s"
 			rc=1
 		fi
 	done 3<"$built/packages"
-	return $rc
+	[ $ran -eq 1 ] || echo "FAIL: no package matches $pattern; make e2e-prepare builds them"
+	[ $ran -eq 1 ] && return $rc
 }
 
 # tests NAME RUNDIR PATTERN ARGUMENTS... runs tests in a cluster and keeps what they say in $logs/NAME.
@@ -111,26 +112,22 @@ else
 		own+=("$run")
 	done
 	half=$((${#alone[@]} / 2))
-	# Of the others as many as make the three end at about the same time.
-	second=() third=() i=0
-	while read -r test; do
-		case $((i++ % 8)) in
-		0) second+=("$test") ;;
-		4) third+=("$test") ;;
-		esac
-	done < <(grep -ho '^func Test[A-Za-z0-9_]*' kubernetes/*_test.go | cut -d' ' -f2 | grep -vxFf kubernetes/alone.txt | grep -vx TestMain)
+	# Each group ends with a file of its own: one that dies in between has not passed.
 	ready "${own[0]}" && {
 		tests framework "${own[0]}" '/framework$'
-		tests second "${own[0]}" '/kubernetes$' -test.run "$(any "${second[@]}")"
 		tests faults "${own[0]}" '/kubernetes$' -test.run "$(any "${alone[@]::half}")"
+		touch "$logs/ended.second"
 	} &
 	ready "${own[1]}" && {
 		tests others "${own[1]}" '!/(kubernetes|framework)$'
-		tests third "${own[1]}" '/kubernetes$' -test.run "$(any "${third[@]}")"
 		tests alone "${own[1]}" '/kubernetes$' -test.run "$(any "${alone[@]:half}")"
+		touch "$logs/ended.third"
 	} &
-	ready "" && tests together "" '/kubernetes$' -test.skip "$(any "${alone[@]}" "${second[@]}" "${third[@]}")"
+	ready "" && tests together "" '/kubernetes$' -test.skip "$(any "${alone[@]}")" -test.parallel 6
 	wait
+	for group in second third; do
+		[ -e "$logs/ended.$group" ] || echo "--- the tests in the $group cluster did not come to their end" >>"$said"
+	done
 fi
 passed=$(cat "$logs"/* | grep -cE '^ *--- PASS')
 failed=$(cat "$logs"/* | grep -cE '^ *--- FAIL')

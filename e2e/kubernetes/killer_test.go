@@ -132,18 +132,18 @@ func (k *killer) worked(dies func(point) bool) []point {
 	}, "block", "files")
 }
 
-// everywhere dies once at each write: before and after it if VARVE_E2E_KILLS is all, else on one side of it, and on
-// the other on the next day.
+// everywhere dies once at each write: before and after it if VARVE_E2E_KILLS is all, else on one side of it, which the
+// day chooses, and in any case where a step begins to write.
 func everywhere() func(point) bool {
 	both, day := os.Getenv("VARVE_E2E_KILLS") == "all", today()
-	done := map[point]bool{}
+	done, steps := map[point]bool{}, map[string]bool{}
 	return func(p point) bool {
 		side := fnv.New32a() // writing to it never fails
-		_, _ = fmt.Fprint(side, p.step, p.verb, p.kind)
-		if done[p] || !both && p.after != ((int(side.Sum32())+day)%2 == 0) {
+		_, _ = fmt.Fprint(side, p.step, p.verb, p.kind, day)
+		if done[p] || !both && steps[p.step] && p.after != (side.Sum32()%2 == 0) {
 			return false
 		}
-		done[p] = true
+		done[p], steps[p.step] = true, true
 		return true
 	}
 }

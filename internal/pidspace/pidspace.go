@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"syscall"
 	"testing"
+
+	"github.com/varve-io/varve/internal/process"
 )
 
 const inside = "VARVE_TEST_PIDSPACE"
@@ -29,8 +32,13 @@ func Run(m *testing.M) int {
 	cmd := exec.Command("unshare", append(append(unshare, "--", "sh", "-c", `"$0" "$@"; exit $?`, self, "-test.parallel=8"), os.Args[1:]...)...)
 	cmd.Env = append(os.Environ(), inside+"=1")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	ended := make(chan error, 1)
+	if err := process.StartTied(cmd, syscall.SIGKILL, func(err error) { ended <- err }); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	var exit *exec.ExitError
-	switch err := cmd.Run(); {
+	switch err := <-ended; {
 	case errors.As(err, &exit):
 		return max(exit.ExitCode(), 1)
 	case err != nil:

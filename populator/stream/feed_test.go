@@ -104,7 +104,6 @@ var committers = map[string]string{
 func TestConsumeCut(t *testing.T) {
 	t.Parallel()
 	text := random(2*maxPiece + 777)
-	rng := rand.New(rand.NewPCG(1, 2))
 	type fault struct {
 		name  string
 		times times
@@ -157,6 +156,7 @@ func TestConsumeCut(t *testing.T) {
 		}, ErrCommand, "time limit"},
 	}
 	inEach(t, func(t *testing.T, l *local) {
+		rng := rand.New(rand.NewPCG(1, 2))
 		for name, command := range committers {
 			for _, f := range faults {
 				at := []int{0, 1 + rng.IntN(70_000), 1 + rng.IntN(maxPiece), maxPiece, maxPiece + rng.IntN(maxPiece)}
