@@ -46,7 +46,7 @@ type model struct {
 
 // modelSteps are taken in each of the modelRuns of an ordinary run.
 const (
-	modelSteps = 800
+	modelSteps = 1200
 	modelRuns  = 2
 )
 

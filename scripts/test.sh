@@ -105,7 +105,7 @@ if [ "${VARVE_RACE:-}" = all ]; then
 	peers
 else
 	# Of the model's steps only some: most of them follow below.
-	VARVE_MODEL_STEPS=${VARVE_MODEL_STEPS:-150} run concurrent "$here" "${again[@]}" -race -p 3 "${common[@]}" -skip "^Test($LARGE)\$" "${others[@]}" &
+	VARVE_MODEL_STEPS=${VARVE_MODEL_STEPS:-300} run concurrent "$here" "${again[@]}" -race -p 3 "${common[@]}" -skip "^Test($LARGE)\$" "${others[@]}" &
 	# Without C, as varve itself, whose libraries are compiled already.
 	CGO_ENABLED=0 run serial "$here" "${again[@]}" -p 2 "${common[@]}" "${serial[@]}"
 	mapfile -t large < <(having "Test($LARGE)[(]" "${others[@]}")

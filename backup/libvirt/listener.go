@@ -54,8 +54,8 @@ type Listener struct {
 	text  bytes.Buffer // what it printed; after ended
 }
 
-// listenScript runs a program until its standard input ends, or has no line for a minute: a connection may be lost without
-// a word. All are of one process group, the shell's own, which sshd makes.
+// listenScript runs a program until its standard input ends, or has no line for some seconds: a connection may be lost
+// without a word. All are of one process group, the shell's own, which sshd makes.
 const listenScript = `umask 077
 read -r pid name state parent group rest </proc/$$/stat
 [ "$group" = $$ ] || { echo "the shell of this host has no process group of its own" >&2; exit 1; }
@@ -64,7 +64,7 @@ trap 'rm -rf %[1]s; kill -9 0' EXIT
 trap 'exit 1' HUP INT TERM PIPE
 { cd %[2]s && env LC_ALL=C %[3]s; : >%[1]s/ended; } </dev/null >/dev/null &
 : >%[1]s/beat
-{ while sleep 60 && rm %[1]s/beat; do :; done; rm -rf %[1]s; kill -9 0; } </dev/null >/dev/null 2>&1 &
+{ while sleep %[4]d && rm %[1]s/beat; do :; done; rm -rf %[1]s; kill -9 0; } </dev/null >/dev/null 2>&1 &
 tries=0
 until [ -S %[1]s/s ]; do
 	[ ! -e %[1]s/ended ] && [ $tries -lt 300 ] || exit 1
@@ -74,8 +74,11 @@ done
 echo ready
 while read -r line; do : >%[1]s/beat; done`
 
-// beatPause is the time between two lines to listenScript.
-const beatPause = 5 * time.Second
+// beatPause is the time between two lines to listenScript, which waits at least silence seconds for one.
+const (
+	beatPause = 5 * time.Second
+	silence   = 60
+)
 
 // Listen starts, in a folder there, the program that argv makes listen on a socket.
 func (u *URI) Listen(ctx context.Context, dir string, argv func(socket string) []string) (_ *Listener, err error) {
@@ -93,7 +96,7 @@ func (u *URI) Listen(ctx context.Context, dir string, argv func(socket string) [
 	}()
 	// Not bound to ctx: it is ended by Close.
 	l.cmd, err = u.shell(context.WithoutCancel(ctx), []string{"-o", "ExitOnForwardFailure=yes", "-L", l.Socket() + ":" + there + "/s"},
-		fmt.Sprintf(listenScript, there, quote(dir), quoteAll(argv(there+"/s"))))
+		fmt.Sprintf(listenScript, there, quote(dir), quoteAll(argv(there+"/s")), silence))
 	if err != nil {
 		return nil, err
 	}

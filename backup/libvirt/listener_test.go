@@ -1,0 +1,104 @@
+package libvirt
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+)
+
+// TestListenScript: whatever ends the script, in each shell, it leaves neither the program nor its folder.
+func TestListenScript(t *testing.T) {
+	t.Parallel()
+	diskfstest.NeedTool(t, "qemu-nbd")
+	for name, shell := range map[string][]string{"dash": {"dash"}, "busybox": {"busybox", "sh"}, "bash": {"bash", "--posix"}} {
+		diskfstest.NeedTool(t, shell[0])
+		for _, end := range []string{"input", "silence", "reader", "killed", "program", "refused"} {
+			t.Run(name+" "+end, func(t *testing.T) {
+				t.Parallel()
+				parent, err := os.MkdirTemp("/tmp", "listen-") // short, as a socket's path must be
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer os.RemoveAll(parent)
+				dir, image := filepath.Join(parent, "d"), filepath.Join(parent, "it's a disk")
+				if err := os.WriteFile(image, make([]byte, 1<<20), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				argv := []string{"qemu-nbd", "-t", "-r", "-f", "raw", "-k", dir + "/s", "--", image}
+				if end == "program" {
+					argv[5] = "qcow2"
+				}
+				seconds := 600
+				if end == "silence" {
+					seconds = 1
+				}
+				cmd := exec.Command(shell[0], append(shell[1:], "-c", fmt.Sprintf(listenScript, dir, quote(parent), quoteAll(argv), seconds))...)
+				cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: end != "refused"}
+				in, err := cmd.StdinPipe()
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer in.Close()
+				var said strings.Builder
+				cmd.Stderr = &said
+				ready := &readyFeed{ready: make(chan struct{})}
+				cmd.Stdout = ready
+				if end == "reader" {
+					r, w, err := os.Pipe()
+					if err != nil {
+						t.Fatal(err)
+					}
+					_ = r.Close()
+					defer w.Close()
+					cmd.Stdout = w
+				}
+				if err := cmd.Start(); err != nil {
+					t.Fatal(err)
+				}
+				switch end {
+				case "input", "killed":
+					<-ready.ready
+					if servers(image) == 0 {
+						t.Error("its program is not found")
+					}
+					if end == "input" {
+						_ = in.Close()
+					} else {
+						_ = cmd.Process.Signal(syscall.SIGHUP)
+					}
+				}
+				_ = cmd.Wait() // it kills itself too
+				if want := map[string]string{"program": "qemu-nbd", "refused": "process group"}[end]; !strings.Contains(said.String(), want) {
+					t.Errorf("it says %q", &said)
+				}
+				for i := 0; servers(image) > 0; i++ {
+					if i == 3000 {
+						t.Fatal("its program is left")
+					}
+					time.Sleep(10 * time.Millisecond)
+				}
+				if _, err := os.Lstat(dir); err == nil {
+					t.Error("its folder is left")
+				}
+			})
+		}
+	}
+}
+
+// servers counts the processes that have an image in their command line, but for shells.
+func servers(image string) (n int) {
+	all, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, f := range all {
+		if b, err := os.ReadFile(f); err == nil && strings.HasPrefix(string(b), "qemu-nbd\x00") && strings.Contains(string(b), image) {
+			n++
+		}
+	}
+	return n
+}
