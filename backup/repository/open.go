@@ -171,6 +171,7 @@ func openKopia(ctx context.Context, lc *repo.LocalConfig, opt OpenOptions, side 
 	if !lc.ReadOnly {
 		r.notes = newSessionNotes(opt.ConfigFile, r.log)
 	}
+	r.uncached = cacheDir(lc) == ""
 	if readsRuns(lc) {
 		r.runs = newPackRuns()
 	}

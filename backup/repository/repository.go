@@ -74,12 +74,13 @@ type Repository struct {
 	fatalMu sync.Mutex
 	fatal   error
 
-	zero   zeroIDs
-	clocks clocks
-	rights rights
-	notes  *sessionNotes // nil where there are none
-	runs   *packRuns     // nil where none are read
-	near   *near         // nil behind a Kopia API server, and while it is repaired
+	zero     zeroIDs
+	clocks   clocks
+	rights   rights
+	notes    *sessionNotes // nil where there are none
+	runs     *packRuns     // nil where none are read
+	uncached bool          // Kopia keeps no contents on the disk of this host
+	near     *near         // nil behind a Kopia API server, and while it is repaired
 }
 
 // ParseObjectID parses the textual form of an object ID.
@@ -301,7 +302,7 @@ func (r *Repository) readRefreshed(ctx context.Context, oid ObjectID) ([]byte, e
 
 func (r *Repository) readObject(ctx context.Context, oid ObjectID) ([]byte, error) {
 	if cid, compressed, ok := oid.ContentID(); ok && !compressed && r.direct != nil {
-		return r.direct.ContentReader().GetContent(ctx, cid)
+		return r.readContent(ctx, cid)
 	}
 	// Compressed objects (format version 1), objects behind a Kopia API server
 	// and indexes that are themselves indirect go through Kopia's object reader.
