@@ -9,6 +9,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"sync/atomic"
 
 	"github.com/cespare/xxhash/v2"
@@ -109,20 +110,45 @@ func (r *restore) spots(changed, same []blocktree.Range) []blocktree.Range {
 	return subtractRanges(mergeRanges(spots), changed) // the unchanged part of each
 }
 
-// look compares ranges of the target with the point and returns the first pieces that differ.
+// look compares ranges of the target with the point, on all workers. If they differ anywhere it
+// returns pieces that do, the first ones found.
 func (r *restore) look(ctx context.Context, phase string, ranges []blocktree.Range) (bad []blocktree.Range, err error) {
-	buf := disk.AlignedBuffer(restoreUnit)
-	all := total(ranges)
+	var parts []blocktree.Range
 	for _, s := range ranges {
-		for _, part := range cutRange(s) {
-			if bad, err = r.differs(ctx, part, buf, nil); err != nil || len(bad) > 0 {
-				return bad, err
-			}
-			r.res.Checked += part.Length
-			r.opt.Progress(Progress{Phase: phase, Done: r.res.Checked, Total: all})
-		}
+		parts = append(parts, cutRange(s)...)
 	}
-	return nil, nil
+	all := total(ranges)
+	var mu sync.Mutex
+	var next atomic.Int64
+	var found atomic.Bool
+	g, ctx := errgroup.WithContext(ctx)
+	for range min(r.opt.Workers, len(parts)) {
+		g.Go(func() error {
+			buf := disk.AlignedBuffer(restoreUnit)
+			for !found.Load() {
+				i := int(next.Add(1) - 1)
+				if i >= len(parts) {
+					return nil
+				}
+				if err := ctx.Err(); err != nil {
+					return err
+				}
+				differ, err := r.differs(ctx, parts[i], buf, nil)
+				if err != nil {
+					return err
+				}
+				mu.Lock()
+				if len(differ) > 0 && !found.Swap(true) {
+					bad = differ
+				}
+				r.res.Checked += parts[i].Length
+				r.opt.Progress(Progress{Phase: phase, Done: r.res.Checked, Total: all})
+				mu.Unlock()
+			}
+			return nil
+		})
+	}
+	return bad, g.Wait()
 }
 
 // cutRange cuts a range at multiples of restoreUnit.

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cespare/xxhash/v2"
@@ -76,8 +77,16 @@ func (r *run) spotCheck(ctx context.Context, rep cbt.Report) error {
 		return r.mismatch(ctx, rep, lie)
 	}
 	r.repo.Log().DebugContext(ctx, "spot check passed", "volume", r.opt.Volume.String(), "blocks", check.Blocks,
-		"candidates", candidates, "probability", check.Probability, "limit", check.Limit)
+		"candidates", candidates, "probability", check.Probability, "limit", check.Limit, "indexes", r.indexesRead())
 	return nil
+}
+
+// indexesRead returns how many of the parent's indexes were decoded.
+func (r *run) indexesRead() int64 {
+	if r.indexes == nil {
+		return 0
+	}
+	return r.indexes.Stats().IndexMisses
 }
 
 // spotCheckBlocks returns how many blocks a spot check may read.
@@ -109,34 +118,44 @@ func (r *run) firstChanged(ctx context.Context, s sample, check *blocktree.SpotC
 		defer cancel()
 	}
 	var mu sync.Mutex
+	var next atomic.Int64 // blocks are taken in order, so that those of a check cut short are a first part
 	lie, random := int64(-1), int64(0)
 	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(r.opt.Workers)
-	for i, b := range s.blocks {
-		if within.Err() != nil && ctx.Err() == nil {
-			check.Limit = "time"
-			break
-		}
+	for range min(r.opt.Workers, len(s.blocks)) {
 		g.Go(func() error {
-			if err := gctx.Err(); err != nil {
-				return err
+			buf := disk.AlignedBuffer(int(r.lay.BlockSize))
+			for {
+				if err := gctx.Err(); err != nil {
+					return err
+				}
+				late := within.Err() != nil
+				i := int(next.Add(1) - 1)
+				if i >= len(s.blocks) {
+					return nil
+				}
+				if late {
+					mu.Lock()
+					defer mu.Unlock()
+					check.Limit = "time"
+					return nil
+				}
+				b := s.blocks[i]
+				same, err := r.isUnchanged(gctx, b, buf[:r.lay.BlockLen(b)])
+				if err != nil {
+					return err
+				}
+				mu.Lock()
+				if !same && (lie < 0 || b < lie) {
+					lie = b
+				}
+				if i < s.random {
+					random++
+				}
+				check.Blocks++
+				check.Bytes += r.lay.BlockLen(b)
+				r.opt.Progress(Progress{Phase: "spot check", Done: check.Bytes, Total: int64(len(s.blocks)) * r.lay.BlockSize})
+				mu.Unlock()
 			}
-			same, err := r.isUnchanged(gctx, b)
-			if err != nil {
-				return err
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			if !same && (lie < 0 || b < lie) {
-				lie = b
-			}
-			if i < s.random {
-				random++
-			}
-			check.Blocks++
-			check.Bytes += r.lay.BlockLen(b)
-			r.opt.Progress(Progress{Phase: "spot check", Done: check.Bytes, Total: int64(len(s.blocks)) * r.lay.BlockSize})
-			return nil
 		})
 	}
 	if err := g.Wait(); err != nil {
@@ -219,10 +238,9 @@ func (r *run) chooseSample(check *blocktree.SpotCheck, share float64, most int64
 	return s
 }
 
-// isUnchanged compares block b of the disk with what the new point would hold there if the
-// listing is right.
-func (r *run) isUnchanged(ctx context.Context, b int64) (bool, error) {
-	p := disk.AlignedBuffer(int(r.lay.BlockLen(b)))
+// isUnchanged compares block b of the disk, which it reads into p, with what the new point would
+// hold there if the listing is right.
+func (r *run) isUnchanged(ctx context.Context, b int64, p []byte) (bool, error) {
 	r.counters.read.Add(int64(len(p)))
 	if err := r.readDisk(p, b*r.lay.BlockSize); err != nil {
 		return false, fmt.Errorf("spot check: %w", err)

@@ -1,15 +1,21 @@
 package backup
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
+	"encoding/json"
 	"io"
+	"log/slog"
 	"math"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/cbt"
 	"github.com/varve-io/varve/backup/points"
+	"github.com/varve-io/varve/backup/repository"
 )
 
 // emptyDisk is a disk of zeroes of any size, which counts what is read of it.
@@ -82,5 +88,37 @@ func TestSpotCheckIsBounded(t *testing.T) {
 				t.Errorf("probability %v after %d blocks, want %v to %v", check.Probability, check.Blocks, lowest, highest)
 			}
 		})
+	}
+}
+
+// TestSpotCheckDecodesAnIndexOnce: an index describes 512 blocks, and a check reads many of them at random.
+func TestSpotCheckDecodesAnIndexOnce(t *testing.T) {
+	var log bytes.Buffer
+	_, conf := newRepo(t)
+	r := openWith(t, repository.OpenOptions{ConfigFile: conf, Password: "secret", Log: slog.New(slog.NewJSONHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))})
+	const segments = 3
+	d := &memDisk{data: make([]byte, segments*blocktree.SegmentSize)}
+	for i := 0; i < len(d.data); i += 64 << 10 { // no holes
+		binary.LittleEndian.PutUint64(d.data[i:], uint64(i)+1)
+	}
+	opt := Options{Volume: points.Volume{Namespace: "shop", Name: "db", Cluster: "c"}, Disk: d}
+	mustBackup(t, r, opt)
+	opt.Source, opt.VerifyUnchanged = nothingChanged{}, 1
+	if _, rec := mustBackup(t, r, opt); rec.SpotCheck.Blocks < 100*segments {
+		t.Errorf("only %d blocks were checked", rec.SpotCheck.Blocks)
+	}
+	var passed struct {
+		Msg     string
+		Indexes int64
+	}
+	for line := range bytes.Lines(log.Bytes()) {
+		if bytes.Contains(line, []byte("spot check passed")) {
+			if err := json.Unmarshal(line, &passed); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if passed.Indexes < segments || passed.Indexes > segments+1 { // one of the root's
+		t.Errorf("%d indexes of %d segments were decoded", passed.Indexes, segments)
 	}
 }
