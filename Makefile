@@ -14,6 +14,7 @@ S3_VER    := $(shell sed -n 's,^\tgithub.com/versity/versitygw \(v[^ ]*\).*,\1,p
 S3        := $(TOOLS)/versitygw-$(S3_VER)
 GOTESTSUM_VER := v1.13.0
 GOTESTSUM := $(TOOLS)/gotestsum-$(GOTESTSUM_VER)
+SOAK      ?= 1h
 VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 LDFLAGS   := -s -w -X main.version=$(VERSION)
 
@@ -98,12 +99,16 @@ demo: ## The tour: a real disk backed up four times, read, and restored
 	scripts/demo.sh $(BIN)/varve
 
 .PHONY: bench
-bench: setup build $(KOPIA) ## Measure beside the peers and write docs/benchmarks.md
-	cd e2e && VARVE=$(CURDIR)/$(BIN)/varve KOPIA=$(KOPIA) $(GO) run ./bench -out $(CURDIR)/docs/benchmarks.md
+bench: setup build $(KOPIA) $(S3) ## Measure beside the peers and write docs/benchmarks.md
+	cd e2e && VARVE=$(CURDIR)/$(BIN)/varve KOPIA=$(KOPIA) S3=$(S3) $(GO) run ./bench -out $(CURDIR)/docs/benchmarks.md
 
 .PHONY: bench-scale
-bench-scale: setup build $(KOPIA) ## Measure large disks, long chains and many recovery points only, to standard output
-	cd e2e && VARVE=$(CURDIR)/$(BIN)/varve KOPIA=$(KOPIA) $(GO) run ./bench -rows metadata,memory,chain,crowd,serve
+bench-scale: setup build $(KOPIA) $(S3) ## Measure how costs grow, and draw the curves in docs/benchmarks.md
+	cd e2e && VARVE=$(CURDIR)/$(BIN)/varve KOPIA=$(KOPIA) S3=$(S3) $(GO) run ./bench -curves -runs 3 -out $(CURDIR)/docs/benchmarks.md
+
+.PHONY: soak
+soak: setup build $(KOPIA) $(S3) ## Load a server of a far object store for an hour (SOAK=2h: two), with an outage; its memory must not grow
+	cd e2e && VARVE=$(CURDIR)/$(BIN)/varve KOPIA=$(KOPIA) S3=$(S3) $(GO) run ./bench -soak $(SOAK) -out $(CURDIR)/docs/benchmarks.md
 
 .PHONY: kopia
 kopia: $(KOPIA) ## Build stock Kopia, the same version as the library

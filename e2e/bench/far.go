@@ -28,6 +28,7 @@ type far struct {
 	address string // of the proxy
 	dir     string // of the server's buckets
 	delay   atomic.Int64
+	down    atomic.Bool  // requests are cut off without an answer
 	reads   atomic.Int64 // GET and HEAD
 	writes  atomic.Int64
 	bytes   atomic.Int64 // of the answers' bodies
@@ -43,18 +44,6 @@ func (t traffic) String() string {
 	return fmt.Sprintf("%d reads, %d writes, %s", t.reads, t.writes, megabytes(t.bytes))
 }
 
-// buildGateway builds the S3 server.
-func (b *bench) buildGateway() (string, error) {
-	bin := filepath.Join(b.cfg.dir, "versitygw")
-	build := exec.Command("go", "build", "-o", bin, "github.com/versity/versitygw/cmd/versitygw")
-	build.Dir = filepath.Join(b.cfg.root, "e2e", "tools")
-	build.Env = append(os.Environ(), "GOFLAGS=", "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build the S3 server: %w: %s", err, out)
-	}
-	return bin, nil
-}
-
 func freePort() (string, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -63,7 +52,10 @@ func freePort() (string, error) {
 	return l.Addr().String(), l.Close()
 }
 
-func (b *bench) startFar(gateway string) (*far, error) {
+func (b *bench) startFar() (*far, error) {
+	if b.cfg.gateway == "" {
+		return nil, errors.New("name the S3 server with -s3")
+	}
 	dir, err := os.MkdirTemp(b.cfg.dir, "far-*")
 	if err != nil {
 		return nil, err
@@ -76,7 +68,7 @@ func (b *bench) startFar(gateway string) (*far, error) {
 	if err := os.Mkdir(f.dir, 0o700); err != nil {
 		return nil, err
 	}
-	f.server = exec.Command(gateway, "--access", farKey, "--secret", farSecret, "--port", behind, "--quiet", "posix", f.dir)
+	f.server = exec.Command(b.cfg.gateway, "--access", farKey, "--secret", farSecret, "--port", behind, "--quiet", "posix", f.dir)
 	f.server.Stderr = os.Stderr
 	if err := f.server.Start(); err != nil {
 		return nil, err
@@ -112,6 +104,9 @@ func (b *bench) startFar(gateway string) (*far, error) {
 			f.writes.Add(1)
 		}
 		time.Sleep(time.Duration(f.delay.Load()))
+		if f.down.Load() {
+			panic(http.ErrAbortHandler)
+		}
 		pass.ServeHTTP(w, r)
 	})}
 	f.done.Go(func() { _ = f.proxy.Serve(l) })

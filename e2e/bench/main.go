@@ -15,6 +15,7 @@ import (
 
 type config struct {
 	varve, kopia string
+	gateway      string // the S3 server
 	before       string // an older varve
 	dir          string
 	root         string // of the source tree
@@ -29,11 +30,14 @@ func main() {
 	rows := flag.String("rows", "", "comma-separated rows to run (default all)")
 	flag.StringVar(&cfg.varve, "varve", os.Getenv("VARVE"), "varve binary")
 	flag.StringVar(&cfg.kopia, "kopia", os.Getenv("KOPIA"), "stock kopia binary")
+	flag.StringVar(&cfg.gateway, "s3", os.Getenv("S3"), "versitygw binary, for what is on an object store")
 	flag.StringVar(&cfg.before, "before", "", "older varve binary for the rows \"before\", which compare the two")
 	flag.StringVar(&cfg.dir, "dir", "", "scratch directory with 20 GiB free (default below $TMPDIR or /var/tmp)")
 	flag.StringVar(&cfg.root, "root", "..", "source tree of Varve, to build the maker of many recovery points from")
 	flag.IntVar(&cfg.runs, "runs", 5, "runs of each side")
 	flag.IntVar(&cfg.crowd, "crowd", 10_000, "recovery points in the crowded repository (the time to make it grows with the square)")
+	curves := flag.Bool("curves", false, "measure how costs grow, and write the curves into the report -out, instead of the table; -rows chooses among volume,chain,changed,points,clients,latency")
+	soak := flag.Duration("soak", 0, "load a server of a far object store for so long, instead of measuring")
 	flag.Parse()
 	cfg.rows = map[string]bool{}
 	for r := range strings.SplitSeq(*rows, ",") {
@@ -41,13 +45,20 @@ func main() {
 			cfg.rows[r] = true
 		}
 	}
-	if err := run(cfg, *out); err != nil {
+	do := func(b *bench) error { return b.table(*out) }
+	switch {
+	case *curves:
+		do = func(b *bench) error { return b.scale(*out) }
+	case *soak > 0:
+		do = func(b *bench) error { return b.soak(*soak, *out) }
+	}
+	if err := run(cfg, do); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(cfg config, out string) error {
+func run(cfg config, do func(*bench) error) error {
 	if cfg.varve == "" || cfg.kopia == "" {
 		return fmt.Errorf("name the binaries with -varve and -kopia, or run \"make bench\"")
 	}
@@ -67,9 +78,14 @@ func run(cfg config, out string) error {
 	if err := b.buildMaker(); err != nil {
 		return err
 	}
+	return do(b)
+}
+
+// table runs the rows and writes their table, to standard output if out is empty.
+func (b *bench) table(out string) error {
 	prepared := false
 	for _, row := range allRows {
-		if len(cfg.rows) > 0 && !cfg.rows[row.id] {
+		if len(b.cfg.rows) > 0 && !b.cfg.rows[row.id] {
 			continue
 		}
 		fmt.Fprintf(os.Stderr, "== %s\n", row.id)
@@ -94,5 +110,5 @@ func run(cfg config, out string) error {
 		_, err := os.Stdout.WriteString(text)
 		return err
 	}
-	return os.WriteFile(filepath.Clean(out), []byte(text), 0o644)
+	return writeTable(filepath.Clean(out), text)
 }

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -113,8 +114,13 @@ func (n *nbdServer) stop() error {
 }
 
 func (c *chain) serveVarve(args ...string) (*nbdServer, error) {
+	return c.serve(append([]string{latest}, args...)...)
+}
+
+// serve starts a server of points.
+func (c *chain) serve(args ...string) (*nbdServer, error) {
 	socket := filepath.Join(c.dir, "varve.sock")
-	cmd := exec.Command(c.b.cfg.varve, append([]string{"--config", c.conf, "serve", "bench/disk@latest", "-o", "json", "--listen", "unix:" + socket}, args...)...)
+	cmd := exec.Command(c.b.cfg.varve, append([]string{"--config", c.conf, "serve", "-o", "json", "--listen", "unix:" + socket}, args...)...)
 	cmd.Env = c.b.env()
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
@@ -129,6 +135,11 @@ func (c *chain) serveVarve(args ...string) (*nbdServer, error) {
 		return nil, fmt.Errorf("varve serve: %w", errors.Join(err, cmd.Wait()))
 	}
 	return &nbdServer{cmd, "nbd+unix:///?socket=" + socket}, nil
+}
+
+// exportURI is the URI of one of several exports.
+func exportURI(uri, export string) string {
+	return strings.Replace(uri, "nbd+unix:///?", "nbd+unix:///"+export+"?", 1)
 }
 
 // servePeer starts a server that writes its process ID once it listens.

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -24,11 +25,7 @@ type farSite struct {
 
 // farRows measure what each request to an object store costs.
 func farRows(b *bench) ([]result, error) {
-	gateway, err := b.buildGateway()
-	if err != nil {
-		return nil, err
-	}
-	f, err := b.startFar(gateway)
+	f, err := b.startFar()
 	if err != nil {
 		return nil, err
 	}
@@ -46,6 +43,24 @@ func farRows(b *bench) ([]result, error) {
 }
 
 func (b *bench) newFarSite(f *far) (*farSite, error) {
+	s, err := b.newFarSiteOf(f, farBytes)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := s.listed(); err != nil {
+		return nil, err
+	}
+	if _, err := b.kopia(s.stockConf, "repository", "create", "s3", "--bucket=kopia", "--endpoint="+f.address, "--region=us-east-1", "--disable-tls",
+		"--access-key="+farKey, "--secret-access-key="+farSecret, "--cache-directory="+s.cache+"-kopia"); err != nil {
+		return nil, err
+	}
+	_, err = b.kopia(s.stockConf, "snapshot", "create", s.image)
+	return s, err
+}
+
+// newFarSiteOf makes a repository of ours, by arguments beside the usual ones, with a backup of a disk that does not
+// compress.
+func (b *bench) newFarSiteOf(f *far, size int64, args ...string) (*farSite, error) {
 	dir, err := os.MkdirTemp(b.cfg.dir, "site-*")
 	if err != nil {
 		return nil, err
@@ -60,31 +75,23 @@ func (b *bench) newFarSite(f *far) (*farSite, error) {
 			return nil, err
 		}
 	}
-	noise := rand.NewChaCha8([32]byte{15})
-	p := make([]byte, farBytes)
-	_, _ = noise.Read(p)
-	if err := os.WriteFile(s.image, p, 0o600); err != nil {
+	noise, err := os.Create(s.image)
+	if err != nil {
+		return nil, err
+	}
+	_, err = io.CopyN(noise, rand.NewChaCha8([32]byte{15}), size)
+	if err := errors.Join(err, noise.Close()); err != nil {
 		return nil, err
 	}
 	secret := filepath.Join(dir, "secret")
 	if err := os.WriteFile(secret, []byte(farSecret), 0o600); err != nil {
 		return nil, err
 	}
-	if _, err := b.varve(s.conf, "repo", "create", "s3", "--bucket", "varve", "--endpoint", f.address, "--region", "us-east-1", "--disable-tls",
-		"--access-key-id", farKey, "--secret-access-key-file", secret, "--cache-directory", s.cache); err != nil {
+	if _, err := b.varve(s.conf, append([]string{"repo", "create", "s3", "--bucket", "varve", "--endpoint", f.address, "--region", "us-east-1", "--disable-tls",
+		"--access-key-id", farKey, "--secret-access-key-file", secret, "--cache-directory", s.cache}, args...)...); err != nil {
 		return nil, err
 	}
-	if _, err := s.save(s.image); err != nil {
-		return nil, err
-	}
-	if _, err := s.listed(); err != nil {
-		return nil, err
-	}
-	if _, err := b.kopia(s.stockConf, "repository", "create", "s3", "--bucket=kopia", "--endpoint="+f.address, "--region=us-east-1", "--disable-tls",
-		"--access-key="+farKey, "--secret-access-key="+farSecret, "--cache-directory="+s.cache+"-kopia"); err != nil {
-		return nil, err
-	}
-	_, err = b.kopia(s.stockConf, "snapshot", "create", s.image)
+	_, err = s.save(s.image)
 	return s, err
 }
 

@@ -30,7 +30,7 @@ func serveRows(b *bench) ([]result, error) {
 	var opening, ready, memory []sample
 	for range b.cfg.runs {
 		settle()
-		r, err := s.serveOnce()
+		r, err := s.serveOnce(servedPoints, "bench/disk7@latest")
 		if err != nil {
 			return nil, err
 		}
@@ -55,8 +55,8 @@ type served struct {
 	rss            int64
 }
 
-// serveOnce starts a server, lists its exports, reads one and ends it.
-func (s *site) serveOnce() (served, error) {
+// serveOnce starts a server of at least so many points, lists its exports, reads one and ends it.
+func (s *site) serveOnce(points int, export string) (served, error) {
 	socket := filepath.Join(s.dir, "serve.sock")
 	cmd := exec.Command(s.b.cfg.varve, "--config", s.conf, "--log-level", "info", "--log-format", "json", "serve", "-o", "json", "--listen", "unix:"+socket)
 	cmd.Env = s.b.env()
@@ -90,11 +90,11 @@ func (s *site) serveOnce() (served, error) {
 	}()
 	uri := func(export string) string { return "nbd+unix:///" + export + "?socket=" + socket }
 	list, err := s.b.varve(s.conf, "nbd", "list", uri(""))
-	if n := strings.Count(string(list.stdout), "bench/disk"); err == nil && n < servedPoints {
+	if n := strings.Count(string(list.stdout), "bench/disk"); err == nil && n < points {
 		err = fmt.Errorf("%d exports are listed", n)
 	}
 	if err == nil {
-		_, err = s.b.varve(s.conf, "nbd", "read", uri("bench/disk7@latest"), filepath.Join(s.dir, "read"))
+		_, err = s.b.varve(s.conf, "nbd", "read", uri(export), filepath.Join(s.dir, "read"))
 	}
 	if err == nil {
 		r.rss, err = peakMemory(cmd.Process.Pid)
@@ -105,16 +105,21 @@ func (s *site) serveOnce() (served, error) {
 }
 
 // peakMemory returns the peak resident set of a running process, in bytes.
-func peakMemory(pid int) (int64, error) {
+func peakMemory(pid int) (int64, error) { return memoryOf(pid, "VmHWM:") }
+
+// memoryNow returns its resident set.
+func memoryNow(pid int) (int64, error) { return memoryOf(pid, "VmRSS:") }
+
+func memoryOf(pid int, what string) (int64, error) {
 	status, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "status"))
 	if err != nil {
 		return 0, err
 	}
 	for line := range strings.Lines(string(status)) {
-		if rest, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+		if rest, ok := strings.CutPrefix(line, what); ok {
 			kb, err := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(rest), "kB")), 10, 64)
 			return kb << 10, err
 		}
 	}
-	return 0, errors.New("the kernel tells no peak of memory")
+	return 0, errors.New("the kernel shows no " + what)
 }
