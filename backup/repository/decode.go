@@ -3,6 +3,7 @@ package repository
 import (
 	"bytes"
 	"context"
+	"crypto/aes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -15,7 +16,6 @@ import (
 	"github.com/kopia/kopia/repo/blob"
 	"github.com/kopia/kopia/repo/compression"
 	"github.com/kopia/kopia/repo/content"
-	"github.com/kopia/kopia/repo/hashing"
 )
 
 // maxDirect bounds a content that is decoded directly, in bytes; Kopia stores none as large.
@@ -25,24 +25,32 @@ var errNotDirect = errors.New("the content is read by Kopia")
 
 // readContent reads a content as Kopia's GetContent does, but decodes it into the bytes that it returns: Kopia's buffers,
 // made for contents of any size, copy a block seven times. Kopia itself reads what is not in a pack yet, what its disk
-// cache may have, and whatever cannot be read here, so that all errors are its own.
+// cache may have, and what does not decode here, so that errors about a content are its own.
 func (r *Repository) readContent(ctx context.Context, cid content.ID) ([]byte, error) {
 	if r.uncached {
-		if p, err := r.decodeContent(ctx, cid); err == nil {
-			return p, nil
-		}
-		if err := ctx.Err(); err != nil {
-			return nil, err
+		p, err := r.decodeContent(ctx, cid)
+		if pack := (*packError)(nil); err == nil || errors.As(err, &pack) || ctx.Err() != nil {
+			return p, err
 		}
 	}
 	return r.direct.ContentReader().GetContent(ctx, cid)
 }
 
+// packError is the storage's: it would answer Kopia in the same way, and perhaps after as long.
+type packError struct {
+	pack blob.ID
+	err  error
+}
+
+func (e *packError) Error() string { return fmt.Sprintf("read pack %s: %v", e.pack, e.err) }
+
+func (e *packError) Unwrap() error { return e.err }
+
 func (r *Repository) decodeContent(ctx context.Context, cid content.ID) ([]byte, error) {
 	contents := r.direct.ContentReader()
 	info, err := contents.ContentInfo(ctx, cid)
 	if err != nil {
-		return nil, err //nolint:wrapcheck // Kopia reports it again
+		return nil, err
 	}
 	if info.PackBlobID == "" || info.EncryptionKeyID != 0 || info.PackedLength > maxDirect || info.OriginalLength > maxDirect {
 		return nil, errNotDirect
@@ -50,17 +58,16 @@ func (r *Repository) decodeContent(ctx context.Context, cid content.ID) ([]byte,
 	packed := takeBuffer(int(info.PackedLength))
 	defer readBuffers.Put(packed)
 	if err := r.direct.BlobReader().GetBlob(ctx, info.PackBlobID, int64(info.PackOffset), int64(info.PackedLength), packed); err != nil {
-		return nil, err //nolint:wrapcheck // likewise
+		return nil, &packError{info.PackBlobID, err}
 	}
 	// The index names a content by its hash, the end of which Kopia authenticates it with
 	// (kopia repo/content/content_manager_lock_free.go, getPackedContentIV).
-	var hash [hashing.MaxHashSize]byte
-	h := append(hash[:0], cid.Hash()...)
-	if len(h) < 16 {
+	hash := cid.Hash()
+	if len(hash) < aes.BlockSize {
 		return nil, errNotDirect
 	}
 	decrypt := func(into io.Writer) error {
-		return decryptInto(contents.ContentFormat().Encryptor().Decrypt, packed.p, h[len(h)-16:], into)
+		return decryptInto(contents.ContentFormat().Encryptor().Decrypt, packed.p, hash[len(hash)-aes.BlockSize:], into)
 	}
 	out := &exactBuffer{make([]byte, 0, info.OriginalLength)}
 	if info.CompressionHeaderID == content.NoCompression {

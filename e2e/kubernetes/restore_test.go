@@ -239,6 +239,16 @@ func TestDelta(t *testing.T) {
 		t.Fatal(err)
 	}
 	varve, env, _ := s.connect(*bs.Spec.Storage.S3)
+	// The controller says that it waits even if the store takes long to keep the point.
+	s.Eventually("the lease of the restore", func(ctx context.Context) error {
+		list := exec.CommandContext(ctx, varve, "list", "-o", "json", s.Namespace+"/data")
+		list.Env = env
+		out, err := list.CombinedOutput()
+		if err == nil && !strings.Contains(string(out), "restore of claim "+s.Namespace+"/data") {
+			err = fmt.Errorf("varve list shows none: %s", out)
+		}
+		return err
+	})
 	forget := exec.Command(varve, "forget", "--yes", s.Namespace+"/data@latest")
 	forget.Env = env
 	if out, err := forget.CombinedOutput(); err == nil || !strings.Contains(string(out), "restore of claim "+s.Namespace+"/data") {

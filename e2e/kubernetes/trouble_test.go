@@ -49,22 +49,55 @@ func (s *site) nothingOf(ctx context.Context, uid string) error {
 func (s *site) mover(role string) *corev1.Pod {
 	s.T.Helper()
 	var found *corev1.Pod
-	s.Eventually("a mover that runs", func(ctx context.Context) error {
-		var pods corev1.PodList
-		if err := s.Client.List(ctx, &pods, client.InNamespace(varveNamespace), client.MatchingLabels{"varve.io/role": role}); err != nil {
-			return err
+	s.Eventually("a mover that runs", func(ctx context.Context) (err error) {
+		if found, err = s.runningMover(ctx, role); found == nil && err == nil {
+			err = errors.New("there is none")
 		}
-		for i := range pods.Items {
-			p := &pods.Items[i]
-			mine := strings.Contains(p.Annotations["varve.io/owner"]+p.Annotations["varve.io/claim"], s.Namespace+"/")
-			if mine && p.Status.Phase == corev1.PodRunning && p.DeletionTimestamp == nil {
-				found = p
-				return nil
-			}
-		}
-		return errors.New("there is none")
+		return err
 	})
 	return found
+}
+
+// runningMover returns the test's mover that runs now; nil without one.
+func (s *site) runningMover(ctx context.Context, role string) (*corev1.Pod, error) {
+	var pods corev1.PodList
+	if err := s.Client.List(ctx, &pods, client.InNamespace(varveNamespace), client.MatchingLabels{"varve.io/role": role}); err != nil {
+		return nil, err
+	}
+	for i := range pods.Items {
+		p := &pods.Items[i]
+		mine := strings.Contains(p.Annotations["varve.io/owner"]+p.Annotations["varve.io/claim"], s.Namespace+"/")
+		if mine && p.Status.Phase == corev1.PodRunning && p.DeletionTimestamp == nil {
+			return p, nil
+		}
+	}
+	return nil, nil
+}
+
+// waitNextMover waits until the mover of an earlier attempt has ended and another one runs, or the claim is bound. A
+// restore that had a place and failed queues behind those of other tests.
+func (s *site) waitNextMover(role, claim string, earlier *corev1.Pod) {
+	s.T.Helper()
+	for _, next := range []bool{false, true} {
+		what := "the end of mover " + earlier.Name
+		if next {
+			what = "the mover after " + earlier.Name
+		}
+		s.Eventually(what, func(ctx context.Context) error {
+			var pvc corev1.PersistentVolumeClaim
+			if err := s.Client.Get(ctx, s.Key(claim), &pvc); err != nil || pvc.Status.Phase == corev1.ClaimBound {
+				return err
+			}
+			p, err := s.runningMover(ctx, role)
+			if err != nil {
+				return err
+			}
+			if p != nil && p.UID == earlier.UID || p == nil && next {
+				return s.NotYet(claim, "it is %s", pvc.Status.Phase)
+			}
+			return nil
+		})
+	}
 }
 
 // ownStore makes an S3 server for the test and a store on it, slow enough for faults
@@ -153,10 +186,12 @@ func TestRepositoryUnreachableMidway(t *testing.T) {
 	s.source("latest", func(rs *v1alpha1.RecoverySource) { rs.Spec.StoreRef.Name, rs.Spec.From.Volume = store, "data" })
 	s.restoreClaim(restored{Claim: framework.Claim{Name: "back", Mode: framework.Block, Size: "128Mi"}, Source: "latest"})
 	t.Log(s.waitSaid("back", v1alpha1.ReasonPopulating, "% of recovery point"))
+	first := s.mover("populate")
 	restore := s.CutNetwork(server)
 	t.Log(s.waitEvent("back", v1alpha1.ReasonRepositoryUnreachable))
 	s.pending("back")
 	restore()
+	s.waitNextMover("populate", "back", first)
 	s.WaitBound("back")
 	s.blockPod("reader", "back")
 	if got := s.SHA256("reader", "/dev/back"); got != sum {
