@@ -21,6 +21,10 @@ import (
 // maxDirect bounds a content that is decoded directly, in bytes; Kopia stores none as large.
 const maxDirect = 64 << 20
 
+// decodedAtOnce is how many contents are decoded at once for each CPU. More would only take memory, a block and its buffers for
+// each request of each client.
+const decodedAtOnce = 2
+
 var errNotDirect = errors.New("the content is read by Kopia")
 
 // readContent reads a content as Kopia's GetContent does, but decodes it into the bytes that it returns: Kopia's buffers,
@@ -66,6 +70,11 @@ func (r *Repository) decodeContent(ctx context.Context, cid content.ID) ([]byte,
 	if len(hash) < aes.BlockSize {
 		return nil, errNotDirect
 	}
+	// The storage was waited for without a place: one file that hangs must not delay the others.
+	if err := r.decoding.Acquire(ctx, 1); err != nil {
+		return nil, err
+	}
+	defer r.decoding.Release(1)
 	decrypt := func(into io.Writer) error {
 		return decryptInto(contents.ContentFormat().Encryptor().Decrypt, packed.p, hash[len(hash)-aes.BlockSize:], into)
 	}

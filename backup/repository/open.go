@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"github.com/kopia/kopia/repo"
 	"github.com/kopia/kopia/repo/logging"
 	"github.com/kopia/kopia/repo/manifest"
+	"golang.org/x/sync/semaphore"
 )
 
 // Config is Varve's record about a repository, stored in the repository so that all its
@@ -172,6 +174,7 @@ func openKopia(ctx context.Context, lc *repo.LocalConfig, opt OpenOptions, side 
 		r.notes = newSessionNotes(opt.ConfigFile, r.log)
 	}
 	r.uncached = cacheDir(lc) == ""
+	r.decoding = semaphore.NewWeighted(int64(decodedAtOnce * runtime.GOMAXPROCS(0)))
 	if readsRuns(lc) {
 		r.runs = newPackRuns()
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/kopia/kopia/repo/content"
 	"github.com/kopia/kopia/repo/format"
 	"github.com/kopia/kopia/repo/object"
+	"golang.org/x/sync/semaphore"
 )
 
 // ObjectID names an object: a content ID with "I" before it for each level of
@@ -77,10 +78,11 @@ type Repository struct {
 	zero     zeroIDs
 	clocks   clocks
 	rights   rights
-	notes    *sessionNotes // nil where there are none
-	runs     *packRuns     // nil where none are read
-	uncached bool          // Kopia keeps no contents on the disk of this host
-	near     *near         // nil behind a Kopia API server, and while it is repaired
+	notes    *sessionNotes       // nil where there are none
+	runs     *packRuns           // nil where none are read
+	decoding *semaphore.Weighted // of contents that are decoded here
+	uncached bool                // Kopia keeps no contents on the disk of this host
+	near     *near               // nil behind a Kopia API server, and while it is repaired
 }
 
 // ParseObjectID parses the textual form of an object ID.

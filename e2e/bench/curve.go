@@ -155,21 +155,30 @@ func escape(s string) string {
 // curvesHead begins the part of the report that the curves are.
 const curvesHead = "## Cost curves\n"
 
-// writeCurves draws the curves, and puts them into the report in place of those before.
+// writeCurves draws the curves, and puts them into the report in place of those with their titles.
 func writeCurves(report, method string, curves []curve) error {
-	var s strings.Builder
-	fmt.Fprintf(&s, "%s\n%s\n", curvesHead, method)
+	table, old, err := splitReport(report)
+	if err != nil {
+		return err
+	}
+	parts := strings.Split(old, "\n### ")[1:] // after the method
 	for _, c := range curves {
 		if err := c.draw(report); err != nil {
 			return err
 		}
-		fmt.Fprintf(&s, "\n### %s\n\n%s\n\n![%s](curves/%s.svg)\n\n```text\n%s```\n", c.title, c.note, c.title, c.id, c.text())
+		part := fmt.Sprintf("%s\n\n%s\n\n![%s](curves/%s.svg)\n\n```text\n%s```\n", c.title, c.note, c.title, c.id, c.text())
+		at := slices.IndexFunc(parts, func(p string) bool { return strings.HasPrefix(p, c.title+"\n") })
+		if at < 0 {
+			parts = append(parts, part)
+		} else {
+			parts[at] = part
+		}
 	}
-	table, _, err := splitReport(report)
-	if err != nil {
-		return err
+	text := curvesHead + "\n" + method
+	for _, part := range parts {
+		text += "\n### " + part
 	}
-	return os.WriteFile(report, []byte(table+s.String()), 0o644)
+	return os.WriteFile(report, []byte(table+text), 0o644)
 }
 
 // draw writes the picture, in the folder "curves" beside the report.

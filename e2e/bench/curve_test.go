@@ -66,10 +66,16 @@ func TestReportKeepsBoth(t *testing.T) {
 	check(writeTable(report, "# Benchmarks\n\nfirst\n"))
 	check(writeCurves(report, "Measured so.\n", []curve{someCurve()}))
 	check(writeTable(report, "# Benchmarks\n\nsecond\n"))
-	check(writeCurves(report, "Measured again.\n", []curve{someCurve()}))
+	other := someCurve()
+	other.id, other.title, other.note = "chain", "Time over the chain", "Another."
+	check(writeCurves(report, "Measured more.\n", []curve{other}))
+	again := someCurve()
+	again.note = "Once more."
+	check(writeCurves(report, "Measured again.\n", []curve{again}))
 	text, err := os.ReadFile(report)
 	check(err)
-	for want, n := range map[string]int{"first": 0, "second": 1, "Measured so.": 0, "Measured again.": 1, curvesHead: 1, "curves/size.svg": 1} {
+	for want, n := range map[string]int{"first": 0, "second": 1, "Measured so.": 0, "Measured again.": 1, curvesHead: 1, "curves/size.svg": 1,
+		"Measured more.": 0, "Some <note>.": 0, "Once more.": 1, "Another.": 1, "\n### ": 2} {
 		if got := strings.Count(string(text), want); got != n {
 			t.Errorf("%q is there %d times, not %d:\n%s", want, got, n, text)
 		}

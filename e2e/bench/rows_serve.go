@@ -94,7 +94,9 @@ func (s *site) serveOnce(points int, export string) (served, error) {
 		err = fmt.Errorf("%d exports are listed", n)
 	}
 	if err == nil {
-		_, err = s.b.varve(s.conf, "nbd", "read", uri(export), filepath.Join(s.dir, "read"))
+		read := filepath.Join(s.dir, "read")
+		_, err = s.b.varve(s.conf, "nbd", "read", uri(export), read)
+		_ = os.Remove(read)
 	}
 	if err == nil {
 		r.rss, err = peakMemory(cmd.Process.Pid)
