@@ -132,7 +132,7 @@ func (s *farSite) rows(delay time.Duration) ([]result, error) {
 		return nil, err
 	}
 	_ = os.RemoveAll(target)
-	r := faster(at+fmt.Sprintf("restore of %s that do not compress (%v)", megabytes(farBytes), ours), fmt.Sprintf("kopia snapshot restore (%v)", theirs),
+	r := faster(at+fmt.Sprintf("restore of %s that do not compress (%v)", megabytes(farBytes), ours), fmt.Sprintf("kopia snapshot restore of its own snapshot, in contents of about 4 MiB (%v)", theirs),
 		atLeast(8, ">= 8 x"), "", a, p)
 	out = append(out, r)
 
