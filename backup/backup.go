@@ -85,9 +85,9 @@ type counters struct {
 	checkpoints                                                     int64
 }
 
-// baseCache is the bound of the cache of the parent's indexes, in bytes; an eighth of it is for indexes, those of about 25 GiB
-// of disk. The spot check would otherwise decode an index of 64 MiB for each block that it reads.
-const baseCache = 128 << 20
+// baseIndexes bounds the cache of the parent's indexes, in bytes: those of about 25 GiB of disk. Without it the spot check
+// would decode the index of 64 MiB of disk for each block that it reads.
+const baseIndexes = 16 << 20
 
 // Run makes a recovery point. No outcome changes an older point; a run that fails leaves at
 // most an incomplete manifest, which the next run or a prune removes. Two concurrent runs of
@@ -373,7 +373,7 @@ func (r *run) chooseLayout(ctx context.Context) error {
 			return r.fullLayout(size)
 		}
 		r.lay.BlockSize = r.parent.BlockSize
-		r.indexes = image.NewCacheWithWorkers(baseCache, 1)
+		r.indexes = image.NewIndexCache(baseIndexes)
 		if r.base, err = blocktree.Open(r.repo, r.indexes, root); err != nil {
 			return fmt.Errorf("open parent %s: %w", r.parent.Name(), err)
 		}

@@ -148,7 +148,8 @@ func (r *restore) look(ctx context.Context, phase string, ranges []blocktree.Ran
 			return nil
 		})
 	}
-	return bad, g.Wait()
+	err = g.Wait() // before bad is read
+	return bad, err
 }
 
 // cutRange cuts a range at multiples of restoreUnit.

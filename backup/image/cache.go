@@ -102,6 +102,13 @@ func NewCacheWithWorkers(maxBytes int64, workers int) *Cache {
 	return c
 }
 
+// NewIndexCache returns a cache of indexes alone, at most maxBytes of them, for a reader of trees.
+func NewIndexCache(maxBytes int64) *Cache {
+	c := NewCacheWithWorkers(0, 1)
+	c.max, c.indexes = maxBytes, newShards(maxBytes)
+	return c
+}
+
 func newShards(maxBytes int64) []*shard {
 	n := min(max(maxBytes/shardBytes, 1), maxShards)
 	out := make([]*shard, n)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"os"
@@ -155,13 +156,16 @@ func escape(s string) string {
 // curvesHead begins the part of the report that the curves are.
 const curvesHead = "## Cost curves\n"
 
-// writeCurves draws the curves, and puts them into the report in place of those with their titles.
+// writeCurves draws the curves, and puts them into the report in place of those with their titles. An empty method keeps
+// the one that is there.
 func writeCurves(report, method string, curves []curve) error {
 	table, old, err := splitReport(report)
 	if err != nil {
 		return err
 	}
-	parts := strings.Split(old, "\n### ")[1:] // after the method
+	parts := strings.Split(old, "\n### ")
+	before, parts := strings.TrimPrefix(parts[0], curvesHead+"\n"), parts[1:]
+	method = cmp.Or(method, before)
 	for _, c := range curves {
 		if err := c.draw(report); err != nil {
 			return err

@@ -69,9 +69,11 @@ func TestReportKeepsBoth(t *testing.T) {
 	other := someCurve()
 	other.id, other.title, other.note = "chain", "Time over the chain", "Another."
 	check(writeCurves(report, "Measured more.\n", []curve{other}))
+	check(writeCurves(report, "", []curve{other})) // with the method that is there
 	again := someCurve()
 	again.note = "Once more."
 	check(writeCurves(report, "Measured again.\n", []curve{again}))
+	check(writeCurves(report, "", []curve{other}))
 	text, err := os.ReadFile(report)
 	check(err)
 	for want, n := range map[string]int{"first": 0, "second": 1, "Measured so.": 0, "Measured again.": 1, curvesHead: 1, "curves/size.svg": 1,

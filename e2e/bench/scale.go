@@ -65,7 +65,6 @@ type grownDisk struct {
 	image string
 	size  int64
 	state int
-	round uint64
 }
 
 func (b *bench) newGrownDisk(size int64) (*grownDisk, error) {
@@ -80,7 +79,6 @@ func (b *bench) newGrownDisk(size int64) (*grownDisk, error) {
 // write fills runs of run bytes with noise, apart bytes from one to the next, and backs the disk up by the list of them.
 func (d *grownDisk) write(runs, run, apart int64) (sample, error) {
 	d.state++
-	d.round++
 	base := "null"
 	if d.state > 1 {
 		base = fmt.Sprintf(`"state-%d"`, d.state-1)
@@ -91,7 +89,7 @@ func (d *grownDisk) write(runs, run, apart int64) (sample, error) {
 	if err != nil {
 		return sample{}, err
 	}
-	noise := rand.NewChaCha8([32]byte{byte(d.round), byte(d.round >> 8), 2})
+	noise := rand.NewChaCha8([32]byte{byte(d.state), byte(d.state >> 8), 2})
 	p := make([]byte, run)
 	for i := range runs {
 		_, _ = noise.Read(p)

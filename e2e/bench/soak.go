@@ -47,7 +47,7 @@ type soakMinute struct {
 	moved  traffic
 }
 
-// soak loads a server of a far object store, which fails once, and draws the server's resident set beside the report. It
+// soak loads a server of a far object store, which fails once, and draws the server's resident set in the report. It
 // is an error if memory grows, if a request fails while the store answers, or if a disk reads back different in the end.
 func (b *bench) soak(length time.Duration, report string) error {
 	if length < 12*soakRound {
@@ -61,7 +61,10 @@ func (b *bench) soak(length time.Duration, report string) error {
 	if err := errors.Join(err, f.stop()); err != nil {
 		return err
 	}
-	c := curve{id: "soak", title: "Memory of a server under an hour of load", over: "minutes"}
+	c := curve{
+		id: "soak", title: "Memory of a server under load", over: "minutes",
+		note: fmt.Sprintf("Three clients of varve serve on S3 at %v a request for %v, by \"make soak\"; the store failed for %v in the middle. Caches of %s in memory and on disk.", soakLatency, length, soakOutage, soakCache),
+	}
 	values := make([]float64, len(minutes))
 	for i, m := range minutes {
 		c.steps, values[i] = append(c.steps, fmt.Sprint(i+1)), float64(m.rss)
@@ -69,7 +72,7 @@ func (b *bench) soak(length time.Duration, report string) error {
 	c.add("varve serve", bytesOf, values)
 	fmt.Fprint(os.Stderr, c.text())
 	if report != "" {
-		if err := c.draw(report); err != nil {
+		if err := writeCurves(report, "", []curve{c}); err != nil {
 			return err
 		}
 	}
@@ -99,13 +102,12 @@ func (b *bench) soakOn(f *far, length time.Duration) ([]soakMinute, error) {
 func (s *farSite) rounds(n *nbdServer, length time.Duration) ([]soakMinute, error) {
 	var minutes []soakMinute
 	start := time.Now()
-	var failing time.Duration // when the outage began, since the start
-	timer := time.AfterFunc(length/2, func() {
+	failing := length / 2 // when the outage begins, since the start
+	timer := time.AfterFunc(failing, func() {
 		s.f.down.Store(true)
 		time.AfterFunc(soakOutage, func() { s.f.down.Store(false) })
 	})
 	defer timer.Stop()
-	failing = length / 2
 	for time.Since(start) < length {
 		from := time.Since(start)
 		var m soakMinute
