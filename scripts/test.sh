@@ -106,13 +106,14 @@ if [ "${VARVE_RACE:-}" = all ]; then
 else
 	# Of the model's steps only some: most of them follow below.
 	VARVE_MODEL_STEPS=${VARVE_MODEL_STEPS:-300} run concurrent "$here" "${again[@]}" -race -p 3 "${common[@]}" -skip "^Test($LARGE)\$" "${others[@]}" &
+	# Beside stock Kopia tests wait for whole minutes: they begin while there is work for the processors.
+	(peers)
 	# Without C, as varve itself, whose libraries are compiled already.
 	CGO_ENABLED=0 run serial "$here" "${again[@]}" -p 2 "${common[@]}" "${serial[@]}"
 	mapfile -t large < <(having "Test($LARGE)[(]" "${others[@]}")
 	CGO_ENABLED=0 run unraced "$here" "${again[@]}" -p 2 "${common[@]}" -run "^Test($LARGE|Model)\$" "${large[@]}"
 	mapfile -t tested < <(having "Test.*($CONCURRENT)" "${serial[@]}")
 	run readers "$here" "${again[@]}" -race -p 2 "${common[@]}" -run "$CONCURRENT" "${tested[@]}"
-	(peers)
 	wait
 fi
 cat "$out"/*.json >"$out/all"

@@ -116,7 +116,15 @@ func TestProduceIsLeft(t *testing.T) {
 					_, err := fast.produce(ctx, &l, hold.Target{}, command, time.Hour, &out)
 					done <- err
 				}()
-				l.until("the command to begin", func() bool { _, err := os.Stat(filepath.Join(l.dir, name)); return err == nil })
+				l.until("the command to begin", func() bool {
+					select {
+					case err := <-done:
+						t.Fatalf("ended before it was left: %v", err)
+					default:
+					}
+					_, err := os.Stat(filepath.Join(l.dir, name))
+					return err == nil
+				})
 				cancel()
 				if err := <-done; !errors.Is(err, ErrCut) {
 					t.Error(err)

@@ -2,6 +2,7 @@ package stream
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -123,13 +124,36 @@ func (l *local) gone(file string) {
 	})
 }
 
+// processes describes the processes of the test: ID, parent, state, what it waits for, open files and command.
+func (l *local) processes() string {
+	var b strings.Builder
+	all, _ := filepath.Glob("/proc/[0-9]*")
+	for _, dir := range all {
+		read := func(name string) string { text, _ := os.ReadFile(filepath.Join(dir, name)); return string(text) }
+		if !strings.Contains(read("environ"), "DIR="+l.dir+"\x00") {
+			continue
+		}
+		stat := read("stat")
+		state := strings.Fields(stat[strings.LastIndex(stat, ")")+1:] + " ? ?")[:2]
+		fmt.Fprintf(&b, "%s of %s, %s in %s:", filepath.Base(dir), state[1], state[0], read("wchan"))
+		files, _ := filepath.Glob(filepath.Join(dir, "fd", "*"))
+		for _, f := range files {
+			to, _ := os.Readlink(f)
+			fmt.Fprintf(&b, " %s=%s", filepath.Base(f), to)
+		}
+		command := strings.ReplaceAll(read("cmdline"), "\x00", " ")
+		fmt.Fprintf(&b, " %.200q\n", command)
+	}
+	return b.String()
+}
+
 func (l *local) until(what string, is func() bool) {
 	l.t.Helper()
 	// Some looks are costly: longer waits have fewer.
 	begun := time.Now()
 	for waited := time.Duration(0); !is(); waited = time.Since(begun) {
 		if waited > 5*time.Minute {
-			l.t.Fatalf("waited for %s", what)
+			l.t.Fatalf("waited for %s; its processes:\n%s", what, l.processes())
 		}
 		time.Sleep(min(5*time.Millisecond+waited/10, time.Second/2))
 	}
