@@ -122,8 +122,7 @@ func TestProduceIsLeft(t *testing.T) {
 						t.Fatalf("ended before it was left: %v", err)
 					default:
 					}
-					_, err := os.Stat(filepath.Join(l.dir, name))
-					return err == nil
+					return l.pid(name) > 0
 				})
 				cancel()
 				if err := <-done; !errors.Is(err, ErrCut) {

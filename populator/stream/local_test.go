@@ -109,13 +109,24 @@ func (s *shortened) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// pid is the process ID that a command wrote to a file of the test, 0 before all of it is there: a command that is
+// ended before leaves the file empty.
+func (l *local) pid(file string) int {
+	text, _ := os.ReadFile(filepath.Join(l.dir, file))
+	line, whole := strings.CutSuffix(string(text), "\n")
+	pid, err := strconv.Atoi(line)
+	if !whole || err != nil {
+		return 0
+	}
+	return pid
+}
+
 // gone waits until a process whose ID is in a file of the test has ended.
 func (l *local) gone(file string) {
 	l.t.Helper()
 	var pid int
-	l.until("the command to begin", func() bool {
-		text, _ := os.ReadFile(filepath.Join(l.dir, file))
-		pid, _ = strconv.Atoi(strings.TrimSpace(string(text)))
+	l.until("the command to write its process ID", func() bool {
+		pid = l.pid(file)
 		return pid > 0
 	})
 	l.until("the command to be ended", func() bool {
