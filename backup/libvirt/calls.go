@@ -26,6 +26,11 @@ func call[T any](c *Conn, name string, do func(*libvirt.Libvirt) (T, error)) (T,
 }
 
 func callWithin[T any](c *Conn, name string, limit time.Duration, do func(*libvirt.Libvirt) (T, error)) (T, error) {
+	return callBeating(c, name, limit, func(l *libvirt.Libvirt, _ func()) (T, error) { return do(l) })
+}
+
+// callBeating is for a call that may take longer: the limit begins again with each beat.
+func callBeating[T any](c *Conn, name string, limit time.Duration, do func(l *libvirt.Libvirt, beat func()) (T, error)) (T, error) {
 	var none T
 	if err := c.silent.Load(); err != nil {
 		return none, *err
@@ -35,7 +40,7 @@ func callWithin[T any](c *Conn, name string, limit time.Duration, do func(*libvi
 		c.silent.CompareAndSwap(nil, &err)
 		_ = c.conn.Close() // which ends the call
 	})
-	answer, err := do(c.lv)
+	answer, err := do(c.lv, func() { watch.Reset(limit) })
 	if watch.Stop() || err == nil || Refused(err) {
 		return answer, err
 	}

@@ -13,7 +13,6 @@ import (
 
 	golibvirt "github.com/digitalocean/go-libvirt"
 
-	"github.com/varve-io/varve/backup/cbt"
 	"github.com/varve-io/varve/backup/libvirt"
 	"github.com/varve-io/varve/backup/nbddisk"
 	"github.com/varve-io/varve/nbdserver/nbdclient"
@@ -33,7 +32,9 @@ type libvirtMachine struct {
 	xml     string // the definition that a start uses
 	lock    *machineLock
 	scratch *scratch
-	socket  string // of the job's NBD server, on libvirt's machine
+	folder  *libvirt.Folder // the scratch directory over TLS; nil where it cannot be watched
+	reserve int64           // bytes that stay free in it
+	socket  string          // of the job's NBD server, on libvirt's machine
 	disks   []*libvirtDisk
 	target  string // the new checkpoint
 	begun   bool
@@ -242,11 +243,9 @@ func (m *libvirtMachine) Disks() (list []Disk) {
 			if d.Tracked() {
 				target = m.target
 			}
-			one.Bytes = momentary{d.disk, &m.failed}
-			one.Changes = []cbt.Source{
+			one.Bytes, one.Changes = momentOf(d.disk, &m.failed,
 				&bitmapOf{d.old, d.why, &nbddisk.Bitmap{Disk: d.disk, Name: libvirt.BitmapOf(d.Target), Base: d.old, Target: target, Kind: bitmapSource}},
-				&nbddisk.Allocated{Disk: d.disk, Target: target, Kind: "allocation"},
-			}
+				&nbddisk.Allocated{Disk: d.disk, Target: target, Kind: "allocation"})
 		}
 		if i == 0 {
 			one.Notes = m.notes

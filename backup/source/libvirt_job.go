@@ -30,6 +30,11 @@ func (m *libvirtMachine) begin(ctx context.Context) (err error) {
 			return err
 		}
 	}
+	if m.uri.Transport == "tls" {
+		if err := m.openFolder(dir); err != nil {
+			m.notes = append(m.notes, fmt.Sprintf("the room in the scratch directory %s is not watched: %v", dir, err))
+		}
+	}
 	m.opt.step("directories")
 	var frozen *freeze
 	if m.opt.Freeze {
@@ -148,14 +153,17 @@ func makeServerDir(key string, uid, gid int) error {
 	return give(within, uid, gid)
 }
 
-// room checks the room in the scratch directory, as far as it is known: over TLS it is not.
+// room checks the room in the scratch directory, as far as it is known.
 func (m *libvirtMachine) room() func() error {
 	if m.scratch != nil {
 		return m.scratch.check
 	}
-	reserve := int64(-1)
+	free, reserve := m.conn.Free, int64(-1)
+	if m.folder != nil {
+		free, reserve = m.folderRoom(), m.reserve
+	}
 	return func() error {
-		free := m.conn.Free()
+		free := free()
 		if free < 0 {
 			return nil
 		}
@@ -163,6 +171,37 @@ func (m *libvirtMachine) room() func() error {
 			reserve = min(scratchReserve, free/scratchPart)
 		}
 		return checkRoom(cmp.Or(m.opt.Scratch, DefaultScratch)+" of "+m.uri.Host, free, reserve)
+	}
+}
+
+// openFolder has libvirt show the scratch directory, and asks how much room there is before the backup begins.
+func (m *libvirtMachine) openFolder(dir string) error {
+	folder, err := m.conn.OpenFolder(dir)
+	if err != nil {
+		return err
+	}
+	free, err := folder.Free()
+	if err != nil {
+		return errors.Join(err, folder.Close())
+	}
+	m.folder, m.reserve = folder, min(scratchReserve, free/scratchPart)
+	return nil
+}
+
+// folderRoom asks libvirt for the room in the scratch directory, and no more often than it can look. It is below 0 if libvirt
+// does not say.
+func (m *libvirtMachine) folderRoom() func() int64 {
+	var known int64
+	var again time.Time
+	return func() int64 {
+		if now := time.Now(); now.After(again) {
+			var err error
+			if known, err = m.folder.Free(); err != nil {
+				known = -1
+			}
+			again = time.Now().Add(max(watchRoom, 10*time.Since(now)))
+		}
+		return known
 	}
 }
 
@@ -195,6 +234,12 @@ func (m *libvirtMachine) release() error {
 	}
 	if m.begun {
 		errs = append(errs, m.endJob())
+	}
+	if m.folder != nil {
+		if err := m.folder.Close(); err != nil {
+			m.opt.log().Warn("a storage pool that shows the scratch directory stays in libvirt until the next backup", "domain", m.def.Name, "error", err)
+		}
+		m.folder = nil
 	}
 	if m.scratch != nil && errors.Join(errs...) == nil {
 		errs = append(errs, m.scratch.close(), os.RemoveAll(serverDir(keyOf(m.def.UUID))))
@@ -329,6 +374,15 @@ func forgetLibvirt(ctx context.Context, text string, opt Options) (removed []str
 	}
 	for _, c := range list {
 		removed = append(removed, "checkpoint "+c.Name)
+	}
+	if uri.Transport == "tls" {
+		pools, err := m.conn.ForgetFolders()
+		for _, name := range pools {
+			removed = append(removed, "storage pool "+name)
+		}
+		if err != nil {
+			return removed, err
+		}
 	}
 	host := qemu.Host{}
 	if uri.Remote() {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 )
 
 // maxPart bounds a file of a machine that is kept beside its disks, in bytes. An initrd is the
@@ -22,7 +23,7 @@ const (
 )
 
 // readParts reads what a start of the domain needs beside its disks: over ssh by the other machine's
-// shell, over TLS not at all.
+// shell, over TLS by libvirt's storage driver.
 func (m *libvirtMachine) readParts(ctx context.Context) {
 	m.parts = append(m.parts, Part{PartXML, []byte(m.xml)})
 	for _, p := range []struct{ name, path string }{
@@ -36,8 +37,7 @@ func (m *libvirtMachine) readParts(ctx context.Context) {
 		case "ssh":
 			read = func(path string) ([]byte, error) { return m.conn.ReadFile(ctx, m.uri, path, maxPart) }
 		case "tls":
-			m.notes = append(m.notes, fmt.Sprintf("the %s is on another machine and is not backed up over TLS: %s", p.name, p.path))
-			continue
+			read = m.readFolder
 		}
 		b, err := read(p.path)
 		if err != nil {
@@ -46,6 +46,21 @@ func (m *libvirtMachine) readParts(ctx context.Context) {
 		}
 		m.parts = append(m.parts, Part{p.name, b})
 	}
+}
+
+// readFolder reads a file of libvirt's machine.
+func (m *libvirtMachine) readFolder(path string) (b []byte, err error) {
+	f, err := m.conn.OpenFolder(filepath.Dir(path))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	if b, err = f.ReadFile(filepath.Base(path), maxPart); err != nil {
+		err = fmt.Errorf("%s: %w", path, err)
+	}
+	if err := f.Close(); err != nil {
+		m.notes = append(m.notes, fmt.Sprintf("a storage pool that shows %s stays in libvirt until the next backup: %v", filepath.Dir(path), err))
+	}
+	return b, err
 }
 
 func readBounded(path string) ([]byte, error) {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -44,11 +45,7 @@ func libvirtRemote(t *testing.T, d *domain) {
 		fmt.Sprintf("libvirt+ssh://varve-test/%s?socket=%s", d.name, d.socket),
 		fmt.Sprintf("libvirt+tls://localhost:%d/%s?pkipath=%s/tls&nbd-port=%d", d.port, d.name, d.libvirtd.dir, libvirttest.FreePort(t)),
 	} {
-		// What a start needs beside the disks comes over ssh, and not over TLS.
-		parts := "xml\n"
-		if strings.HasPrefix(uri, "libvirt+ssh") {
-			parts += fmt.Sprintf("nvram %x\nloader %x\n", bytes.Repeat([]byte("n"), 64<<10), bytes.Repeat([]byte("l"), 64<<10))
-		}
+		parts := fmt.Sprintf("xml\nnvram %x\nloader %x\n", bytes.Repeat([]byte("n"), 64<<10), bytes.Repeat([]byte("l"), 64<<10))
 		if got := ssh("libvirt-parts", uri, t.TempDir()); got != parts {
 			t.Errorf("%s: the parts are %.60q, want %.60q", uri, got, parts)
 		}
@@ -65,7 +62,73 @@ func libvirtRemote(t *testing.T, d *domain) {
 		d.mustBeClean(t, 1)
 		d.virsh(t, "checkpoint-delete", d.name, now["vda"].id)
 	}
+	libvirtFolders(t, d, ssh)
 	libvirtRemoteStopped(t, d, ssh)
+}
+
+// libvirtFolders looks at the storage pools by which files and room are seen over TLS: those of others stay, those that a
+// killed process left go, and a full scratch directory ends the backup.
+func libvirtFolders(t *testing.T, d *domain, ssh func(...string) string) {
+	t.Helper()
+	uri := fmt.Sprintf("libvirt+tls://localhost:%d/%s?pkipath=%s/tls&nbd-port=%d", d.port, d.name, d.libvirtd.dir, libvirttest.FreePort(t))
+	pools := func() string { return strings.Join(strings.Fields(d.virsh(t, "pool-list", "--all", "--name")), " ") }
+	if left := pools(); left != "" {
+		t.Errorf("pools are left: %s", left)
+	}
+	want := ssh("libvirt-parts", uri, t.TempDir())
+	d.virsh(t, "pool-create-as", "theirs", "dir", "--target", d.dir)
+	if got := ssh("libvirt-parts", uri, t.TempDir()); got != want {
+		t.Errorf("by another's pool the parts are %.60q", got)
+	}
+	nvram := filepath.Join(d.dir, "nvram")
+	if err := os.WriteFile(nvram, bytes.Repeat([]byte("m"), 80<<10), 0o600); err != nil { // the pool knows another size
+		t.Fatal(err)
+	}
+	if got := ssh("libvirt-parts", uri, t.TempDir()); !strings.Contains(got, fmt.Sprintf("nvram %x\n", bytes.Repeat([]byte("m"), 80<<10))) {
+		t.Errorf("a file that has grown is %.60q", got)
+	}
+	if left := pools(); left != "theirs" {
+		t.Errorf("the pools are %q", left)
+	}
+	d.virsh(t, "pool-destroy", "theirs")
+	for _, after := range []func(){
+		func() { ssh("libvirt-parts", uri, t.TempDir()) },
+		func() {
+			if said := ssh("libvirt-forget", uri); !strings.Contains(said, "storage pool varve-folder-dead") {
+				t.Errorf("forgot %s", said)
+			}
+		},
+	} {
+		d.virsh(t, "pool-create-as", "varve-folder-dead", "dir", "--target", d.dir)
+		after()
+		if left := pools(); left != "" {
+			t.Errorf("pools are left: %s", left)
+		}
+	}
+
+	pid, err := os.ReadFile(filepath.Join(d.libvirtd.dir, "pid"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	small := filepath.Join(d.libvirtd.dir, "small") // which libvirtd has
+	_, err = machine{}.backup(t.Context(), uri, machine{}.options(small), func() {
+		if err := os.WriteFile(filepath.Join("/proc", strings.TrimSpace(string(pid)), "root", small, "full"), make([]byte, 30<<20), 0o600); err != nil {
+			t.Error(err)
+		}
+		for end := time.Now().Add(time.Minute); strings.Contains(d.try("backup-dumpxml", d.name), "vda"); time.Sleep(50 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Error("the job goes on")
+				return
+			}
+		}
+	}, nil)
+	if !errors.Is(err, source.ErrScratchFull) {
+		t.Errorf("the scratch directory is full: %v", err)
+	}
+	if left := pools(); left != "" {
+		t.Errorf("pools are left: %s", left)
+	}
+	d.mustBeClean(t, 0)
 }
 
 // libvirtRemoteStopped backs up a stopped domain over ssh, the second time by bitmaps; and is killed in between, which ends

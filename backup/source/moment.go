@@ -27,6 +27,30 @@ func (d momentary) ReadAt(p []byte, off int64) (int, error) {
 	return n, err
 }
 
+// momentaryChanges are changes of such a disk: they fail with the same.
+type momentaryChanges struct {
+	cbt.Source
+
+	failed *atomic.Pointer[error]
+}
+
+// Changes implements cbt.Source.
+func (c momentaryChanges) Changes(ctx context.Context, req cbt.Request, emit func(cbt.Extent) error) (cbt.Report, error) {
+	rep, err := c.Source.Changes(ctx, req, emit)
+	if why := c.failed.Load(); why != nil {
+		return cbt.Report{}, *why
+	}
+	return rep, err
+}
+
+// momentOf is a disk with the sources of its changes, best first.
+func momentOf(d *nbddisk.Disk, failed *atomic.Pointer[error], sources ...cbt.Source) (Bytes, []cbt.Source) {
+	for i := range sources {
+		sources[i] = momentaryChanges{sources[i], failed}
+	}
+	return momentary{d, failed}, sources
+}
+
 // ofSize is a disk that is not read.
 type ofSize int64
 

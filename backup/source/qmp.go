@@ -11,7 +11,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/varve-io/varve/backup/cbt"
 	"github.com/varve-io/varve/backup/nbddisk"
 	"github.com/varve-io/varve/backup/qemu/qmp"
 	"github.com/varve-io/varve/nbdserver/nbdclient"
@@ -215,11 +214,9 @@ func (m *qmpMachine) Disks() (list []Disk) {
 		if m.opt.Inspect {
 			d.Bytes, d.Estimate = ofSize(s.node.Image.Size), s.estimate()
 		} else {
-			d.Bytes = momentary{s.disk, &m.failed}
-			d.Changes = []cbt.Source{
+			d.Bytes, d.Changes = momentOf(s.disk, &m.failed,
 				&bitmapOf{s.old, s.why, &nbddisk.Bitmap{Disk: s.disk, Name: qmpFrozen, Base: s.old, Target: m.target, Kind: bitmapSource}},
-				&nbddisk.Allocated{Disk: s.disk, Target: m.target, Kind: "allocation"},
-			}
+				&nbddisk.Allocated{Disk: s.disk, Target: m.target, Kind: "allocation"})
 		}
 		if m.opt.Inspect && !s.node.persistent() {
 			d.Notes = append(d.Notes, fmt.Sprintf("%s: changes are tracked until QEMU ends; after that the whole disk is compared once", s.name))

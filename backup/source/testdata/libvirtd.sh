@@ -2,7 +2,8 @@
 # Runs libvirtd in a mount namespace with empty directories, so that it finds and leaves nothing of
 # the machine's. Its socket is DIR/libvirt-sock. Security drivers, control groups and namespaces of
 # its own would need a system that systemd started. Needs root. With DIR/tls, certificates as QEMU
-# names them, it listens for TLS on the loopback interface, at the port in DIR/tls/port.
+# names them, it listens for TLS on the loopback interface, at the port in DIR/tls/port. DIR/small is a
+# file system of 32 MiB, which only this namespace has.
 #
 #	unshare -m --propagation slave libvirtd.sh DIR
 set -e
@@ -12,6 +13,8 @@ for d in /run/libvirt /var/lib/libvirt /etc/libvirt /var/log/libvirt; do
 	mkdir -p $d
 	mount -t tmpfs none $d
 done
+mkdir -p "$1/small"
+mount -t tmpfs -o size=32m none "$1/small"
 cat >/etc/libvirt/qemu.conf <<END
 user = "root"
 group = "root"
