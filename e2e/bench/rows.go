@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 )
 
 type row struct {
@@ -352,18 +354,27 @@ func dot(path string, step int64, count int64) error {
 	return nil
 }
 
-func (s *site) kopiaRoot() (string, error) {
-	r, err := s.b.kopia(s.stockConf, "snapshot", "list", "--all", "--json")
+func (s *site) kopiaRoot() (string, error) { return s.kopiaRootOf(s.stockConf, "") }
+
+// kopiaRootOf returns the root of the last snapshot of a repository whose path ends with suffix.
+func (s *site) kopiaRootOf(conf, suffix string) (string, error) {
+	r, err := s.b.kopia(conf, "snapshot", "list", "--all", "--json")
 	if err != nil {
 		return "", err
 	}
 	var list []struct {
+		Source    struct{ Path string } `json:"source"`
 		RootEntry struct {
 			Obj string `json:"obj"`
 		} `json:"rootEntry"`
 	}
-	if err := json.Unmarshal(r.stdout, &list); err != nil || len(list) == 0 {
-		return "", fmt.Errorf("kopia snapshot list: %d snapshots: %w", len(list), err)
+	if err := json.Unmarshal(r.stdout, &list); err != nil {
+		return "", fmt.Errorf("kopia snapshot list: %w", err)
 	}
-	return list[len(list)-1].RootEntry.Obj, nil
+	for _, sn := range slices.Backward(list) {
+		if strings.HasSuffix(sn.Source.Path, suffix) {
+			return sn.RootEntry.Obj, nil
+		}
+	}
+	return "", fmt.Errorf("kopia snapshot list: none of %d snapshots is of %q", len(list), suffix)
 }

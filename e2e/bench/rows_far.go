@@ -6,6 +6,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"path"
 	"path/filepath"
 	"time"
 )
@@ -19,6 +20,7 @@ type farSite struct {
 	f     *far
 	image string
 	cache string // of both programs; removed before each cold run
+	ours  string // configuration of stock Kopia for our repository
 
 	states, pages int // of the disk with a list, and written
 }
@@ -50,9 +52,14 @@ func (b *bench) newFarSite(f *far) (*farSite, error) {
 	if _, err := s.listed(); err != nil {
 		return nil, err
 	}
-	if _, err := b.kopia(s.stockConf, "repository", "create", "s3", "--bucket=kopia", "--endpoint="+f.address, "--region=us-east-1", "--disable-tls",
-		"--access-key="+farKey, "--secret-access-key="+farSecret, "--cache-directory="+s.cache+"-kopia"); err != nil {
-		return nil, err
+	for _, c := range []struct{ do, conf, bucket, cache string }{
+		{"create", s.stockConf, "kopia", s.cache + "-kopia"},
+		{"connect", s.ours, "varve", s.cache + "-kopia-ours"},
+	} {
+		if _, err := b.kopia(c.conf, "repository", c.do, "s3", "--bucket="+c.bucket, "--endpoint="+f.address, "--region=us-east-1", "--disable-tls",
+			"--access-key="+farKey, "--secret-access-key="+farSecret, "--cache-directory="+c.cache); err != nil {
+			return nil, err
+		}
 	}
 	_, err = b.kopia(s.stockConf, "snapshot", "create", s.image)
 	return s, err
@@ -68,7 +75,7 @@ func (b *bench) newFarSiteOf(f *far, size int64, args ...string) (*farSite, erro
 	s := &farSite{
 		site:  &site{b: b, dir: dir, conf: filepath.Join(dir, "varve.config"), stockConf: filepath.Join(dir, "kopia.config")},
 		f:     f,
-		image: filepath.Join(dir, "disk.img"), cache: filepath.Join(dir, "cache"),
+		image: filepath.Join(dir, "disk.img"), cache: filepath.Join(dir, "cache"), ours: filepath.Join(dir, "ours.config"),
 	}
 	for _, bucket := range []string{"varve", "kopia"} {
 		if err := os.Mkdir(filepath.Join(f.dir, bucket), 0o700); err != nil {
@@ -99,6 +106,7 @@ func (b *bench) newFarSiteOf(f *far, size int64, args ...string) (*farSite, erro
 func (s *farSite) cold() {
 	_ = os.RemoveAll(s.cache)
 	_ = os.RemoveAll(s.cache + "-kopia")
+	_ = os.RemoveAll(s.cache + "-kopia-ours")
 }
 
 // moved measures a command with nothing cached, and what it moved.
@@ -117,6 +125,10 @@ func (s *farSite) rows(delay time.Duration) ([]result, error) {
 	if err != nil {
 		return nil, err
 	}
+	point, err := s.kopiaRootOf(s.ours, "/"+path.Base(volume))
+	if err != nil {
+		return nil, err
+	}
 	var out []result
 	var ours, theirs traffic
 	target := filepath.Join(s.dir, "restored")
@@ -124,17 +136,23 @@ func (s *farSite) rows(delay time.Duration) ([]result, error) {
 		_ = os.Remove(target)
 		return s.b.varve(s.conf, "restore", latest, target)
 	})
-	a, p, err := s.b.pair(restore, s.moved(&theirs, func() (sample, error) {
+	for _, peer := range []struct {
+		name, conf, root string
+		goal             goal
+	}{
+		{"kopia snapshot restore of the same point", s.ours, point, atLeast(8, ">= 8 x")},
+		{"kopia snapshot restore of its own snapshot, whose contents have about 4 MiB", s.stockConf, root, atLeast(1, ">= 1 x")},
+	} {
+		a, p, err := s.b.pair(restore, s.moved(&theirs, func() (sample, error) {
+			_ = os.RemoveAll(target)
+			return s.b.kopia(peer.conf, "snapshot", "restore", peer.root, target)
+		}))
+		if err != nil {
+			return nil, err
+		}
 		_ = os.RemoveAll(target)
-		return s.b.kopia(s.stockConf, "snapshot", "restore", root, target)
-	}))
-	if err != nil {
-		return nil, err
+		out = append(out, faster(at+fmt.Sprintf("restore of %s that do not compress (%v)", megabytes(farBytes), ours), fmt.Sprintf("%s (%v)", peer.name, theirs), peer.goal, "", a, p))
 	}
-	_ = os.RemoveAll(target)
-	r := faster(at+fmt.Sprintf("restore of %s that do not compress (%v)", megabytes(farBytes), ours), fmt.Sprintf("kopia snapshot restore of its own snapshot, in contents of about 4 MiB (%v)", theirs),
-		atLeast(8, ">= 8 x"), "", a, p)
-	out = append(out, r)
 
 	var serve traffic
 	read, first, err := s.b.pair(s.moved(&serve, func() (sample, error) { return s.serveAnd("nbdcopy", "--connections=4", "URI", "null:") }), restore)

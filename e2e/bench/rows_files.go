@@ -37,8 +37,60 @@ func fileRows(b *bench) ([]result, error) {
 	if err != nil {
 		return nil, err
 	}
+	running, err := b.runningMounts(s, image)
+	if err != nil {
+		return nil, err
+	}
 	first, err := b.firstListing(s)
-	return append(out, first...), err
+	return append(append(out, running...), first...), err
+}
+
+// runningMounts compares reads through a mount of ours with reads through the kernel's. Both are mounted for each
+// run, so that neither has read a file before, and only the reads are measured.
+func (b *bench) runningMounts(s *site, image string) ([]result, error) {
+	mnt, target := filepath.Join(s.dir, "mnt"), filepath.Join(s.dir, "target")
+	read := func(work, root string) (sample, error) {
+		_ = os.Remove(target)
+		if err := sh("ls", root); err != nil { // which opens the file system
+			return sample{}, err
+		}
+		settle()
+		return b.exec("sh", "-c", work, root, target)
+	}
+	kernel := func(work string) func() (sample, error) {
+		return func() (out sample, err error) {
+			if err := sh("mount", "-o", "ro,loop", image, mnt); err != nil {
+				return out, err
+			}
+			out, err = read(work, mnt)
+			return out, errors.Join(err, sh("umount", mnt))
+		}
+	}
+	ours := func(work string) func() (sample, error) {
+		return func() (out sample, err error) {
+			if _, err := b.varve(s.conf, "mount", mnt, "--daemon"); err != nil {
+				return out, err
+			}
+			out, err = read(work, filepath.Join(mnt, filesVolume, "latest", "files"))
+			_, umountErr := b.varve(s.conf, "umount", mnt)
+			return out, errors.Join(err, umountErr)
+		}
+	}
+	var out []result
+	for _, c := range []struct{ what, work string }{
+		{fmt.Sprintf("ls -lR of %d files in a running mount", walkedFiles), `ls -lR "$0"/many`},
+		{fmt.Sprintf("cp of a file of %d MB in a running mount", bigFile>>20), `cp "$0"/big "$1"`},
+	} {
+		a, p, err := b.pair(ours(c.work), kernel(c.work))
+		if err != nil {
+			return nil, err
+		}
+		r := slower(c.what, "kernel: loop mount of the raw image", atMost(2, "<= 2 x its time"),
+			"blocks are decoded, and each read goes through the kernel to the server and back", a, p)
+		r.cpu = "" // the server's is not the command's
+		out = append(out, r)
+	}
+	return out, nil
 }
 
 // fillFiles makes a directory of many files and one large file of this machine's

@@ -6,6 +6,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"os"
+	"path"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -381,6 +382,10 @@ func (b *bench) latencyCurve(f *far) (*curve, error) {
 	if err != nil {
 		return c, err
 	}
+	point, err := s.kopiaRootOf(s.ours, "/"+path.Base(volume))
+	if err != nil {
+		return c, err
+	}
 	target := filepath.Join(s.dir, "restored")
 	work := []struct {
 		name string
@@ -390,6 +395,7 @@ func (b *bench) latencyCurve(f *far) (*curve, error) {
 		{"first byte over NBD", func() (sample, error) { return s.serveAnd("qemu-io", "-r", "-f", "raw", "-c", "read 1M 4k", "URI") }},
 		{"increment of one page", s.listed},
 		{"restore", func() (sample, error) { return b.varve(s.conf, "restore", latest, target) }},
+		{"kopia, of the same point", func() (sample, error) { return b.kopia(s.ours, "snapshot", "restore", point, target) }},
 		{"kopia, of its own snapshot", func() (sample, error) { return b.kopia(s.stockConf, "snapshot", "restore", root, target) }},
 	}
 	for _, w := range work {
