@@ -188,6 +188,7 @@ func TestRules(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		eventually(t, "there is a lease", func() bool { return s.leases(t) == 1 })
 		d.Release()
 		if n := s.leases(t); n != 1 {
 			t.Errorf("%d leases while it lingers", n)
@@ -208,7 +209,8 @@ func TestDeletedPoint(t *testing.T) {
 			d := s.hold(t, set)
 			defer d.Release()
 			defer func() {
-				if err := d.Stay(t.Context()); !errors.Is(err, points.ErrNoSuchPoint) {
+				eventually(t, "a deleted point is not held", func() bool { return errors.Is(d.Stay(t.Context()), points.ErrNoSuchPoint) })
+				if err := d.Deleted(); !errors.Is(err, points.ErrNoSuchPoint) {
 					t.Errorf("a deleted point is held: %v", err)
 				}
 			}()

@@ -29,7 +29,7 @@ const (
 	// Idle takes it in the background with each use (Disk.Use), and releases it some minutes
 	// after the last (Disks.ReleaseIdle).
 	Idle
-	// OnDemand takes it with Disk.Stay or Disk.Lease.
+	// OnDemand takes it with Disk.Stay, in the background if the disk is not written to, or with Disk.Lease.
 	OnDemand
 )
 
@@ -112,8 +112,26 @@ func (s *Disks) inBackground(fn func()) {
 // leaseInBackground takes the lease for inBackground, where no caller gets the error.
 func (d *Disk) leaseInBackground() {
 	if err := d.Lease(d.set.ctx); err != nil && d.set.ctx.Err() == nil {
+		if errors.Is(err, points.ErrNoSuchPoint) {
+			d.deleted.Store(&err)
+		}
 		d.warn(d.set.ctx, err)
 	}
+}
+
+// leaseSoon takes the lease in the background, unless it is there or on its way.
+func (d *Disk) leaseSoon() {
+	if !d.leased.Load() && !d.leased.Swap(true) {
+		d.set.inBackground(d.leaseInBackground)
+	}
+}
+
+// Deleted is points.ErrNoSuchPoint once a lease in the background found that the point was deleted before it, else nil.
+func (d *Disk) Deleted() error {
+	if err := d.deleted.Load(); err != nil {
+		return *err
+	}
+	return nil
 }
 
 func (d *Disk) leaseLate() {
@@ -131,8 +149,8 @@ func (d *Disk) leaseLate() {
 // writing that to storage would delay the reader for nothing.
 func (d *Disk) Use() {
 	d.used.Store(time.Now().UnixNano())
-	if d.set.opt.Lease == Idle && !d.leased.Load() && !d.leased.Swap(true) {
-		d.set.inBackground(d.leaseInBackground)
+	if d.set.opt.Lease == Idle {
+		d.leaseSoon()
 	}
 }
 

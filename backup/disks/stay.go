@@ -7,7 +7,16 @@ import (
 // Stay prepares the disk for a user that stays: it opens the lease, the overlay and the local
 // copy, once for all users. A quick look does without, and leaves nothing on disk. The error
 // is points.ErrNoSuchPoint if the point was deleted.
+//
+// A disk without overlays gets its lease in the background: writing it takes seven requests, one after the other, and
+// the user's first reads need not wait for them. Deleted reports whether the point was deleted before.
 func (d *Disk) Stay(ctx context.Context) error {
+	if err := d.Deleted(); err != nil {
+		return err
+	}
+	if d.set.opt.Overlays == nil {
+		d.leaseSoon()
+	}
 	if d.stays.Load() {
 		return nil
 	}
@@ -17,10 +26,10 @@ func (d *Disk) Stay(ctx context.Context) error {
 		return nil
 	}
 	ctx = d.set.forAll(ctx)
-	if err := d.Lease(ctx); err != nil {
-		return err
-	}
 	if d.set.opt.Overlays != nil {
+		if err := d.Lease(ctx); err != nil {
+			return err
+		}
 		if err := d.openOverlay(); err != nil {
 			return err
 		}

@@ -172,7 +172,7 @@ func incrementalBackup(b *bench) ([]result, error) {
 		return nil, err
 	}
 	work := fmt.Sprintf("incremental backup from a list of extents, %s changed, spot check included", megabytes(b.really))
-	return []result{faster(work, "kopia snapshot create of the changed file", atLeast(20, ">= 20 x"),
+	return []result{faster(work, "kopia snapshot create of the changed file", atLeast(12, ">= 12 x"),
 		"a changed page costs reading, hashing and compressing its block of 128 KiB, which is most of the CPU time; the key derived from the password (scrypt, 0.15 s of CPU) and the syncs of three flushes are a floor that does not shrink with the change", a, p)}, nil
 }
 

@@ -111,7 +111,7 @@ func (r *restoreBench) deltas() ([]result, error) {
 		why  string
 		args []string
 	}{
-		{"delta restore with a known base, 1 % different", atLeast(20, ">= 20 x"),
+		{"delta restore with a known base, 1 % different", atLeast(15, ">= 15 x"),
 			"a changed page costs decoding and writing its block of 128 KiB, and opening the repository and writing two leases is a floor", []string{"--delta", "--base", "bench/disk@latest~1"}},
 		{"delta restore by comparing", atLeast(2, ">= 2 x"),
 			"it reads and hashes all of the target, which takes as long as writing it where the disk is fast and the CPUs are busy", []string{"--delta"}},

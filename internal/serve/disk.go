@@ -51,6 +51,9 @@ func (d *Disk) Size() int64 { return d.disk.Size() }
 
 // ReadAt fills p from off.
 func (d *Disk) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	if err := d.disk.Deleted(); err != nil {
+		return 0, d.explain(err)
+	}
 	n, err := d.disk.ReadAt(ctx, p, off)
 	if err != nil {
 		err = d.explain(err)
@@ -79,6 +82,9 @@ func (d *Disk) Extents(ctx context.Context, off, length int64, yield func(int64,
 // Lend lends from the page cache of a local copy, or from the memory of the disk's cache. If
 // the copy would have to wait, use ReadAt.
 func (d *Disk) Lend(ctx context.Context, dst []nbdserver.Piece, off int64, n int, wait bool) ([]nbdserver.Piece, error) {
+	if err := d.disk.Deleted(); err != nil {
+		return dst, d.explain(err)
+	}
 	if local := d.disk.Local(); local != nil && (wait || local.Has(off, int64(n))) {
 		return lendLocal(local, dst, off, n, wait)
 	}
