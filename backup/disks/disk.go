@@ -28,8 +28,8 @@ type Disk struct {
 
 	leasing sync.Mutex // guards lease and gone; held while a lease is acquired
 	lease   *points.Lease
-	gone    bool         // closed: no lease is acquired any more
-	leased  atomic.Bool  // a lease is held or being acquired
+	gone    bool        // closed: no lease is acquired any more
+	leased  atomic.Bool // a lease is held or being acquired
 	deleted atomic.Pointer[error]
 	used    atomic.Int64 // time of the last use, in Unix nanoseconds
 	lasting atomic.Int64 // uses between Begin and End
