@@ -28,11 +28,11 @@ type Disk struct {
 
 	leasing sync.Mutex // guards lease and gone; held while a lease is acquired
 	lease   *points.Lease
-	gone    bool        // closed: no lease is acquired any more
-	leased  atomic.Bool // a lease is held or being acquired
-	deleted atomic.Pointer[error]
-	used    atomic.Int64 // time of the last use, in Unix nanoseconds
-	lasting atomic.Int64 // uses between Begin and End
+	gone    bool                  // closed: no lease is acquired any more
+	leased  atomic.Bool           // a lease is held or being acquired
+	deleted atomic.Pointer[error] // the error of Deleted; nil for none
+	used    atomic.Int64          // time of the last use, in Unix nanoseconds
+	lasting atomic.Int64          // uses between Begin and End
 
 	staying sync.Mutex                      // guards opening of the following
 	over    atomic.Pointer[overlay.Overlay] // nil before

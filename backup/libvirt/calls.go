@@ -41,7 +41,8 @@ func callBeating[T any](c *Conn, name string, limit time.Duration, do func(l *li
 		_ = c.conn.Close() // which ends the call
 	})
 	answer, err := do(c.lv, func() { watch.Reset(limit) })
-	if watch.Stop() || err == nil || Refused(err) {
+	watch.Stop()
+	if err == nil || Refused(err) {
 		return answer, err
 	}
 	if why := c.silent.Load(); why != nil {

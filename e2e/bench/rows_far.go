@@ -136,16 +136,12 @@ func (s *farSite) rows(delay time.Duration) ([]result, error) {
 		_ = os.RemoveAll(target) // a folder, of Kopia
 		return s.b.varve(s.conf, "restore", latest, target)
 	})
-	times := atLeast(8, ">= 8 x")
-	if delay < 30*time.Millisecond { // a request costs stock Kopia little
-		times = atLeast(4, ">= 4 x")
-	}
 	for _, peer := range []struct {
 		name, conf, root string
 		goal             goal
 		why              string
 	}{
-		{"kopia snapshot restore of the same point", s.ours, point, times, "the nearer the store, the less its requests cost Kopia, while decoding takes the same"},
+		{"kopia snapshot restore of the same point", s.ours, point, atLeast(8, ">= 8 x"), "the nearer the store, the less its requests cost Kopia, while decoding takes the same"},
 		{"kopia snapshot restore of its own snapshot, whose contents have about 4 MiB", s.stockConf, root, atLeast(1, ">= 1 x"),
 			"each block of 128 KiB is a content of its own, which is decoded and kept in Kopia's disk cache by itself"},
 	} {

@@ -303,6 +303,38 @@ func TestMissingBlock(t *testing.T) {
 	}
 }
 
+// A point that was deleted before its lease was written is not read on, in any way, and not entered again.
+func TestDeletedBeforeItsLease(t *testing.T) {
+	r := repotest.New(t).Open(t)
+	p := save(t, r, "c", "shop/db", text(70_000, 1))
+	c := openCatalog(t, r, Options{Linger: time.Minute})
+	o := c.mustOpen(t, p.Name())
+	if err := forget(t, r, p); err != nil {
+		t.Fatal(err)
+	}
+	if err := o.Enter(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	read := func() error {
+		_, err := o.ReadAt(t.Context(), make([]byte, 4096), 0)
+		return err
+	}
+	for !errors.Is(read(), points.ErrNoSuchPoint) { // it is found in the background
+		time.Sleep(time.Millisecond)
+	}
+	if err := read(); !bytes.Contains([]byte(err.Error()), []byte(p.Name())) {
+		t.Errorf("the error does not name the point: %v", err)
+	}
+	for _, wait := range []bool{true, false} {
+		if pieces, err := o.Export.(nbdserver.Lender).Lend(t.Context(), nil, 0, 4096, wait); !errors.Is(err, points.ErrNoSuchPoint) || len(pieces) != 0 {
+			t.Errorf("lent %d pieces, waiting %v: %v", len(pieces), wait, err)
+		}
+	}
+	if err := o.Enter(t.Context(), nil); !errors.Is(err, nbdserver.ErrUnknownExport) {
+		t.Errorf("entered again: %v", err)
+	}
+}
+
 // Points that are no longer in use are closed, and their leases released.
 func TestLinger(t *testing.T) {
 	r := repotest.New(t).Open(t)
