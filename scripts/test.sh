@@ -25,6 +25,7 @@ LARGE='Memory|DeltaRestore|LostMetadataPack|ParentPrunedDuringBackup|RepairIndex
 LARGE+='|RestoreResumes|ResumeFindsWhatWasChangedMeanwhile|InterruptedCompareLeavesNoJournal|RefusedRestoreLeavesTarget'
 LARGE+='|DeltaRefusesTargetThatIsNotTheBase|(Backup|Group|Stream|Maintenance)WithFailingStorage|RunsGoOnFromPacks|RunThatStoodStill'
 LARGE+='|Frames|LostIndexBlob|LostIndexAfterMaintenance|RepairAcceptsLoss|SpotCheckIsBounded|SparseFile|SparseBlocks'
+LARGE+='|SpotCheckDecodesAnIndexOnce|FilesAsTheKernelShowsThem'
 # Packages whose tests take longest.
 LONG='/(backup|cmd/varve|fusefs|backup/disks?|nbdserver|populator/hold)$'
 

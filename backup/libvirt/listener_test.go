@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -17,6 +18,10 @@ import (
 func TestListenScript(t *testing.T) {
 	t.Parallel()
 	diskfstest.NeedTool(t, "qemu-nbd")
+	// A shell does not trap a signal that was ignored when it began, as under nohup: what is caught here is not.
+	caught := make(chan os.Signal, 1)
+	signal.Notify(caught, syscall.SIGHUP)
+	t.Cleanup(func() { signal.Stop(caught) })
 	for name, shell := range map[string][]string{"dash": {"dash"}, "busybox": {"busybox", "sh"}, "bash": {"bash", "--posix"}} {
 		diskfstest.NeedTool(t, shell[0])
 		for _, end := range []string{"input", "silence", "reader", "killed", "program", "refused"} {

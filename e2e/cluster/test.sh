@@ -9,6 +9,9 @@
 #
 # test.sh prepare builds the image and the tests: a cluster is not kept up while a
 # compiler runs. test.sh run runs them.
+#
+# What passed and did not change is not run again, as with "go test": those of the cluster itself for a week, those of
+# Varve for the day, which chooses a part of them. All are run with RUN and with VARVE_E2E_KILLS=all.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export CGO_ENABLED=0
@@ -23,7 +26,7 @@ prepare)
 	# Linked once, for all clusters.
 	go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}} {{.Dir}}{{end}}' "${packages[@]}" |
 		while read -r package dir; do
-			go test -c -vet=off -ldflags '-s -w' -o "$built/${package//\//+}" "$package" && echo "$package $dir" >>"$built/some" || exit 1
+			go test -c -vet=off -ldflags '-s -w -buildid=' -o "$built/${package//\//+}" "$package" && echo "$package $dir" >>"$built/some" || exit 1
 		done && mv "$built/some" "$built/packages"
 	exit
 	;;
@@ -65,23 +68,62 @@ ready() {
 	return 1
 }
 
-# each PATTERN ARGUMENTS... runs the tests of the packages that match, or of those that do not match !PATTERN, one
-# after the other.
+# What the tests depend on besides their own binary. Varve is in those of package kubernetes only.
+kept="" cluster="" varve=""
+if [ -z "${RUN:-}" ] && [ "$VARVE_E2E_KILLS" != all ] && git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
+	kept=${CACHE:?names the directory of built tools}/cluster-tests
+	mkdir -p "$kept"
+	find "$kept" -type f -mtime +7 -delete
+	inputs() { (cd .. && scripts/test-inputs.sh "$@" ':!*_test.go') || exit 1; }
+	cluster=$(inputs e2e/e2e.mk e2e/go.mod e2e/go.sum e2e/cluster e2e/csidriver e2e/framework e2e/csi) || exit
+	varve=$(inputs e2e deploy docs README.md && sha256sum <../bin/image/varve && date -u +%F && env | grep ^VARVE_E2E_ | sort) || exit
+fi
+# result PACKAGE ARGUMENTS... prints the file in which the output of these tests is, if they passed.
+result() {
+	local package=$1 on=$cluster
+	[[ $package != */kubernetes ]] || on="$cluster $varve"
+	[ -z "$kept" ] || echo "$kept/$({ echo "$on" "$@" && sha256sum <"$built/${package//\//+}"; } | sha256sum | cut -c1-32)"
+}
+
+# matching PATTERN prints the packages that match, or those that do not match !PATTERN, with their directories.
+matching() {
+	local package dir unlike=0
+	[ "$1" = "${1#!}" ] || unlike=1
+	while read -r package dir; do
+		[[ $package =~ ${1#!} ]]
+		[ $? -ne $unlike ] || echo "$package $dir"
+	done <"$built/packages"
+}
+# known PATTERN ARGUMENTS... reports whether all results are known.
+known() {
+	local pattern=$1 package passed
+	shift
+	while read -r package _; do
+		passed=$(result "$package" "$@")
+		[ -n "$passed" ] && [ -e "$passed" ] || return
+	done < <(matching "$pattern")
+}
+
+# each PATTERN ARGUMENTS... runs the tests of the packages that match, one after the other.
 each() {
-	local pattern=${1#!} unlike=0 package dir rc=0 from ran=0
-	[ "$1" = "$pattern" ] || unlike=1
+	local pattern=$1 package dir rc=0 from ran=0 passed new
 	shift
 	while read -r package dir <&3; do
-		[[ $package =~ $pattern ]]
-		[ $? -eq $unlike ] || continue
 		from=$SECONDS ran=1
-		if (cd "$dir" && "$built/${package//\//+}" -test.v -test.paniconexit0 -test.parallel 5 -test.timeout 90m "$@"); then
+		passed=$(result "$package" "$@")
+		new=${passed:+$passed.$$}
+		if [ -n "$passed" ] && [ -e "$passed" ]; then
+			cat "$passed"
+			echo "ok $package passed on $(date -r "$passed" '+%-d %B'); nothing that it depends on has changed"
+		elif (cd "$dir" && "$built/${package//\//+}" -test.v -test.paniconexit0 -test.parallel 5 -test.timeout 90m "$@") | tee "${new:-/dev/null}"; then
+			[ -z "$passed" ] || mv "$new" "$passed"
 			echo "ok $package $((SECONDS - from)) s"
 		else
+			[ -z "$passed" ] || rm -f "$new"
 			echo "FAIL $package $((SECONDS - from)) s"
 			rc=1
 		fi
-	done 3<"$built/packages"
+	done 3< <(matching "$pattern")
 	[ $ran -eq 1 ] || echo "FAIL: no package matches $pattern; make e2e-prepare builds them"
 	[ $ran -eq 1 ] && return $rc
 }
@@ -91,6 +133,7 @@ each() {
 tests() {
 	local name=$1 run=$2
 	shift 2
+	known "$@" || ready "$run" || return
 	(in_cluster "$run" each "$@" 2>&1) | tee "$logs/$name" |
 		grep --line-buffered -E '^(ok|FAIL|panic:)|^ *--- (FAIL|PASS)'
 	[ "${PIPESTATUS[0]}" -eq 0 ] && return
@@ -101,7 +144,7 @@ tests() {
 }
 
 if [ -n "${RUN:-}" ]; then
-	ready "" && tests chosen "" . -test.run "$RUN"
+	tests chosen "" . -test.run "$RUN"
 else
 	mapfile -t alone <kubernetes/alone.txt
 	# any TEST... prints a regexp of tests.
@@ -113,17 +156,17 @@ else
 	done
 	half=$((${#alone[@]} / 2))
 	# Each group ends with a file of its own: one that dies in between has not passed.
-	ready "${own[0]}" && {
+	{
 		tests framework "${own[0]}" '/framework$'
 		tests faults "${own[0]}" '/kubernetes$' -test.run "$(any "${alone[@]::half}")"
 		touch "$logs/ended.second"
 	} &
-	ready "${own[1]}" && {
+	{
 		tests others "${own[1]}" '!/(kubernetes|framework)$'
 		tests alone "${own[1]}" '/kubernetes$' -test.run "$(any "${alone[@]:half}")"
 		touch "$logs/ended.third"
 	} &
-	ready "" && tests together "" '/kubernetes$' -test.skip "$(any "${alone[@]}")" -test.parallel 6
+	tests together "" '/kubernetes$' -test.skip "$(any "${alone[@]}")" -test.parallel 6
 	wait
 	for group in second third; do
 		[ -e "$logs/ended.$group" ] || echo "--- the tests in the $group cluster did not come to their end" >>"$said"
