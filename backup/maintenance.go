@@ -40,19 +40,6 @@ func Maintain(ctx context.Context, r *repository.Repository, opt MaintainOptions
 	if opt.step == nil {
 		opt.step = func(string) {}
 	}
-	if opt.Mode != repository.MaintenanceQuick {
-		if err := r.Refresh(ctx); err != nil {
-			return nil, err
-		}
-		var err error
-		if res.ExpiredLeases, err = points.DropExpiredLeases(ctx, r); err != nil {
-			return nil, err
-		}
-		if res.DeadRuns, err = DropDeadRuns(ctx, r); err != nil {
-			return nil, err
-		}
-		opt.step("cleared")
-	}
 	// The owner's name is the same on every host, so the owner's lock on its config file does
 	// not exclude other hosts; a lease does.
 	lease, err := points.AcquireMaintenance(ctx, r, "maintenance")
@@ -63,6 +50,10 @@ func Maintain(ctx context.Context, r *repository.Repository, opt MaintainOptions
 	}
 	if err != nil {
 		return nil, err
+	}
+	// After the lease, with which this machine learns the storage's time: by a clock that is ahead all leases have expired.
+	if err := res.clear(ctx, r, opt); err != nil {
+		return nil, errors.Join(err, lease.Close(ctx))
 	}
 	if res.Killed, err = r.RecoverDead(ctx); err != nil && ctx.Err() == nil {
 		r.Log().WarnContext(ctx, "cannot check for leftovers of killed writes; they are deleted once old", "error", err)
@@ -87,6 +78,25 @@ func Maintain(ctx context.Context, r *repository.Repository, opt MaintainOptions
 	}
 	res.Quarantined, err = quarantineDamaged(ctx, r, rep.Damaged)
 	return res, err
+}
+
+// clear removes what killed readers and runs left in the list of records.
+func (res *MaintenanceResult) clear(ctx context.Context, r *repository.Repository, opt MaintainOptions) error {
+	if opt.Mode == repository.MaintenanceQuick {
+		return nil
+	}
+	err := r.Refresh(ctx)
+	if err != nil {
+		return err
+	}
+	if res.ExpiredLeases, err = points.DropExpiredLeases(ctx, r); err != nil {
+		return err
+	}
+	if res.DeadRuns, err = DropDeadRuns(ctx, r); err != nil {
+		return err
+	}
+	opt.step("cleared")
+	return nil
 }
 
 // quarantineDamaged quarantines the points among damaged snapshots. An incomplete snapshot of

@@ -82,7 +82,7 @@ func Prune(ctx context.Context, r *repository.Repository, opt PruneOptions) (*Pr
 	if opt.step == nil {
 		opt.step = func(string) {}
 	}
-	opt.Policy.Floor.now = time.Now()
+	opt.Policy.now = time.Now()
 	if err := r.Refresh(ctx); err != nil {
 		return nil, err
 	}

@@ -19,8 +19,8 @@ type Policy struct {
 	Weekly  int // ISO 8601 weeks, from Monday
 	Monthly int
 	Yearly  int
-	// Within keeps every point that is at most this much older than the newest: a volume that
-	// is no longer backed up keeps its last points.
+	// Within keeps every point that is at most this much older than the newest, or than now if
+	// the newest is dated in the future: a volume that is no longer backed up keeps its last points.
 	Within time.Duration
 	// Location is the time zone in which days begin; nil for UTC.
 	Location *time.Location
@@ -29,6 +29,8 @@ type Policy struct {
 	MergeLineages bool
 	// Floor is kept in addition to all of the above.
 	Floor Floor
+
+	now time.Time // zero: the newest point's time is trusted
 }
 
 // Floor is a minimum for every policy: the repository's owner sets it, and users who only
@@ -39,8 +41,6 @@ type Floor struct {
 	// Age keeps points until they are this much older than the newest one, or than now if the
 	// newest is dated in the future.
 	Age time.Duration
-
-	now time.Time // zero: the newest point's time is trusted
 }
 
 func (f Floor) String() string {
@@ -53,12 +53,12 @@ func (f Floor) String() string {
 	return fmt.Sprintf("the newest %d and all younger than %v", f.Points, f.Age)
 }
 
-// keeps reports whether a point made at t is too young to delete.
-func (f Floor) keeps(t, newest time.Time) bool {
-	if !f.now.IsZero() && newest.After(f.now) {
-		newest = f.now
+// newest returns the time from which ages count: a point of a clock that was ahead makes no other older.
+func (p Policy) newest(t time.Time) time.Time {
+	if !p.now.IsZero() && t.After(p.now) {
+		return p.now
 	}
-	return f.Age > 0 && t.After(newest.Add(-f.Age))
+	return t
 }
 
 // ErrEmptyPolicy means that a policy would keep nothing.
@@ -211,10 +211,11 @@ func (p Policy) applyOne(pts []Candidate) []Decision {
 					d.Reasons = append(d.Reasons, r.name)
 				}
 			}
-			if p.Within > 0 && c.Point.Time.After(newest.Time.Add(-p.Within)) {
+			since := func(age time.Duration) bool { return age > 0 && c.Point.Time.After(p.newest(newest.Time).Add(-age)) }
+			if since(p.Within) {
 				d.Reasons = append(d.Reasons, "within "+p.Within.String())
 			}
-			if floor > 0 || p.Floor.keeps(c.Point.Time, newest.Time) {
+			if floor > 0 || since(p.Floor.Age) {
 				d.ByFloor = len(d.Reasons) == 0
 				d.Reasons = append(d.Reasons, "floor")
 			}

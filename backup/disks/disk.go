@@ -30,6 +30,7 @@ type Disk struct {
 	lease   *points.Lease
 	gone    bool                  // closed: no lease is acquired any more
 	leased  atomic.Bool           // a lease is held or being acquired
+	again   atomic.Bool           // a lease that could not be had is tried again
 	deleted atomic.Pointer[error] // the error of Deleted; nil for none
 	used    atomic.Int64          // time of the last use, in Unix nanoseconds
 	lasting atomic.Int64          // uses between Begin and End

@@ -43,16 +43,18 @@ type Disks struct {
 	opt   Options
 	log   *slog.Logger
 
-	late    func() <-chan time.Time // the end of a quick look
-	fetched counter                 // of all disks
+	late    func() <-chan time.Time      // the end of a quick look
+	again   func(n int) <-chan time.Time // when a lease is tried again for the nth time
+	fetched counter                      // of all disks
 
 	ctx        context.Context // ended by Close
 	stop       context.CancelFunc
 	background sync.WaitGroup // added to under mu, before closed
 
-	mu     sync.Mutex
-	open   map[string]*Disk // by ID of the point
-	closed bool
+	mu         sync.Mutex
+	open       map[string]*Disk // by ID of the point
+	unreleased []*points.Lease  // which the storage did not let go
+	closed     bool
 }
 
 // Errors of Hold.
@@ -69,6 +71,7 @@ func New(repo *repository.Repository, cache *image.Cache, opt Options) *Disks {
 		s.log = slog.New(slog.DiscardHandler)
 	}
 	s.late = func() <-chan time.Time { return time.After(lateAfter) }
+	s.again = func(n int) <-chan time.Time { return time.After(leasePause(n)) }
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	return s
 }
@@ -150,7 +153,7 @@ func (d *Disk) fill(ctx context.Context) error {
 		}
 	}
 	if err != nil {
-		d.releaseLease(context.WithoutCancel(ctx), true)
+		d.releaseLease(context.WithoutCancel(ctx))
 		return err
 	}
 	if d.set.opt.Lease == Late {
@@ -228,7 +231,7 @@ func (d *Disk) close(ctx context.Context) error {
 	if c := d.local.Load(); c != nil {
 		err = errors.Join(err, c.Close())
 	}
-	d.releaseLease(ctx, true)
+	d.releaseLease(ctx)
 	return err
 }
 
@@ -262,6 +265,7 @@ func (s *Disks) Close(ctx context.Context) error {
 	for e := range errs {
 		err = errors.Join(err, e)
 	}
+	s.releaseRest(ctx)
 	return err
 }
 

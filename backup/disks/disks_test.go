@@ -25,15 +25,17 @@ import (
 
 // site is a repository with one point, and what its disk holds.
 type site struct {
-	repo  *repository.Repository
-	point *points.Point
-	data  []byte
+	repo   *repository.Repository
+	faults *repotest.Faults // of its storage
+	point  *points.Point
+	data   []byte
 }
 
 // newSite backs up a disk of an odd size with a hole in it.
 func newSite(t *testing.T) *site {
 	t.Helper()
-	s := &site{repo: repotest.New(t).Open(t), data: make([]byte, 1<<20+1000)}
+	s := &site{data: make([]byte, 1<<20+1000)}
+	s.repo, s.faults = repotest.New(t).OpenFaulty(t)
 	rng := rand.NewChaCha8([32]byte{1})
 	_, _ = rng.Read(s.data[:300<<10])
 	_, _ = rng.Read(s.data[700<<10:])

@@ -1,6 +1,9 @@
 package disks
 
-import "time"
+import (
+	"context"
+	"time"
+)
 
 // SetLate ends quick looks when late receives.
 func (s *Disks) SetLate(late <-chan time.Time) { s.late = func() <-chan time.Time { return late } }
@@ -13,3 +16,11 @@ func (s *Disks) Open() (n int) {
 	s.each(func(*Disk) { n++ })
 	return n
 }
+
+// SetAgain lets leases be tried again when again receives.
+func (s *Disks) SetAgain(again <-chan time.Time) {
+	s.again = func(int) <-chan time.Time { return again }
+}
+
+// ReleaseIfIdle is what ReleaseIdle does with a disk that it found idle.
+func (d *Disk) ReleaseIfIdle(ctx context.Context) { d.releaseIfIdle(ctx) }

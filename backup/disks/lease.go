@@ -3,6 +3,7 @@ package disks
 import (
 	"context"
 	"errors"
+	"fmt"
 	"syscall"
 	"time"
 
@@ -40,9 +41,23 @@ const (
 	IdleTime = 10 * time.Minute
 )
 
+// errNoLease wraps why a lease cannot be had now.
+var errNoLease = errors.New("no lease")
+
 // Lease takes the lease of the point, if it has none. The error is points.ErrNoSuchPoint if
-// the point was deleted, or that of ctx.
+// the point was deleted, or that of ctx. A lease that cannot be had is tried again in the background.
 func (d *Disk) Lease(ctx context.Context) error {
+	err := d.takeLease(ctx)
+	if errors.Is(err, errNoLease) {
+		d.warn(ctx, err)
+		d.leaseAgain()
+		return nil
+	}
+	return err
+}
+
+// takeLease is Lease, but that the error is errNoLease if there is none.
+func (d *Disk) takeLease(ctx context.Context) error {
 	// Varve does not prune another program's snapshots.
 	if !d.set.repo.Writable() || d.point.Foreign != "" {
 		return nil
@@ -59,12 +74,47 @@ func (d *Disk) Lease(ctx context.Context) error {
 	case err == nil:
 		d.lease = l
 		d.leased.Store(true)
+		d.deleted.Store(nil) // prune put the point back
+		return nil
 	case errors.Is(err, points.ErrNoSuchPoint), ctx.Err() != nil:
 		return err
-	case !errors.Is(err, repository.ErrReadOnly):
-		d.warn(ctx, err)
+	case errors.Is(err, repository.ErrReadOnly):
+		return nil
+	default:
+		return fmt.Errorf("%w: %w", errNoLease, err)
 	}
-	return nil
+}
+
+// leaseAgain takes the lease later: a reader may stay for days, and a storage fail for a minute.
+func (d *Disk) leaseAgain() {
+	if d.again.Swap(true) {
+		return
+	}
+	d.leased.Store(true) // on its way
+	d.set.inBackground(func() {
+		defer d.again.Store(false)
+		for try := 0; ; try++ {
+			select {
+			case <-d.set.ctx.Done():
+				return
+			case <-d.set.again(try):
+			}
+			if !d.leased.Load() {
+				return // idle, or closed: the next use takes it
+			}
+			err := d.takeLease(d.set.ctx)
+			if errors.Is(err, errNoLease) {
+				d.set.log.DebugContext(d.set.ctx, "still no lease", "point", d.point.Name(), "error", Cause(err))
+				continue
+			}
+			if err == nil {
+				d.set.log.InfoContext(d.set.ctx, "the recovery point has its lease now: prune keeps it", "point", d.point.Name())
+			} else {
+				d.lost(err)
+			}
+			return
+		}
+	})
 }
 
 func (d *Disk) warn(ctx context.Context, err error) {
@@ -85,18 +135,58 @@ func Cause(err error) error {
 	}
 }
 
-// releaseLease releases the lease, and prevents another if the disk is gone.
-func (d *Disk) releaseLease(ctx context.Context, gone bool) {
+// releaseLease releases the lease, and prevents another.
+func (d *Disk) releaseLease(ctx context.Context) {
 	d.leasing.Lock()
 	defer d.leasing.Unlock()
-	l := d.lease
-	d.lease, d.gone = nil, gone
+	d.gone = true
 	d.leased.Store(false)
+	d.dropLease(ctx)
+}
+
+// releaseIfIdle releases the lease of a disk that is still idle.
+func (d *Disk) releaseIfIdle(ctx context.Context) {
+	d.leasing.Lock()
+	defer d.leasing.Unlock()
+	d.leased.Store(false) // who begins to use it from here on takes another
+	if d.Idle() {
+		d.dropLease(ctx)
+	} else {
+		d.leased.Store(d.lease != nil)
+	}
+}
+
+// dropLease releases the lease; the caller holds d.leasing.
+func (d *Disk) dropLease(ctx context.Context) {
+	l := d.lease
+	d.lease = nil
 	if l == nil {
 		return
 	}
 	if err := l.Close(ctx); err != nil {
-		d.set.log.WarnContext(ctx, "cannot release a lease; it expires by itself", "point", d.point.Name(), "error", err)
+		d.set.log.WarnContext(ctx, "cannot release a lease now; it is tried again, and ends with this process", "point", d.point.Name(), "error", err)
+		d.set.mu.Lock()
+		d.set.unreleased = append(d.set.unreleased, l)
+		d.set.mu.Unlock()
+		return
+	}
+	d.set.releaseRest(ctx)
+}
+
+// releaseRest releases the leases that could not be released before: prune keeps their points as long as this process
+// lives. The first failure ends it.
+func (s *Disks) releaseRest(ctx context.Context) {
+	s.mu.Lock()
+	rest := s.unreleased
+	s.unreleased = nil
+	s.mu.Unlock()
+	for i, l := range rest {
+		if err := l.Close(ctx); err != nil {
+			s.mu.Lock()
+			s.unreleased = append(s.unreleased, rest[i:]...)
+			s.mu.Unlock()
+			return
+		}
 	}
 }
 
@@ -111,12 +201,20 @@ func (s *Disks) inBackground(fn func()) {
 
 // leaseInBackground takes the lease for inBackground, where no caller gets the error.
 func (d *Disk) leaseInBackground() {
-	if err := d.Lease(d.set.ctx); err != nil && d.set.ctx.Err() == nil {
-		if errors.Is(err, points.ErrNoSuchPoint) {
-			d.deleted.Store(&err)
-		}
-		d.warn(d.set.ctx, err)
+	if err := d.Lease(d.set.ctx); err != nil {
+		d.lost(err)
 	}
+}
+
+// lost notes why there will be no lease.
+func (d *Disk) lost(err error) {
+	if d.set.ctx.Err() != nil {
+		return
+	}
+	if errors.Is(err, points.ErrNoSuchPoint) {
+		d.deleted.Store(&err)
+	}
+	d.warn(d.set.ctx, err)
 }
 
 // leaseSoon takes the lease in the background, unless it is there or on its way.
@@ -126,7 +224,8 @@ func (d *Disk) leaseSoon() {
 	}
 }
 
-// Deleted is points.ErrNoSuchPoint once a lease in the background found that the point was deleted before it, else nil.
+// Deleted is points.ErrNoSuchPoint once a lease in the background found that the point was deleted before it, until a
+// lease finds it again; else nil.
 func (d *Disk) Deleted() error {
 	if err := d.deleted.Load(); err != nil {
 		return *err
@@ -156,8 +255,8 @@ func (d *Disk) Use() {
 
 // Begin records a use that lasts until End.
 func (d *Disk) Begin() {
+	d.lasting.Add(1) // before Use, which may find a lease that releaseIfIdle looks at
 	d.Use()
-	d.lasting.Add(1)
 }
 
 // End ends a use that Begin began.
@@ -181,6 +280,12 @@ func (s *Disks) ReleaseIdle(ctx context.Context) {
 		}
 	})
 	for _, d := range idle {
-		d.releaseLease(ctx, false)
+		d.releaseIfIdle(ctx)
 	}
+	s.releaseRest(ctx)
+}
+
+// leasePause is how long to wait before a lease is tried again, for the nth time.
+func leasePause(n int) time.Duration {
+	return min(time.Minute<<min(n, 3), 5*time.Minute)
 }

@@ -11,8 +11,14 @@ import (
 // A disk without overlays gets its lease in the background: writing it takes seven requests, one after the other, and
 // the user's first reads need not wait for them. Deleted reports whether the point was deleted before.
 func (d *Disk) Stay(ctx context.Context) error {
-	if err := d.Deleted(); err != nil {
-		return err
+	if d.Deleted() != nil {
+		// Prune puts a point back whose lease it finds too late.
+		if err := d.Lease(d.set.forAll(ctx)); err != nil {
+			return err
+		}
+		if err := d.Deleted(); err != nil {
+			return err
+		}
 	}
 	if d.set.opt.Overlays == nil {
 		d.leaseSoon()

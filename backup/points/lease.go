@@ -338,7 +338,8 @@ func readLeases(ctx context.Context, r *repository.Repository, labels map[string
 		return nil, nil, err
 	}
 	held = map[string][]LeaseInfo{}
-	now := r.Now()
+	// A clock that is ahead would take all leases of other hosts for expired.
+	now := r.Now().Add(min(r.StorageAhead(), 0))
 	for _, rec := range recs {
 		l, ok, err := LoadNote[LeaseInfo](ctx, r, rec)
 		if err != nil {

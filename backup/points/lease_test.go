@@ -103,6 +103,32 @@ func TestLeaseOfAClockThatIsBehind(t *testing.T) {
 	}
 }
 
+// TestLeaseAndAClockThatIsAhead: a machine whose clock is days ahead does not take the leases of others for expired, once
+// it has written and so knows the storage's time.
+func TestLeaseAndAClockThatIsAhead(t *testing.T) {
+	conf, _ := repotest.New(t).ConnectFaulty(t)
+	r := openRepository(t, repository.OpenOptions{ConfigFile: conf, Password: repotest.Password})
+	lease := newLease(r, somePoint, "a test")
+	lease.info.Host = "another" // for which only time decides
+	if err := lease.write(t.Context(), r); err != nil {
+		t.Fatal(err)
+	}
+	ahead := openRepository(t, repository.OpenOptions{
+		ConfigFile: conf, Password: repotest.Password, Now: func() time.Time { return time.Now().Add(48 * time.Hour) },
+	})
+	own, err := acquire(t.Context(), ahead, "another point", "a test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer own.Close(t.Context())
+	if held, err := leasesOn(t.Context(), ahead, somePoint); err != nil || len(held) != 1 {
+		t.Errorf("%d leases, %v", len(held), err)
+	}
+	if n, err := DropExpiredLeases(t.Context(), ahead); err != nil || n != 0 {
+		t.Errorf("%d leases dropped, %v", n, err)
+	}
+}
+
 // TestLeaseIsGivenUp: storage that does not answer does not stop a process from ending; the
 // lease expires.
 func TestLeaseIsGivenUp(t *testing.T) {

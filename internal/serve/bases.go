@@ -2,6 +2,7 @@ package serve
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -66,8 +67,11 @@ func (s *siblings) hold(ctx context.Context, contexts []string) error {
 		if err == nil {
 			err = d.Lease(context.WithoutCancel(ctx))
 		}
-		if err != nil {
+		if errors.Is(err, points.ErrNoSuchPoint) {
 			return s.gone(p.Name())
+		}
+		if err != nil {
+			return fmt.Errorf("%s: open %s, to compare with: %w", s.name, p.Name(), err)
 		}
 	}
 	return nil
