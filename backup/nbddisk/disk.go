@@ -38,6 +38,9 @@ type Options struct {
 	// Retry is how long a lost connection is tried again; 0 for not at all. Writes are
 	// never sent twice: a server that lost its cache would have lost others too.
 	Retry time.Duration
+	// Patience is how long a server may take to answer a read or a question; 0 for
+	// DefaultPatience. A connection that is silent for longer is lost.
+	Patience time.Duration
 	// Grain is the alignment of requests in bytes, if it is to be more than the server asks
 	// for: a power of two.
 	Grain int64
@@ -50,6 +53,13 @@ type Options struct {
 // DefaultConnections is the number from which on a local qemu-nbd got no faster.
 const DefaultConnections = 4
 
+const (
+	// DefaultPatience is more than storage takes that is slow, and less than for ever.
+	DefaultPatience = 5 * time.Minute
+	// handshakeTime bounds a connection's handshake, for which a server needs no storage.
+	handshakeTime = 30 * time.Second
+)
+
 // Errors that callers decide by.
 var (
 	// ErrNoBitmap means that the export has no dirty bitmap of this name.
@@ -58,6 +68,8 @@ var (
 	ErrReadOnly = errors.New("the export is read-only")
 	// ErrOtherDisk means that a connection that was made again leads elsewhere.
 	ErrOtherDisk = errors.New("the server has another disk now")
+	// ErrSilent means that a server did not answer in time.
+	ErrSilent = errors.New("the server does not answer")
 )
 
 // Allocation is the metadata context that says where zeroes are.
@@ -91,6 +103,9 @@ type link struct {
 func Open(ctx context.Context, uri *nbdclient.URI, opt Options) (*Disk, error) {
 	if opt.Connections <= 0 {
 		opt.Connections = DefaultConnections
+	}
+	if opt.Patience <= 0 {
+		opt.Patience = DefaultPatience
 	}
 	if opt.Describe == "" {
 		opt.Describe = uri.String()
@@ -127,9 +142,11 @@ func Open(ctx context.Context, uri *nbdclient.URI, opt Options) (*Disk, error) {
 
 // dial makes one connection, with the contexts selected.
 func (d *Disk) dial(ctx context.Context) (*nbdclient.Export, error) {
+	ctx, cancel := silentAfter(ctx, min(handshakeTime, d.opt.Patience))
+	defer cancel()
 	c, err := nbdclient.Dial(ctx, d.uri, d.opt.TLS)
 	if err != nil {
-		return nil, err
+		return nil, silent(ctx, err)
 	}
 	stop := context.AfterFunc(ctx, func() { _ = c.Close() })
 	exp, err := func() (*nbdclient.Export, error) {
@@ -150,9 +167,25 @@ func (d *Disk) dial(ctx context.Context) (*nbdclient.Export, error) {
 	}
 	if err != nil {
 		_ = c.Close()
-		return nil, err
+		return nil, silent(ctx, err)
 	}
 	return exp, nil
+}
+
+// silentAfter bounds waiting for a server, by ErrSilent.
+func silentAfter(ctx context.Context, limit time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, limit, fmt.Errorf("%w within %v", ErrSilent, limit))
+}
+
+// silent returns why ctx ended if it was the server's silence, else err.
+func silent(ctx context.Context, err error) error {
+	if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) {
+		<-ctx.Done() // a dialer's own timer may have been first
+	}
+	if cause := context.Cause(ctx); errors.Is(cause, ErrSilent) {
+		return cause
+	}
+	return err
 }
 
 // check says whether the export is what was asked for.
@@ -263,10 +296,12 @@ func (l *link) lost(exp *nbdclient.Export) {
 // reading runs a request that changes nothing on one of the connections. Where the
 // connection is lost it runs again on another, as long as Options.Retry allows. A server's
 // own error, and a breach of the protocol by a server that stays, end it.
-func (d *Disk) reading(do func(*nbdclient.Export) error) error { return d.readingOver(nil, do) }
+func (d *Disk) reading(do func(context.Context, *nbdclient.Export) error) error {
+	return d.readingOver(nil, do)
+}
 
 // readingOver is reading on one of the connections; nil for any.
-func (d *Disk) readingOver(one *link, do func(*nbdclient.Export) error) error {
+func (d *Disk) readingOver(one *link, do func(context.Context, *nbdclient.Export) error) error {
 	var deadline time.Time
 	for wait := 10 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
 		l := one
@@ -275,7 +310,7 @@ func (d *Disk) readingOver(one *link, do func(*nbdclient.Export) error) error {
 		}
 		exp, err := d.export(l)
 		if err == nil {
-			if err = do(exp); err == nil {
+			if err = d.inTime(exp, do); err == nil {
 				return nil
 			}
 			var answered *nbdclient.RequestError
@@ -301,6 +336,17 @@ func (d *Disk) readingOver(one *link, do func(*nbdclient.Export) error) error {
 			return context.Cause(d.ctx)
 		}
 	}
+}
+
+// inTime runs a request that changes nothing for Options.Patience at most. Its end ends the connection.
+func (d *Disk) inTime(exp *nbdclient.Export, do func(context.Context, *nbdclient.Export) error) error {
+	ctx, cancel := silentAfter(d.ctx, d.opt.Patience)
+	defer cancel()
+	err := do(ctx, exp)
+	if err != nil {
+		err = silent(ctx, err)
+	}
+	return err
 }
 
 // ReadAt implements io.ReaderAt. Long reads are split at what the server takes at once,
@@ -342,8 +388,8 @@ func (d *Disk) readSome(p []byte, off int64) (int, error) {
 	n := min(int64(len(p)), most-into)
 	if into == 0 && (n%grain == 0 || off+n == d.Size()) {
 		p = p[:n]
-		err := d.reading(func(exp *nbdclient.Export) error {
-			_, err := exp.ReadAt(d.ctx, p, off)
+		err := d.reading(func(ctx context.Context, exp *nbdclient.Export) error {
+			_, err := exp.ReadAt(ctx, p, off)
 			return err
 		})
 		if err == nil {
@@ -352,8 +398,8 @@ func (d *Disk) readSome(p []byte, off int64) (int, error) {
 		return int(n), err
 	}
 	wide := make([]byte, min((into+n+grain-1)/grain*grain, d.Size()-(off-into)))
-	err := d.reading(func(exp *nbdclient.Export) error {
-		_, err := exp.ReadAt(d.ctx, wide, off-into)
+	err := d.reading(func(ctx context.Context, exp *nbdclient.Export) error {
+		_, err := exp.ReadAt(ctx, wide, off-into)
 		return err
 	})
 	if err != nil {

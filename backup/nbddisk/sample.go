@@ -2,6 +2,7 @@ package nbddisk
 
 import (
 	"cmp"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -161,10 +162,16 @@ func (d *Disk) again(exp *nbdclient.Export) error {
 	}
 	d.remade.Store(true)
 	err := d.seen.compare(true, func(p []byte, off int64) error {
-		_, err := exp.ReadAt(d.ctx, p, off)
-		return err
-	}, func(off, length int64) (map[string][]nbdclient.Extent, error) {
-		return exp.BlockStatus(d.ctx, off, length, 0)
+		return d.inTime(exp, func(ctx context.Context, exp *nbdclient.Export) error {
+			_, err := exp.ReadAt(ctx, p, off)
+			return err
+		})
+	}, func(off, length int64) (all map[string][]nbdclient.Extent, err error) {
+		err = d.inTime(exp, func(ctx context.Context, exp *nbdclient.Export) (err error) {
+			all, err = exp.BlockStatus(ctx, off, length, 0)
+			return err
+		})
+		return all, err
 	})
 	if err != nil {
 		_ = exp.Close()
@@ -188,13 +195,13 @@ func (d *Disk) Verify() error {
 	}
 	for _, l := range d.links {
 		err := d.seen.compare(false, func(p []byte, off int64) error {
-			return d.readingOver(l, func(exp *nbdclient.Export) error {
-				_, err := exp.ReadAt(d.ctx, p, off)
+			return d.readingOver(l, func(ctx context.Context, exp *nbdclient.Export) error {
+				_, err := exp.ReadAt(ctx, p, off)
 				return err
 			})
 		}, func(off, length int64) (all map[string][]nbdclient.Extent, err error) {
-			err = d.readingOver(l, func(exp *nbdclient.Export) (err error) {
-				all, err = exp.BlockStatus(d.ctx, off, length, 0)
+			err = d.readingOver(l, func(ctx context.Context, exp *nbdclient.Export) (err error) {
+				all, err = exp.BlockStatus(ctx, off, length, 0)
 				return err
 			})
 			return all, err

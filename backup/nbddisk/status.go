@@ -72,8 +72,8 @@ func (d *Disk) status(off, length int64) (all map[string][]nbdclient.Extent, err
 	if short := length % grain; short != 0 && off+length != d.Size() {
 		length += min(grain-short, d.Size()-off-length)
 	}
-	err = d.reading(func(exp *nbdclient.Export) (err error) {
-		all, err = exp.BlockStatus(d.ctx, off, length, 0)
+	err = d.reading(func(ctx context.Context, exp *nbdclient.Export) (err error) {
+		all, err = exp.BlockStatus(ctx, off, length, 0)
 		return err
 	})
 	if err != nil {

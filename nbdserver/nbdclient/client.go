@@ -84,19 +84,27 @@ type Info struct {
 }
 
 // Dial connects to the server of a URI, with TLS if the URI asks for it, and
-// does the first handshake. config may be nil: then the URI's certificates, or
+// does the first handshake, until ctx ends. config may be nil: then the URI's certificates, or
 // the system's, are used.
 func Dial(ctx context.Context, u *URI, config *tls.Config) (*Client, error) {
 	nc, err := (&net.Dialer{}).DialContext(ctx, u.Network, u.Address)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the NBD server: %w", err)
 	}
-	c, err := New(nc)
-	if err != nil {
-		return nil, err
+	stop := context.AfterFunc(ctx, func() { _ = nc.Close() })
+	c, err := u.greet(ctx, nc, config)
+	if !stop() && err == nil {
+		_ = c.Close()
+		return nil, context.Cause(ctx)
 	}
-	if !u.TLS {
-		return c, nil
+	return c, err
+}
+
+// greet does the first handshake on a connection, which it owns, and that of TLS.
+func (u *URI) greet(ctx context.Context, nc net.Conn, config *tls.Config) (*Client, error) {
+	c, err := New(nc)
+	if err != nil || !u.TLS {
+		return c, err
 	}
 	if config == nil {
 		if config, err = u.tlsConfig(); err != nil {
