@@ -132,7 +132,7 @@ func (n *inodeNode) find(name string) (uint64, error) {
 	}
 	ino, ok := n.names[name]
 	if !ok {
-		return 0, iofs.ErrNotExist
+		return diskfs.Missing(n.node, name)
 	}
 	return ino, nil
 }
@@ -151,7 +151,9 @@ func (n *inodeNode) remember() {
 			return
 		}
 		taken++
-		names[e.Name] = e.Ino
+		if _, twice := names[e.Name]; !twice { // as Lookup, the first
+			names[e.Name] = e.Ino
+		}
 	}
 	budget.Add(int64(len(names)) - taken)
 	n.names = names

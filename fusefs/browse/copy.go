@@ -94,18 +94,18 @@ func (r *CopyResult) Add(o CopyResult) {
 // nodes and set-ID bits if the options say so.
 //
 // Nothing is written outside the target, whatever the image contains: diskfs checks names,
-// files are opened below their directory by openat2 without following links, and links are
-// made, never followed.
+// directories are opened one below the other without following links, and links are made,
+// never followed.
 func Copy(ctx context.Context, fsys diskfs.FileSystem, name, target string, opt CopyOptions) (CopyResult, error) {
 	if opt.Workers <= 0 {
 		opt.Workers = 2 * runtime.GOMAXPROCS(0)
 	}
-	root, err := os.OpenRoot(filepath.Dir(target))
+	dir, err := os.Open(filepath.Dir(target))
 	if err != nil {
 		return CopyResult{}, fmt.Errorf("copy to %s: %w", target, err)
 	}
-	defer root.Close()
-	c := &copier{fsys: fsys, root: root, opt: opt, links: map[uint64]string{}, missing: map[string]bool{}, refused: map[string]error{}}
+	defer dir.Close()
+	c := &copier{fsys: fsys, base: dir, opt: opt, links: map[uint64]string{}, missing: map[string]bool{}, refused: map[string]error{}}
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(opt.Workers)
 	c.group, c.ctx = g, gctx
@@ -129,7 +129,7 @@ func Copy(ctx context.Context, fsys diskfs.FileSystem, name, target string, opt 
 
 type copier struct {
 	fsys  diskfs.FileSystem
-	root  *os.Root
+	base  *os.File // the directory that the target is in
 	opt   CopyOptions
 	group *errgroup.Group
 	ctx   context.Context // of one copy
@@ -139,6 +139,8 @@ type copier struct {
 	dirs  []made // their metadata is set last, since writing into them changes it
 	later []made // hard links, after their first name
 	links map[uint64]string
+
+	makings makings // only with Force
 
 	telling sync.Mutex       // one at a time; guards the following
 	missing map[string]bool  // target paths of files that could not be read
@@ -172,8 +174,7 @@ func (c *copier) add(e *Entry, to string) error {
 		if !c.opt.Recursive {
 			return fmt.Errorf("/%s is a directory: use --recursive", strings.TrimPrefix(e.Path, "."))
 		}
-		// Writable until it is complete.
-		if err := c.root.Mkdir(to, 0o700); err != nil && !c.isDir(to, err) {
+		if err := c.mkdir(to); err != nil {
 			return fmt.Errorf("copy: %w", err)
 		}
 		c.dirs = append(c.dirs, made{entry: e, to: to})
@@ -190,14 +191,6 @@ func (c *copier) add(e *Entry, to string) error {
 	return nil
 }
 
-func (c *copier) isDir(to string, err error) bool {
-	if !errors.Is(err, fs.ErrExist) {
-		return false
-	}
-	st, err := c.root.Lstat(to)
-	return err == nil && st.IsDir()
-}
-
 // file makes anything but a directory.
 func (c *copier) file(e *Entry, to string) error {
 	if e.Info.Mode()&fs.ModeDevice != 0 && !c.opt.Devices {
@@ -205,36 +198,38 @@ func (c *copier) file(e *Entry, to string) error {
 		c.refuse(e, to, errDevice)
 		return nil
 	}
-	if c.opt.Force {
-		if err := c.root.Remove(to); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("copy: %w", err)
+	return c.at(to, func(p place) error {
+		if c.opt.Force {
+			if err := c.replace(p); err != nil {
+				return fmt.Errorf("copy %s: %w", e.Path, err)
+			}
 		}
-	}
-	var err error
-	switch e.Info.Mode().Type() {
-	case 0:
-		err = c.content(e, to)
-	case fs.ModeSymlink:
-		var target string
-		if target, err = e.ReadLink(); err != nil {
-			err = reading(err)
-		} else {
-			err = c.root.Symlink(target, to)
+		var err error
+		switch e.Info.Mode().Type() {
+		case 0:
+			err = c.content(e, p)
+		case fs.ModeSymlink:
+			var target string
+			if target, err = e.ReadLink(); err != nil {
+				err = reading(err)
+			} else {
+				err = p.err("symlink", unix.Symlinkat(target, p.dir, p.name))
+			}
+		default:
+			if err = p.err("mknod", special(e.Stat, p)); errors.Is(err, unix.EPERM) {
+				c.refuse(e, to, errRefused)
+				return nil
+			}
 		}
-	default:
-		if err = c.special(e, to); errors.Is(err, unix.EPERM) {
-			c.refuse(e, to, errRefused)
-			return nil
+		if err != nil {
+			if errors.Is(err, fs.ErrExist) {
+				return fmt.Errorf("%s is in the way of %s (%w): use --force to replace files", p.path, e.Path, fs.ErrExist)
+			}
+			return fmt.Errorf("copy %s: %w", e.Path, err)
 		}
-	}
-	if err != nil {
-		if errors.Is(err, fs.ErrExist) {
-			return fmt.Errorf("%s is in the way of %s (%w): use --force to replace files", filepath.Join(c.root.Name(), to), e.Path, fs.ErrExist)
-		}
-		return fmt.Errorf("copy %s: %w", e.Path, err)
-	}
-	c.files.Add(1)
-	return c.keep(e, to)
+		c.files.Add(1)
+		return c.keep(e, p)
+	})
 }
 
 // refuse skips a special file, and with it its other names.
@@ -245,25 +240,13 @@ func (c *copier) refuse(e *Entry, to string, why error) {
 	c.warned(e.Path, why)
 }
 
-// inDirectory calls fn with the open directory of a target path.
-func (c *copier) inDirectory(to string, fn func(dir int, name string) error) error {
-	d, err := c.root.Open(filepath.Dir(to))
-	if err != nil {
-		return err
+// special makes a device node, a pipe or a socket.
+func special(st *diskfs.Stat, p place) error {
+	dev := 0
+	if st.Mode&unix.S_IFMT == unix.S_IFCHR || st.Mode&unix.S_IFMT == unix.S_IFBLK {
+		dev = int(unix.Mkdev(st.Major, st.Minor))
 	}
-	defer d.Close()
-	return fn(int(d.Fd()), filepath.Base(to))
-}
-
-func (c *copier) special(e *Entry, to string) error {
-	st := e.Stat
-	return c.inDirectory(to, func(dir int, name string) error {
-		dev := 0
-		if st.Mode&unix.S_IFMT == unix.S_IFCHR || st.Mode&unix.S_IFMT == unix.S_IFBLK {
-			dev = int(unix.Mkdev(st.Major, st.Minor))
-		}
-		return unix.Mknodat(dir, name, st.Mode&unix.S_IFMT|0o600, dev)
-	})
+	return unix.Mknodat(p.dir, p.name, st.Mode&unix.S_IFMT|0o600, dev)
 }
 
 var (
@@ -288,75 +271,37 @@ func (c *copier) finish() error {
 			c.warned(l.entry.Path, why)
 			continue
 		}
-		if c.opt.Force {
-			if err := c.root.Remove(l.to); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return fmt.Errorf("copy: %w", err)
-			}
+		if err := c.failed(l.entry.Path, l.to, c.link(l)); err != nil {
+			return err
 		}
-		if err := c.root.Link(l.first, l.to); err != nil {
-			return fmt.Errorf("copy %s: %w", l.entry.Path, err)
-		}
-		c.files.Add(1)
 	}
 	for i := len(c.dirs) - 1; i >= 0; i-- {
-		if err := c.keep(c.dirs[i].entry, c.dirs[i].to); err != nil {
+		d := c.dirs[i]
+		err := c.at(d.to, func(p place) error { return c.keep(d.entry, p) })
+		if err := c.failed(d.entry.Path, "", err); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// keep sets the owner, attributes, mode and times of a file as in the image. Owner first,
-// since it clears set-ID bits; times last.
-func (c *copier) keep(e *Entry, to string) error {
-	attrs, err := e.Xattrs()
-	if err != nil {
-		if err := c.failed(e.Path, "", reading(&PartialError{Missing: "attributes", Err: err})); err != nil {
-			return err
-		}
-	}
-	st := e.Stat
-	link := e.Info.Mode().Type() == fs.ModeSymlink
-	return c.inDirectory(to, func(dir int, name string) error {
-		if err := unix.Fchownat(dir, name, int(st.UID), int(st.GID), unix.AT_SYMLINK_NOFOLLOW); err != nil {
-			if os.Geteuid() == 0 {
-				c.warned(e.Path, fmt.Errorf("owner %d:%d: %w", st.UID, st.GID, err))
-			}
-			c.ownersLost.Add(1)
-		}
-		mode, lost := st.Mode&0o7777, false
-		if !c.opt.SetID && !e.IsDir() && mode&0o6000 != 0 { // a directory's only sets the group of new files
-			mode, lost = mode&^0o6000, true
-		}
-		if os.Geteuid() != 0 && (int(st.UID) != os.Geteuid() || int(st.GID) != os.Getegid()) {
-			mode &^= 0o6000 // another's set-ID program must not get this user's rights
-		}
-		// This process made the file, and it is no link: the path of its descriptor leads to
-		// itself.
-		self := fmt.Sprintf("/proc/self/fd/%d/%s", dir, name)
-		for _, a := range attrs {
-			if a.Name == "security.capability" && !c.opt.SetID {
-				lost = true
-				continue
-			}
-			if err := unix.Lsetxattr(self, a.Name, a.Value, 0); err != nil {
-				c.warned(e.Path, fmt.Errorf("attribute %s: %w", a.Name, err))
+// link makes a further name of a file.
+func (c *copier) link(l made) error {
+	err := c.at(l.to, func(p place) error {
+		if c.opt.Force {
+			if err := c.replace(p); err != nil {
+				return err
 			}
 		}
-		if lost {
-			c.setIDLost.Add(1)
-		}
-		if !link {
-			if err := unix.Fchmodat(dir, name, mode, 0); err != nil {
-				c.warned(e.Path, fmt.Errorf("mode %o: %w", mode, err))
-			}
-		}
-		times := []unix.Timespec{timespec(st.Atime), timespec(st.Mtime)}
-		if err := unix.UtimesNanoAt(dir, name, times, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-			c.warned(e.Path, fmt.Errorf("times: %w", err))
-		}
-		return nil
+		return c.at(l.first, func(first place) error {
+			return p.err("link", unix.Linkat(first.dir, first.name, p.dir, p.name, 0))
+		})
 	})
+	if err != nil {
+		return fmt.Errorf("copy %s: %w", l.entry.Path, err)
+	}
+	c.files.Add(1)
+	return nil
 }
 
 // timespec is exact for all years: nanoseconds since 1970 fill 64 bits by 2262.

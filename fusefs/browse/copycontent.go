@@ -10,13 +10,13 @@ import (
 
 // content writes a regular file's data. The rest stays a hole, and so does what cannot be
 // read, unless that is everything.
-func (c *copier) content(e *Entry, to string) (err error) {
+func (c *copier) content(e *Entry, p place) (err error) {
 	src, err := e.Open()
 	if err != nil {
 		return reading(err)
 	}
 	defer src.Close()
-	out, err := c.root.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	out, err := p.create()
 	if err != nil {
 		return err
 	}
@@ -30,11 +30,11 @@ func (c *copier) content(e *Entry, to string) (err error) {
 		err = reading(r.lost.faults.Err())
 	}
 	if err = errors.Join(err, out.Close()); err != nil {
-		return errors.Join(err, c.root.Remove(to))
+		return errors.Join(err, p.remove())
 	}
 	if lost != nil {
 		if err := c.failed(e.Path, "", reading(lost)); err != nil {
-			return errors.Join(err, c.root.Remove(to))
+			return errors.Join(err, p.remove())
 		}
 	}
 	return nil

@@ -1,6 +1,7 @@
 package browse
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -104,12 +105,16 @@ func (d *Dir) names(ctx context.Context, byInode *extsort.Sorter) error {
 	return nil
 }
 
-// KeepDirectories drops all other entries.
+// KeepDirectories drops all other entries, and names that are there twice.
 func (d *Dir) KeepDirectories() error {
 	dirs := extsort.New(sortBytes)
 	d.count = 0
+	var last lastName
 	for r, err := range d.sorted.Sorted() {
 		if err == nil {
+			if last.again(r.Key) {
+				continue
+			}
 			if st, ok := parseStat(r.Value); !ok || !st.FileMode().IsDir() {
 				continue
 			}
@@ -136,8 +141,12 @@ func (d *Dir) Close() error { return d.sorted.Close() }
 
 // All returns the entries by name; it may be called repeatedly. An error is one of the
 // temporary file, and ends it.
+//
+// A name that is there more than once is damage: only the first is returned, and a copy of
+// the others would meet what was made of it.
 func (d *Dir) All() iter.Seq2[Child, error] {
 	return func(yield func(Child, error) bool) {
+		var last lastName
 		for r, err := range d.sorted.Sorted() {
 			if err != nil {
 				yield(Child{}, fmt.Errorf("list /%s: %w", d.e.Path, err))
@@ -145,6 +154,13 @@ func (d *Dir) All() iter.Seq2[Child, error] {
 			}
 			name, ino := string(r.Key[:len(r.Key)-9]), binary.BigEndian.Uint64(r.Key[len(r.Key)-8:])
 			c := Child{Path: Join(d.e.Path, name)}
+			if last.again(r.Key) {
+				c.Err = &fs.PathError{Op: "lstat", Path: c.Path, Err: d.e.twice(name)}
+				if !yield(c, nil) {
+					return
+				}
+				continue
+			}
 			st, ok := parseStat(r.Value)
 			if !ok {
 				node, err := d.e.in.Inode(ino)
@@ -162,6 +178,27 @@ func (d *Dir) All() iter.Seq2[Child, error] {
 				return
 			}
 		}
+	}
+}
+
+// lastName is the name of the record before, in an order by names.
+type lastName struct {
+	name []byte
+	set  bool
+}
+
+// again reports whether a record has the name of the one before.
+func (l *lastName) again(key []byte) bool {
+	name := key[:len(key)-9]
+	same := l.set && bytes.Equal(name, l.name)
+	l.name, l.set = append(l.name[:0], name...), true
+	return same
+}
+
+// twice is the damage of a directory that has a name more than once.
+func (e *Entry) twice(name string) error {
+	return &diskfs.CorruptError{
+		Type: e.in.Info().Type, Where: fmt.Sprintf("directory %d", e.Stat.Ino), What: fmt.Sprintf("the name %q is there more than once", name),
 	}
 }
 

@@ -87,5 +87,11 @@ func match(fsys diskfs.FileSystem, dir, elem, pattern string) (names []string, d
 		}
 	}
 	slices.Sort(names)
+	for i := 1; i < len(names); i++ {
+		if names[i] == names[i-1] {
+			faults.Add(e.err("readdir", e.twice(path.Base(names[i]))))
+		}
+	}
+	names = slices.Compact(names)
 	return names, faults.Err(), nil
 }

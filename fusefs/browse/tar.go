@@ -100,6 +100,13 @@ func (t *tarrer) add(e *Entry, name string) error {
 		t.opt.Skipped(e.Path)
 		return nil
 	}
+	if used(h) > maxRecords {
+		err := t.failed(e.Path, fmt.Errorf("%s: its path is too long for an archive", e.Path))
+		if err == nil && e.IsDir() {
+			return fs.SkipDir // longer ones are below
+		}
+		return err
+	}
 	if h.Typeflag != tar.TypeLink {
 		if err := t.attributes(e, h); err != nil {
 			return err
@@ -123,7 +130,16 @@ func (t *tarrer) add(e *Entry, name string) error {
 	return nil
 }
 
-// attributes adds extended attributes to the header's records.
+// maxRecords bounds what the records of one file hold, in bytes: readers, and this writer,
+// refuse those over 1 MiB.
+const maxRecords = 900 << 10
+
+// used is how much of the records the header itself takes, at most: a file with holes has its
+// path twice.
+func used(h *tar.Header) int { return 2*len(h.Name) + len(h.Linkname) + 4<<10 }
+
+// attributes adds extended attributes to the header's records. Those that have no room there
+// are left out and reported: the file matters more.
 func (t *tarrer) attributes(e *Entry, h *tar.Header) error {
 	attrs, err := e.Xattrs()
 	if err != nil {
@@ -131,19 +147,32 @@ func (t *tarrer) attributes(e *Entry, h *tar.Header) error {
 			return err
 		}
 	}
+	room, left := maxRecords-used(h), 0
 	for _, a := range attrs {
-		if key, ok := aclRecords[a.Name]; ok {
+		key, value := "SCHILY.xattr."+a.Name, string(a.Value)
+		if acl, ok := aclRecords[a.Name]; ok {
 			if text, ok := aclText(a.Value); ok {
-				h.PAXRecords[key] = text
-				continue
+				key, value = acl, text
 			}
 		}
-		// A PAX record cannot hold a '=' in its key.
-		if key := "SCHILY.xattr." + a.Name; !strings.ContainsAny(key, "=\x00") {
-			h.PAXRecords[key] = string(a.Value)
+		if strings.ContainsAny(key, "=\x00") { // a PAX record cannot hold a '=' in its key
+			continue
 		}
+		size := len(record(key, value))
+		if size > room {
+			left++
+			continue
+		}
+		room -= size
+		h.PAXRecords[key] = value
 	}
-	return nil
+	if left == 0 {
+		return nil
+	}
+	return t.failed(e.Path, &PartialError{
+		Missing: fmt.Sprintf("%d of %d attributes", left, len(attrs)),
+		Err:     errors.New("they are too large for an archive, which has room for 900 KiB of each file"),
+	})
 }
 
 // content writes a regular file; false if it is skipped, since nothing of it can be read.

@@ -131,6 +131,21 @@ type Inode interface {
 	ExtentFinder
 }
 
+// Unlisted is an [Inode] whose Lookup may find names that Entries does not list. Who keeps
+// the listed names asks Lookup for those.
+type Unlisted interface {
+	// MayHide reports whether the name can be one of those.
+	MayHide(name string) bool
+}
+
+// Missing answers for a name that is not among all those that the directory lists.
+func Missing(dir Inode, name string) (uint64, error) {
+	if u, ok := dir.(Unlisted); ok && u.MayHide(name) {
+		return dir.Lookup(name)
+	}
+	return 0, fs.ErrNotExist
+}
+
 // Dirent is an entry of a directory.
 type Dirent struct {
 	Name string

@@ -141,7 +141,10 @@ func (t *tree) list(dir Inode) ([]fs.DirEntry, error) {
 		}
 		entries = append(entries, &dirEntry{tree: t, e: e})
 		if names != nil {
-			if names[e.Name] = e.Ino; len(names) > maxCachedNames {
+			if _, twice := names[e.Name]; !twice { // as Lookup, the first
+				names[e.Name] = e.Ino
+			}
+			if len(names) > maxCachedNames {
 				names = nil
 			}
 		}
@@ -169,7 +172,7 @@ func (t *tree) lookup(dir Inode, name string) (uint64, error) {
 	}
 	ino, ok := names[name]
 	if !ok {
-		return 0, fs.ErrNotExist
+		return Missing(dir, name)
 	}
 	return ino, nil
 }

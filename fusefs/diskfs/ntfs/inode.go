@@ -31,7 +31,10 @@ type inode struct {
 	err  error
 }
 
-var _ diskfs.Inode = (*inode)(nil)
+var (
+	_ diskfs.Inode    = (*inode)(nil)
+	_ diskfs.Unlisted = (*inode)(nil)
+)
 
 // inode reads a file by its number, or one of its alternate streams.
 func (f *FS) inode(ino uint64) (*inode, error) {
@@ -266,6 +269,9 @@ func (n *inode) Lookup(name string) (uint64, error) {
 	}
 	return 0, fs.ErrNotExist
 }
+
+// MayHide says that alternate streams are found, though not listed.
+func (n *inode) MayHide(name string) bool { return strings.Contains(name, ":") }
 
 // Entries lists a directory in the order of its index.
 func (n *inode) Entries() iter.Seq2[diskfs.Dirent, error] {
