@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -108,8 +109,8 @@ const (
 	// restoreCache is the cache for indexes and blocks of the spot check, in bytes.
 	restoreCache = 64 << 20
 
-	// maxRestoreWorkers keeps what a killed restore repeats within 64 MiB: each worker is in
-	// at most one unit of the journal.
+	// maxRestoreWorkers keeps what a killed restore to a file repeats within 64 MiB: each
+	// worker is in at most one unit of the journal.
 	maxRestoreWorkers = 15
 
 	// zeroPart is how much of a hole is zeroed at once, in bytes: on a device that must
@@ -126,6 +127,7 @@ type restore struct {
 	target RestoreTarget
 	log    *restoreJournal // nil without one
 	stale  *os.File        // journal of an earlier restore, to delete at the end; nil without one
+	cut    sync.Once       // of stale
 	logger *slog.Logger
 
 	written, zeroed, unchanged, verified atomic.Int64
@@ -133,7 +135,9 @@ type restore struct {
 }
 
 // Restore writes a recovery point to a target. With a journal, a restore that was killed
-// continues where it stopped; it repeats at most 64 MiB.
+// continues where it stopped; it repeats at most 64 MiB on a file. On a device, and if the
+// target failed (other than for want of room), it repeats what was written since the last good
+// sync began; one is due every 256 MiB.
 //
 // A delta with a base is safe without a journal: what it has written is the point's, and the
 // rest is the base's, so it can be run again. The journal only saves work.
@@ -250,6 +254,7 @@ func (r *restore) run(ctx context.Context) error {
 		}
 	}
 	if err := r.target.Sync(); err != nil {
+		r.targetFailed(err)
 		return err
 	}
 	var err error
@@ -329,16 +334,33 @@ func (r *restore) write(ctx context.Context, ranges []blocktree.Range) error {
 func (r *restore) put(off int64, data []byte, n int64) error {
 	if data == nil {
 		if err := r.target.ZeroRange(off, n); err != nil {
-			return err
+			return r.writeFailed(err)
 		}
 		r.zeroed.Add(n)
 		return nil
 	}
 	if _, err := r.target.WriteAt(data, off); err != nil {
-		return err
+		return r.writeFailed(err)
 	}
 	r.written.Add(n)
 	return nil
+}
+
+func (r *restore) writeFailed(err error) error {
+	if !isFull(r.target, err) {
+		r.targetFailed(err)
+	}
+	return err
+}
+
+// targetFailed has the next run not rely on what the target may have lost.
+func (r *restore) targetFailed(err error) {
+	switch {
+	case r.log != nil:
+		r.log.targetFailed(err)
+	case r.stale != nil:
+		r.cut.Do(func() { distrustJournal(r.opt.Journal, r.logger) })
+	}
 }
 
 func total(ranges []blocktree.Range) int64 {

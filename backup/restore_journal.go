@@ -14,6 +14,7 @@ import (
 	"sync"
 
 	"github.com/cespare/xxhash/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/varve-io/varve/backup/blocktree"
 	"github.com/varve-io/varve/backup/disk"
@@ -33,15 +34,23 @@ const restoreSync = 256 << 20
 //	w FIRST LAST CRC      units FIRST to LAST are written
 //	s N CRC               the first N "w" lines survive a power failure
 //
-// The page cache keeps what a killed process wrote, so within one boot of the machine every
-// "w" line counts; after a power failure only those that an "s" line covers. A torn or
+// The page cache keeps what a killed process wrote to a file, so within one boot of the machine
+// every "w" line counts; after a power failure only those that an "s" line covers. On a device
+// only those ever count: it may lose power, and its cache, without the machine. A torn or
 // damaged line ends the journal.
+//
+// A target that fails may have lost what it had accepted before, and the kernel reports that
+// once only. So then, unless a file was full, the "w" lines that no "s" line covers are
+// removed, and none follow.
 type restoreJournal struct {
 	path   string
 	f      *os.File
 	logger *slog.Logger
 
+	cached bool // the page cache keeps what was written to the target
+
 	old  []blocktree.Range // done by earlier runs, merged
+	safe []blocktree.Range // the part of old that survives a power failure
 	plan []blocktree.Range // all that must be written
 
 	mu     sync.Mutex
@@ -50,8 +59,8 @@ type restoreJournal struct {
 	since  int64           // bytes written since the last sync
 	wanted *sync.Cond      // a sync is due, or the end
 	ended  bool
-	mute   bool  // a line could not be written: earlier lines count, later progress is not recorded
-	err    error // of a sync of the target
+	mute   bool  // later progress is not recorded
+	err    error // of the target
 }
 
 // JournalTarget returns the identity of the target in the journal at path, which an
@@ -87,7 +96,7 @@ func (r *restore) openJournal(ctx context.Context, plan []blocktree.Range) (resu
 	if r.opt.Base != nil {
 		head.Base = r.opt.Base.ID
 	}
-	j := &restoreJournal{path: r.opt.Journal, logger: r.logger, plan: plan, open: map[int64]int64{}}
+	j := &restoreJournal{path: r.opt.Journal, logger: r.logger, cached: isFile(r.target), plan: plan, open: map[int64]int64{}}
 	j.wanted = sync.NewCond(&j.mu)
 	old, err := lockJournal(j.path)
 	if err != nil && !errors.Is(err, ErrOtherRestore) {
@@ -98,7 +107,7 @@ func (r *restore) openJournal(ctx context.Context, plan []blocktree.Range) (resu
 		return false, err
 	}
 	defer func() {
-		if old != nil && old != r.stale {
+		if old != nil && old != r.stale { // which stays locked
 			_ = old.Close()
 		}
 	}()
@@ -127,6 +136,20 @@ func (r *restore) openJournal(ctx context.Context, plan []blocktree.Range) (resu
 	}
 	r.log = j
 	return found, nil
+}
+
+// isFile reports whether a target is known to be a file of this machine.
+func isFile(target RestoreTarget) bool {
+	t, ok := target.(interface{ Device() bool })
+	return ok && !t.Device()
+}
+
+// isFull reports whether a write failed for want of room alone, so that what was written
+// before is still there. Only a direct write to a file tells: a buffered one may return the
+// error of an earlier one, which is lost then (NFS).
+func isFull(target RestoreTarget, err error) bool {
+	t, ok := target.(interface{ Direct() bool })
+	return ok && t.Direct() && isFile(target) && (errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT))
 }
 
 func (r *restore) goOnWithoutJournal(ctx context.Context, err error) {
@@ -170,7 +193,8 @@ func (r *restore) checkResumed(ctx context.Context, j *restoreJournal) error {
 			r.opt.Progress(Progress{Phase: "compare", Done: done, Total: all})
 		}
 	}
-	j.old = subtractRanges(j.old, mergeRanges(again))
+	again = mergeRanges(again)
+	j.old, j.safe = subtractRanges(j.old, again), subtractRanges(j.safe, again)
 	return nil
 }
 
@@ -235,17 +259,46 @@ func (j *restoreJournal) note(body string) {
 	if j.mute {
 		return
 	}
-	if err := j.line(j.f, body); err != nil {
+	if err := journalLine(j.f, body); err != nil {
 		j.giveUp(err)
 	}
 }
 
-// giveUp ends the journal, not the restore.
+// giveUp ends the journal, not the restore: what it says so far stays true.
 func (j *restoreJournal) giveUp(err error) {
 	if !j.mute {
 		j.logger.Warn("cannot record the progress of the restore: if interrupted, it continues from here", "journal", j.path, "error", err)
 	}
 	j.mute = true
+}
+
+// targetFailed ends the journal after an error of the target, and the restore.
+func (j *restoreJournal) targetFailed(err error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.distrust(err)
+}
+
+// distrust is targetFailed with j.mu held, so that no worker adds a line to what is cut.
+func (j *restoreJournal) distrust(err error) {
+	if j.err != nil {
+		return
+	}
+	j.err, j.mute = err, true
+	distrustJournal(j.path, j.logger)
+}
+
+// distrustJournal has the journal at path list only what survives a power failure, or removes
+// it.
+func distrustJournal(path string, logger *slog.Logger) {
+	err := cutJournal(path)
+	if err == nil {
+		return
+	}
+	if rerr := removeJournal(path); rerr != nil {
+		logger.Warn("the target may have lost what the restore journal lists as written, and the journal could not be removed: remove it, or start the next restore with --restart",
+			"journal", path, "error", errors.Join(err, rerr))
+	}
 }
 
 // toWrite returns how many bytes of a unit are in the plan. Units done by earlier runs do not
@@ -287,11 +340,11 @@ func (j *restoreJournal) syncInBackground(target RestoreTarget) (stop func() err
 			noted := j.f.Sync() // the lines before the one that makes them count
 			j.mu.Lock()
 			switch {
-			case err != nil && j.err == nil:
-				j.err = err
-			case err == nil && noted != nil:
+			case err != nil:
+				j.distrust(err)
+			case noted != nil:
 				j.giveUp(noted)
-			case err == nil:
+			default:
 				j.note(fmt.Sprintf("s %d", lines))
 			}
 		}

@@ -1,7 +1,6 @@
 package backup
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/json"
 	"errors"
@@ -11,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -85,23 +85,36 @@ func (j *restoreJournal) load(f io.Reader, want journalHeader) (found bool, err 
 	case head.Mode != want.Mode || head.Plan != want.Plan:
 		return false, nil // another way to the same point: start over
 	}
-	j.old = readUnits(rest, head.Boot == want.Boot && want.Boot != "")
+	j.old, j.safe = readUnits(rest, j.cached && head.Boot == want.Boot && want.Boot != "")
 	return true, nil
 }
 
-// readUnits returns the ranges that a journal lists as done.
-func readUnits(lines []byte, sameBoot bool) []blocktree.Range {
-	var all []blocktree.Range
-	durable := 0
-	sc := bufio.NewScanner(bytes.NewReader(lines))
-	for sc.Scan() {
-		body, ok := checkLine(sc.Text())
+// readUnits returns the ranges that a journal lists as done, and those of them that survive a
+// power failure. Without cached only the latter count.
+func readUnits(lines []byte, cached bool) (done, safe []blocktree.Range) {
+	all, durable, _ := scanUnits(lines)
+	safe = mergeRanges(slices.Clone(all[:durable]))
+	if !cached {
+		return safe, safe
+	}
+	return mergeRanges(all), safe
+}
+
+// scanUnits returns the ranges of the "w" lines, how many of them survive a power failure, and
+// where the last of those ends.
+func scanUnits(lines []byte) (all []blocktree.Range, durable, end int) {
+	var ends []int // of the "w" lines
+	for at := 0; at < len(lines); {
+		text, _, _ := bytes.Cut(lines[at:], []byte("\n"))
+		at += len(text) + 1
+		body, ok := checkLine(string(text))
 		if !ok {
 			break
 		}
 		var a, b int64
 		if n, err := fmt.Sscanf(body, "w %d %d", &a, &b); n == 2 && err == nil && a >= 0 && b >= a && b < 1<<38 {
 			all = append(all, blocktree.Range{Offset: a * restoreUnit, Length: (b - a + 1) * restoreUnit})
+			ends = append(ends, at)
 			continue
 		}
 		if n, err := fmt.Sscanf(body, "s %d", &a); n == 1 && err == nil && a >= 0 && a <= int64(len(all)) {
@@ -110,10 +123,45 @@ func readUnits(lines []byte, sameBoot bool) []blocktree.Range {
 		}
 		break
 	}
-	if !sameBoot {
-		all = all[:durable]
+	if durable > 0 {
+		end = ends[durable-1]
 	}
-	return mergeRanges(all)
+	return all, durable, end
+}
+
+// cutJournal removes from a journal all that does not survive a power failure. It leaves no
+// mark of that: an earlier version would end its reading there, and count all before it.
+func cutJournal(path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return errors.Join(cutLines(f), f.Close())
+}
+
+func cutLines(f *os.File) error {
+	b, err := io.ReadAll(f)
+	if err != nil {
+		return err
+	}
+	head := bytes.IndexByte(b, '\n') + 1
+	if head == 0 {
+		return errors.New("it has no header")
+	}
+	_, durable, end := scanUnits(b[head:])
+	size := int64(head + end)
+	if err := f.Truncate(size); err != nil {
+		return err
+	}
+	if durable > 0 { // the line was behind what is cut off
+		if err := journalLine(io.NewOffsetWriter(f, size), fmt.Sprintf("s %d", durable)); err != nil {
+			return err
+		}
+	}
+	return f.Sync()
 }
 
 func checkLine(s string) (body string, ok bool) {
@@ -164,16 +212,30 @@ func (j *restoreJournal) begin(f *os.File, head journalHeader) error {
 	if _, err := f.Write(append(b, '\n')); err != nil {
 		return err
 	}
-	for _, r := range j.old {
-		if err := j.line(f, fmt.Sprintf("w %d %d", r.Offset/restoreUnit, (r.End()-1)/restoreUnit)); err != nil {
+	done := func(ranges []blocktree.Range) error {
+		for _, r := range ranges {
+			if err := journalLine(f, fmt.Sprintf("w %d %d", r.Offset/restoreUnit, (r.End()-1)/restoreUnit)); err != nil {
+				return err
+			}
+			j.lines++
+		}
+		return nil
+	}
+	if err := done(j.safe); err != nil {
+		return err
+	}
+	if j.lines > 0 {
+		if err := journalLine(f, fmt.Sprintf("s %d", j.lines)); err != nil {
 			return err
 		}
-		j.lines++
+	}
+	if err := done(subtractRanges(j.old, j.safe)); err != nil {
+		return err
 	}
 	return f.Sync()
 }
 
-func (j *restoreJournal) line(w io.Writer, body string) error {
+func journalLine(w io.Writer, body string) error {
 	_, err := io.WriteString(w, body+" "+lineSum(body)+"\n")
 	return err
 }

@@ -294,7 +294,7 @@ func TestRestoreRefusesSmallTarget(t *testing.T) {
 	}
 }
 
-// brittleTarget wraps a target: it counts writes, damages one, and fails.
+// brittleTarget wraps a target: it counts writes, damages one, and is full at some point.
 type brittleTarget struct {
 	*disk.Target
 	written   atomic.Int64
@@ -306,7 +306,7 @@ type brittleTarget struct {
 	writes []blocktree.Range
 }
 
-var errBrittle = errors.New("the target broke")
+var errBrittle = fmt.Errorf("the target broke: %w", syscall.ENOSPC)
 
 func (b *brittleTarget) WriteAt(p []byte, off int64) (int, error) {
 	if n := b.written.Add(int64(len(p))); b.failAfter > 0 && n > b.failAfter {
@@ -321,6 +321,9 @@ func (b *brittleTarget) WriteAt(p []byte, off int64) (int, error) {
 	}
 	return b.Target.WriteAt(p, off)
 }
+
+// Direct is true also where the tests' files are on a file system without direct I/O.
+func (b *brittleTarget) Direct() bool { return true }
 
 func (b *brittleTarget) Identity() string {
 	if b.identity != "" {

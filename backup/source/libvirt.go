@@ -307,7 +307,7 @@ func (m *libvirtMachine) checkJob(context.Context) error {
 		return fmt.Errorf("%w: %w; no point was made", ErrMoment, err)
 	case job == nil:
 		return fmt.Errorf("%w: libvirt has ended the backup job of %s; no point was made", ErrMoment, m.def.Name)
-	case !m.isOurs(job) || len(job.Disks) > 0 && job.Disks[0].Scratch != "" && !m.hasScratch(job):
+	case !m.isOurs(job, m.opt.bitmapPrefix()) || len(job.Disks) > 0 && job.Disks[0].Scratch != "" && !m.hasScratch(job):
 		return fmt.Errorf("%w: libvirt runs another backup job of %s; no point was made", ErrMoment, m.def.Name)
 	}
 	return nil
@@ -325,10 +325,10 @@ func (m *libvirtMachine) job() (*libvirt.Backup, error) {
 	return libvirt.ParseBackup(text)
 }
 
-// isOurs reports whether a job was begun by this repository and volume.
-func (m *libvirtMachine) isOurs(job *libvirt.Backup) bool {
+// isOurs reports whether a job was begun by a repository and volume whose names begin with prefix.
+func (*libvirtMachine) isOurs(job *libvirt.Backup, prefix string) bool {
 	return slices.ContainsFunc(job.Disks, func(d libvirt.BackupDisk) bool {
-		return strings.HasPrefix(filepath.Base(d.Scratch), m.opt.bitmapPrefix())
+		return strings.HasPrefix(filepath.Base(d.Scratch), prefix)
 	})
 }
 

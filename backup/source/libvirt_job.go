@@ -233,7 +233,8 @@ func (m *libvirtMachine) release() error {
 		}
 	}
 	if m.begun {
-		errs = append(errs, m.endJob())
+		_, err := m.endJob(m.opt.bitmapPrefix())
+		errs = append(errs, err)
 	}
 	if m.folder != nil {
 		if err := m.folder.Close(); err != nil {
@@ -248,22 +249,48 @@ func (m *libvirtMachine) release() error {
 	return errors.Join(errs...)
 }
 
-// endJob ends the job of this repository and volume, if there is one. Its end is awaited.
-func (m *libvirtMachine) endJob() error {
+// endJob ends the job of a repository and volume whose names begin with prefix, if there is one. Its
+// end is awaited. dirs are where it had its scratch images.
+func (m *libvirtMachine) endJob(prefix string) (dirs []string, err error) {
 	end := time.Now().Add(closing)
 	for wait := 5 * time.Millisecond; ; wait = min(2*wait, 500*time.Millisecond) {
 		job, err := m.job()
-		if err != nil || job == nil || !m.isOurs(job) {
-			return err
+		if err != nil || job == nil || !m.isOurs(job, prefix) {
+			return dirs, err
+		}
+		for _, d := range job.Disks {
+			if dir := filepath.Dir(d.Scratch); d.Scratch != "" && !slices.Contains(dirs, dir) {
+				dirs = append(dirs, dir)
+			}
 		}
 		if err := m.conn.AbortJob(m.domain); err != nil && !libvirt.Refused(err) {
-			return err
+			return dirs, err
 		}
 		if time.Now().After(end) {
-			return fmt.Errorf("libvirt has not ended the backup job of %s for %s; end it with 'virsh domjobabort %[1]s'", m.def.Name, closing)
+			return dirs, fmt.Errorf("libvirt has not ended the backup job of %s for %s; end it with 'virsh domjobabort %[1]s'", m.def.Name, closing)
 		}
 		time.Sleep(wait)
 	}
+}
+
+// forgetJob ends a job and removes the directories that a backup makes for it, which the next one
+// else removes. Those of another machine are libvirt's to reach, not ours.
+func (m *libvirtMachine) forgetJob(prefix string) error {
+	dirs, err := m.endJob(prefix)
+	if err != nil || m.uri.Remote() {
+		return err
+	}
+	key := keyOf(m.def.UUID)
+	var errs []error
+	for _, dir := range dirs {
+		if filepath.Base(dir) == "varve-"+key { // as openScratch calls it, wherever --scratch had it
+			errs = append(errs, (&scratch{dir: dir}).close())
+		}
+	}
+	if len(dirs) > 0 {
+		errs = append(errs, os.RemoveAll(serverDir(key)))
+	}
+	return errors.Join(errs...)
 }
 
 // noOtherJob returns ErrMachineBusy if libvirt runs a job that is not of this repository and volume. One that
@@ -281,7 +308,7 @@ func (m *libvirtMachine) noOtherJob() error {
 		if err != nil {
 			return err
 		}
-		if job != nil && m.isOurs(job) || job == nil && !running {
+		if job != nil && m.isOurs(job, m.opt.bitmapPrefix()) || job == nil && !running {
 			return nil
 		}
 		if job != nil || time.Now().After(end) {
@@ -302,7 +329,7 @@ func (m *libvirtMachine) sweep(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := m.endJob(); err != nil {
+	if _, err := m.endJob(m.opt.bitmapPrefix()); err != nil {
 		return err
 	}
 	if m.opt.Base == nil {
@@ -365,7 +392,7 @@ func forgetLibvirt(ctx context.Context, text string, opt Options) (removed []str
 		return nil, err
 	}
 	if running {
-		if err := m.endJob(); err != nil {
+		if err := m.forgetJob(prefix); err != nil {
 			return nil, err
 		}
 	}

@@ -314,8 +314,11 @@ func (m *qmpMachine) Close() error {
 // again connects once more to clean up. A QEMU that has ended has nothing of ours.
 func (m *qmpMachine) again(ctx context.Context) error {
 	conn, err := qmp.Dial(ctx, m.uri.monitor)
-	if err != nil { // the backup itself has failed already
+	switch {
+	case nobody(err): // the backup itself has failed already
 		return os.RemoveAll(serverDir(m.key))
+	case err != nil: // it may run: without the socket no later backup would find its server
+		return err
 	}
 	_ = m.conn.Close()
 	m.conn = conn

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/varve-io/varve/backup/nbddisk"
@@ -133,17 +134,24 @@ func (m *qmpMachine) dropBitmaps(why error) (any bool) {
 	return any
 }
 
-func (m *qmpMachine) actions() (list []action) {
+// actions are those of the transaction, which QEMU does in this order. A bitmap's bits are set once
+// a write has ended, and only blockdev-backup waits for those in flight and holds back others
+// until the transaction is done. So the copies of the old bitmaps are made after the jobs: made
+// earlier one would lack a write that ends before its disk's moment. A new bitmap begins earlier
+// than the moment, and so lists too much rather than too little.
+func (m *qmpMachine) actions() []action {
+	var bitmaps, jobs, merges []action
 	for _, s := range m.disks {
-		list = append(list, action{"block-dirty-bitmap-add", args{"node": s.node.Name, "name": m.target, "persistent": s.node.persistent()}})
+		bitmaps = append(bitmaps, action{"block-dirty-bitmap-add", args{"node": s.node.Name, "name": m.target, "persistent": s.node.persistent()}})
 		if s.old != "" {
-			list = append(list,
-				action{"block-dirty-bitmap-add", args{"node": s.id, "name": qmpFrozen, "disabled": true, "granularity": s.node.bitmap(s.old).Granularity}},
+			bitmaps = append(bitmaps,
+				action{"block-dirty-bitmap-add", args{"node": s.id, "name": qmpFrozen, "disabled": true, "granularity": s.node.bitmap(s.old).Granularity}})
+			merges = append(merges,
 				action{"block-dirty-bitmap-merge", args{"node": s.id, "target": qmpFrozen, "bitmaps": []args{{"node": s.node.Name, "name": s.old}}}})
 		}
-		list = append(list, action{"blockdev-backup", args{"job-id": s.id, "device": s.node.Name, "target": s.id, "sync": "none"}})
+		jobs = append(jobs, action{"blockdev-backup", args{"job-id": s.id, "device": s.node.Name, "target": s.id, "sync": "none"}})
 	}
-	return list
+	return slices.Concat(bitmaps, jobs, merges)
 }
 
 // open connects to the export.

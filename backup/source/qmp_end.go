@@ -48,12 +48,16 @@ func (m *qmpMachine) sweep(ctx context.Context) error {
 	if err := m.sweepWork(ctx, m.opt.bitmapPrefix()); err != nil {
 		return err
 	}
-	if listens(ctx, serverSocket(m.key)) {
-		if err := m.stopServer(ctx); err != nil {
-			return err
-		}
+	return m.stopLeft(ctx)
+}
+
+// stopLeft ends the NBD server of a backup that was killed.
+func (m *qmpMachine) stopLeft(ctx context.Context) error {
+	found, err := listens(ctx, serverSocket(m.key))
+	if err != nil || !found {
+		return err
 	}
-	return nil
+	return m.stopServer(ctx)
 }
 
 // sweepBitmaps removes the bitmaps of this repository and volume that no point builds on.
@@ -184,10 +188,8 @@ func forgetQMP(ctx context.Context, text string, opt Options) (removed []string,
 	if err := m.sweepWork(ctx, prefix); err != nil {
 		return nil, err
 	}
-	if listens(ctx, serverSocket(m.key)) {
-		if err := m.stopServer(ctx); err != nil {
-			return nil, err
-		}
+	if err := m.stopLeft(ctx); err != nil {
+		return nil, err
 	}
 	nodes, err := readNodes(ctx, m.conn)
 	if err != nil {

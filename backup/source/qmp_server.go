@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/varve-io/varve/backup/qemu/qmp"
 	"github.com/varve-io/varve/nbdserver/nbdclient"
 )
@@ -28,9 +30,9 @@ func (m *qmpMachine) startServer(ctx context.Context, uid, gid int) error {
 	}
 	socket := serverSocket(m.key)
 	m.server = &nbdclient.URI{Network: "unix", Address: socket}
-	if listens(ctx, socket) {
-		m.started = true // of a backup that was killed, whose exports are another volume's
-		return nil
+	if found, err := listens(ctx, socket); found || err != nil {
+		m.started = found // by a backup that was killed, whose exports are another volume's
+		return err
 	}
 	if err := os.RemoveAll(serverDir(m.key)); err != nil {
 		return err
@@ -46,26 +48,34 @@ func (m *qmpMachine) startServer(ctx context.Context, uid, gid int) error {
 		return err
 	}
 	err := m.conn.Do(ctx, "nbd-server-start", args{"addr": args{"type": "unix", "data": args{"path": socket}}}, nil)
-	if err != nil {
+	var refused *qmp.Error
+	if errors.As(err, &refused) { // else the server may run, and the next backup has to find it
 		err = errors.Join(err, os.RemoveAll(serverDir(m.key)))
 	}
-	var refused *qmp.Error
-	if errors.As(err, &refused) && strings.Contains(refused.Text, "already running") {
+	if refused != nil && strings.Contains(refused.Text, "already running") {
 		return fmt.Errorf("this QEMU runs an NBD server already, and can have only one: add its address to the source, as in ?nbd=nbd://localhost:10809 (%w)", err)
 	}
-	m.started = err == nil
+	m.started = refused == nil
 	return err
 }
 
 // listens reports whether a server accepts connections at a socket.
-func listens(ctx context.Context, socket string) bool {
+func listens(ctx context.Context, socket string) (bool, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", socket)
-	if err != nil {
-		return false
+	switch {
+	case nobody(err):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("QEMU's NBD server: %w", err)
 	}
-	_ = conn.Close()
-	return true
+	return true, conn.Close()
+}
+
+// nobody reports whether a connection failed as no program has the socket. Any other failure may be
+// of one that is busy.
+func nobody(err error) bool {
+	return errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ENOENT)
 }
 
 // stopServer ends the server, unless it exports something that is not ours.
@@ -81,8 +91,8 @@ func (m *qmpMachine) stopServer(ctx context.Context) error {
 	}
 	err = m.conn.Do(ctx, "nbd-server-stop", nil, nil)
 	var refused *qmp.Error
-	if errors.As(err, &refused) { // it runs no more
-		err = nil
+	if err != nil && !errors.As(err, &refused) {
+		return err
 	}
-	return errors.Join(err, os.RemoveAll(serverDir(m.key)))
+	return os.RemoveAll(serverDir(m.key)) // refused: it runs no more
 }

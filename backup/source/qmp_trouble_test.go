@@ -3,6 +3,8 @@ package source_test
 import (
 	"bufio"
 	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -94,6 +96,35 @@ func TestQMPEnded(t *testing.T) {
 	}
 	if left, err := os.ReadDir(scratch); err != nil || len(left) != 0 {
 		t.Errorf("left in the scratch directory: %v, %v", left, err)
+	}
+}
+
+// TestQMPSilent has a monitor that lost the backup's connection and serves another client then: QEMU
+// may run, so its NBD server's directory stays for the next backup to find.
+func TestQMPSilent(t *testing.T) {
+	t.Parallel()
+	d := startDaemon(t)
+	d.do(t, "blockdev-add", map[string]any{"driver": "null-co", "node-name": "vda", "size": machineSize})
+	d.do(t, "block-export-add", map[string]any{"type": "vhost-user-blk", "id": "guest", "node-name": "vda", "addr": map[string]any{"type": "unix", "path": filepath.Join(d.dir, "g")}})
+	key := sha256.Sum256([]byte(d.monitor))
+	server := filepath.Join(source.DefaultScratch, "varve-"+hex.EncodeToString(key[:6])+".nbd")
+	defer os.RemoveAll(server)
+	_, err := machine{}.backup(t.Context(), d.uri(), machine{}.options(t.TempDir()), func() {
+		if err := os.Remove(d.monitor); err != nil {
+			t.Fatal(err)
+		}
+		l, err := net.Listen("unix", d.monitor) // it accepts, and says nothing
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		_ = d.cmd.Process.Kill()
+	}, nil)
+	if !errors.Is(err, qmp.ErrBusy) {
+		t.Errorf("the monitor does not answer: %v", err)
+	}
+	if _, err := os.Lstat(server); err != nil {
+		t.Errorf("the directory of a server that may run: %v", err)
 	}
 }
 

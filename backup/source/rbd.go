@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -20,10 +21,13 @@ import (
 // rbd is a snapshot of an image in a Ceph cluster: its bytes come through a qemu-nbd with
 // QEMU's rbd driver, its changes from "rbd diff".
 type rbd struct {
-	spec string // pool/image@snapshot
-	snap string
-	srv  *qemu.Server
-	disk *nbddisk.Disk
+	image string // pool/image
+	snap  string
+	spec  string // pool/image@snapshot
+	state string // the change ID
+	why   error  // there is none
+	srv   *qemu.Server
+	disk  *nbddisk.Disk
 }
 
 // rbdName is pool/image@snapshot or pool/namespace/image@snapshot. The characters are those
@@ -38,14 +42,15 @@ func openRBD(ctx context.Context, uri string, opt Options) (_ Session, err error
 	case opt.Track:
 		return nil, fmt.Errorf("%s: %w: Ceph keeps the snapshots; keep that of the last backup until the next one", uri, ErrNoTracking)
 	case opt.Bitmap != "" || opt.ChangeID != "" || opt.BaseChangeID != "":
-		return nil, fmt.Errorf("%w: %s: its change ID is the name of the snapshot; leave out --bitmap, --change-id and --base-change-id", ErrURI, uri)
+		return nil, fmt.Errorf("%w: %s: its change ID is that of the snapshot; leave out --bitmap, --change-id and --base-change-id", ErrURI, uri)
 	}
-	r := &rbd{spec: m[1] + "@" + m[2], snap: m[2]}
+	r := &rbd{image: m[1], spec: m[1] + "@" + m[2], snap: m[2]}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, r.Close())
 		}
 	}()
+	before, why := r.look(ctx)
 	if r.srv, err = qemu.StartNBD(qemu.Serve{Name: "rbd:" + r.spec, Format: qemu.Raw, Connections: nbddisk.DefaultConnections}); err != nil {
 		return nil, err
 	}
@@ -55,14 +60,89 @@ func openRBD(ctx context.Context, uri string, opt Options) (_ Session, err error
 		}
 		return nil, err
 	}
+	if err := r.identify(ctx, before, why); err != nil {
+		return nil, err
+	}
 	return r, r.srv.Hide()
+}
+
+// identify names the state that is read: NAME@ID@IMAGE. A name alone is given to other snapshots
+// later, and to those of other images. before is of the time before the snapshot was opened.
+func (r *rbd) identify(ctx context.Context, before *rbdImage, why error) error {
+	var now *rbdImage
+	if why == nil {
+		now, why = r.look(ctx)
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	switch {
+	case why != nil: // the next backup builds on nothing then
+		r.why = why
+	case before.state(r.snap) == "" || before.state(r.snap) != now.state(r.snap):
+		r.why = fmt.Errorf("the snapshot %s was made or removed meanwhile", r.spec)
+	default:
+		r.state = now.state(r.snap)
+	}
+	return nil
+}
+
+// rbdState is what identify makes.
+var rbdState = regexp.MustCompile(`^([A-Za-z0-9][A-Za-z0-9_.-]*)@([0-9]+)@([A-Za-z0-9]+)$`)
+
+// rbdImage is what rbd says of an image and its snapshots.
+type rbdImage struct {
+	id    string
+	snaps map[string]uint64 // their IDs by name, which the cluster gives once
+}
+
+// state is the change ID of a snapshot; empty if there is none of the name.
+func (i *rbdImage) state(snap string) string {
+	id, ok := i.snaps[snap]
+	if !ok {
+		return ""
+	}
+	return fmt.Sprintf("%s@%d@%s", snap, id, i.id)
+}
+
+func (r *rbd) look(ctx context.Context) (*rbdImage, error) {
+	var info struct {
+		ID string `json:"id"`
+	}
+	var snaps []struct {
+		ID   *uint64 `json:"id"`
+		Name string  `json:"name"`
+	}
+	for _, ask := range []struct {
+		answer any
+		args   []string
+	}{{&info, []string{"info"}}, {&snaps, []string{"snap", "ls"}}} {
+		text, err := output(ctx, 16<<20, "rbd", "ceph-common", append(ask.args, "--format", "json", "--", r.image)...)
+		if err != nil {
+			return nil, err
+		}
+		if err := json.Unmarshal(text, ask.answer); err != nil {
+			return nil, fmt.Errorf("read what rbd printed: %w", err)
+		}
+	}
+	image := &rbdImage{info.ID, map[string]uint64{}}
+	for _, s := range snaps {
+		if s.ID == nil {
+			return nil, errors.New("read what rbd printed: a snapshot has no ID")
+		}
+		image.snaps[s.Name] = *s.ID
+	}
+	if info.ID == "" { // as one of the first format
+		return nil, fmt.Errorf("the image %s has no ID", r.image)
+	}
+	return image, nil
 }
 
 // Disks is the one.
 func (r *rbd) Disks() []Disk {
 	return []Disk{{
 		Bytes: r.disk, Kind: "RBD snapshot",
-		Changes: []cbt.Source{&rbdDiff{r}, &nbddisk.Allocated{Disk: r.disk, Target: r.snap, Kind: "allocation"}},
+		Changes: []cbt.Source{&rbdDiff{r}, &nbddisk.Allocated{Disk: r.disk, Target: cmp.Or(r.state, r.snap), Kind: "allocation"}},
 	}}
 }
 
@@ -93,15 +173,26 @@ const rbdSource = "rbd diff"
 
 // Changes implements cbt.Source.
 func (d *rbdDiff) Changes(ctx context.Context, req cbt.Request, emit func(cbt.Extent) error) (cbt.Report, error) {
-	list := &cbt.ToolExtents{Tool: cbt.RBDDiff, Target: d.r.snap}
+	refuse := func(kind error, reason cbt.Reason, format string, args ...any) (cbt.Report, error) {
+		return cbt.Report{}, &cbt.Error{Source: rbdSource, Kind: kind, Reason: reason, Detail: fmt.Sprintf(format, args...)}
+	}
+	if d.r.state == "" {
+		return refuse(cbt.ErrUnavailable, cbt.ReasonUnknown, "%v", d.r.why)
+	}
+	list := &cbt.ToolExtents{Tool: cbt.RBDDiff, Target: d.r.state}
 	args := []string{"diff", "--format", "json"}
+	want := []string{d.r.state}
 	if req.Base != nil {
-		// An option cannot be one of these names.
-		if list.Base = req.Base.ChangeID; !rbdName.MatchString("rbd://p/i@"+list.Base) || list.Base == d.r.snap {
-			return cbt.Report{}, &cbt.Error{Source: rbdSource, Kind: cbt.ErrBaseMismatch, Reason: cbt.ReasonNoChangeID,
-				Detail: fmt.Sprintf("the parent was not made from an earlier snapshot of the image: its change ID is %q", list.Base)}
+		list.Base = req.Base.ChangeID
+		base := rbdState.FindStringSubmatch(list.Base) // no name is an option
+		if base == nil || list.Base == d.r.state {
+			return refuse(cbt.ErrBaseMismatch, cbt.ReasonNoChangeID, "the parent was not made from an earlier snapshot of the image: its change ID is %q", list.Base)
 		}
-		args = append(args, "--from-snap", list.Base)
+		args = append(args, "--from-snap", base[1])
+		want = append(want, list.Base)
+	}
+	if err := d.r.have(ctx, want); err != nil {
+		return refuse(cbt.ErrBaseMismatch, cbt.ReasonBaseMismatch, "%v", err)
 	}
 	rep, printed, err := runTool(ctx, "rbd", "ceph-common", append(args, "--", d.r.spec), func(out io.Reader) (cbt.Report, error) {
 		list.List = out
@@ -117,8 +208,26 @@ func (d *rbdDiff) Changes(ctx context.Context, req cbt.Request, emit func(cbt.Ex
 	if err != nil {
 		return cbt.Report{}, err
 	}
+	// rbd knows snapshots by their names, of which another may have one by now.
+	if err := d.r.have(ctx, want); err != nil {
+		return refuse(cbt.ErrBaseMismatch, cbt.ReasonBaseMismatch, "%v", err)
+	}
 	rep.Source = rbdSource
 	return rep, nil
+}
+
+// have fails unless the image has all the snapshots, as identify calls them.
+func (r *rbd) have(ctx context.Context, states []string) error {
+	image, err := r.look(ctx)
+	if err != nil {
+		return err
+	}
+	for _, s := range states {
+		if name, _, _ := strings.Cut(s, "@"); image.state(name) != s {
+			return fmt.Errorf("the image has no snapshot %s any more, or one of that name that was made later: it has %q", s, image.state(name))
+		}
+	}
+	return nil
 }
 
 // runTool runs a program, which is in the package from, and has its output read to the end. printed

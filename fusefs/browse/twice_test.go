@@ -190,9 +190,10 @@ func TestCopyStaysWithinTheTarget(t *testing.T) {
 		})
 	}
 	// copyWhile calls change while file 0 is copied and the directory has just been made.
-	copyWhile := func(t *testing.T, fsys diskfs.FileSystem, target string, change func(dir string) error) (res browse.CopyResult, refused refusals, err error) {
+	copyWhile := func(t *testing.T, fsys diskfs.FileSystem, target string, change func(dir string) error) (res browse.CopyResult, refused *refusals, err error) {
 		t.Helper()
 		dir := filepath.Join(target, "dir")
+		refused = &refusals{}
 		var once sync.Once
 		res, err = browse.Copy(t.Context(), fsys, ".", target, browse.CopyOptions{Recursive: true, Force: true, Workers: 1, Failed: refused.add, Copied: func(int64) {
 			once.Do(func() {

@@ -60,8 +60,8 @@ func (j *job) holdsFor() (left time.Duration, holds bool) {
 }
 
 // dropVolumeStep deletes our claim, its volume and the storage's: no user ever had it, so the
-// class's reclaim policy does not apply. A claim for which the storage is making a volume
-// stays until the volume is known, or can no longer appear.
+// class's reclaim policy does not apply. A volume that existed before stays. A claim for which
+// the storage is making a volume stays until the volume is known, or can no longer appear.
 func (j *job) dropVolumeStep(ctx context.Context) (step.Result, error) {
 	if inPlace(j.pop) {
 		return j.dropSecondStep(ctx)
@@ -70,16 +70,7 @@ func (j *job) dropVolumeStep(ctx context.Context) (step.Result, error) {
 	if err != nil {
 		return step.Result{}, err
 	}
-	name := j.pop.Status.PrimeVolume
-	if name == "" && prime != nil && prime.Spec.VolumeName != "" {
-		// Killed before it was recorded; it must not be lost once the claim is deleted.
-		name = prime.Spec.VolumeName
-		j.pop.Status.PrimeVolume = name
-		if err := j.save(ctx); err != nil {
-			return step.Result{}, err
-		}
-	}
-	pv, err := j.volume(ctx, name)
+	name, pv, err := j.madeVolume(ctx, prime)
 	if err != nil {
 		return step.Result{}, err
 	}
@@ -118,4 +109,36 @@ func (j *job) dropVolumeStep(ctx context.Context) (step.Result, error) {
 		return step.Wait(v1alpha1.ReasonStartingAgain, "waiting for the storage to delete the volume", look/2), nil
 	}
 	return step.Done(), nil
+}
+
+// madeVolume returns the volume that was made for our claim, and its name; nil if there is none. One that existed
+// before and was bound to our claim is retained, and forgotten: it is not Varve's to delete, and may be another
+// claim's as soon as ours is gone.
+func (j *job) madeVolume(ctx context.Context, prime *corev1.PersistentVolumeClaim) (string, *corev1.PersistentVolume, error) {
+	s := &j.pop.Status
+	name := s.PrimeVolume
+	if name == "" && prime != nil {
+		name = prime.Spec.VolumeName
+	}
+	pv, err := j.volume(ctx, name)
+	if err != nil {
+		return "", nil, err
+	}
+	if pv != nil && existed(pv) {
+		ours := prime != nil && pv.Spec.ClaimRef != nil && pv.Spec.ClaimRef.UID == prime.UID
+		if ours && pv.DeletionTimestamp == nil && pv.Spec.PersistentVolumeReclaimPolicy != corev1.PersistentVolumeReclaimRetain {
+			if err := j.patchVolume(ctx, pv, func(pv *corev1.PersistentVolume) {
+				pv.Spec.PersistentVolumeReclaimPolicy = corev1.PersistentVolumeReclaimRetain
+			}); err != nil {
+				return "", nil, err
+			}
+		}
+		name, pv = "", nil
+	}
+	if name == s.PrimeVolume {
+		return name, pv, nil
+	}
+	// Not recorded if killed before that; it must not be lost once the claim is deleted.
+	s.PrimeVolume = name
+	return name, pv, j.save(ctx)
 }

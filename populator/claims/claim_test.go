@@ -44,6 +44,8 @@ func TestRefusals(t *testing.T) {
 			world: func(w *world) { w.point.VolumeMode = "" }},
 		{name: "smaller than asked for before", mode: corev1.PersistentVolumeBlock, event: "Warning ClaimTooSmall",
 			world: func(w *world) { w.point.RequestBytes = diskSize + 1 }},
+		{name: "a stream", mode: corev1.PersistentVolumeBlock, event: "Warning InvalidSpec",
+			world: func(w *world) { w.point.Stream = true }},
 		{name: "no point", mode: corev1.PersistentVolumeBlock, event: "Warning NoRecoveryPoint",
 			world: func(w *world) {
 				w.findErr = &RefusedError{Reason: v1alpha1.ReasonNoRecoveryPoint, Message: "none", NoneAtAll: true}
@@ -82,7 +84,7 @@ func TestRefusals(t *testing.T) {
 			}
 			// The obstacle goes away.
 			if tc.world != nil {
-				w.point.VolumeMode, w.point.RequestBytes, w.findErr = tc.mode, diskSize, nil
+				w.point.VolumeMode, w.point.RequestBytes, w.point.Stream, w.findErr = tc.mode, diskSize, false, nil
 				in.run(t, w.settled)
 			}
 		})

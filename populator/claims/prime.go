@@ -77,6 +77,18 @@ func (j *job) primeStep(ctx context.Context) (step.Result, error) {
 	if err != nil || pv == nil {
 		return step.Wait(v1alpha1.ReasonProvisioning, "waiting for volume "+prime.Spec.VolumeName, look), err
 	}
+	if existed(pv) {
+		class, err := j.class(ctx)
+		if err != nil {
+			return step.Result{}, err
+		}
+		// A class without a provisioner has no other volumes than free ones.
+		if class.Provisioner != noProvisioner {
+			return step.Result{}, step.Terminal(v1alpha1.ReasonRestoreFailed, fmt.Errorf(
+				"volume %s of class %s was free, and Kubernetes bound it to the claim that was to get a new one; nothing was written to it. It is retained: bind it to a claim (without its spec.claimRef it is free again), or give it another class",
+				pv.Name, pv.Spec.StorageClassName))
+		}
+	}
 	s := &j.pop.Status
 	if s.PrimeVolume == pv.Name {
 		return step.Done(), nil
@@ -87,6 +99,13 @@ func (j *job) primeStep(ctx context.Context) (step.Result, error) {
 	}
 	return step.Done(), j.save(ctx)
 }
+
+// noProvisioner is the provisioner of classes whose volumes are made beforehand.
+const noProvisioner = "kubernetes.io/no-provisioner"
+
+// existed reports whether a volume existed before it was bound to our claim: the binder looks for one that fits
+// before a new one is made. It may hold somebody's data.
+func existed(pv *corev1.PersistentVolume) bool { return pv.Annotations[annBoundByController] != "" }
 
 // class of the claim.
 func (j *job) class(ctx context.Context) (*storagev1.StorageClass, error) {

@@ -97,6 +97,8 @@ func missing(err error, ref *corev1.TypedObjectReference) error {
 func Admit(claim *corev1.PersistentVolumeClaim, p Found) error {
 	mode := volumeMode(claim)
 	switch {
+	case p.Stream:
+		return &RefusedError{Reason: v1alpha1.ReasonInvalidSpec, Message: fmt.Sprintf("recovery point %s is a stream; feed it with a DumpRestore", short(p.ID))}
 	case p.VolumeMode == mode || p.AllowModeChange:
 	case p.VolumeMode != "":
 		return &RefusedError{Reason: v1alpha1.ReasonVolumeModeMismatch, Message: fmt.Sprintf(

@@ -92,6 +92,7 @@ func newWorld(t *testing.T, objects ...client.Object) *world {
 		WithStatusSubresource(&v1alpha1.VolumePopulation{}, &v1alpha1.RecoverySource{}, &v1alpha1.VolumeBackup{}).
 		WithObjects(
 			&storagev1.StorageClass{ObjectMeta: metav1.ObjectMeta{Name: "fast"}, Provisioner: "csi", VolumeBindingMode: &immediate, ReclaimPolicy: &del},
+			&storagev1.StorageClass{ObjectMeta: metav1.ObjectMeta{Name: "local"}, Provisioner: noProvisioner, VolumeBindingMode: &immediate},
 			&storagev1.StorageClass{ObjectMeta: metav1.ObjectMeta{Name: "wffc"}, Provisioner: "csi", VolumeBindingMode: &later, ReclaimPolicy: &del},
 			&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n1"}},
 			&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n2"}},

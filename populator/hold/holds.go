@@ -369,8 +369,9 @@ func (h *Hold) letGo(i int, m *member, useless error) {
 	ctx, cancel := context.WithTimeoutCause(context.Background(), thawPatience, fmt.Errorf("no answer came within %v", thawPatience))
 	end := m.release(ctx)
 	cancel()
-	// One that did not freeze and has ended silently had nothing to thaw, or its program thaws it.
-	if failed != nil && end != nil && !m.isStuck() {
+	// One that did not freeze and has ended silently had nothing to thaw, or its program thaws it. One that has
+	// neither thawed nor ended may be frozen.
+	if failed != nil && end != nil && !m.isStuck() && (m.isThawed() || m.endedWhy() != nil) {
 		end = nil
 	}
 	h.part(i, func(s *PartState) {

@@ -13,12 +13,25 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
 
 	"github.com/varve-io/varve/api/v1alpha1"
 )
 
 // maxGroup bounds the claims of a group.
 const maxGroup = 32
+
+// tooMany reports whether a group that selects claims, except those that policies before it cover, would have too
+// many: it starts no runs.
+func tooMany(selector labels.Selector, claims []corev1.PersistentVolumeClaim, taken func(*corev1.PersistentVolumeClaim) bool) bool {
+	n := 0
+	for i := range claims {
+		if pvc := &claims[i]; Covers(selector, pvc) && !taken(pvc) {
+			n++
+		}
+	}
+	return n > maxGroup
+}
 
 // group handles all claims of a policy with a group: their runs are due at one time. It returns
 // when the next are.

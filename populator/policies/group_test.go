@@ -1,6 +1,7 @@
 package policies
 
 import (
+	"fmt"
 	"slices"
 	"testing"
 
@@ -87,5 +88,33 @@ func TestGroupInPart(t *testing.T) {
 	p.look(t, "shop")
 	if again := p.runs(t); len(again) != 2 || again[0].Spec.Group.ID != again[1].Spec.Group.ID || len(again[1].Spec.Group.Members) != 2 {
 		t.Errorf("then there are %d", len(again))
+	}
+}
+
+// A policy whose group would have too many claims starts nothing, and leaves its claims to other policies; those
+// that a policy before it covers do not count.
+func TestGroupOfTooMany(t *testing.T) {
+	now := at("2026-11-21T01:05:00Z")
+	group := newPolicy("many", "0 * * * *")
+	group.Spec.Group = true
+	objects := []client.Object{group, newPolicy("others", "0 * * * *"), backupStore()}
+	for i := range maxGroup + 1 {
+		objects = append(objects, newClaim(fmt.Sprintf("data-%d", i)))
+	}
+	p := newReconciler(t, &now, objects...)
+	if _, c := p.look(t, "many"); c.Reason != v1alpha1.ReasonInvalidSpec {
+		t.Fatalf("%+v", c)
+	}
+	if _, c := p.look(t, "others"); c.Status != metav1.ConditionTrue || len(p.runs(t)) != maxGroup+1 {
+		t.Errorf("%d runs, %+v", len(p.runs(t)), c)
+	}
+
+	first := newPolicy("first", "0 * * * *")
+	first.Spec.Selector = &metav1.LabelSelector{MatchLabels: map[string]string{"app": "one"}}
+	one := newClaim("one")
+	one.Labels = first.Spec.Selector.MatchLabels
+	p = newReconciler(t, &now, append(objects[:len(objects)-1:len(objects)-1], first, one)...)
+	if _, c := p.look(t, "others"); c.Reason != v1alpha1.ReasonOverlaps || len(p.runs(t)) > 0 {
+		t.Errorf("%d runs beside a group of %d, %+v", len(p.runs(t)), maxGroup, c)
 	}
 }

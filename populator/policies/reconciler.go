@@ -227,23 +227,26 @@ func (p *Reconciler) claims(ctx context.Context, policy *v1alpha1.BackupPolicy, 
 	if err := p.Client.List(ctx, &others, client.InNamespace(policy.Namespace)); err != nil {
 		return nil, nil, err
 	}
+	slices.SortFunc(others.Items, func(a, b v1alpha1.BackupPolicy) int { return strings.Compare(a.Name, b.Name) })
 	var earlier []labels.Selector
+	taken := func(pvc *corev1.PersistentVolumeClaim) bool {
+		return slices.ContainsFunc(earlier, func(s labels.Selector) bool { return s.Matches(labels.Set(pvc.Labels)) })
+	}
 	key := store.KeyOf(policy.Spec.StoreRef, policy.Namespace)
 	for i := range others.Items {
 		o := &others.Items[i]
 		if o.Name < policy.Name && o.DeletionTimestamp == nil && !o.Spec.Paused && store.KeyOf(o.Spec.StoreRef, o.Namespace) == key {
 			// A policy that cannot run covers nothing.
-			if _, s, err := read(o); err == nil {
+			if _, s, err := read(o); err == nil && !(o.Spec.Group && tooMany(s, list.Items, taken)) {
 				earlier = append(earlier, s)
 			}
 		}
 	}
 	for _, pvc := range list.Items {
-		set := labels.Set(pvc.Labels)
 		if !Covers(selector, &pvc) {
 			continue
 		}
-		if slices.ContainsFunc(earlier, func(s labels.Selector) bool { return s.Matches(set) }) {
+		if taken(&pvc) {
 			overlaps = append(overlaps, pvc.Name)
 			continue
 		}

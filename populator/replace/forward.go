@@ -134,6 +134,10 @@ func (j *job) source(ctx context.Context, m *member) (*corev1.PersistentVolume, 
 	if pv == nil || pv.DeletionTimestamp != nil || handle(pv) != handle(m.new) {
 		return nil, step.Terminal(v1alpha1.ReasonVolumeChanged, fmt.Errorf("volume %s, which claim %s was to get, is gone or another", m.Source, m.name()))
 	}
+	// Without a claim of its own it is a kept volume. One that a user bound to a claim since is the user's.
+	if ref := pv.Spec.ClaimRef; m.SourceClaim == nil && (ref == nil || ref.Namespace != j.Namespace || ref.Name != m.Source) {
+		return nil, step.Terminal(v1alpha1.ReasonVolumeChanged, fmt.Errorf("volume %s, which claim %s was to get, was given to another claim, or is not reserved any more", m.Source, m.name()))
+	}
 	return pv, nil
 }
 

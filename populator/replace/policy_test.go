@@ -7,6 +7,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -115,5 +116,39 @@ func TestExpanded(t *testing.T) {
 	if got := pv.Spec.Capacity[corev1.ResourceStorage]; handle(pv) != "csi^old-a" || got.Cmp(size) != 0 || pv.Labels[LabelKept] != "" || !w.has("old-", 2, "a") ||
 		!strings.Contains(strings.Join(w.events, "\n"), v1alpha1.ReasonPutBack) {
 		t.Errorf("put back: %v: %s", got, w.dump())
+	}
+}
+
+// TestSourceIsTaken: a kept volume that a user gave to another claim while the replacement waited is not given
+// to a second one.
+func TestSourceIsTaken(t *testing.T) {
+	t.Parallel()
+	for _, taken := range []bool{false, true} {
+		w := newWorld(t, "a")
+		w.schedule("a")
+		source := w.volume("source-a")
+		kept := Manifest(source, "kept-before")
+		kept.Spec.ClaimRef = claimRef(v1alpha1.ClaimReference{Namespace: varveNS, Name: kept.Name, UID: "earlier"})
+		w.must(w.c.Create(t.Context(), kept))
+		source.Finalizers = nil
+		w.must(w.c.Update(t.Context(), source))
+		w.must(w.c.Delete(t.Context(), source))
+		w.must(w.c.Delete(t.Context(), &corev1.PersistentVolumeClaim{ObjectMeta: metav1.ObjectMeta{Namespace: varveNS, Name: "prime-a"}}))
+		r := w.replacement()
+		r.Spec.Volumes[0].Source, r.Spec.Volumes[0].SourceClaim = kept.Name, nil
+		w.must(w.c.Update(t.Context(), r))
+		if taken {
+			kept = w.volume(kept.Name)
+			kept.Spec.ClaimRef = claimRef(v1alpha1.ClaimReference{Namespace: userNS, Name: "mine", UID: "mine"})
+			w.must(w.c.Update(t.Context(), kept))
+		}
+		w.run(nil, w.ended)
+		has, at := "csi^new-a", StepDone
+		if taken {
+			has, at = "csi^old-a", stepFailed
+		}
+		if got := handle(w.volume("pv-a")); got != has || w.replacement().Status.Step != at || taken && w.volume(kept.Name) == nil {
+			t.Errorf("taken %v: the claim has %s: %s", taken, got, w.dump())
+		}
 	}
 }

@@ -384,3 +384,35 @@ func TestUndoWaitsLong(t *testing.T) {
 		t.Error(w.dump())
 	}
 }
+
+// TestKeptIsTaken: what a swap kept is not put back if a user has given it to another claim since, or has it on
+// another volume: two claims would have it.
+func TestKeptIsTaken(t *testing.T) {
+	t.Parallel()
+	for what, tc := range map[string]struct {
+		take func(w *world, kept *corev1.PersistentVolume)
+		says string
+	}{
+		"by another claim": {says: "claim shop/mine", take: func(w *world, kept *corev1.PersistentVolume) {
+			kept.Spec.ClaimRef = &corev1.ObjectReference{Kind: "PersistentVolumeClaim", Namespace: userNS, Name: "mine", UID: "mine"}
+			w.put(kept)
+		}},
+		"on another volume": {says: "on volume twin too", take: func(w *world, kept *corev1.PersistentVolume) {
+			w.must(w.c.Create(w.t.Context(), replace.Manifest(kept, "twin")))
+		}},
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t, nil)
+			in := w.start(nil)
+			in.run(w.in(v1alpha1.RestoreSucceeded))
+			tc.take(w, w.volume(KeptPrefix+"restore"))
+			w.undo()
+			in.run(func() bool { return w.in(v1alpha1.RestoreFailed)() || w.in(v1alpha1.RestoreUndone)() })
+			c := meta.FindStatusCondition(w.restore().Status.Conditions, v1alpha1.ConditionFailed)
+			if c == nil || c.Reason != v1alpha1.ReasonNothingToUndo || !strings.Contains(c.Message, tc.says) || w.holds() != pointID {
+				t.Errorf("%+v: %s", c, w.dump())
+			}
+		})
+	}
+}

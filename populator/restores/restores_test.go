@@ -392,9 +392,10 @@ func TestRefused(t *testing.T) {
 		"grants": {func(w *world) {
 			w.findErr = &claims.RefusedError{Reason: v1alpha1.ReasonNotGranted, Message: "not granted"}
 		}, v1alpha1.ReasonNotGranted},
-		"mode":  {func(w *world) { w.point.VolumeMode = corev1.PersistentVolumeBlock }, v1alpha1.ReasonVolumeModeMismatch},
-		"size":  {func(w *world) { w.point.RequestBytes = 2 * diskSize }, v1alpha1.ReasonClaimTooSmall},
-		"claim": {func(w *world) { w.must(w.c.Delete(t.Context(), w.claim())) }, v1alpha1.ReasonClaimNotFound},
+		"mode":   {func(w *world) { w.point.VolumeMode = corev1.PersistentVolumeBlock }, v1alpha1.ReasonVolumeModeMismatch},
+		"stream": {func(w *world) { w.point.Stream = true }, v1alpha1.ReasonInvalidSpec},
+		"size":   {func(w *world) { w.point.RequestBytes = 2 * diskSize }, v1alpha1.ReasonClaimTooSmall},
+		"claim":  {func(w *world) { w.must(w.c.Delete(t.Context(), w.claim())) }, v1alpha1.ReasonClaimNotFound},
 		"static": {func(w *world) {
 			v := w.volume("pv-own")
 			v.Spec.CSI = nil

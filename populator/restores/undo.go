@@ -138,6 +138,21 @@ func (u *run) kept(ctx context.Context, m *member) (*corev1.PersistentVolume, er
 	case pv.Spec.PersistentVolumeReclaimPolicy != corev1.PersistentVolumeReclaimRetain:
 		return nil, nothing("volume %s with the data from before the restore is being deleted, as its time is over", name)
 	}
+	// A volume that a user bound to a claim is the user's, by that object or by another of the same storage volume:
+	// two claims would have it.
+	switch ref := pv.Spec.ClaimRef; {
+	case ref == nil:
+		return nil, nothing("volume %s with the data from before the restore is not reserved any more: its claimRef was removed", name)
+	case ref.Namespace != u.Namespace || ref.Name != name:
+		return nil, nothing("volume %s with the data from before the restore was given to claim %s/%s since", name, ref.Namespace, ref.Name)
+	}
+	others, err := replace.Others(ctx, u.Live, pv)
+	if err != nil {
+		return nil, err
+	}
+	if len(others) > 0 {
+		return nil, nothing("the storage's volume of %s, with the data from before the restore, is on volume %s too", name, others[0])
+	}
 	ask := m.claim.Spec.Resources.Requests[corev1.ResourceStorage]
 	if pv.Spec.Capacity.Storage().Cmp(ask) < 0 {
 		return nil, nothing("claim %s was expanded to %s after the restore, and volume %s has %s", m.name, ask.String(), name, pv.Spec.Capacity.Storage())

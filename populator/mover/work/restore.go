@@ -111,6 +111,8 @@ func restoreError(err error) error {
 	switch {
 	case errors.Is(err, points.ErrNoSuchPoint):
 		return &reasoned{v1alpha1.ReasonNoRecoveryPoint, false, err}
+	case errors.Is(err, points.ErrStream):
+		return &reasoned{v1alpha1.ReasonInvalidSpec, false, err}
 	case errors.Is(err, backup.ErrVerify):
 		return &reasoned{v1alpha1.ReasonRestoreFailed, true, err}
 	case errors.Is(err, backup.ErrTargetTooSmall), errors.Is(err, disk.ErrTooSmall):

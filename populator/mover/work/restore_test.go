@@ -56,6 +56,10 @@ func TestRestore(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	_, dump, err := backup.RunStream(t.Context(), repo, backup.StreamOptions{Reader: strings.NewReader("rows"), Volume: points.Volume{Namespace: "shop", Name: "dump", Cluster: "test"}})
+	if err != nil {
+		t.Fatal(err)
+	}
 	dirty := bytes.Repeat([]byte{0xa5}, size+8192)
 	for _, tc := range []struct {
 		name, point string
@@ -68,6 +72,7 @@ func TestRestore(t *testing.T) {
 		{name: "a device of the same size", point: rec.ID, device: dirty[:size]},
 		{name: "a short device", point: rec.ID, device: dirty[:4<<20], reason: v1alpha1.ReasonDeviceShort},
 		{name: "a point that is gone", point: "00000000000000000000000000000000", device: dirty, reason: v1alpha1.ReasonNoRecoveryPoint},
+		{name: "a stream", point: dump.ID, device: dirty, reason: v1alpha1.ReasonInvalidSpec},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			path := write("device", tc.device)
@@ -79,8 +84,8 @@ func TestRestore(t *testing.T) {
 			res, err := restore(t.Context(), e, mover.Task{Restore: &mover.RestoreTask{PointID: tc.point}}, &store.Open{Repository: repo})
 			if tc.reason != "" {
 				got := failure(t.Context(), err)
-				if got.Reason != tc.reason {
-					t.Errorf("reason %s (%v), want %s", got.Reason, err, tc.reason)
+				if got.Reason != tc.reason || got.Again != (tc.reason == v1alpha1.ReasonDeviceShort) {
+					t.Errorf("reason %s (%v), again %v, want %s", got.Reason, err, got.Again, tc.reason)
 				}
 				if tc.reason == v1alpha1.ReasonDeviceShort && res.Restore.DeviceBytes != int64(len(tc.device)) {
 					t.Errorf("says that the device has %d bytes", res.Restore.DeviceBytes)
