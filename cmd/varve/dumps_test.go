@@ -145,8 +145,9 @@ func TestMariaDBDumps(t *testing.T) {
 	start := func() (s *dbServer, query func(string) string, socket string) {
 		s = newDBServer(t, "mysql")
 		data, socket := filepath.Join(s.dir, "data"), filepath.Join(s.dir, "sock")
-		s.run("mariadb-install-db", "--no-defaults", "--datadir="+data, "--auth-root-authentication-method=normal", "--skip-test-db")
-		c := s.command("mariadbd", "--no-defaults", "--datadir="+data, "--socket="+socket, "--skip-networking", "--pid-file="+filepath.Join(s.dir, "pid"),
+		s.run("mariadb-install-db", "--no-defaults", "--datadir="+data, "--tmpdir="+s.dir, "--auth-root-authentication-method=normal", "--skip-test-db")
+		// In /tmp a server that starts removes the temporary tables of others.
+		c := s.command("mariadbd", "--no-defaults", "--datadir="+data, "--tmpdir="+s.dir, "--socket="+socket, "--skip-networking", "--pid-file="+filepath.Join(s.dir, "pid"),
 			"--innodb-flush-log-at-trx-commit=0")
 		server := exec.CommandContext(t.Context(), c[0], c[1:]...)
 		log, err := os.Create(filepath.Join(s.dir, "log"))

@@ -184,9 +184,10 @@ func TestMariaDB(t *testing.T) {
 		t.Skip("MariaDB is not installed; make setup installs it")
 	}
 	dir, as := inDir(t, "mysql")
-	args := append(append([]string{}, as...), "mariadb-install-db", "--no-defaults", "--datadir="+dir+"/db", "--auth-root-authentication-method=normal", "--skip-test-db")
+	args := append(append([]string{}, as...), "mariadb-install-db", "--no-defaults", "--datadir="+dir+"/db", "--tmpdir="+dir, "--auth-root-authentication-method=normal", "--skip-test-db")
 	command(t, nil, args[0], args[1:]...)
-	args = append(append([]string{}, as...), daemon, "--no-defaults", "--datadir="+dir+"/db", "--socket="+dir+"/socket", "--skip-networking", "--pid-file="+dir+"/pid",
+	// In /tmp a server that starts removes the temporary tables of others.
+	args = append(append([]string{}, as...), daemon, "--no-defaults", "--datadir="+dir+"/db", "--tmpdir="+dir, "--socket="+dir+"/socket", "--skip-networking", "--pid-file="+dir+"/pid",
 		"--innodb-buffer-pool-size=16M", "--innodb-flush-log-at-trx-commit=2")
 	env := []string{"MYSQL_UNIX_PORT=" + dir + "/socket"}
 	server(t, exec.Command(args[0], args[1:]...), func() error {
