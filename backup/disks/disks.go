@@ -251,6 +251,7 @@ func (s *Disks) Close(ctx context.Context) error {
 	s.background.Wait() // each has its own time limit
 	var all sync.WaitGroup
 	errs := make(chan error, len(open))
+	all.Go(func() { s.releaseRest(ctx) }) // what fails here is not tried twice: the storage may be gone
 	for _, d := range open {
 		all.Go(func() { // each flushes and waits for storage
 			<-d.ready
@@ -265,7 +266,6 @@ func (s *Disks) Close(ctx context.Context) error {
 	for e := range errs {
 		err = errors.Join(err, e)
 	}
-	s.releaseRest(ctx)
 	return err
 }
 

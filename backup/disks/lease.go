@@ -85,6 +85,12 @@ func (d *Disk) takeLease(ctx context.Context) error {
 	}
 }
 
+func (d *Disk) hasLease() bool {
+	d.leasing.Lock()
+	defer d.leasing.Unlock()
+	return d.lease != nil
+}
+
 // leaseAgain takes the lease later: a reader may stay for days, and a storage fail for a minute.
 func (d *Disk) leaseAgain() {
 	if d.again.Swap(true) {
@@ -107,10 +113,10 @@ func (d *Disk) leaseAgain() {
 				d.set.log.DebugContext(d.set.ctx, "still no lease", "point", d.point.Name(), "error", Cause(err))
 				continue
 			}
-			if err == nil {
-				d.set.log.InfoContext(d.set.ctx, "the recovery point has its lease now: prune keeps it", "point", d.point.Name())
-			} else {
+			if err != nil {
 				d.lost(err)
+			} else if d.hasLease() {
+				d.set.log.InfoContext(d.set.ctx, "the recovery point has its lease now: prune keeps it", "point", d.point.Name())
 			}
 			return
 		}

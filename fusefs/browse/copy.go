@@ -213,7 +213,7 @@ func (c *copier) file(e *Entry, to string) error {
 			if target, err = e.ReadLink(); err != nil {
 				err = reading(err)
 			} else {
-				err = p.err("symlink", unix.Symlinkat(target, p.dir, p.name))
+				err = p.err("symlink", uninterrupted(func() error { return unix.Symlinkat(target, p.dir, p.name) }))
 			}
 		default:
 			if err = p.err("mknod", special(e.Stat, p)); errors.Is(err, unix.EPERM) {
@@ -246,7 +246,7 @@ func special(st *diskfs.Stat, p place) error {
 	if st.Mode&unix.S_IFMT == unix.S_IFCHR || st.Mode&unix.S_IFMT == unix.S_IFBLK {
 		dev = int(unix.Mkdev(st.Major, st.Minor))
 	}
-	return unix.Mknodat(p.dir, p.name, st.Mode&unix.S_IFMT|0o600, dev)
+	return uninterrupted(func() error { return unix.Mknodat(p.dir, p.name, st.Mode&unix.S_IFMT|0o600, dev) })
 }
 
 var (
@@ -294,7 +294,7 @@ func (c *copier) link(l made) error {
 			}
 		}
 		return c.at(l.first, func(first place) error {
-			return p.err("link", unix.Linkat(first.dir, first.name, p.dir, p.name, 0))
+			return p.err("link", uninterrupted(func() error { return unix.Linkat(first.dir, first.name, p.dir, p.name, 0) }))
 		})
 	})
 	if err != nil {

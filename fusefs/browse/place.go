@@ -26,7 +26,7 @@ func (c *copier) at(to string, fn func(p place) error) error {
 	p := place{dir: int(c.base.Fd()), name: filepath.Base(to), path: filepath.Join(c.base.Name(), to)}
 	if dir := filepath.Dir(to); dir != "." {
 		for elem := range strings.SplitSeq(dir, "/") {
-			next, err := unix.Openat(p.dir, elem, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+			next, err := openat(p.dir, elem, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 			if p.dir != int(c.base.Fd()) {
 				unix.Close(p.dir)
 			}
@@ -49,25 +49,42 @@ func (p place) err(op string, err error) error {
 }
 
 func (p place) lstat() (st unix.Stat_t, err error) {
-	err = p.err("lstat", unix.Fstatat(p.dir, p.name, &st, unix.AT_SYMLINK_NOFOLLOW))
+	err = p.err("lstat", uninterrupted(func() error { return unix.Fstatat(p.dir, p.name, &st, unix.AT_SYMLINK_NOFOLLOW) }))
 	return st, err
 }
 
 // create makes a file for writing.
 func (p place) create() (*os.File, error) {
+	fd, err := openat(p.dir, p.name, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, p.err("open", err)
+	}
+	return os.NewFile(uintptr(fd), p.path), nil
+}
+
+func (p place) remove() error { return p.unlink(0) }
+
+func (p place) unlink(flags int) error {
+	return p.err("remove", uninterrupted(func() error { return unix.Unlinkat(p.dir, p.name, flags) }))
+}
+
+// uninterrupted calls fn again as long as a signal interrupts it, as package os does: Go's runtime sends signals to its
+// own threads, and file systems in user space end a call for them.
+func uninterrupted(fn func() error) error {
 	for {
-		fd, err := unix.Openat(p.dir, p.name, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
-		if errors.Is(err, unix.EINTR) {
-			continue
+		if err := fn(); !errors.Is(err, unix.EINTR) {
+			return err
 		}
-		if err != nil {
-			return nil, p.err("open", err)
-		}
-		return os.NewFile(uintptr(fd), p.path), nil
 	}
 }
 
-func (p place) remove() error { return p.err("remove", unix.Unlinkat(p.dir, p.name, 0)) }
+func openat(dir int, name string, flags int, mode uint32) (fd int, err error) {
+	err = uninterrupted(func() (err error) {
+		fd, err = unix.Openat(dir, name, flags|unix.O_CLOEXEC, mode)
+		return err
+	})
+	return fd, err
+}
 
 // makings are the files and directories that a copy has made or writes into, by device and
 // inode: a target may take two names of the image for one, as where case does not count.
@@ -98,7 +115,7 @@ func (c *copier) mkdir(to string) error {
 		// With the lock, since nothing may remove it before it is known.
 		c.makings.mu.Lock()
 		defer c.makings.mu.Unlock()
-		err := p.err("mkdir", unix.Mkdirat(p.dir, p.name, 0o700))
+		err := p.err("mkdir", uninterrupted(func() error { return unix.Mkdirat(p.dir, p.name, 0o700) }))
 		if err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
@@ -125,7 +142,7 @@ func (c *copier) replace(p place) error {
 	st, err := p.lstat()
 	mine := err == nil && c.makings.all[inodes{st.Dev, st.Ino / 64}]>>(st.Ino%64)&1 != 0
 	if err == nil && !mine && st.Mode&unix.S_IFMT == unix.S_IFDIR {
-		err = p.err("remove", unix.Unlinkat(p.dir, p.name, unix.AT_REMOVEDIR))
+		err = p.unlink(unix.AT_REMOVEDIR)
 		c.makings.mu.Unlock()
 		return err
 	}
@@ -155,7 +172,7 @@ func (c *copier) keep(e *Entry, p place) error {
 	}
 	// A descriptor that follows no link, since the mode must not become that of what a link
 	// leads to. It is checked, as another may have taken the place of what was made.
-	fd, err := unix.Openat(p.dir, p.name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	fd, err := openat(p.dir, p.name, unix.O_PATH|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return p.err("open", err)
 	}
