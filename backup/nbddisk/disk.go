@@ -162,12 +162,12 @@ func (d *Disk) dial(ctx context.Context) (*nbdclient.Export, error) {
 		}
 		return c.Go(d.uri.Export)
 	}()
-	if !stop() && err == nil {
+	if !stop() { // what failed then failed by that
 		err = context.Cause(ctx)
 	}
 	if err != nil {
 		_ = c.Close()
-		return nil, silent(ctx, err)
+		return nil, err
 	}
 	return exp, nil
 }

@@ -93,8 +93,10 @@ func Dial(ctx context.Context, u *URI, config *tls.Config) (*Client, error) {
 	}
 	stop := context.AfterFunc(ctx, func() { _ = nc.Close() })
 	c, err := u.greet(ctx, nc, config)
-	if !stop() && err == nil {
-		_ = c.Close()
+	if !stop() { // what failed then failed by that
+		if err == nil {
+			_ = c.Close()
+		}
 		return nil, context.Cause(ctx)
 	}
 	return c, err
