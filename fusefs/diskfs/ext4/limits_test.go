@@ -35,8 +35,16 @@ func TestHighBlocks(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// Directories of the root are spread over all groups; what is in them stays near.
 	fill := func(n int) {
+		// Inodes come from the goal's group. Blocks come from near their inode only if the file counts as
+		// small: for others the kernel begins at the first group whose bitmap it has read.
+		var at unix.Stat_t
+		must(unix.Stat(dir, &at))
+		name, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(at.Dev), unix.Minor(at.Dev)))
+		must(err)
+		settings := filepath.Join("/sys/fs/ext4", filepath.Base(name))
+		must(os.WriteFile(filepath.Join(settings, "inode_goal"), fmt.Append(nil, (high+high/4)/bytesPerInode), 0o644),
+			os.WriteFile(filepath.Join(settings, "mb_stream_req"), []byte("4096"), 0o644))
 		for i := range 24 {
 			sub := filepath.Join(dir, fmt.Sprintf("d%d-%d", n, i))
 			must(os.Mkdir(sub, 0o755))
@@ -69,13 +77,6 @@ func TestHighBlocks(t *testing.T) {
 		}
 		return n
 	}
-	// Where the kernel begins is drawn by lot, and small files are then kept together.
-	var at unix.Stat_t
-	must(unix.Stat(dir, &at))
-	name, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(at.Dev), unix.Minor(at.Dev)))
-	must(err)
-	goal := filepath.Join("/sys/fs/ext4", filepath.Base(name), "inode_goal")
-	must(os.WriteFile(goal, fmt.Append(nil, (high+high/4)/bytesPerInode), 0o644))
 	fill(0)
 	unmount()
 	if n := behind(compareWithKernel(t, image, image, diskfstest.Options{})); n == 0 {
