@@ -28,8 +28,8 @@ var _ Source = (*ThinDelta)(nil)
 // thinSector is the unit of data_block_size, in bytes.
 const thinSector = 512
 
-// Changes reads the list. What is mapped on the left only reads as zeroes now; what is on the
-// right only, or differs, is read. The error is an *Error.
+// Changes reads the list. What is mapped on one side only, or differs, is listed to be read: what
+// the right does not map is zeroes, or bytes of an external origin. The error is an *Error.
 func (x *ThinDelta) Changes(ctx context.Context, req Request, emit func(Extent) error) (Report, error) {
 	refuse := func(kind error, format string, args ...any) (Report, error) {
 		return Report{}, &Error{Source: extentsName, Kind: kind, Detail: fmt.Sprintf(format, args...)}
@@ -165,11 +165,11 @@ func (l *thinList) extent(e xml.StartElement, n int64) error {
 		return nil
 	}
 
-	x := Extent{Offset: begin * l.block, Length: length * l.block, Zero: l.kind == "left_only"}
-	switch {
-	case x.Zero && x.Offset >= l.size:
+	x := Extent{Offset: begin * l.block, Length: length * l.block}
+	switch unmapped := l.kind == "left_only"; {
+	case unmapped && x.Offset >= l.size:
 		return nil // the disk was larger
-	case x.Offset < l.size && x.End() > l.size && (x.Zero || x.End()-l.size < l.block):
+	case x.Offset < l.size && x.End() > l.size && (unmapped || x.End()-l.size < l.block):
 		x.Length = l.size - x.Offset // the disk ends within a block
 	}
 

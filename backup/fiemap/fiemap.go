@@ -33,6 +33,7 @@ type Range struct {
 	Offset, Length int64
 	Kind           Kind
 	Place          int64 // of Stored, in bytes of the file system
+	Shared         bool  // of Stored: other files have it too
 }
 
 const (
@@ -129,12 +130,12 @@ func (r *reader) parse(buf []byte) error {
 			r.pending = append(r.pending, Range{Offset: at, Length: off - at})
 		}
 		length = min(length, r.size-off)
-		x := Range{Offset: off, Length: length, Kind: Stored, Place: place}
+		x := Range{Offset: off, Length: length, Kind: Stored, Place: place, Shared: flags&extentShared != 0}
 		switch known := uint32(extentLast | extentMerged | extentShared); {
 		case flags&^(known|extentUnwritten) != 0:
-			x.Kind, x.Place = Unclear, 0
+			x.Kind, x.Place, x.Shared = Unclear, 0, false
 		case flags&extentUnwritten != 0:
-			x.Kind, x.Place = Hole, 0
+			x.Kind, x.Place, x.Shared = Hole, 0, false
 		}
 		r.pending = append(r.pending, x)
 		at = off + length
@@ -163,12 +164,16 @@ func Data(f *os.File, size int64, yield func(off, length int64) error) error {
 // a clone of an earlier state, of baseSize bytes; zero is set where it reads as zeroes. Ranges
 // come in order, neighbours not joined. Neither file may change meanwhile.
 func Changed(base *os.File, baseSize int64, now *os.File, size int64, yield func(off, length int64, zero bool) error) error {
-	a, b := newReader(base, baseSize), newReader(now, size)
+	return changed(newReader(base, baseSize), newReader(now, size), yield)
+}
+
+func changed(base, now *reader, yield func(off, length int64, zero bool) error) error {
+	baseSize, size := base.size, now.size
 	var was, is Range
 	for off := int64(0); off < size; {
 		var err error
 		if was.Offset+was.Length <= off && off < baseSize {
-			if was, err = a.read(); err != nil {
+			if was, err = base.read(); err != nil {
 				return err
 			}
 		}
@@ -176,7 +181,7 @@ func Changed(base *os.File, baseSize int64, now *os.File, size int64, yield func
 			was = Range{Offset: off, Length: size - off}
 		}
 		if is.Offset+is.Length <= off {
-			if is, err = b.read(); err != nil {
+			if is, err = now.read(); err != nil {
 				return err
 			}
 		}
@@ -184,8 +189,7 @@ func Changed(base *os.File, baseSize int64, now *os.File, size int64, yield func
 		if end <= off {
 			return errMap
 		}
-		same := was.Kind == is.Kind && (is.Kind == Hole || is.Kind == Stored && was.Place+off-was.Offset == is.Place+off-is.Offset)
-		if !same {
+		if !same(was, is) {
 			if err := yield(off, end-off, is.Kind == Hole); err != nil {
 				return err
 			}
@@ -195,8 +199,21 @@ func Changed(base *os.File, baseSize int64, now *os.File, size int64, yield func
 	return nil
 }
 
+// same reports whether two ranges, where they overlap, have the same content. Two files that have
+// a place in common share it, so a place that is not called shared says nothing: SMB servers
+// report each range at its offset in the file.
+func same(was, is Range) bool {
+	switch {
+	case was.Kind != is.Kind:
+		return false
+	case is.Kind == Stored:
+		return was.Shared && is.Shared && was.Place-was.Offset == is.Place-is.Offset
+	}
+	return is.Kind == Hole
+}
+
 // Clone makes to share all of from, as it is at this moment. The error is ErrNoClones where
-// their file system cannot.
+// their file system cannot, or does not report it.
 func Clone(to, from *os.File) error {
 	err := unix.IoctlFileClone(int(to.Fd()), int(from.Fd()))
 	switch {
@@ -205,7 +222,24 @@ func Clone(to, from *os.File) error {
 	case err != nil:
 		return fmt.Errorf("clone %s: %w", from.Name(), err)
 	}
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(to.Fd()), &fs); err != nil {
+		return fmt.Errorf("clone %s: %w", from.Name(), err)
+	}
+	if magic := uint32(fs.Type); !reportsSharing(magic) {
+		return fmt.Errorf("%w that it is known to report (its type is %#x)", ErrNoClones, magic)
+	}
 	return nil
+}
+
+// reportsSharing reports whether a file system, by its magic number, says of each extent whether
+// files share it. overlayfs has the answers of the file system beneath.
+func reportsSharing(magic uint32) bool {
+	switch magic {
+	case unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC, unix.OCFS2_SUPER_MAGIC, unix.BCACHEFS_SUPER_MAGIC, unix.OVERLAYFS_SUPER_MAGIC:
+		return true
+	}
+	return false
 }
 
 // ErrNoClones means that a file system cannot share blocks between files.

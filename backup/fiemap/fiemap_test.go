@@ -5,7 +5,10 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // FuzzParse takes answers of a file system: ranges follow each other, within the file.
@@ -89,8 +92,60 @@ func TestParse(t *testing.T) {
 			t.Fatalf("flags %#x: %+v, %v", flags, r.pending, err)
 		}
 		x := r.pending[1]
-		if r.pending[0] != (Range{Length: 4096}) || x.Kind != want || x.Offset != 4096 || x.Length != 4096 || (want == Stored) != (x.Place == 1<<20) {
+		if r.pending[0] != (Range{Length: 4096}) || x.Kind != want || x.Shared != (want == Stored && flags&extentShared != 0) || x.Offset != 4096 || x.Length != 4096 || (want == Stored) != (x.Place == 1<<20) {
 			t.Errorf("flags %#x: %+v, want kind %d", flags, r.pending, want)
+		}
+	}
+}
+
+// TestChangedUnshared has answers for a file and its clone that name the same places. Only shared
+// ones say that nothing was written.
+func TestChangedUnshared(t *testing.T) {
+	answer := func(flags uint32) *reader {
+		buf := make([]byte, headSize+2*extentSize)
+		ne := binary.NativeEndian
+		ne.PutUint32(buf[20:], 2)
+		for i, off := range []uint64{0, 8192} { // the answers of an SMB server have the offsets as places
+			e := buf[headSize+i*extentSize:]
+			ne.PutUint64(e, off)
+			ne.PutUint64(e[8:], off)
+			ne.PutUint64(e[16:], 4096)
+			ne.PutUint32(e[40:], flags|uint32(i)*extentLast)
+		}
+		r := newReader(nil, 16384)
+		if err := r.parse(buf); err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	for _, c := range []struct {
+		base, now uint32
+		want      []int64 // offsets
+	}{
+		{0, 0, []int64{0, 8192}}, {extentShared, 0, []int64{0, 8192}}, {0, extentShared, []int64{0, 8192}}, {extentShared, extentShared, nil},
+	} {
+		var got []int64
+		err := changed(answer(c.base), answer(c.now), func(off, length int64, zero bool) error {
+			if length != 4096 || zero {
+				t.Errorf("%d bytes at %d, zero %v", length, off, zero)
+			}
+			got = append(got, off)
+			return nil
+		})
+		if err != nil || !slices.Equal(got, c.want) {
+			t.Errorf("flags %#x and %#x: changed at %v, %v; want %v", c.base, c.now, got, err, c.want)
+		}
+	}
+}
+
+// TestReportsSharing takes file systems that clone files for ones to track by, or not.
+func TestReportsSharing(t *testing.T) {
+	for magic, want := range map[uint32]bool{
+		unix.XFS_SUPER_MAGIC: true, unix.BTRFS_SUPER_MAGIC: true, unix.OVERLAYFS_SUPER_MAGIC: true,
+		unix.SMB2_SUPER_MAGIC: false, unix.CIFS_SUPER_MAGIC: false, unix.NFS_SUPER_MAGIC: false, 0x2fc12fc1: false, // ZFS
+	} {
+		if got := reportsSharing(magic); got != want {
+			t.Errorf("%#x: %v", magic, got)
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package libvirt
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -17,6 +18,7 @@ var ErrNoAnswer = errors.New("libvirt does not answer")
 // same domain, and one that drains a slow disk waits for it.
 const (
 	DefaultTimeout = time.Minute
+	starting       = 5 * time.Minute // of a domain's start
 	leaving        = 2 * time.Second // how long the end of a connection is waited for
 )
 
@@ -177,4 +179,71 @@ func (c *Conn) Thaw(d libvirt.Domain) error {
 		_, err := l.DomainFsthaw(d, nil, 0)
 		return err
 	})
+}
+
+// StartPaused starts a domain, none of whose processors runs.
+func (c *Conn) StartPaused(d libvirt.Domain) error {
+	// A machine may have much memory to allocate.
+	_, err := callWithin(c, "DomainCreateWithFlags", max(c.timeout, starting), func(l *libvirt.Libvirt) (libvirt.Domain, error) {
+		return l.DomainCreateWithFlags(d, uint32(libvirt.DomainStartPaused))
+	})
+	return err
+}
+
+// Stop ends a domain's QEMU as it ends by itself: it writes the bitmaps of its images. A QEMU that does not
+// end in time goes on running, and that is an error.
+func (c *Conn) Stop(d libvirt.Domain) error {
+	return run(c, "DomainDestroyFlags", func(l *libvirt.Libvirt) error { return l.DomainDestroyFlags(d, libvirt.DomainDestroyGraceful) })
+}
+
+// HasSavedState reports whether a stopped domain's memory was saved: its next start goes on from there.
+func (c *Conn) HasSavedState(d libvirt.Domain) (bool, error) {
+	has, err := call(c, "DomainHasManagedSaveImage", func(l *libvirt.Libvirt) (int32, error) { return l.DomainHasManagedSaveImage(d, 0) })
+	return has != 0, err
+}
+
+// NeverRan reports whether no processor of a running domain has run since its QEMU was started.
+func (c *Conn) NeverRan(d libvirt.Domain) (bool, error) {
+	text, err := call(c, "QEMUDomainMonitorCommand", func(l *libvirt.Libvirt) (string, error) {
+		return l.QEMUDomainMonitorCommand(d, `{"execute":"query-status"}`, 0)
+	})
+	if err != nil {
+		return false, err
+	}
+	var answer struct {
+		Return struct {
+			Status string `json:"status"`
+		} `json:"return"`
+	}
+	if err := json.Unmarshal([]byte(text), &answer); err != nil {
+		return false, fmt.Errorf("QEMU's answer to query-status: %w", err)
+	}
+	return answer.Return.Status == "prelaunch", nil // RunState of QEMU's qapi/run-state.json
+}
+
+// SetMark writes an element of metadata into a domain's definition, or removes it if xml is empty.
+// Elements are told apart by their namespace.
+func (c *Conn) SetMark(d libvirt.Domain, of libvirt.DomainModificationImpact, key, namespace, xml string) error {
+	var element libvirt.OptString
+	if xml != "" {
+		element = libvirt.OptString{xml}
+	}
+	err := run(c, "DomainSetMetadata", func(l *libvirt.Libvirt) error {
+		return l.DomainSetMetadata(d, int32(libvirt.DomainMetadataElement), element, libvirt.OptString{key}, libvirt.OptString{namespace}, of)
+	})
+	if xml == "" && Is(err, libvirt.ErrNoDomainMetadata) {
+		return nil
+	}
+	return err
+}
+
+// HasMark reports whether a domain has the element of metadata of this namespace.
+func (c *Conn) HasMark(d libvirt.Domain, of libvirt.DomainModificationImpact, namespace string) (bool, error) {
+	_, err := call(c, "DomainGetMetadata", func(l *libvirt.Libvirt) (string, error) {
+		return l.DomainGetMetadata(d, int32(libvirt.DomainMetadataElement), libvirt.OptString{namespace}, of)
+	})
+	if Is(err, libvirt.ErrNoDomainMetadata) {
+		return false, nil
+	}
+	return err == nil, err
 }

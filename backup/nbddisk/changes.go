@@ -13,8 +13,9 @@ import (
 // the state Base. It has to be one of the disk's own top layer, which the caller knows: a
 // bitmap of a backing file says nothing of the layer above.
 //
-// A range that reads as zeroes is listed, as such, even if the bitmap calls it clean: a
-// disk that shrank and grew again has lost data without a bit being set.
+// A range that the server calls zero is listed, as such, even if the bitmap calls it clean: a
+// disk that shrank and grew again has lost data without a bit being set. Where it grew with room that
+// QEMU reserved (qemu-img resize --preallocation), the server need not call it zero.
 type Bitmap struct {
 	Disk *Disk
 	// Name of the bitmap on the server.

@@ -21,6 +21,8 @@ type Info struct {
 	Corrupt bool
 	// DataFile is the file that holds the bytes, if that is another one.
 	DataFile string
+	// DataFileRaw means that the data file is the disk as a raw image. QEMU reserves all of it whenever the disk grows.
+	DataFileRaw bool
 }
 
 // BitmapInfo is a persistent bitmap of a qcow2's own.
@@ -50,6 +52,7 @@ func parseInfo(text []byte) (*Info, error) {
 				Bitmaps  []BitmapInfo `json:"bitmaps"`
 				Corrupt  bool         `json:"corrupt"`
 				DataFile string       `json:"data-file"`
+				Raw      bool         `json:"data-file-raw"`
 			} `json:"data"`
 		} `json:"format-specific"`
 	}
@@ -60,7 +63,7 @@ func parseInfo(text []byte) (*Info, error) {
 		return nil, errors.New("read the answer of qemu-img: it names no size or no format")
 	}
 	specific := raw.Specific.Data
-	return &Info{Format: raw.Format, Size: *raw.Size, Bitmaps: specific.Bitmaps, Corrupt: specific.Corrupt, DataFile: specific.DataFile}, nil
+	return &Info{Format: raw.Format, Size: *raw.Size, Bitmaps: specific.Bitmaps, Corrupt: specific.Corrupt, DataFile: specific.DataFile, DataFileRaw: specific.Raw}, nil
 }
 
 // Host is the machine where images lie and QEMU's programs run. The zero value is this one.

@@ -315,6 +315,10 @@ func (b *imageBitmaps) Changes(ctx context.Context, req cbt.Request, emit func(c
 			Detail: fmt.Sprintf("the parent was made without a bitmap, and %s has one of a later backup", b.m.path)}
 	}
 	id := req.Base.ChangeID
+	if b.m.info.DataFileRaw { // nothing would show that the disk shrank and grew again
+		return cbt.Report{}, &cbt.Error{Source: bitmapSource, Kind: cbt.ErrUnavailable, Reason: cbt.ReasonFailedPrecondition,
+			Detail: fmt.Sprintf("%s keeps its bytes in the raw file %s, of which the bitmap misses what another size changed", b.m.path, b.m.info.DataFile)}
+	}
 	gone := &cbt.Error{Source: bitmapSource, Kind: cbt.ErrUnavailable, Reason: cbt.ReasonNotFound, Detail: fmt.Sprintf("%s has no bitmap %s", b.m.path, id)}
 	if len(b.m.stale) > 0 { // of other backups
 		gone.Kind, gone.Reason = cbt.ErrBaseMismatch, cbt.ReasonBaseMismatch

@@ -38,8 +38,10 @@ type libvirtMachine struct {
 	disks   []*libvirtDisk
 	target  string // the new checkpoint
 	begun   bool
+	stopped bool // its guest does not run
 	checked bool
 	done    bool
+	started bool // by a backup, which stops it in the end
 	parts   []Part
 	notes   []string
 
@@ -88,11 +90,18 @@ func openLibvirt(ctx context.Context, text string, opt Options) (_ Session, err 
 	if m.lock, err = lockMachine(keyOf(m.def.UUID)); err != nil && !opt.Inspect {
 		return nil, fmt.Errorf("%s: %w", text, err)
 	}
-	if !running {
+	switch why := m.unreadable(); {
+	case !running && why == "":
 		return m.openStopped(ctx)
-	}
-	if opt.Inspect {
+	case opt.Inspect:
 		return m, m.chooseBases()
+	case !running:
+		err = m.startPaused(why)
+	default:
+		err = m.adoptPaused()
+	}
+	if err != nil {
+		return nil, err
 	}
 	if err := m.sweep(ctx); err != nil {
 		return nil, fmt.Errorf("remove what an earlier backup left in libvirt: %w", err)
@@ -126,16 +135,27 @@ func (m *libvirtMachine) connect(ctx context.Context) (running bool, err error) 
 	default:
 		running = true
 	}
-	// The live definition says where its disks are now, the other is what a restore defines.
+	m.stopped = !running
+	if err := m.readDefinition(); err != nil {
+		return false, err
+	}
+	return running, m.readInactive()
+}
+
+// readDefinition reads the live definition, which says where the disks are now.
+func (m *libvirtMachine) readDefinition() error {
 	live, err := m.conn.XML(m.domain, 0)
 	if err != nil {
-		return false, err
+		return err
 	}
-	if m.def, err = libvirt.ParseDomain(live); err != nil {
-		return false, err
-	}
+	m.def, err = libvirt.ParseDomain(live)
+	return err
+}
+
+// readInactive reads the definition that the next start uses, which is what a restore defines.
+func (m *libvirtMachine) readInactive() (err error) {
 	m.xml, err = m.conn.XML(m.domain, golibvirt.DomainXMLInactive|golibvirt.DomainXMLSecure)
-	return running, err
+	return err
 }
 
 // choose finds the disks.
@@ -232,7 +252,7 @@ func (m *libvirtMachine) Parts() []Part { return m.parts }
 func (m *libvirtMachine) Disks() (list []Disk) {
 	var sizes map[string]int64
 	for i, d := range m.disks {
-		one := Disk{Name: d.Target, Kind: d.Format + " disk of a running libvirt domain"}
+		one := Disk{Name: d.Target, Kind: d.Format + " disk of a " + m.state() + " libvirt domain"}
 		if m.opt.Inspect {
 			if sizes == nil {
 				sizes = m.changedSizes()
@@ -366,6 +386,7 @@ func (m *libvirtMachine) Close() error {
 	if err != nil {
 		err = fmt.Errorf("remove what the backup made in libvirt (the next one does): %w", err)
 	}
+	err = errors.Join(err, m.stopPaused())
 	if m.lock != nil {
 		err = errors.Join(err, m.lock.Close())
 		m.lock = nil

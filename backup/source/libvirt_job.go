@@ -391,6 +391,14 @@ func forgetLibvirt(ctx context.Context, text string, opt Options) (removed []str
 	if err != nil {
 		return nil, err
 	}
+	if why := m.unreadable(); running {
+		err = m.adoptPaused()
+	} else if why != "" && len(list) > 0 { // QEMU deletes their bitmaps
+		running, err = true, m.startPaused(why)
+	}
+	if err != nil {
+		return nil, err
+	}
 	if running {
 		if err := m.forgetJob(prefix); err != nil {
 			return nil, err

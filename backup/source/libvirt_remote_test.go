@@ -172,11 +172,6 @@ func libvirtRemoteStopped(t *testing.T, d *domain, ssh func(...string) string) {
 	if info, err := qemu.ReadInfo(t.Context(), d.path("vda"), qemu.QCOW2); err != nil || len(info.Bitmaps) != 0 || !strings.Contains(removed, now["vda"].id) {
 		t.Errorf("forgot %q, and left %+v, %v", removed, info, err)
 	}
-	// Over TLS there is no way to the images.
-	tls := fmt.Sprintf("libvirt+tls://localhost:%d/%s?pkipath=%s/tls", d.port, d.name, d.libvirtd.dir)
-	if _, err := source.Open(t.Context(), tls, machine{}.options(t.TempDir())); err == nil || !strings.Contains(err.Error(), "use libvirt+ssh://") {
-		t.Errorf("over TLS: %v", err)
-	}
 	// A running machine has the image.
 	lock := exec.CommandContext(t.Context(), "qemu-nbd", "-t", "-f", "qcow2", "-k", t.TempDir()+"/s", d.path("vda"))
 	if err := lock.Start(); err != nil {

@@ -11,7 +11,8 @@ import (
 
 // stoppedMachine is a domain that does not run: its images, each by a qemu-nbd of our own on its machine, which
 // keeps it from starting until the session ends. Their bitmaps have the names of checkpoints, and
-// libvirt hears of those when the domain is next backed up while it runs.
+// libvirt hears of those when the domain is next backed up while it runs. Images that cannot be read so are
+// read by a QEMU that libvirt starts (libvirt_paused.go).
 type stoppedMachine struct {
 	*libvirtMachine
 
@@ -27,17 +28,8 @@ func (m *libvirtMachine) openStopped(ctx context.Context) (_ Session, err error)
 		}
 	}()
 	remote := m.uri.Remote()
-	if remote && m.uri.Transport != "ssh" {
-		return nil, fmt.Errorf("%s: the domain is stopped, and images of another machine are read over ssh: use libvirt+ssh://, or start the domain", m.text)
-	}
 	target := m.opt.newBitmapName()
 	for _, d := range m.disks {
-		if d.Path == "" {
-			return nil, fmt.Errorf("%s: the domain is stopped, and its disk %s is of type %s: only files and block devices can be read then; start it, or leave the disk out with --exclude %s", m.text, d.Target, d.Type, d.Target)
-		}
-		if remote && d.Type != "file" {
-			return nil, fmt.Errorf("%s: the domain is stopped, and its disk %s is of type %s: of another machine only image files are read then; run varve there, start the domain, or leave the disk out with --exclude %s", m.text, d.Target, d.Type, d.Target)
-		}
 		opt := m.opt
 		opt.Format, opt.name = d.Format, target
 		var session Session

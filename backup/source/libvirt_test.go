@@ -209,6 +209,7 @@ func TestLibvirt(t *testing.T) {
 	for name, test := range map[string]func(*testing.T, *domain){
 		"1-RunningAndStopped": runningAndStopped, "2-Killed": libvirtKilled, "3-Checkpoints": libvirtCheckpoints, "4-Jobs": libvirtJobs, "5-Remote": libvirtRemote,
 		"6-Conforms": libvirtConforms, "7-Overlay": libvirtOverlay, "8-Hangs": libvirtHangs, "9-Forget": libvirtForget,
+		"0-Paused": libvirtPaused,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

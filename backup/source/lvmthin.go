@@ -23,6 +23,7 @@ type lvmThin struct {
 
 	vg, name string
 	lv       thinLV
+	snapshot bool // of a volume of its pool
 }
 
 // thinLV is what lvs says of a logical volume.
@@ -33,6 +34,7 @@ type thinLV struct {
 	ID     string `json:"thin_id"` // in the pool's metadata
 	Path   string `json:"lv_path"`
 	Active string `json:"lv_active"`
+	Origin string `json:"origin_uuid"` // empty if that is gone
 }
 
 // thinName is lvmthin://VG/LV, of the characters that LVM allows (lvm(8)); none of its parts can be
@@ -70,6 +72,10 @@ func openLVMThin(ctx context.Context, uri string, opt Options) (Session, error) 
 	case t.lv.Active != "active":
 		return nil, fmt.Errorf("%s: the snapshot is not active; activate it with 'lvchange -ay -K %s/%s'", uri, t.vg, t.name)
 	}
+	for _, lv := range all {
+		// An external origin lies outside of the pool.
+		t.snapshot = t.snapshot || lv.UUID == t.lv.Origin && lv.Pool == t.lv.Pool
+	}
 	t.Session, err = openLocal(t.lv.Path, opt)
 	if err != nil {
 		return nil, err
@@ -81,13 +87,18 @@ func openLVMThin(ctx context.Context, uri string, opt Options) (Session, error) 
 func (t *lvmThin) Disks() []Disk {
 	d := t.Session.Disks()[0]
 	d.Kind = "LVM thin snapshot"
-	d.Changes = []cbt.Source{&lvmDelta{t}, wholeDisk{target: t.lv.UUID}}
+	target := t.lv.UUID
+	if !t.snapshot {
+		target = "" // what is written to it from now on, its own snapshots have too
+		d.Notes = append(d.Notes, fmt.Sprintf("%s/%s is no snapshot of a volume in its pool: the next backup compares all of it", t.vg, t.name))
+	}
+	d.Changes = []cbt.Source{&lvmDelta{t}, wholeDisk{target: target}}
 	return []Disk{d}
 }
 
 // readThin lists the logical volumes of a group.
 func readThin(ctx context.Context, vg string) ([]thinLV, error) {
-	text, err := output(ctx, 16<<20, "lvs", "lvm2", "--reportformat", "json", "-o", "lv_uuid,lv_name,pool_lv,thin_id,lv_path,lv_active", "--", vg)
+	text, err := output(ctx, 16<<20, "lvs", "lvm2", "--reportformat", "json", "-o", "lv_uuid,lv_name,pool_lv,thin_id,lv_path,lv_active,origin_uuid", "--", vg)
 	if err != nil {
 		return nil, err
 	}
@@ -137,6 +148,12 @@ func (d *lvmDelta) Changes(ctx context.Context, req cbt.Request, emit func(cbt.E
 	base, err := d.t.base(ctx, id)
 	if err != nil {
 		return refuse(cbt.ErrUnavailable, cbt.ReasonNotFound, "%v", err)
+	}
+	// What was written to the base after its backup, its descendants share: the two must be snapshots of one volume. Ancestors
+	// as lvs lists them do not show it: the removal of one cuts the list.
+	if !d.t.snapshot || base.Origin != d.t.lv.Origin {
+		return refuse(cbt.ErrBaseMismatch, cbt.ReasonBaseMismatch,
+			"%s/%s and %s/%s, which the parent was read from, are not known to be snapshots of the same volume", d.t.vg, d.t.name, d.t.vg, base.Name)
 	}
 	pool := mapped(d.t.vg, d.t.lv.Pool)
 	if _, err := output(ctx, 4096, "dmsetup", "dmsetup", "message", pool+"-tpool", "0", "reserve_metadata_snap"); err != nil {

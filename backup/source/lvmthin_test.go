@@ -14,8 +14,10 @@ import (
 )
 
 const (
+	diskUUID    = "aaaaaa-bbbb-cccc-dddd-eeee-ffff-000000"
 	mondayUUID  = "aaaaaa-bbbb-cccc-dddd-eeee-ffff-000001"
 	tuesdayUUID = "aaaaaa-bbbb-cccc-dddd-eeee-ffff-000002"
+	plainUUID   = "aaaaaa-bbbb-cccc-dddd-eeee-ffff-000003"
 )
 
 // thinPrograms stand in for those of LVM 2.03 and thin-provisioning-tools 0.9: written by
@@ -33,11 +35,12 @@ case "$*" in
 *) echo "Unknown snap id" >&2; exit 1 ;; esac`,
 }
 
-func thinVolumes(dir string, volumes ...[4]string) string {
+// thinVolumes is what lvs prints of the thin volume "disk" and others: UUID, name, pool, thin ID and origin.
+func thinVolumes(dir string, volumes ...[5]string) string {
 	var list []string
-	for _, v := range volumes {
-		list = append(list, fmt.Sprintf(`{"lv_uuid":"%s", "lv_name":"%s", "pool_lv":"%s", "thin_id":"%s", "lv_path":"%s", "lv_active":"active"}`,
-			v[0], v[1], v[2], v[3], filepath.Join(dir, v[1])))
+	for _, v := range append(volumes, [5]string{diskUUID, "disk", "pool", "1", ""}) {
+		list = append(list, fmt.Sprintf(`{"lv_uuid":"%s", "lv_name":"%s", "pool_lv":"%s", "thin_id":"%s", "lv_path":"%s", "lv_active":"active", "origin_uuid":"%s"}`,
+			v[0], v[1], v[2], v[3], filepath.Join(dir, v[1]), v[4]))
 	}
 	return `{"report": [{"lv": [` + strings.Join(list, ",\n") + "]}]}\n"
 }
@@ -57,8 +60,10 @@ func TestLVMThin(t *testing.T) {
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 	disk := bytes.Repeat([]byte("monday  "), 1<<18)
 	put("monday", string(disk), 0o600)
-	monday, tuesday := [4]string{mondayUUID, "monday", "pool", "3"}, [4]string{tuesdayUUID, "tuesday", "pool", "7"}
-	plain, other := [4]string{"aaaaaa-bbbb-cccc-dddd-eeee-ffff-000003", "plain", "", ""}, [4]string{mondayUUID, "monday", "other", "3"}
+	put("disk", string(disk), 0o600)
+	monday, tuesday := [5]string{mondayUUID, "monday", "pool", "3", diskUUID}, [5]string{tuesdayUUID, "tuesday", "pool", "7", diskUUID}
+	plain, other := [5]string{plainUUID, "plain", "", "", ""}, [5]string{mondayUUID, "monday", "other", "3", diskUUID}
+	of := func(v [5]string, origin string) [5]string { v[4] = origin; return v }
 	put("lvs.json", thinVolumes(dir, monday, plain), 0o600)
 	full := take(t, "lvmthin://vg-1/monday", source.Options{}, nil)
 	if full.id != mondayUUID || !bytes.Equal(full.bytes, disk) {
@@ -67,11 +72,11 @@ func TestLVMThin(t *testing.T) {
 
 	copy(disk[128<<10:], bytes.Repeat([]byte("tuesday "), 64<<10/8))
 	clear(disk[1<<20 : 1<<20+64<<10])
+	copy(disk[1<<20+64<<10:], bytes.Repeat([]byte("outside "), 64<<10/8)) // of an external origin
 	put("tuesday", string(disk), 0o600)
-	put("delta.xml", `<superblock uuid="" time="2" transaction="3" data_block_size="128" nr_data_blocks="64">
-  <diff left="3" right="7"><same begin="0" length="2"/><different begin="2" length="1"/><left_only begin="16" length="1"/><same begin="17" length="15"/></diff>
-</superblock>
-`, 0o600)
+	head := `<superblock uuid="" time="2" transaction="3" data_block_size="128" nr_data_blocks="64"><diff left="3" right="7">`
+	delta := head + `<same begin="0" length="2"/><different begin="2" length="1"/><left_only begin="16" length="2"/><same begin="18" length="14"/></diff></superblock>`
+	put("delta.xml", delta, 0o600)
 	put("lvs.json", thinVolumes(dir, monday, tuesday, plain), 0o600)
 	next := take(t, "lvmthin://vg-1/tuesday", source.Options{}, full)
 	if next.by != "thin_delta" || next.id != tuesdayUUID || !bytes.Equal(next.bytes, disk) {
@@ -82,18 +87,30 @@ func TestLVMThin(t *testing.T) {
 	}
 
 	for name, c := range map[string]struct {
-		id, lvs, delta string
-		reserved       bool
-		why            string
+		id, lvs  string
+		reserved bool
+		why      string
+		next     string // the change ID
 	}{
-		"no change ID":       {"", "", "", false, "was not made from an earlier snapshot"},
-		"an option":          {"--snap1", "", "", false, "was not made from an earlier snapshot"},
-		"base is gone":       {mondayUUID, thinVolumes(dir, tuesday), "", false, "is gone"},
-		"base elsewhere":     {mondayUUID, thinVolumes(dir, other, tuesday), "", false, "another pool"},
-		"reserved by others": {mondayUUID, "", "", true, "release_metadata_snap"},
-		"unknown to it":      {mondayUUID, thinVolumes(dir, [4]string{mondayUUID, "monday", "pool", "4"}, tuesday), "", false, "Unknown snap id"},
+		"no change ID":       {"", "", false, "was not made from an earlier snapshot", tuesdayUUID},
+		"an option":          {"--snap1", "", false, "was not made from an earlier snapshot", tuesdayUUID},
+		"base is gone":       {mondayUUID, thinVolumes(dir, tuesday), false, "is gone", tuesdayUUID},
+		"base elsewhere":     {mondayUUID, thinVolumes(dir, other, tuesday), false, "another pool", tuesdayUUID},
+		"reserved by others": {mondayUUID, "", true, "release_metadata_snap", tuesdayUUID},
+		"unknown to it":      {mondayUUID, thinVolumes(dir, [5]string{mondayUUID, "monday", "pool", "4", diskUUID}, tuesday), false, "Unknown snap id", tuesdayUUID},
+		// What was written to monday after its backup, tuesday shares with it.
+		"base is the origin":     {mondayUUID, thinVolumes(dir, monday, of(tuesday, mondayUUID)), false, "same volume", tuesdayUUID},
+		"base is the disk":       {diskUUID, thinVolumes(dir, tuesday), false, "same volume", tuesdayUUID},
+		"a volume between":       {mondayUUID, thinVolumes(dir, monday, [5]string{plainUUID, "between", "pool", "5", mondayUUID}, of(tuesday, plainUUID)), false, "same volume", tuesdayUUID},
+		"a removed one between":  {mondayUUID, thinVolumes(dir, monday, of(tuesday, "")), false, "same volume", ""},
+		"origins are gone":       {mondayUUID, thinVolumes(dir, of(monday, ""), of(tuesday, "")), false, "same volume", ""},
+		"of one external origin": {mondayUUID, thinVolumes(dir, of(monday, plainUUID), of(tuesday, plainUUID), plain), false, "same volume", ""},
 	} {
 		put("lvs.json", cmp.Or(c.lvs, thinVolumes(dir, monday, tuesday)), 0o600)
+		put("delta.xml", delta, 0o600)
+		if c.why == "same volume" {
+			put("delta.xml", head+`<same begin="0" length="32"/></diff></superblock>`, 0o600)
+		}
 		if c.reserved {
 			if err := os.Mkdir(filepath.Join(dir, "reserved"), 0o700); err != nil {
 				t.Fatal(err)
@@ -101,7 +118,7 @@ func TestLVMThin(t *testing.T) {
 		}
 		base := &state{bytes: full.bytes, id: c.id}
 		got := take(t, "lvmthin://vg-1/tuesday", source.Options{}, base)
-		if got.by != "compare" || got.id != tuesdayUUID || len(got.why) != 1 || !strings.Contains(got.why[0].Error(), c.why) || !bytes.Equal(got.bytes, disk) {
+		if got.by != "compare" || got.id != c.next || len(got.why) != 1 || !strings.Contains(got.why[0].Error(), c.why) || !bytes.Equal(got.bytes, disk) {
 			t.Errorf("%s: by %s (%v), of %q, or other bytes", name, got.by, got.why, got.id)
 		}
 		if _, err := os.Lstat(filepath.Join(dir, "reserved")); (err == nil) != c.reserved {
@@ -110,10 +127,18 @@ func TestLVMThin(t *testing.T) {
 		_ = os.Remove(filepath.Join(dir, "reserved"))
 	}
 	put("lvs.json", thinVolumes(dir, monday, tuesday, plain), 0o600)
+	// A volume that goes on to be written to is no state.
+	s, err := source.Open(t.Context(), "lvmthin://vg-1/disk", source.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, notes := takeSession(t, s, nil), s.Disks()[0].Notes; got.id != "" || len(notes) != 1 || !strings.Contains(notes[0], "vg-1/disk is no snapshot") {
+		t.Errorf("the disk itself has the change ID %q, notes %q", got.id, notes)
+	}
+	_ = s.Close()
 	// A list that is cut is no list.
 	put("delta.xml", `<superblock data_block_size="128"><diff left="3" right="7"><different begin="2" length="1"/>`, 0o600)
-	s, err := source.Open(t.Context(), "lvmthin://vg-1/tuesday", source.Options{})
-	if err != nil {
+	if s, err = source.Open(t.Context(), "lvmthin://vg-1/tuesday", source.Options{}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := takeDisk(t.Context(), s.Disks()[0], full); err == nil {

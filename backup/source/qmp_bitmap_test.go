@@ -75,6 +75,25 @@ func TestQMPBitmaps(t *testing.T) {
 	}
 }
 
+// TestQMPRawDataFile has a disk whose bytes are in a raw data file: QEMU reserves room there when it
+// grows, and calls none of it zero.
+func TestQMPRawDataFile(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path := filepath.Join(dir, "vm.qcow2")
+	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file="+filepath.Join(dir, "data")+",data_file_raw=on", path, "8M")
+	d := startDaemon(t, diskOf{name: "vda", format: "qcow2", path: path})
+	d.write(t, "vda", 1, 0, machineSize)
+	first := machine{}.mustBackup(t, d, nil)
+	d.do(t, "block_resize", map[string]any{"node-name": "vda", "size": machineSize / 2})
+	d.do(t, "block_resize", map[string]any{"node-name": "vda", "size": machineSize})
+	now := first.mustBackup(t, d, nil)
+	now.check(t, d.read(t), "allocation")
+	if why := now["vda"].why; len(why) != 1 || !strings.Contains(why[0].Error(), "raw data file") {
+		t.Errorf("why not by the bitmap: %v", why)
+	}
+}
+
 // TestQMPBusy has a bitmap that another tool uses.
 func TestQMPBusy(t *testing.T) {
 	t.Parallel()

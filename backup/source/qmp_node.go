@@ -21,6 +21,7 @@ type qmpNode struct {
 		Specific struct {
 			Data struct {
 				Compat string `json:"compat"`
+				Raw    bool   `json:"data-file-raw"`
 			} `json:"data"`
 		} `json:"format-specific"`
 	} `json:"image"`
@@ -59,6 +60,8 @@ func (n *qmpNode) usable(name string) string {
 		return fmt.Sprintf("the disk has no bitmap %s: QEMU has those of a %s disk in memory, until it ends", name, n.Driver)
 	case b == nil:
 		return fmt.Sprintf("the disk's top image has no bitmap %s", name)
+	case n.Image.Specific.Data.Raw: // nothing would show that the disk shrank and grew again, as in imageBitmaps
+		return "the image keeps its bytes in a raw data file, of which a bitmap misses what another size changed"
 	case b.Inconsistent:
 		return fmt.Sprintf("the bitmap %s is inconsistent: a QEMU did not end properly", name)
 	case b.Busy:

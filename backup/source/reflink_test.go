@@ -102,6 +102,15 @@ func TestReflink(t *testing.T) {
 				}
 			}
 			left(t, dir, 1)
+			s, err := source.Open(t.Context(), path, track)
+			if err != nil {
+				t.Fatal(err)
+			}
+			rep, err := s.Disks()[0].Changes[0].Changes(t.Context(), cbt.Request{Size: s.Disks()[0].Bytes.Size(), Base: &cbt.Base{ChangeID: last.id, Size: int64(len(last.bytes))}},
+				func(cbt.Extent) error { return nil })
+			if err := errors.Join(err, s.Close()); err != nil || rep.Reported != 0 {
+				t.Errorf("of an image that nothing wrote to %d bytes are read, %v", rep.Reported, err)
+			}
 
 			// What is not to be trusted, is not.
 			clone := filepath.Join(dir, strings.Split(last.id, "@")[0])

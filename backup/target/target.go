@@ -16,6 +16,7 @@ import (
 
 	"github.com/varve-io/varve/backup/nbddisk"
 	"github.com/varve-io/varve/backup/qemu"
+	"github.com/varve-io/varve/internal/tempdir"
 	"github.com/varve-io/varve/nbdserver/nbdclient"
 )
 
@@ -87,7 +88,8 @@ func (n *nbd) Abort() error { return n.Close() }
 type image struct {
 	*nbddisk.Target
 	srv        *qemu.Server
-	path, work string // where it is to be, and where it is written; the same if it is kept
+	path, work string       // where it is to be, and where it is written; the same if it is kept
+	dir        *tempdir.Dir // of a new one
 	replace    bool
 }
 
@@ -95,7 +97,8 @@ type image struct {
 const sector = 512
 
 // OpenImage makes an image file, or opens one that exists if o.Keep is set. A new one is
-// written under another name of the same folder, and has its own only once it is complete.
+// written in a directory beside, and is in its place only once it is complete. What killed
+// restores to the same path left goes.
 func OpenImage(ctx context.Context, path, format string, o Options) (_ Target, err error) {
 	switch format {
 	case qemu.QCOW2, qemu.VMDK, qemu.VHDX, qemu.VDI, qemu.VPC:
@@ -135,16 +138,17 @@ func (m *image) create(ctx context.Context, format string, size int64) error {
 	if _, err := os.Lstat(m.path); err == nil && !m.replace {
 		return fmt.Errorf("%w: %s", ErrExists, m.path)
 	}
-	f, err := os.CreateTemp(filepath.Dir(m.path), "."+filepath.Base(m.path)+".varve-*")
+	dir, err := tempdir.Make(filepath.Dir(m.path), "."+filepath.Base(m.path)+".varve-")
 	if err != nil {
 		return fmt.Errorf("make target: %w", err)
 	}
-	m.work = f.Name()
-	if err := f.Close(); err != nil {
-		return fmt.Errorf("make target: %w", err)
+	m.dir, m.work = dir, filepath.Join(dir.Path(), filepath.Base(m.path)) // a vmdk names itself
+	err = os.WriteFile(m.work, nil, 0o600)
+	if err == nil {
+		err = qemu.Create(ctx, m.work, format, (size+sector-1)/sector*sector)
 	}
-	if err := qemu.Create(ctx, m.work, format, (size+sector-1)/sector*sector); err != nil {
-		return errors.Join(fmt.Errorf("make %s: %w", m.path, err), os.Remove(m.work))
+	if err != nil {
+		return errors.Join(fmt.Errorf("make %s: %w", m.path, err), dir.Close())
 	}
 	return nil
 }
@@ -156,10 +160,7 @@ func (m *image) Finish() error {
 		err = syncFile(m.work)
 	}
 	if err != nil {
-		if m.work != m.path {
-			err = errors.Join(err, os.Remove(m.work))
-		}
-		return fmt.Errorf("close %s: %w", m.path, err)
+		return fmt.Errorf("close %s: %w", m.path, errors.Join(err, m.dir.Close()))
 	}
 	if m.work == m.path {
 		return nil
@@ -172,13 +173,14 @@ func (m *image) Finish() error {
 	if errors.Is(err, unix.EINVAL) { // a file system without the flag
 		err = os.Rename(m.work, m.path)
 	}
+	rest := m.dir.Close()
 	switch {
 	case errors.Is(err, unix.EEXIST):
-		return errors.Join(fmt.Errorf("%w: %s appeared during the restore", ErrExists, m.path), os.Remove(m.work))
+		return errors.Join(fmt.Errorf("%w: %s appeared during the restore", ErrExists, m.path), rest)
 	case err != nil:
-		return errors.Join(fmt.Errorf("name %s: %w", m.path, err), os.Remove(m.work))
+		return errors.Join(fmt.Errorf("name %s: %w", m.path, err), rest)
 	}
-	return syncFile(filepath.Dir(m.path))
+	return syncFile(filepath.Dir(m.path)) // an empty directory that stays, the next restore removes
 }
 
 func syncFile(path string) error {
@@ -201,8 +203,5 @@ func (m *image) Abort() error {
 	case m.srv != nil:
 		m.srv.Abort()
 	}
-	if m.work != m.path {
-		err = errors.Join(err, os.Remove(m.work))
-	}
-	return err
+	return errors.Join(err, m.dir.Close())
 }
