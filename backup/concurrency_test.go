@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -410,5 +411,83 @@ func TestPointDeletedDuringVerify(t *testing.T) {
 	}
 	if q, err := points.Quarantined(t.Context(), openFresh(t, conf)); err != nil || len(q) != 0 {
 		t.Errorf("quarantined: %v, %v", q, err)
+	}
+}
+
+// TestCollectionEndsBesideBackups has a backup write a checkpoint whenever a collection has
+// looked for new manifests: it ends all the same. A point that is put back meanwhile is whole.
+func TestCollectionEndsBesideBackups(t *testing.T) {
+	t.Parallel()
+	r, conf := newRepo(t)
+	pts, want := chain(t, r, testVolume, 1, 1<<20)
+	gone, data := chain(t, r, points.Volume{Namespace: "shop", Name: "gone", Cluster: "test"}, 1, 600_000)
+	ctx := t.Context()
+	saved, err := r.SaveManifest(ctx, gone[0].ManifestID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := points.OpenRoot(ctx, r, pts[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Forget(ctx, r, ForgetOptions{Names: []string{gone[0].ID}, Cluster: "test"}); err != nil {
+		t.Fatal(err)
+	}
+	writer := openRepo(t, conf)
+	checkpoint := func(w *repository.Writer) error {
+		now := writer.Now()
+		s := &repository.Snapshot{
+			Source: testVolume.Source(), Start: now, End: now, Incomplete: incompleteReason, Tags: map[string]string{points.TagRunPID: "1"},
+		}
+		return w.SaveSnapshot(ctx, s, []repository.File{{Name: parentFile, Size: root.Size, ModTime: now, Mode: 0o600, Object: root.Object}})
+	}
+	looks := 0
+	res, err := Maintain(ctx, r, MaintainOptions{Mode: repository.MaintenanceFull, NoSafety: true, step: func(s string) {
+		if s == "taken back" {
+			looks++
+		}
+		if s == "swept" || s == "taken back" && looks < 10 {
+			changeRepo(t, writer, checkpoint)
+		}
+		if s == "taken back" && looks == 1 {
+			changeRepo(t, writer, func(w *repository.Writer) error { return w.PutBack(ctx, saved) })
+		}
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if looks != 2 || res.Unused.Count == 0 || res.Recovered.Count == 0 {
+		t.Errorf("%d looks: %+v", looks, *res.MaintenanceReport)
+	}
+	fresh := openFresh(t, conf)
+	back := mustList(t, fresh).ByID(gone[0].ID)
+	if back == nil || !bytes.Equal(readPoint(t, fresh, back), data[0]) || !bytes.Equal(readPoint(t, fresh, pts[0]), want[0]) {
+		t.Error("reads back different")
+	}
+	if _, err := Verify(ctx, fresh, VerifyOptions{Read: 1}); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestClockBehindCollection backs up what was just collected without safety margins, on a
+// machine whose clock is behind: the backup fails, and says that it may be the clock.
+func TestClockBehindCollection(t *testing.T) {
+	t.Parallel()
+	r, conf := newRepo(t)
+	pts, want := chain(t, r, testVolume, 1, 600_000)
+	if _, err := Forget(t.Context(), r, ForgetOptions{Names: []string{pts[0].ID}, Cluster: "test"}); err != nil {
+		t.Fatal(err)
+	}
+	maintainNow(t, r)
+	behind := openWith(t, repository.OpenOptions{
+		ConfigFile: conf, Password: "secret", Now: func() time.Time { return time.Now().Add(-20 * time.Minute) },
+	})
+	opt := Options{Volume: testVolume, Disk: &memDisk{data: want[0]}, BlockSize: 64 << 10}
+	if _, _, err := Run(t.Context(), behind, opt); !errors.Is(err, ErrLostData) || !strings.Contains(err.Error(), "clock") {
+		t.Errorf("with a clock that is behind: %v", err)
+	}
+	p, _ := mustBackup(t, openFresh(t, conf), opt)
+	if !bytes.Equal(readPoint(t, openFresh(t, conf), p), want[0]) {
+		t.Error("with a clock that is right: reads back different")
 	}
 }

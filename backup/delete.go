@@ -15,7 +15,7 @@ type deletion struct {
 	repo  *repository.Repository
 	w     *repository.Writer
 	pts   []*points.Point
-	saved map[string]*repository.SavedManifest // of the points to delete, by ID
+	saved map[string][]*repository.SavedManifest // of the points to delete, by ID
 	// spared are the points that are kept after all.
 	spared []*points.Point
 }
@@ -35,14 +35,16 @@ func deletePoints(ctx context.Context, r *repository.Repository, pts []*points.P
 		return nil, err
 	}
 	defer w.Close()
-	d := &deletion{repo: r, w: w, pts: pts, saved: map[string]*repository.SavedManifest{}}
+	d := &deletion{repo: r, w: w, pts: pts, saved: map[string][]*repository.SavedManifest{}}
 	if err := d.save(ctx); err != nil {
 		return nil, err
 	}
 	gone := d.going()
 	for _, p := range gone {
-		if err := w.DeleteSnapshot(ctx, p.ManifestID); err != nil {
-			return nil, fmt.Errorf("delete %s: %w", p.Name(), err)
+		for _, id := range p.Manifests() {
+			if err := w.DeleteSnapshot(ctx, id); err != nil {
+				return nil, fmt.Errorf("delete %s: %w", p.Name(), err)
+			}
 		}
 	}
 	note, err := noteDeleted(ctx, r, w, gone)
@@ -77,15 +79,19 @@ func deletePoints(ctx context.Context, r *repository.Repository, pts []*points.P
 func (d *deletion) save(ctx context.Context) error {
 	var lost []*points.Point
 	for _, p := range d.pts {
-		m, err := d.repo.SaveManifest(ctx, p.ManifestID)
-		if errors.Is(err, repository.ErrSnapshotNotFound) {
+		for _, id := range p.Manifests() {
+			m, err := d.repo.SaveManifest(ctx, id)
+			if errors.Is(err, repository.ErrSnapshotNotFound) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			d.saved[p.ID] = append(d.saved[p.ID], m)
+		}
+		if len(d.saved[p.ID]) == 0 {
 			lost = append(lost, p)
-			continue
 		}
-		if err != nil {
-			return err
-		}
-		d.saved[p.ID] = m
 	}
 	return d.spareListed(ctx, lost)
 }
@@ -126,11 +132,9 @@ func (d *deletion) going() (out []*points.Point) {
 	return out
 }
 
-// putBack finds new readers, and new pins of points of groups, and writes the points that
-// they spare again.
+// putBack finds new readers and new pins, and writes the points that they spare again.
 func (d *deletion) putBack(ctx context.Context, note string, evenLeased bool) error {
 	gone := d.going()
-	var grouped []*points.Point
 	leases := map[string][]points.LeaseInfo{}
 	if !evenLeased {
 		var err error
@@ -143,11 +147,8 @@ func (d *deletion) putBack(ctx context.Context, note string, evenLeased bool) er
 			d.repo.Log().InfoContext(ctx, "a reader started; its point was kept", "point", p.Name(), "reader", l[0].String())
 			d.spare(p)
 		}
-		if p.Group != nil {
-			grouped = append(grouped, p)
-		}
 	}
-	if err := d.spareListed(ctx, grouped); err != nil {
+	if err := d.spareListed(ctx, gone); err != nil {
 		return err
 	}
 	left := d.going()
@@ -162,8 +163,10 @@ func (d *deletion) putBack(ctx context.Context, note string, evenLeased bool) er
 		if slices.Contains(left, p) || cat.ByID(p.ID) != nil {
 			continue
 		}
-		if err := d.w.PutBack(ctx, d.saved[p.ID]); err != nil {
-			return fmt.Errorf("put back %s: %w", p.Name(), err)
+		for _, m := range d.saved[p.ID] {
+			if err := d.w.PutBack(ctx, m); err != nil {
+				return fmt.Errorf("put back %s: %w", p.Name(), err)
+			}
 		}
 	}
 	if err := d.w.DeleteRecord(ctx, note); err != nil {

@@ -148,7 +148,8 @@ func (r *run) prove(ctx context.Context, root blocktree.Root) (blocktree.Root, e
 				what = "pieces of the disk's index"
 			}
 			return root, fmt.Errorf("%w: %s are missing after storing them %d times; "+
-				"is a maintenance without safety margins running, or do the storage's listings lag? Run the backup again after that", ErrLostData, what, attempt)
+				"is a maintenance without safety margins running, or do the storage's listings lag? Run the backup again after that. "+
+				"Or is this machine's clock behind that of the machine that ran maintenance? Set it", ErrLostData, what, attempt)
 		}
 		r.repo.Log().WarnContext(ctx, "data that this backup builds on was deleted; storing it again",
 			"volume", r.opt.Volume.String(), "blocks", lost)

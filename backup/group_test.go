@@ -218,7 +218,7 @@ func TestPruneGroups(t *testing.T) {
 			}
 			// Stock Kopia, or a process without support for groups, leaves one.
 			changeRepo(t, r, func(w *repository.Writer) error {
-				_, err := w.UpdatePins(t.Context(), mustList(t, r).ByID(g.Points[0].ID).ManifestID, nil, []string{"x"})
+				_, err := w.UpdatePins(t.Context(), mustList(t, r).ByID(g.Points[0].ID).Manifests(), nil, []string{"x"})
 				return err
 			})
 		}, all, "a0 b0 a1 b1"},
@@ -312,7 +312,7 @@ func TestForgetGroups(t *testing.T) {
 	changeRepo(t, r, func(w *repository.Writer) error { return w.DeleteRecord(ctx, leaseID) })
 	g1 = findGroup(t, r, g1.ID)
 	changeRepo(t, r, func(w *repository.Writer) error {
-		_, err := w.UpdatePins(ctx, g1.Points[0].ManifestID, []string{"x"}, nil)
+		_, err := w.UpdatePins(ctx, g1.Points[0].Manifests(), []string{"x"}, nil)
 		return err
 	})
 	if spared, err = deletePoints(ctx, r, g1.Points, false, func(string) {}); err != nil || len(spared) != 2 || daysLeft(t, r) != "a0 b0 a1 b1" {

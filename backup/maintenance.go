@@ -143,8 +143,7 @@ func MaybeMaintain(ctx context.Context, r *repository.Repository) {
 		r.Log().DebugContext(ctx, "maintenance status", "error", err)
 		return
 	}
-	now := r.Now()
-	if !st.Owned || (now.Before(st.NextQuick) && now.Before(st.NextFull)) {
+	if st.Due(r.Now()) == "" {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, autoLimit)

@@ -2,6 +2,7 @@ package backup
 
 import (
 	"context"
+	"maps"
 	"testing"
 	"time"
 
@@ -93,5 +94,28 @@ func TestInterruptedMaintenanceIsDueAgain(t *testing.T) {
 	st := state()
 	if st.NextFull.Before(r.Now().Add(23*time.Hour)) || st.NextQuick.Before(r.Now().Add(30*time.Minute)) || st.LastFull.Err != "" || st.LastFull.End.IsZero() {
 		t.Errorf("after a run that ended well: %+v", st)
+	}
+}
+
+// MaybeMaintain writes nothing while one cycle is off and the other is not due.
+func TestNothingIsDueOfACycleThatIsOff(t *testing.T) {
+	t.Parallel()
+	s := &lossSite{t: t, repo: repotest.New(t)}
+	r := s.repo.Open(t)
+	s.repo.TurnQuickOff(t, time.Now().Add(24*time.Hour))
+	if err := r.Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	st, err := r.MaintenanceState(t.Context())
+	if err != nil || !st.Owned || !st.NextQuick.IsZero() || st.Due(r.Now()) != "" {
+		t.Fatalf("%+v, %v", st, err)
+	}
+	before := s.files()
+	MaybeMaintain(t.Context(), r)
+	if after := s.files(); !maps.Equal(after, before) {
+		t.Errorf("%d files, %d before", len(after), len(before))
+	}
+	if due := st.Due(st.NextFull); due != repository.MaintenanceFull {
+		t.Errorf("a day later %q is due", due)
 	}
 }

@@ -152,28 +152,40 @@ func branched(p *points.Point, d deletions, ids map[string]*points.Point) bool {
 	return false
 }
 
-// mergeDeletions merges the records of deleted points and drops old entries that no point
-// refers to.
+// mergeDeletions merges the records of deleted points. It drops entries of points that are
+// listed: such a point was put back, or pinned, while another process merged the records or
+// deleted it; a repair would delete it by the entry. It drops old entries that no point
+// refers to. While a part of the list cannot be read, it does nothing.
 func mergeDeletions(ctx context.Context, r *repository.Repository) error {
+	unreadable, err := r.UnreadableManifests(ctx)
+	if err != nil || len(unreadable) > 0 {
+		return err
+	}
 	d, err := loadDeletions(ctx, r)
-	if err != nil || len(d.recs) < 2 {
+	if err != nil || len(d.recs) == 0 {
 		return err
 	}
 	cat, err := points.List(ctx, r, points.ListOptions{})
 	if err != nil {
 		return err
 	}
-	parents, gens := map[string]bool{}, map[generation]bool{}
+	listed, parents, gens := map[string]bool{}, map[string]bool{}, map[generation]bool{}
 	for _, p := range cat.Points() {
-		parents[p.Parent] = true
+		listed[p.ID], parents[p.Parent] = true, true
 		gens[generation{p.Volume, p.Generation - 1}] = true
 	}
-	note := deletedNote{Since: d.since}
+	note, wrong := deletedNote{Since: d.since}, false
 	limit := r.Now().Add(-deletedAge)
 	for _, p := range d.points {
-		if p.At.After(limit) || parents[p.ID] || gens[generation{p.Volume, p.Generation}] {
+		switch {
+		case listed[p.ID]:
+			wrong = true
+		case p.At.After(limit), parents[p.ID], gens[generation{p.Volume, p.Generation}]:
 			note.Points = append(note.Points, p)
 		}
+	}
+	if len(d.recs) < 2 && !wrong {
+		return nil
 	}
 	w, err := r.NewWriter(ctx, "varve merge records")
 	if err != nil {

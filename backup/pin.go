@@ -58,7 +58,7 @@ func Pin(ctx context.Context, r *repository.Repository, opt PinOptions) ([]*poin
 		if opt.RemoveAll {
 			remove = p.Pins
 		}
-		if ids[i], err = w.UpdatePins(ctx, p.ManifestID, opt.Add, remove); err != nil {
+		if ids[i], err = w.UpdatePins(ctx, p.Manifests(), opt.Add, remove); err != nil {
 			return nil, fmt.Errorf("%s: %w", p.Name(), err)
 		}
 	}
@@ -76,7 +76,7 @@ func Pin(ctx context.Context, r *repository.Repository, opt PinOptions) ([]*poin
 			return nil, err
 		}
 		pinned := *p
-		pinned.ManifestID, pinned.Pins = ids[i], s.Pins
+		pinned.ManifestID, pinned.Twins, pinned.Pins = ids[i], nil, s.Pins
 		out[i] = &pinned
 	}
 	return out, nil

@@ -63,35 +63,30 @@ func (o OwnedPins) Apply(ctx context.Context, r *repository.Repository) (held []
 	if err != nil {
 		return nil, nil, err
 	}
-	type change struct {
-		manifest, id string
-		add, remove  []string
+	all, err := loadPinned(ctx, r, labels)
+	if err != nil {
+		return nil, nil, err
 	}
-	var changes []change
-	for manifest, want := range labels {
-		s, err := r.LoadSnapshot(ctx, manifest)
-		if errors.Is(err, repository.ErrSnapshotNotFound) && want.label != "" {
-			missing[want.asked] = points.ErrNoSuchPoint // deleted since the list was made
-		}
-		if errors.Is(err, repository.ErrSnapshotNotFound) {
-			continue
-		}
-		if err != nil {
-			return nil, nil, fmt.Errorf("pin %s: %w", want.id, err)
-		}
-		c := change{manifest: manifest, id: want.id, remove: slices.DeleteFunc(o.mine(s.Pins), func(l string) bool { return l == want.label })}
-		if want.label != "" {
-			held = append(held, want.id)
-			if !slices.Contains(s.Pins, want.label) {
-				c.add = []string{want.label}
+	var changes []pinChange
+	for _, c := range all {
+		c.remove = slices.DeleteFunc(o.mine(c.pins), func(l string) bool { return l == c.want.label })
+		if c.want.label != "" {
+			held = append(held, c.want.id)
+			if !slices.Contains(c.pins, c.want.label) {
+				c.add = []string{c.want.label}
 			}
 		}
-		if len(c.add)+len(c.remove) > 0 {
-			changes = append(changes, c)
+		if len(c.add)+len(c.remove) > 0 || len(c.manifests) > 1 {
+			changes = append(changes, *c)
 		}
 	}
 	slices.Sort(held)
 	held = slices.Compact(held)
+	for _, want := range labels {
+		if want.label != "" && !slices.Contains(held, want.id) {
+			missing[want.asked] = points.ErrNoSuchPoint // deleted since the list was made
+		}
+	}
 	if len(changes) == 0 {
 		return held, missing, nil
 	}
@@ -101,8 +96,8 @@ func (o OwnedPins) Apply(ctx context.Context, r *repository.Repository) (held []
 	}
 	defer w.Close()
 	for _, c := range changes {
-		if _, err := w.UpdatePins(ctx, c.manifest, c.add, c.remove); err != nil {
-			return nil, nil, fmt.Errorf("pin %s: %w", c.id, err)
+		if _, err := w.UpdatePins(ctx, c.manifests, c.add, c.remove); err != nil {
+			return nil, nil, fmt.Errorf("pin %s: %w", c.want.id, err)
 		}
 	}
 	if err := w.Flush(ctx); err != nil {
@@ -113,6 +108,45 @@ func (o OwnedPins) Apply(ctx context.Context, r *repository.Repository) (held []
 
 // ownedPin is the label that the owner wants on a point; "" for none.
 type ownedPin struct{ id, label, asked string }
+
+// pinChange is a change of the pins of a snapshot.
+type pinChange struct {
+	want        ownedPin
+	manifests   []string // several as in points.Point.Twins
+	pins        []string // of all of them
+	add, remove []string
+}
+
+// loadPinned reads the pins of manifests that exist. Manifests of one point are one change,
+// except copies that other programs made of it.
+func loadPinned(ctx context.Context, r *repository.Repository, labels map[string]ownedPin) (map[pinnedSnapshot]*pinChange, error) {
+	all := map[pinnedSnapshot]*pinChange{}
+	for _, manifest := range slices.Sorted(maps.Keys(labels)) {
+		want := labels[manifest]
+		s, err := r.LoadSnapshot(ctx, manifest)
+		if errors.Is(err, repository.ErrSnapshotNotFound) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("pin %s: %w", want.id, err)
+		}
+		of := pinnedSnapshot{want.id, s.Source, s.Root}
+		c := all[of]
+		if c == nil {
+			c = &pinChange{want: want}
+			all[of] = c
+		}
+		c.manifests, c.pins = append(c.manifests, manifest), append(c.pins, s.Pins...)
+	}
+	return all, nil
+}
+
+// pinnedSnapshot identifies the manifests that differ in their pins only.
+type pinnedSnapshot struct {
+	id     string
+	source repository.Source
+	root   repository.ObjectID
+}
 
 // pinGroups holds the groups of points, by the points' IDs.
 type pinGroups struct {
@@ -135,7 +169,7 @@ func (g pinGroups) beside(point string) []string { return g.points[g.of[point]] 
 
 // resolve finds the manifests of all points that are or were wanted.
 func (o OwnedPins) resolve(ctx context.Context, r *repository.Repository, infos []repository.SnapshotInfo) (map[string]ownedPin, map[string]error, error) {
-	ids := map[string][]string{} // manifests of each point: two while a pin changes
+	ids := map[string][]string{} // manifests of each point
 	groups := pinGroups{map[string]string{}, map[string][]string{}}
 	for _, info := range infos {
 		if id := info.Tags[points.TagID]; blocktree.ValidID(id) {
@@ -168,8 +202,8 @@ func (o OwnedPins) resolve(ctx context.Context, r *repository.Repository, infos 
 				return nil, nil, lerr
 			}
 			for _, p := range cat.Points() {
-				if p.Foreign == "" && !slices.Contains(ids[p.ID], p.ManifestID) {
-					ids[p.ID] = append(ids[p.ID], p.ManifestID)
+				if p.Foreign == "" {
+					ids[p.ID] = slices.Concat(ids[p.ID], p.Manifests()) // a manifest may be there twice
 				}
 				if p.Group != nil {
 					groups.add(p.ID, p.Volume.Cluster, p.Group.Name, p.Group.ID)

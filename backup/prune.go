@@ -36,7 +36,7 @@ type PrunePlan struct {
 	// Others are volumes of other clusters, not pruned.
 	Others   []points.Volume
 	DeadRuns int // incomplete manifests of killed backups that were removed
-	// Spared are points that a reader leased between the plan and the deletion.
+	// Spared are points that were leased or pinned between the plan and the deletion.
 	Spared []*points.Point
 }
 

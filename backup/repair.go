@@ -198,8 +198,10 @@ func (rep *RepairReport) isMissing(tags map[string]string) bool {
 
 func (rep *RepairReport) apply(ctx context.Context, r *repository.Repository, fix *repository.Repair, opt RepairOptions) error {
 	for _, p := range rep.Deleted {
-		if err := fix.Writer().DeleteSnapshot(ctx, p.ManifestID); err != nil {
-			return fmt.Errorf("delete %s: %w", p.Name(), err)
+		for _, id := range p.Manifests() {
+			if err := fix.Writer().DeleteSnapshot(ctx, id); err != nil {
+				return fmt.Errorf("delete %s: %w", p.Name(), err)
+			}
 		}
 	}
 	if opt.AcceptLoss {

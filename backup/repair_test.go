@@ -232,3 +232,31 @@ func TestRepairFindsContentsOfEmptiedPacks(t *testing.T) {
 	}
 	s.allWhole("after the repair", len(s.points))
 }
+
+// TestRepairDeletesAllManifests: a point that was deleted on purpose has two manifests, since
+// two hosts pinned it at the same moment. It does not come back by either of them.
+func TestRepairDeletesAllManifests(t *testing.T) {
+	t.Parallel()
+	s := &lossSite{t: t, repo: repotest.New(t), want: map[string][]byte{}}
+	r := s.repo.Open(t)
+	pts, _ := chain(t, r, testVolume, 1, 300_000)
+	stale := s.repo.Open(t)
+	pinAlone(t, r, pts[0].ManifestID, []string{"a"}, nil)
+	pinAlone(t, stale, pts[0].ManifestID, []string{"b"}, nil)
+	lost := s.repo.Indexes(t)
+	mustList(t, r)
+	changeRepo(t, r, func(w *repository.Writer) error {
+		_, err := noteDeleted(t.Context(), r, w, pts)
+		return err
+	})
+	for _, blob := range lost {
+		s.repo.RemoveBlob(t, blob)
+	}
+	rep := s.repair(RepairOptions{Apply: true})
+	if len(rep.Deleted) != 1 || len(rep.Deleted[0].Manifests()) != 2 {
+		t.Errorf("deleted %+v", rep.Deleted)
+	}
+	if p := mustList(t, s.repo.Open(t)).ByID(pts[0].ID); p != nil {
+		t.Errorf("a deleted point came back: %+v", p)
+	}
+}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 
@@ -42,7 +41,7 @@ func List(ctx context.Context, r *repository.Repository, opt ListOptions) (*Cata
 		return nil, err
 	}
 	c := &Catalog{}
-	seen := map[string]*Point{}
+	found := map[string][]*Point{} // by ID
 	known := opt.Known.byManifest()
 	for _, info := range infos {
 		p, err := known[info.ManifestID], error(nil)
@@ -65,18 +64,37 @@ func List(ctx context.Context, r *repository.Repository, opt ListOptions) (*Cata
 			c.incomplete = append(c.incomplete, p)
 			continue
 		}
-		// While a pin changes a point has two manifests.
-		if other, dup := seen[p.ID]; dup {
-			if p.ManifestID > other.ManifestID {
-				seen[p.ID] = p // points are shared between catalogues: none is changed
-			}
-			continue
-		}
-		seen[p.ID] = p
+		found[p.ID] = append(found[p.ID], p)
 	}
-	c.points = slices.Collect(maps.Values(seen))
+	for _, same := range found {
+		c.points = append(c.points, merged(same))
+	}
 	c.sort()
 	return c, nil
+}
+
+// merged returns the point of manifests with one ID. There are several while a pin changes, and
+// for good if two processes changed the pins at the same moment. The one with the greatest
+// manifest ID represents the point, and the point has the pins of all: no pin is lost, but a
+// pin that one process removed while another added one must be removed again. The next change
+// of the pins, Writer.UpdatePins, makes one manifest of them. A manifest of another volume or
+// with other data is a copy that another program made: it is no part of the point.
+func merged(same []*Point) *Point {
+	first := slices.MaxFunc(same, func(a, b *Point) int { return strings.Compare(a.ManifestID, b.ManifestID) })
+	p := *first // points are shared between catalogues: none is changed
+	for _, q := range same {
+		if q != first && q.Volume == first.Volume && q.Root == first.Root {
+			p.Twins = append(p.Twins, q.ManifestID)
+			p.Pins = slices.Concat(p.Pins, q.Pins)
+		}
+	}
+	if len(p.Twins) == 0 {
+		return first
+	}
+	slices.Sort(p.Twins)
+	slices.Sort(p.Pins)
+	p.Pins = slices.Compact(p.Pins)
+	return &p
 }
 
 func (c *Catalog) sort() { slices.SortFunc(c.points, comparePoints) }
@@ -142,14 +160,17 @@ func comparePoints(a, b *Point) int {
 	return strings.Compare(a.ID, b.ID)
 }
 
-// byManifest returns the points by their manifests. A nil catalogue has none.
+// byManifest returns the points by their manifests, without those of several. A nil
+// catalogue has none.
 func (c *Catalog) byManifest() map[string]*Point {
 	if c == nil {
 		return nil
 	}
 	m := make(map[string]*Point, len(c.points))
 	for _, p := range slices.Concat(c.points, c.incomplete) {
-		m[p.ManifestID] = p
+		if len(p.Twins) == 0 {
+			m[p.ManifestID] = p
+		}
 	}
 	return m
 }

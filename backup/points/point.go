@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -18,6 +19,9 @@ import (
 // Point is a recovery point with what lists show of it.
 type Point struct {
 	ManifestID string
+	// Twins are the other manifests of this point, which two changes of its pins at the same
+	// moment leave; nil for none.
+	Twins      []string
 	ID         string // 32 hexadecimal digits; the manifest ID of a foreign point
 	Volume     Volume
 	Generation int64
@@ -50,7 +54,7 @@ type Point struct {
 	OneMoment bool
 	// Group is the group of this point; nil for none. It is shared and must not be changed.
 	Group      *blocktree.Group
-	Pins       []string // exactly as in the manifest, for unpin
+	Pins       []string // exactly as in the manifests, for unpin
 	Incomplete string   // why this is not a recovery point; empty for one
 	// Foreign names the program that wrote the snapshot, which holds a disk image that can be
 	// read; empty for Varve's own.
@@ -270,6 +274,9 @@ func (p *Point) NameIn(cluster string) string {
 
 // ShortID returns the first digits of the ID, as lists show them.
 func (p *Point) ShortID() string { return p.ID[:min(len(p.ID), 12)] }
+
+// Manifests returns the IDs of all manifests of the point.
+func (p *Point) Manifests() []string { return slices.Concat([]string{p.ManifestID}, p.Twins) }
 
 // NewID returns a random ID for a point.
 func NewID() string {

@@ -118,10 +118,11 @@ func (r *Repository) maintain(ctx context.Context, w *Writer, opt MaintainOption
 	mode := maintenance.Mode(opt.Mode)
 	if opt.Mode == MaintenanceAuto {
 		// Checked here, to distinguish "not due" from "busy".
-		due, err := r.maintenanceDue(ctx)
+		st, err := r.MaintenanceState(ctx)
 		if err != nil {
 			return err
 		}
+		due := st.Due(r.Now())
 		if due == "" {
 			rep.Busy = false
 			return nil
@@ -195,23 +196,18 @@ func safetyOf(opt MaintainOptions) maintenance.SafetyParameters {
 	return s
 }
 
-// maintenanceDue returns quick or full when this connection owns maintenance
-// and the schedule says so, empty otherwise.
-func (r *Repository) maintenanceDue(ctx context.Context) (MaintenanceMode, error) {
-	st, err := r.MaintenanceState(ctx)
-	if err != nil {
-		return "", err
-	}
-	now := r.Now()
+// Due returns quick or full when this connection owns maintenance and the schedule says so,
+// empty otherwise. A cycle that is off is never due.
+func (st *MaintenanceState) Due(now time.Time) MaintenanceMode {
 	switch {
 	case !st.Owned:
-		return "", nil
+		return ""
 	case !st.NextFull.IsZero() && !now.Before(st.NextFull):
-		return MaintenanceFull, nil
+		return MaintenanceFull
 	case !st.NextQuick.IsZero() && !now.Before(st.NextQuick):
-		return MaintenanceQuick, nil
+		return MaintenanceQuick
 	}
-	return "", nil
+	return ""
 }
 
 // MaintenanceState reads owner, schedule and history.

@@ -11,6 +11,7 @@ import (
 	"github.com/kopia/kopia/repo/maintenance"
 	"github.com/kopia/kopia/repo/maintenancestats"
 	"github.com/kopia/kopia/repo/manifest"
+	"github.com/kopia/kopia/snapshot"
 )
 
 // fullRun is one running full maintenance.
@@ -132,6 +133,10 @@ func (f *fullRun) task(name maintenance.TaskType, run func() (maintenancestats.K
 // its manifest, then checks whether anything it uses was deleted; this side flushes its
 // deletions, then looks for manifests it has not seen, and undeletes what they use. The
 // second of the two sees the first.
+//
+// One look is enough for that, and there must be an end: each running backup writes a
+// manifest every minute. The look is repeated only for manifests whose writers do not check:
+// see blind.
 func (f *fullRun) collect(ctx context.Context) (maintenancestats.Kind, error) {
 	m, err := newMarker(f.w, f.opt.Decode)
 	if err != nil {
@@ -158,31 +163,39 @@ func (f *fullRun) collect(ctx context.Context) (maintenancestats.Kind, error) {
 		return nil, err
 	}
 	f.opt.Step("swept")
-	for {
-		n, err := f.mark(ctx, m)
+	for first := true; ; first = false {
+		fresh, err := f.mark(ctx, m)
 		if err != nil {
 			return nil, err
 		}
-		if n == 0 {
+		if len(fresh) == 0 || !first && !slices.ContainsFunc(fresh, f.blind) {
 			break
 		}
 		if err := f.takeBack(ctx, m, packs); err != nil {
 			return nil, err
 		}
+		f.opt.Step("taken back")
 	}
 	f.rep.Damaged = m.damagedSnapshots(ctx)
 	return f.stats(), nil
 }
 
-// mark returns how many snapshots were new.
-func (f *fullRun) mark(ctx context.Context, m *marker) (int, error) {
-	n, err := m.snapshots(ctx)
-	f.rep.Snapshots += n
+// mark returns the snapshots that were new.
+func (f *fullRun) mark(ctx context.Context, m *marker) ([]*snapshot.Manifest, error) {
+	fresh, err := m.snapshots(ctx)
+	f.rep.Snapshots += len(fresh)
 	if err != nil {
-		return n, err
+		return nil, err
 	}
 	f.rep.Unreadable, err = f.w.unreadableManifests(ctx)
-	return n, err
+	return fresh, err
+}
+
+// blind reports whether a new manifest may be of an older snapshot: its writer put it back,
+// pinned it or found it in a repair, and does not check its contents. A backup dates its
+// manifests when it writes them.
+func (f *fullRun) blind(man *snapshot.Manifest) bool {
+	return man.IncompleteReason == "" && man.EndTime.ToTime().Before(f.swept)
 }
 
 // sweepFlush is how many deletions are kept in memory before they are flushed.

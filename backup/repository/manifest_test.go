@@ -2,6 +2,7 @@ package repository_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"testing"
@@ -170,5 +171,56 @@ func TestMergeKeepsDeletions(t *testing.T) {
 	got := notes(t, fresh)
 	if slices.Contains(got, 1) || !slices.Contains(got, 2) || !slices.Contains(got, 3) || len(got) != 82 {
 		t.Errorf("the records are %v", got)
+	}
+}
+
+// TestSnapshotOutOfReach: the list of snapshots has changed since it was read, and the storage
+// fails. That a snapshot cannot be read says nothing about it.
+func TestSnapshotOutOfReach(t *testing.T) {
+	t.Parallel()
+	store := repotest.New(t)
+	other := store.Open(t)
+	put := func() string {
+		t.Helper()
+		w, err := other.NewWriter(t.Context(), "test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Close()
+		s := &repository.Snapshot{Source: repository.Source{User: "shop", Host: "test", Path: "/db"}, Start: other.Now(), End: other.Now()}
+		if err := w.SaveSnapshot(t.Context(), s, nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Flush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		return s.ManifestID
+	}
+	id := put()
+	r, f := store.OpenFaulty(t)
+	if infos, err := r.ListSnapshots(t.Context(), nil); err != nil || len(infos) != 1 {
+		t.Fatalf("%v, %v", infos, err)
+	}
+	put()
+	if err := r.Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	f.Add(repotest.Fault{Op: repotest.Get, Prefix: "q"})
+	if _, err := r.LoadSnapshot(t.Context(), id); !errors.Is(err, repository.ErrStorageFailed) || !errors.Is(err, repotest.ErrInjected) {
+		t.Errorf("with storage that fails: %v", err)
+	}
+	f.Clear()
+	if s, err := r.LoadSnapshot(t.Context(), id); err != nil || s.ManifestID != id || s.Source.User != "shop" {
+		t.Errorf("afterwards: %+v, %v", s, err)
+	}
+	if _, err := r.LoadSnapshot(t.Context(), "0123456789abcdef0123456789abcdef"); !errors.Is(err, repository.ErrSnapshotNotFound) {
+		t.Errorf("one that is not there: %v", err)
+	}
+	note := putNote(t, other, 1)
+	if err := r.Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.LoadSnapshot(t.Context(), note); err == nil || errors.Is(err, repository.ErrStorageFailed) {
+		t.Errorf("a manifest that is no snapshot: %v", err)
 	}
 }

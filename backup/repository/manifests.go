@@ -2,6 +2,7 @@ package repository
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 
@@ -58,14 +59,32 @@ func (r *Repository) UnreadableManifests(ctx context.Context) ([]UnreadableManif
 	return v.unreadable, nil
 }
 
-func (r *Repository) loadManifest(ctx context.Context, id string) (m *snapshot.Manifest, err error) {
-	err = r.refreshing(ctx, func() (err error) {
-		m, err = snapshot.LoadSnapshot(ctx, r.rep, manifest.ID(id))
+// loadManifest is snapshot.LoadSnapshot. An error that says nothing about the snapshot wraps
+// ErrStorageFailed, unless ctx has ended: a caller that skips damaged snapshots must not skip
+// one that is out of reach for a moment.
+func (r *Repository) loadManifest(ctx context.Context, id string) (*snapshot.Manifest, error) {
+	var raw json.RawMessage
+	var e *manifest.EntryMetadata
+	err := r.refreshing(ctx, func() (err error) {
+		e, err = r.rep.GetManifest(ctx, manifest.ID(id), &raw)
 		return err
 	})
+	m := &snapshot.Manifest{}
+	var syntax *json.SyntaxError // of an entry without data
+	switch {
+	case errors.Is(err, manifest.ErrNotFound):
+		err = ErrSnapshotNotFound
+	case err != nil && ctx.Err() == nil && !errors.As(err, &syntax):
+		err = fmt.Errorf("%w: %w", ErrStorageFailed, err)
+	case err == nil && e.Labels[manifest.TypeLabelKey] != snapshot.ManifestType:
+		err = errors.New("it is not a snapshot")
+	case err == nil:
+		err = json.Unmarshal(raw, m)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("read snapshot manifest %s: %w", id, err)
 	}
+	m.ID = manifest.ID(id)
 	return m, nil
 }
 

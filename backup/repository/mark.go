@@ -121,26 +121,25 @@ func (m *marker) whole() (bool, error) {
 }
 
 // snapshots marks what manifests reach, except those seen by an earlier call; incomplete
-// ones and those of other programs are included. It returns how many were new.
-func (m *marker) snapshots(ctx context.Context) (int, error) {
+// ones and those of other programs are included. It returns the new ones.
+func (m *marker) snapshots(ctx context.Context) (fresh []*snapshot.Manifest, err error) {
 	if err := m.w.Refresh(ctx); err != nil {
-		return 0, err
+		return nil, err
 	}
 	var ids []manifest.ID
-	err := m.w.refreshing(func() (err error) {
+	err = m.w.refreshing(func() (err error) {
 		ids, err = snapshot.ListSnapshotManifests(m.w.ctx, m.w.w, nil, nil)
 		return err
 	})
 	if err != nil {
-		return 0, fmt.Errorf("list snapshots: %w", err)
+		return nil, fmt.Errorf("list snapshots: %w", err)
 	}
-	var fresh []*snapshot.Manifest
 	for _, id := range ids {
 		if m.seen[id] != nil {
 			continue
 		}
 		if err := ctx.Err(); err != nil {
-			return len(fresh), err
+			return fresh, err
 		}
 		var man *snapshot.Manifest
 		err := m.w.refreshing(func() (err error) {
@@ -152,12 +151,12 @@ func (m *marker) snapshots(ctx context.Context) (int, error) {
 		}
 		if err != nil {
 			// What it reaches is unknown: nothing may be deleted.
-			return len(fresh), fmt.Errorf("read snapshot manifest %s: %w", id, err)
+			return fresh, fmt.Errorf("read snapshot manifest %s: %w", id, err)
 		}
 		m.seen[id] = man
 		fresh = append(fresh, man)
 	}
-	return len(fresh), m.visit(ctx, fresh)
+	return fresh, m.visit(ctx, fresh)
 }
 
 // visit marks what snapshots reach: several at once, until damage is found. Which snapshots

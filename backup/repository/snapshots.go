@@ -166,21 +166,41 @@ func (w *Writer) DeleteSnapshot(_ context.Context, manifestID string) error {
 }
 
 // UpdatePins adds and removes pins of a snapshot. As in stock Kopia the
-// snapshot gets a new manifest ID, which is returned.
-func (w *Writer) UpdatePins(_ context.Context, manifestID string, add, remove []string) (string, error) {
+// snapshot gets a new manifest ID, which is returned. Of several manifests, which must differ
+// in their pins only, it makes one with the pins of all. That one is always new: two
+// processes that each kept an old one, and not the same, would delete both.
+func (w *Writer) UpdatePins(ctx context.Context, manifestIDs, add, remove []string) (string, error) {
 	var m *snapshot.Manifest
-	err := w.refreshing(func() (err error) {
-		m, err = snapshot.LoadSnapshot(w.ctx, w.w, manifest.ID(manifestID))
-		return err
-	})
-	if err != nil {
-		return "", fmt.Errorf("read snapshot manifest %s: %w", manifestID, err)
+	for _, id := range manifestIDs {
+		var next *snapshot.Manifest
+		err := w.refreshing(func() (err error) {
+			next, err = snapshot.LoadSnapshot(w.ctx, w.w, manifest.ID(id))
+			return err
+		})
+		switch {
+		case errors.Is(err, ErrSnapshotNotFound) && len(manifestIDs) > 1:
+			continue // deleted since
+		case err != nil:
+			return "", fmt.Errorf("read snapshot manifest %s: %w", id, err)
+		case m == nil:
+			m = next
+		default:
+			m.UpdatePins(next.Pins, nil)
+		}
 	}
-	if !m.UpdatePins(add, remove) {
-		return manifestID, nil
+	if m == nil {
+		return "", fmt.Errorf("read snapshot manifests %s: %w", strings.Join(manifestIDs, ", "), ErrSnapshotNotFound)
 	}
-	if err := snapshot.UpdateSnapshot(w.ctx, w.w, m); err != nil {
-		return "", fmt.Errorf("update pins of %s: %w", manifestID, err)
+	if !m.UpdatePins(add, remove) && len(manifestIDs) == 1 {
+		return manifestIDs[0], nil
+	}
+	if _, err := snapshot.SaveSnapshot(w.ctx, w.w, m); err != nil {
+		return "", fmt.Errorf("update pins of %s: %w", manifestIDs[0], explainWrite(err))
+	}
+	for _, id := range manifestIDs {
+		if err := w.DeleteSnapshot(ctx, id); err != nil {
+			return "", err
+		}
 	}
 	return string(m.ID), nil
 }

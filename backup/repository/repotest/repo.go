@@ -177,6 +177,28 @@ func (r *Repo) with(t testing.TB, config string, now func() time.Time, fn func(c
 	}
 }
 
+// TurnQuickOff turns quick maintenance off, as its owner may, and sets when the next full one
+// is due.
+func (r *Repo) TurnQuickOff(t testing.TB, nextFull time.Time) {
+	t.Helper()
+	r.Write(t, func(ctx context.Context, w repo.DirectRepositoryWriter) error {
+		p, err := maintenance.GetParams(ctx, w)
+		if err != nil {
+			return err
+		}
+		p.QuickCycle.Enabled = false
+		if err := maintenance.SetParams(ctx, w, p); err != nil {
+			return err
+		}
+		s, err := maintenance.GetSchedule(ctx, w)
+		if err != nil {
+			return err
+		}
+		s.NextFullMaintenanceTime = nextFull
+		return maintenance.SetSchedule(ctx, w, s)
+	})
+}
+
 // Object is bytes to be stored as stock Kopia would.
 type Object struct {
 	Data       []byte
