@@ -19,7 +19,7 @@ func (s *Server) admit(nc net.Conn, local bool) (*conn, bool) {
 			s.log.Warn("too many NBD clients; closing a new one", "limit", s.cfg.MaxConnections, "client", c.client.Addr)
 			return nil, false
 		}
-		idle.log.Info("client that was idle disconnected, to make room for another", "limit", s.cfg.MaxConnections, "other", c.client.Addr)
+		s.log.Info("client that was idle disconnected, to make room for another", "limit", s.cfg.MaxConnections, "client", idle.client.Addr, "other", c.client.Addr)
 		s.remove(idle)
 		_ = idle.socket.Close()
 	}

@@ -62,6 +62,17 @@ func (l lender) Lend(ctx context.Context, dst []nbdserver.Piece, off int64, n in
 	return dst, nil
 }
 
+// hoarder lends pieces of blocks that are too large to be kept in memory.
+type hoarder struct{ lender }
+
+func (h hoarder) Lend(ctx context.Context, dst []nbdserver.Piece, off int64, n int, wait bool) ([]nbdserver.Piece, error) {
+	pieces, err := h.lender.Lend(ctx, dst, off, n, wait)
+	for i := len(dst); i < len(pieces); i++ {
+		pieces[i].Held = 1 << 40
+	}
+	return pieces, err
+}
+
 func TestConformance(t *testing.T) {
 	contexts := map[string]func(int64) uint32{
 		"qemu:allocation-depth":        func(b int64) uint32 { return uint32(b % 3) },
@@ -97,6 +108,11 @@ func TestConformance(t *testing.T) {
 			d := nbdtest.NewDisk(nbdtest.Image())
 			w := d.Writable()
 			return lender{plainWriter{w, w.(nbdserver.Writer)}, d}, true
+		},
+		"lent-of-large-blocks": func() (nbdserver.Export, bool) {
+			d := nbdtest.NewDisk(nbdtest.Image())
+			w := d.Writable()
+			return hoarder{lender{plainWriter{w, w.(nbdserver.Writer)}, d}}, true
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

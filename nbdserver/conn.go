@@ -49,6 +49,8 @@ type conn struct {
 
 	joined bool // counted among the server's users
 
+	negotiateBy time.Time // when negotiation times out
+
 	// Set by negotiation.
 	noZeroes    bool
 	style       headerStyle
@@ -155,8 +157,7 @@ func (c *conn) leave() {
 // talk serves the client.
 func (c *conn) talk() error {
 	defer c.leave()
-	c.setReadDeadline(time.Now().Add(c.srv.cfg.NegotiationTimeout))
-	_ = c.socket.SetWriteDeadline(time.Now().Add(c.srv.cfg.NegotiationTimeout))
+	c.setNegotiateBy(time.Now().Add(c.srv.cfg.NegotiationTimeout))
 	if err := c.negotiate(); err != nil {
 		return err
 	}
@@ -165,6 +166,22 @@ func (c *conn) talk() error {
 	if errors.Is(err, errClosing) {
 		c.linger()
 	}
+	return err
+}
+
+// setNegotiateBy sets when negotiation times out.
+func (c *conn) setNegotiateBy(t time.Time) {
+	c.negotiateBy = t
+	c.setReadDeadline(t)
+	_ = c.socket.SetWriteDeadline(t)
+}
+
+// excused runs a part of the negotiation whose time is not the client's: if it takes long, the
+// client still gets the answer.
+func (c *conn) excused(f func() error) error {
+	began := time.Now()
+	err := f()
+	c.setNegotiateBy(c.negotiateBy.Add(time.Since(began)))
 	return err
 }
 
@@ -229,12 +246,16 @@ func (c *conn) use(name string) (*Opened, error) {
 		return c.opened, nil
 	}
 	c.closeExport()
-	o, err := c.srv.cfg.Catalog.Open(c.ctx, name, c.client)
+	err := c.excused(func() (err error) {
+		c.opened, err = c.srv.cfg.Catalog.Open(c.ctx, name, c.client)
+		return err
+	})
 	if err != nil {
+		c.opened = nil
 		return nil, err
 	}
-	c.opened, c.openedAs = o, name
-	return o, nil
+	c.openedAs = name
+	return c.opened, nil
 }
 
 func (c *conn) closeExport() {

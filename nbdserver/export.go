@@ -45,6 +45,9 @@ var ErrNotFast = errors.New("zeroing here would be no faster than writing")
 type Piece struct {
 	Data   []byte
 	Zeroes int
+	// Held is how many bytes stay in memory as long as Data is in use, if these are more than
+	// Data: those of a block that it is a part of, say, and ends with the capacity of Data.
+	Held int
 	// Owner, if not nil, is released once the bytes have been sent. Until then
 	// Data must not change.
 	Owner Releaser

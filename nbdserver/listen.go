@@ -143,6 +143,11 @@ func IsLocal(a net.Addr) bool {
 	return false
 }
 
+// IsLocalConn reports whether a connection is surely from this machine. One that this machine
+// makes to its own public address counts as from beyond it, as for a listener there, and so does
+// one that the kernel redirects to a loopback address.
+func IsLocalConn(c net.Conn) bool { return IsLocal(c.LocalAddr()) && IsLocal(c.RemoteAddr()) }
+
 func isTemporary(err error) bool {
 	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) ||
 		errors.Is(err, syscall.ECONNABORTED) || errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.ENOMEM)

@@ -135,6 +135,50 @@ func TestSocketActivation(t *testing.T) {
 	}
 }
 
+// between is a connection between two addresses.
+type between struct {
+	net.Conn
+	local, remote net.Addr
+}
+
+func (b between) LocalAddr() net.Addr  { return b.local }
+func (b between) RemoteAddr() net.Addr { return b.remote }
+
+// A connection that a supervisor passes as standard input may be of another machine.
+func TestConnectionsOfThisMachine(t *testing.T) {
+	tcp := func(ip string) net.Addr { return &net.TCPAddr{IP: net.ParseIP(ip), Port: 10809} }
+	ours, theirs := socketPair(t)
+	defer func() { _, _ = ours.Close(), theirs.Close() }()
+	in, out, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pipe, err := nbdserver.Stdio(in, out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _, _, _ = pipe.Close(), in.Close(), out.Close() }()
+	for name, c := range map[string]struct {
+		conn  net.Conn
+		local bool
+	}{
+		"two pipes":               {pipe, true},
+		"unix socket":             {ours, true},
+		"accepted unix socket":    {theirs, true},
+		"loopback":                {between{local: tcp("127.0.0.1"), remote: tcp("127.0.0.2")}, true},
+		"loopback, IPv6":          {between{local: tcp("::1"), remote: tcp("::1")}, true},
+		"another machine":         {between{local: tcp("192.0.2.1"), remote: tcp("192.0.2.2")}, false},
+		"another machine, IPv6":   {between{local: tcp("2001:db8::1"), remote: tcp("2001:db8::2")}, false},
+		"own public address":      {between{local: tcp("192.0.2.1"), remote: tcp("192.0.2.1")}, false},
+		"redirected to loopback":  {between{local: tcp("127.0.0.1"), remote: tcp("192.0.2.2")}, false},
+		"addresses that are none": {between{}, false},
+	} {
+		if got := nbdserver.IsLocalConn(c.conn); got != c.local {
+			t.Errorf("%s: local %v", name, got)
+		}
+	}
+}
+
 func TestListen(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	stale, err := net.ListenUnix("unix", &net.UnixAddr{Name: path})

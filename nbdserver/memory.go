@@ -124,6 +124,23 @@ func (b *budget) try(n int64) (grant, bool) {
 	return b.take(n)
 }
 
+// grow adds n bytes to a grant if they are free now. What a request can do without leaves a piece
+// for the connection's next ones.
+func (b *budget) grow(g *grant, n int64) bool {
+	m := b.memory
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	need := n + largePiece
+	if g.from != fromTotal || b.closed || b.used+b.reserved+b.lent+need > b.limit || !b.fits(need) {
+		return false
+	}
+	g.n += n
+	b.used += n
+	b.share.used += n
+	m.used += n
+	return true
+}
+
 // acquire waits for n bytes.
 func (b *budget) acquire(ctx context.Context, n int64) (grant, error) {
 	if g, ok := b.try(n); ok {

@@ -92,7 +92,7 @@ func TestMemoryModel(t *testing.T) {
 		}
 	}
 	for range 20000 {
-		switch r.IntN(6) {
+		switch r.IntN(7) {
 		case 0:
 			if len(conns) < 20 {
 				conns = append(conns, m.join(fmt.Sprint(r.IntN(4)), 4<<20))
@@ -118,6 +118,11 @@ func TestMemoryModel(t *testing.T) {
 					grants = append(grants, held{b, g})
 				}
 			}
+		case 4:
+			if len(grants) > 0 {
+				i := r.IntN(len(grants))
+				grants[i].b.grow(&grants[i].g, r.Int64N(1<<20))
+			}
 		default:
 			if len(conns) > 0 {
 				b := conns[r.IntN(len(conns))]
@@ -136,6 +141,48 @@ func TestMemoryModel(t *testing.T) {
 	}
 	if m.used != 0 || len(m.clients) != 0 || len(m.waiting) != 0 || m.loan != nil {
 		t.Errorf("left over: %d bytes, %d clients, %d waiting, loan %v", m.used, len(m.clients), len(m.waiting), m.loan)
+	}
+}
+
+// What the queued replies of a connection hold is never more than what it has taken; while there
+// is room nothing is copied.
+func TestRepliesHoldWhatIsTaken(t *testing.T) {
+	const block = 1 << 20
+	c := &conn{mem: newMemory(256<<20).join("a", 64<<20)}
+	var holds int64
+	var requests []request
+	lent := 0
+	for i := range 200 {
+		b := make([]byte, block)
+		b[i*4096] = byte(i + 1)
+		g, ok := c.mem.try(minRequestCost + 4096)
+		if !ok {
+			t.Fatalf("no memory is left for request %d", i)
+		}
+		r := request{mem: g}
+		pieces := []Piece{{Zeroes: 1000}, {Data: b[i*4096 : i*4096+2000], Held: block}, {Data: b[i*4096+2000 : i*4096+3096], Held: block}}
+		c.hold(&r, pieces, 4096)
+		if pieces[0].Zeroes != 1000 || pieces[1].Data[0] != byte(i+1) || len(pieces[1].Data) != 2000 || len(pieces[2].Data) != 1096 {
+			t.Fatalf("request %d: other bytes", i)
+		}
+		if pieces[2].Owner == nil {
+			lent++
+			holds += block
+		} else {
+			holds += int64(cap(pieces[2].Owner.(*buffer).b))
+		}
+		if requests = append(requests, r); holds > c.mem.used {
+			t.Fatalf("%d replies hold %d bytes, and %d are taken", i+1, holds, c.mem.used)
+		}
+	}
+	if lent == 0 || lent == len(requests) {
+		t.Errorf("%d of %d replies are lent", lent, len(requests))
+	}
+	for _, r := range requests {
+		c.mem.release(r.mem)
+	}
+	if c.mem.used != 0 || c.mem.memory.used != 0 {
+		t.Errorf("%d bytes stay in use", c.mem.used)
 	}
 }
 

@@ -369,11 +369,13 @@ func (n *negotiator) stay(o *Opened, name string) error {
 			contexts = append(contexts, s.name)
 		}
 	}
-	if err := o.begin(n.ctx, contexts); err != nil {
-		return err
-	}
-	n.join()
-	return n.succeed(o)
+	return n.excused(func() error {
+		if err := o.begin(n.ctx, contexts); err != nil {
+			return err
+		}
+		n.join()
+		return n.succeed(o)
+	})
 }
 
 // enter prepares transmission.

@@ -63,8 +63,10 @@ func (c *conn) readByPieces(r *request) {
 			c.exportError(r, err, off)
 			return
 		}
+		c.hold(r, pieces, int(n))
 		off += n
 		last := off == end || err != nil
+		c.failedLater(r, err)
 		c.out.push(c.structuredRead(r, uint64(off-n), pieces, err, last, nil)...)
 		if last {
 			c.count(r, errnoOf(err))
@@ -190,12 +192,15 @@ func (c *conn) sendPieces(r *request, pieces []Piece, err error, scratch []outgo
 		c.exportError(r, err, int64(r.offset))
 		return scratch
 	case c.style == styleSimple:
+		c.hold(r, pieces, int(r.length))
 		scratch = c.simpleRead(r, pieces, scratch)
 	case r.flags&proto.CmdFlagDF != 0 && err != nil:
 		release(pieces)
 		c.exportError(r, err, int64(r.offset))
 		return scratch
 	default:
+		c.hold(r, pieces, int(r.length))
+		c.failedLater(r, err)
 		scratch = c.structuredRead(r, r.offset, pieces, err, true, scratch)
 	}
 	c.count(r, errnoOf(err))

@@ -89,6 +89,13 @@ func (c *conn) exportError(r *request, err error, off int64) {
 	c.sendError(r, errno, err.Error(), off)
 }
 
+// failedLater logs the error after the first bytes of a read, if there is one.
+func (c *conn) failedLater(r *request, err error) {
+	if err != nil && c.ctx.Err() == nil {
+		c.logFailure(r, err, offsetOf(err, int64(r.offset)))
+	}
+}
+
 // loggedFailures is how many failed requests of a connection are logged. A salvage tool may
 // read each sector of a lost block, and a client may write to a full overlay forever: neither
 // must fill the server's disk.

@@ -51,7 +51,8 @@ type Config struct {
 	// once.
 	MaxRequests int
 
-	// NegotiationTimeout bounds the time from connecting to transmission.
+	// NegotiationTimeout bounds the time from connecting to transmission, but for that in which
+	// exports are opened.
 	NegotiationTimeout time.Duration
 	// StallTimeout ends a connection whose client accepts no replies, or stops in the middle
 	// of a message, for that long.

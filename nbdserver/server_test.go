@@ -225,7 +225,17 @@ func (p partly) Lend(_ context.Context, dst []nbdserver.Piece, off int64, n int,
 }
 
 func TestPartialRead(t *testing.T) {
-	_, path := serve(t, nbdserver.Config{Catalog: single(partly{plain{nbdtest.NewDisk(nbdtest.Image()).ReadOnly()}})})
+	var log lines
+	_, path := serve(t, nbdserver.Config{
+		Catalog: single(partly{plain{nbdtest.NewDisk(nbdtest.Image()).ReadOnly()}}), TotalMemory: 32 << 20,
+		Logger: slog.New(slog.NewTextHandler(&log, nil)),
+	})
+	logged := func(want int) {
+		t.Helper()
+		if n := strings.Count(log.String(), "request failed"); n != want || !strings.Contains(log.String(), "offset=4096") {
+			t.Errorf("%d lines of %d failures: %s", n, want, log.String())
+		}
+	}
 	e := enter(t, dialUnix(t, path), nbdclient.Structured, "disk")
 	got := make([]byte, 16384)
 	chunks, err := e.ReadChunks(ctx(t), got, 0, 0)
@@ -233,9 +243,16 @@ func TestPartialRead(t *testing.T) {
 	if !errors.As(err, &re) || re.Offset != 4096 || len(chunks) != 1 || !bytes.Equal(got[:4096], nbdtest.Image()[:4096]) {
 		t.Errorf("%v, %v", chunks, err)
 	}
+	logged(1)
 	if _, err := e.ReadChunks(ctx(t), got, 0, proto.CmdFlagDF); !errors.As(err, &re) {
 		t.Error(err)
 	}
+	logged(2)
+	// One that is too long for the memory is answered by pieces.
+	if chunks, err := e.ReadChunks(ctx(t), make([]byte, 2<<20), 0, 0); !errors.As(err, &re) || re.Offset != 4096 || len(chunks) != 1 {
+		t.Errorf("%v, %v", chunks, err)
+	}
+	logged(3)
 	// With simple replies nothing may follow the error.
 	e = enter(t, dialUnix(t, path), nbdclient.Simple, "disk")
 	for range 3 {

@@ -92,7 +92,7 @@ func (c *conn) succeed(o *Opened) error {
 	for _, e := range earlier {
 		ended := me.single && e.writes.single || peerLeft(e.socket)
 		if ended {
-			e.log.Info("client has a new connection to a writable export; this one ends", "new", c.client.Addr)
+			c.log.Info("client has a new connection to a writable export; its old one ends", "old", e.client.Addr)
 		}
 		pending = append(pending, e.changes.now(ended)...)
 		if ended {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"log/slog"
 	"net"
+	"sync"
 	"testing"
 
 	"github.com/varve-io/varve/nbdserver"
@@ -156,6 +157,39 @@ func TestKernelGetsOneConnection(t *testing.T) {
 		if many := e.Flags&proto.FlagCanMultiConn != 0; many != c.many {
 			t.Errorf("%v, %s: CAN_MULTI_CONN %v", c.headers, c.export, many)
 		}
+	}
+}
+
+// Connections that take the place of one another, at any moment of their handshakes, do so
+// without a data race.
+func TestTakingOverAtOnce(t *testing.T) {
+	_, path := serve(t, nbdserver.Config{
+		Catalog: single(nbdtest.NewDisk(nbdtest.Image()).Writable()),
+		Logger:  slog.New(slog.NewTextHandler(&lines{}, nil)),
+	})
+	var clients sync.WaitGroup
+	for range 2 {
+		clients.Go(func() {
+			for range 200 {
+				nc, err := net.Dial("unix", path)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				// Any step may fail: the other client has taken the place.
+				if c, err := nbdclient.New(nc); err == nil {
+					if _, err := c.Negotiate(nbdclient.Simple); err == nil {
+						_, _ = c.Go("disk")
+					}
+				}
+				_ = nc.Close()
+			}
+		})
+	}
+	clients.Wait()
+	last := enter(t, dialUnix(t, path), nbdclient.Simple, "disk")
+	if _, err := last.ReadAt(ctx(t), make([]byte, 512), 0); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -30,16 +30,20 @@ func (o *Overlay) each(off, length int64, fn func(s *segment, first, from, to in
 		i := off / segmentSize
 		first := i * segmentSize
 		to := min(end, first+segmentSize)
-		s := o.segment(i)
-		s.mu.Lock()
-		err := fn(s, first, off-first, to-first)
-		s.mu.Unlock()
-		if err != nil {
+		if err := o.segment(i).exclusively(fn, first, off-first, to-first); err != nil {
 			return err
 		}
 		off = to
 	}
 	return nil
+}
+
+// exclusively calls fn for a part of the segment, with its lock held, which a panic of the image
+// releases.
+func (s *segment) exclusively(fn func(s *segment, first, from, to int64) error, first, from, to int64) error {
+	s.changing.Lock()
+	defer s.changing.Unlock()
+	return fn(s, first, from, to)
 }
 
 // WriteAt writes p at off. It is durable after the next Flush. After an error, part of it may
@@ -73,12 +77,13 @@ func (o *Overlay) writePart(ctx context.Context, s *segment, first, from int64, 
 	if err != nil {
 		return err
 	}
+	defer func() { o.used.Add(-fresh) }() // of a failure, or a panic of the image
 	err = o.writeGranules(ctx, s, first, from, p)
 	if err == nil {
 		err = o.change(s, first/Granule, a, b, inData)
 	}
-	if err != nil {
-		o.used.Add(-fresh)
+	if err == nil {
+		fresh = 0
 	}
 	return err
 }
@@ -211,12 +216,13 @@ func (o *Overlay) zeroKept(ctx context.Context, s *segment, first, from, to int6
 	if err != nil {
 		return err
 	}
+	defer func() { o.used.Add(-fresh) }() // of a failure, or a panic of the image
 	err = o.zeroGranules(ctx, s, first, from, to, fast)
 	if err == nil {
 		err = o.change(s, first/Granule, a, b, inData)
 	}
-	if err != nil {
-		o.used.Add(-fresh)
+	if err == nil {
+		fresh = 0
 	}
 	return err
 }

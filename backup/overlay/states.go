@@ -26,6 +26,10 @@ func granulesOf(size int64) int64 { return (size + Granule - 1) / Granule }
 // segment holds the states of 16 MiB, two bits each. It exists once anything
 // in it has changed.
 type segment struct {
+	// changing is held by a change, also while it waits for the image: it may read the states,
+	// and set them with mu held.
+	changing sync.Mutex
+	// mu is held by readers of the states, and while they are set: never while anything waits.
 	mu     sync.RWMutex
 	states [segmentGranules / 4]byte
 }
@@ -85,6 +89,8 @@ func (o *Overlay) change(s *segment, base, from, to int64, v state) error {
 	if err := o.log.add(stateRun{start: base + from, count: to - from, state: v}); err != nil {
 		return fmt.Errorf("record a change of the overlay: %w", err)
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for i := from; i < to; i++ {
 		if v != inData && s.get(i) == inData {
 			o.used.Add(-1)

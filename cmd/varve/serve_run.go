@@ -148,7 +148,12 @@ func (s *serving) serveStdio(srv *nbdserver.Server) error {
 	if err != nil {
 		return err
 	}
-	return srv.ServeConn(c, true)
+	// inetd and systemd pass connections of other machines, too.
+	err = srv.ServeConn(c, nbdserver.IsLocalConn(c))
+	if errors.Is(err, nbdserver.ErrNeedsTLS) {
+		return usagef("serve %s on standard input: %w", c.RemoteAddr(), err)
+	}
+	return err
 }
 
 // loopbackIfBare adds the loopback address to a port without one.

@@ -9,6 +9,7 @@ import (
 	"github.com/varve-io/varve/backup/disks"
 	"github.com/varve-io/varve/backup/image"
 	"github.com/varve-io/varve/backup/points"
+	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/nbdserver"
 	"github.com/varve-io/varve/nbdserver/proto"
 )
@@ -93,13 +94,17 @@ func (d *Disk) Lend(ctx context.Context, dst []nbdserver.Piece, off int64, n int
 
 // lendCached lends cached blocks to the socket.
 func (d *Disk) lendCached(ctx context.Context, dst []nbdserver.Piece, off int64, n int, wait bool) ([]nbdserver.Piece, error) {
-	have := len(dst)
+	have, before := len(dst), d.beforeInBlock(off)
 	add := func(data []byte, count int64) {
 		if data == nil {
 			dst = append(dst, nbdserver.Piece{Zeroes: int(count)})
-		} else {
-			dst = append(dst, nbdserver.Piece{Data: data})
+			return
 		}
+		p := nbdserver.Piece{Data: data, Held: cap(data)} // to the end of the block
+		if len(dst) == have {
+			p.Held += before
+		}
+		dst = append(dst, p)
 	}
 	if !wait {
 		if err := d.disk.Image().Cached(off, int64(n), add); err != nil {
@@ -117,6 +122,15 @@ func (d *Disk) lendCached(ctx context.Context, dst []nbdserver.Piece, off int64,
 		return dst, &nbdserver.OffsetError{Offset: at, Err: d.explain(err)}
 	}
 	return dst, nil
+}
+
+// beforeInBlock returns how many bytes a block has before an offset within it, or the most that
+// it can have.
+func (d *Disk) beforeInBlock(off int64) int {
+	if size := d.disk.Image().BlockSize(); size > 0 {
+		return int(off % size)
+	}
+	return int(min(off, repository.MaxContentSize)) // blocks of other programs have any length
 }
 
 // Prefetch starts reading a range into the cache.

@@ -72,7 +72,7 @@ func (l *lending) changed(off, n int64, zero bool) bool {
 			l.err = &nbdserver.OffsetError{Offset: off, Err: err}
 			return false
 		}
-		l.pieces = append(l.pieces, nbdserver.Piece{Data: c.b, Owner: c})
+		l.pieces = append(l.pieces, nbdserver.Piece{Data: c.b, Held: cap(c.b), Owner: c})
 	}
 	return l.err == nil
 }

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/varve-io/varve/backup/overlay"
 	"github.com/varve-io/varve/nbdserver"
@@ -141,6 +142,55 @@ func TestWritableLendsUpToAnError(t *testing.T) {
 	}
 }
 
+// stuck is a disk whose memory is lent, and whose reads wait.
+type stuck struct {
+	*lent
+	entered, open chan struct{}
+}
+
+func (s stuck) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	s.entered <- struct{}{}
+	<-s.open
+	return s.lent.ReadAt(ctx, p, off)
+}
+
+// A write that waits for the storage does not hold up what can be lent without waiting.
+func TestWritableLendsBesideAWaitingWrite(t *testing.T) {
+	base := stuck{&lent{Disk: nbdtest.NewDisk(nbdtest.Image())}, make(chan struct{}, 1), make(chan struct{})}
+	w := newWritable(t, base)
+	ctx := t.Context()
+	if _, err := w.WriteAt(ctx, make([]byte, 4096), 0); err != nil {
+		t.Fatal(err)
+	}
+	written := make(chan error, 1)
+	go func() {
+		_, err := w.WriteAt(ctx, []byte{1}, 8192)
+		written <- err
+	}()
+	<-base.entered
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		pieces, err := w.Lend(ctx, nil, 16<<10, 4096, false)
+		if err != nil || !bytes.Equal(gather(pieces), nbdtest.Image()[16<<10:20<<10]) {
+			t.Errorf("unchanged data: %v, or other bytes", err)
+		}
+		if _, err := w.Lend(ctx, nil, 0, 4096, false); !errors.Is(err, nbdserver.ErrNotCached) {
+			t.Errorf("written data: %v", err)
+		}
+	}()
+	select {
+	case <-done:
+	case <-time.After(time.Minute):
+		t.Error("what can be lent waits for the storage")
+	}
+	close(base.open)
+	if err := <-written; err != nil {
+		t.Error(err)
+	}
+	<-done
+}
+
 // layered is a disk with a depth: 4 in even blocks of 64 KiB, and 0, which is none, in odd ones.
 type layered struct{ *nbdtest.Disk }
 
@@ -228,7 +278,7 @@ type lender struct {
 }
 
 func (l *lender) Lend(_ context.Context, dst []nbdserver.Piece, off int64, n int, _ bool) ([]nbdserver.Piece, error) {
-	return append(dst, nbdserver.Piece{Data: l.data[off : off+int64(n)]}), nil
+	return append(dst, nbdserver.Piece{Data: l.data[off : off+int64(n)], Held: 128 << 10}), nil // as of blocks
 }
 
 func benchmarkRead(b *testing.B, e nbdserver.Export, size int) {

@@ -1,6 +1,7 @@
 package serve
 
 import (
+	"math/bits"
 	"sync"
 
 	"github.com/varve-io/varve/backup/hydrate"
@@ -11,23 +12,35 @@ import (
 // page cache itself; its workers read more.
 const maxNow = 512 << 10
 
-// copies are buffers for replies from the page cache.
-var copies = sync.Pool{New: func() any { return new(pageCopy) }}
+// copies are buffers for replies from the page cache, by the binary logarithm of their size,
+// which is that of the memory that the server takes for the request: a short reply must not hold
+// the buffer of a long one.
+var copies [maxCopyBits + 1]sync.Pool
 
-type pageCopy struct{ b []byte }
+// Sizes of the buffers, from 4 KiB to the longest read.
+const (
+	minCopyBits = 12
+	maxCopyBits = 25
+)
 
-// newCopy returns a buffer of n bytes with old content.
-func newCopy(n int) *pageCopy {
-	c := copies.Get().(*pageCopy)
-	if cap(c.b) < n {
-		c.b = make([]byte, n)
-	}
-	c.b = c.b[:n]
-	return c
+type pageCopy struct {
+	b    []byte // requested length, capacity of its pool
+	pool *sync.Pool
 }
 
-// Release returns the buffer to the pool.
-func (c *pageCopy) Release() { copies.Put(c) }
+// newCopy returns a buffer of n bytes, at most those of the longest read, with old content.
+func newCopy(n int) *pageCopy {
+	size := bits.Len(uint(max(n, 1<<minCopyBits) - 1))
+	pool := &copies[size]
+	if c, ok := pool.Get().(*pageCopy); ok {
+		c.b = c.b[:n]
+		return c
+	}
+	return &pageCopy{b: make([]byte, n, 1<<size), pool: pool}
+}
+
+// Release returns the buffer to its pool.
+func (c *pageCopy) Release() { c.pool.Put(c) }
 
 // lendLocal lends what a local copy has in the page cache.
 func lendLocal(local *hydrate.Disk, dst []nbdserver.Piece, off int64, n int, wait bool) ([]nbdserver.Piece, error) {
@@ -48,6 +61,7 @@ func lendLocal(local *hydrate.Disk, dst []nbdserver.Piece, off int64, n int, wai
 		}
 		b, off = b[k:], off+k
 	}
-	dst[len(dst)-1].Owner = c // the last to be sent
+	last := &dst[len(dst)-1] // to be sent
+	last.Owner, last.Held = c, len(last.Data)+cap(c.b)-n
 	return dst, nil
 }

@@ -19,6 +19,8 @@ func TestParseURI(t *testing.T) {
 		"nbds://[::1]:99/x":                        {TLS: true, Network: "tcp", Address: "[::1]:99", Export: "x", ServerName: "::1"},
 		"nbd+unix:///shop/db@latest?socket=/run/v": {Network: "unix", Address: "/run/v", Export: "shop/db@latest"},
 		"nbd+unix:///?socket=%00name":              {Network: "unix", Address: "@name"},
+		"nbd+unix:///a+b?socket=/run/a+b.sock":     {Network: "unix", Address: "/run/a+b.sock", Export: "a+b"},
+		"nbd+unix:///?socket=/my%20dir/%2B%26":     {Network: "unix", Address: "/my dir/+&"},
 		"nbds+unix:///a?socket=s&tls-hostname=h&tls-verify-peer=0&tls-certificates=/pki&x-y=1": {TLS: true, Network: "unix",
 			Address: "s", Export: "a", ServerName: "h", NoVerify: true, Certificates: "/pki"},
 	} {
@@ -36,6 +38,14 @@ func TestParseURI(t *testing.T) {
 		if u, err := ParseURI(bad); err == nil {
 			t.Errorf("%q is taken for %+v", bad, u)
 		}
+	}
+}
+
+// Other clients know no + for a blank.
+func TestURIOfABlank(t *testing.T) {
+	u := URI{Network: "unix", Address: "/tmp/my dir/a+b", Export: "c d"}
+	if got := u.String(); got != "nbd+unix:///c%20d?socket=/tmp/my%20dir/a%2Bb" {
+		t.Error(got)
 	}
 }
 

@@ -54,7 +54,8 @@ func ParseURI(s string) (*URI, error) {
 	if strings.Contains(out.Export, "\x00") || len(out.Export) > proto.MaxString {
 		return nil, errors.New("an export name has at most 4096 bytes and no NUL")
 	}
-	q, err := url.ParseQuery(u.RawQuery)
+	// Only in web forms a plus sign is a blank.
+	q, err := url.ParseQuery(strings.ReplaceAll(u.RawQuery, "+", "%2B"))
 	if err != nil {
 		return nil, fmt.Errorf("parse NBD URI: %w", err)
 	}
@@ -133,7 +134,7 @@ func (u *URI) String() string {
 	if u.Certificates != "" {
 		q.Set("tls-certificates", u.Certificates)
 	}
-	out.RawQuery = strings.ReplaceAll(q.Encode(), "%2F", "/")
+	out.RawQuery = strings.NewReplacer("%2F", "/", "+", "%20").Replace(q.Encode())
 	return out.String()
 }
 
