@@ -41,7 +41,8 @@
 // # Errors
 //
 // Programs get an errno: EUCLEAN for a damaged file system, EOPNOTSUPP for a
-// feature that the reader does not support, EIO for blocks that cannot be read.
+// feature that the reader does not support, EIO for blocks that cannot be read and
+// for a panic of a reader.
 // The reason goes to the log.
 //
 // # Leases

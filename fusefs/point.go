@@ -112,8 +112,12 @@ func (p *point) partitions(ctx context.Context) (d *volumes.Disk, err error) {
 		if err != nil {
 			return err
 		}
-		if d, err = volumes.Open(browse.Damageable(timedImage{p.fs, held.Image()}), held.Size()); err != nil {
+		err = p.guard("find partitions", func() (err error) {
+			d, err = volumes.Open(browse.Damageable(timedImage{p.fs, held.Image()}), held.Size())
 			return err //nolint:wrapcheck // says what failed
+		})
+		if err != nil {
+			return err
 		}
 		p.mu.Lock()
 		p.layout = d
@@ -141,7 +145,11 @@ func (p *point) openInTurn(v *volumes.Volume) (*volume, error) {
 	if vol != nil {
 		return vol, nil
 	}
-	fsys, err := v.Open(diskfs.Options{Stale: p.fs.opt.Stale})
+	var fsys diskfs.FileSystem
+	err := p.guard("open a file system", func() (err error) {
+		fsys, err = v.Open(diskfs.Options{Stale: p.fs.opt.Stale})
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -149,7 +157,7 @@ func (p *point) openInTurn(v *volumes.Volume) (*volume, error) {
 		p.fs.log.Warn("this volume is "+v.Note, "point", p.info.Name(), "volume", v.Name)
 	}
 	vol = &volume{
-		point: p, inodes: fsys.Inodes(),
+		point: p, inodes: guarded{fsys.Inodes(), p},
 		numbers: fileNumbers{base: p.fs.numbers.volume(p.info.ID + "/" + v.Name)},
 	}
 	p.mu.Lock()

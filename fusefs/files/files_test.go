@@ -45,7 +45,7 @@ func newSite(t *testing.T) *site {
 		t.Fatal(err)
 	}
 	diskfstest.Run(t, "mke2fs", "-q", "-F", "-t", "ext4", "-d", src, img, "16M")
-	s := &site{repo: repotest.New(t).Open(t)}
+	s := emptySite(t)
 	for _, edit := range []func(){
 		func() {},
 		func() { diskfstest.Run(t, "debugfs", "-w", "-R", "write "+other+" new", img) },
@@ -62,16 +62,14 @@ func newSite(t *testing.T) *site {
 		func() { diskfstest.Run(t, "debugfs", "-w", "-R", "rm data", img) },
 	} {
 		edit()
-		d, err := disk.Open(img, disk.Options{Live: true})
-		if err != nil {
-			t.Fatal(err)
-		}
-		p, _, err := backup.Run(t.Context(), s.repo, backup.Options{Volume: volume, Disk: d})
-		if err := errors.Join(err, d.Close()); err != nil {
-			t.Fatal(err)
-		}
-		s.pts = append(s.pts, p)
+		s.backup(t, img)
 	}
+	return s
+}
+
+func emptySite(t *testing.T) *site {
+	t.Helper()
+	s := &site{repo: repotest.New(t).Open(t)}
 	cache := image.NewCache(32 << 20)
 	s.held = disks.New(s.repo, cache, disks.Options{Purpose: "test", Lease: disks.Late})
 	t.Cleanup(func() {
@@ -81,6 +79,42 @@ func newSite(t *testing.T) *site {
 		cache.Close()
 	})
 	return s
+}
+
+// backup makes a point of a disk.
+func (s *site) backup(t *testing.T, img string) {
+	t.Helper()
+	d, err := disk.Open(img, disk.Options{Live: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, _, err := backup.Run(t.Context(), s.repo, backup.Options{Volume: volume, Disk: d})
+	if err := errors.Join(err, d.Close()); err != nil {
+		t.Fatal(err)
+	}
+	s.pts = append(s.pts, p)
+}
+
+// compare lists what differs between two points.
+func (s *site) compare(t *testing.T, older, newer int) (string, error) {
+	t.Helper()
+	a, b := s.open(t, s.pts[older]), s.open(t, s.pts[newer])
+	defer a.Close()
+	defer b.Close()
+	var got []string
+	err := files.Compare(t.Context(), a, b, diskfs.Options{}, files.Report{
+		Change: func(c files.Change) error {
+			got = append(got, strings.TrimSpace(c.Change+" "+c.Path+" "+strings.Join(c.What, " ")))
+			if (c.From == nil) != (c.Change == "added") || (c.To == nil) != (c.Change == "removed") {
+				t.Errorf("%+v", c)
+			}
+			return nil
+		},
+		Damaged: func(p *points.Point, name string, err error) error {
+			return fmt.Errorf("%s:%s: %w", p.Name(), name, err)
+		},
+	})
+	return strings.Join(got, ", "), err
 }
 
 func (s *site) open(t *testing.T, p *points.Point) *files.Point {
@@ -163,23 +197,7 @@ func TestCompare(t *testing.T) {
 		{0, 3, "removed /data, added /new"},
 		{3, 0, "added /data, removed /new"},
 	} {
-		a, b := s.open(t, s.pts[c.older]), s.open(t, s.pts[c.newer])
-		var got []string
-		err := files.Compare(t.Context(), a, b, diskfs.Options{}, files.Report{
-			Change: func(c files.Change) error {
-				got = append(got, strings.TrimSpace(c.Change+" "+c.Path+" "+strings.Join(c.What, " ")))
-				if (c.From == nil) != (c.Change == "added") || (c.To == nil) != (c.Change == "removed") {
-					t.Errorf("%+v", c)
-				}
-				return nil
-			},
-			Damaged: func(p *points.Point, name string, err error) error {
-				return fmt.Errorf("%s:%s: %w", p.Name(), name, err)
-			},
-		})
-		a.Close()
-		b.Close()
-		if got := strings.Join(got, ", "); err != nil || got != c.want {
+		if got, err := s.compare(t, c.older, c.newer); err != nil || got != c.want {
 			t.Errorf("%d to %d: %s, %v; want %s", c.older, c.newer, got, err, c.want)
 		}
 	}

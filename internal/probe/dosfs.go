@@ -19,7 +19,7 @@ func findFAT(p *prober) *Signature {
 		return nil
 	}
 	sector, cluster, reserved, tables := uint32(le.Uint16(b[11:])), uint32(b[13]), uint32(le.Uint16(b[14:])), uint32(b[16])
-	if !within(sector, 512, 4096) || !powerOfTwo(cluster) || reserved == 0 || tables == 0 || tables > 2 || b[21] != 0xf0 && b[21] < 0xf8 {
+	if !within(sector, 512, 4096) || !powerOfTwo(cluster) || reserved == 0 || tables == 0 || b[21] != 0xf0 && b[21] < 0xf8 {
 		return nil
 	}
 	entries, sectors, tableSize := uint32(le.Uint16(b[17:])), uint64(le.Uint16(b[19:])), uint64(le.Uint16(b[22:]))

@@ -134,11 +134,11 @@ func (n *inode) NextData(off int64) (diskfs.Extent, error) {
 		}
 		from := max(off, int64(r.start)<<bits)
 		to := min(n.size, int64(min(r.start+r.count, end))<<bits)
-		return diskfs.Extent{
-			Offset: from,
-			Length: to - from,
-			Device: int64(r.block)<<bits + from - int64(r.start)<<bits,
-		}, nil
+		e := diskfs.Extent{Offset: from, Length: to - from, Device: int64(r.block)<<bits + from - int64(r.start)<<bits}
+		if n.fs.dev.replayed(r.block, r.count) {
+			e.Device = -1
+		}
+		return e, nil
 	}
 	return diskfs.Extent{}, io.EOF
 }

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"sync"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
@@ -30,6 +32,7 @@ type device struct {
 	blockSize int
 	blocks    uint64 // of the volume; at most size/blockSize
 	over      overlay
+	changed   []uint64 // the blocks of over, sorted
 
 	mu    sync.Mutex
 	cache map[uint64]*list.Element // of *cachedBlock
@@ -43,9 +46,15 @@ type cachedBlock struct {
 
 func newDevice(r io.ReaderAt, size int64, blockSize int, blocks uint64, over overlay) *device {
 	return &device{
-		r: r, size: size, blockSize: blockSize, blocks: blocks, over: over,
+		r: r, size: size, blockSize: blockSize, blocks: blocks, over: over, changed: slices.Sorted(maps.Keys(over)),
 		cache: map[uint64]*list.Element{}, order: list.New(),
 	}
+}
+
+// replayed reports whether the journal has any of count blocks from n on.
+func (d *device) replayed(n, count uint64) bool {
+	i, _ := slices.BinarySearch(d.changed, n)
+	return i < len(d.changed) && d.changed[i]-n < count
 }
 
 // block gives a metadata block, from the cache if it can. The caller must not

@@ -35,17 +35,28 @@ type logTag struct {
 	escaped  bool
 }
 
+// revocation is a block that a transaction took back.
+type revocation struct {
+	block uint64
+	tid   uint32
+}
+
+// maxRevokes bounds the memory for revoked blocks, some 50 bytes each. Blocks of a journal may lie
+// in one place, so its length is no bound.
+const maxRevokes = 16 << 20
+
 // scan is the state of a walk along the log.
 type scan struct {
 	*journal
 	at  uint64 // next block of the log
 	tid uint32 // of the transaction at hand
 
-	tags    []logTag // of committed transactions, and after committed of the one at hand
-	revokes []logTag // likewise; only block and tid
+	tags    []logTag     // of committed transactions, and after committed of the one at hand
+	revokes []revocation // likewise
 
 	committedTags    int
 	committedRevokes int
+	maxRevokes       int
 
 	crc      uint32 // checksum v1 of the transaction at hand
 	lastTime uint64 // of the last commit
@@ -61,7 +72,7 @@ type scan struct {
 // right, and a log in which a checksum of what would be replayed is wrong is refused as a
 // whole: what a mount would show is not known then.
 func (j *journal) replay() (overlay, error) {
-	s := &scan{journal: j, at: j.start, tid: j.sequence, crc: ^uint32(0)}
+	s := &scan{journal: j, at: j.start, tid: j.sequence, crc: ^uint32(0), maxRevokes: maxRevokes}
 	for {
 		more, err := s.step()
 		if err != nil {
@@ -273,7 +284,10 @@ func (s *scan) revoke(b []byte, where string) error {
 		if size == 8 {
 			block = be.Uint64(list)
 		}
-		s.revokes = append(s.revokes, logTag{block: block, tid: s.tid})
+		if len(s.revokes) == s.maxRevokes {
+			return unsupported(fmt.Sprintf("a journal that revokes more than %d blocks", s.maxRevokes))
+		}
+		s.revokes = append(s.revokes, revocation{block, s.tid})
 	}
 	return nil
 }

@@ -53,7 +53,12 @@ func (n *inode) Xattrs() ([]diskfs.Xattr, error) {
 	inBlock, err := n.blockAttrs()
 	faults.Add(err)
 	var list []diskfs.Xattr
+	var total diskfs.XattrTotal
 	for _, a := range append(stored, inBlock...) {
+		if err := total.Add(typeName, n.where(), a.name, int64(a.size)); err != nil {
+			faults.Add(err)
+			break
+		}
 		x, ok, err := n.present(a)
 		faults.Add(err)
 		if ok && err == nil {

@@ -16,6 +16,7 @@ import (
 	"io/fs"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
 	"github.com/varve-io/varve/internal/bytesize"
@@ -50,8 +51,9 @@ type FS struct {
 	label       string
 	serial      uint32
 
-	mu    sync.Mutex
-	table map[int64][]byte // chunks of the table
+	mu     sync.Mutex
+	table  map[int64][]byte // chunks of the table
+	chunks int              // most of those
 }
 
 var _ diskfs.Inodes = (*FS)(nil)
@@ -68,7 +70,7 @@ func Open(r io.ReaderAt, size int64, _ diskfs.Options) (*FS, error) {
 	if size < int64(len(b)) {
 		return nil, fmt.Errorf("fat: %d bytes hold no boot sector: %w", size, diskfs.ErrNotRecognised)
 	}
-	f := &FS{r: r, size: size, table: map[int64][]byte{}}
+	f := &FS{r: r, size: size, table: map[int64][]byte{}, chunks: tableChunks}
 	if err := f.read(b, 0); err != nil {
 		return nil, err
 	}
@@ -103,7 +105,7 @@ func (f *FS) parse(b []byte) error {
 		return corrupt(where, "sectors of %d bytes", f.sectorSize)
 	case perCluster == 0 || perCluster&(perCluster-1) != 0:
 		return corrupt(where, "clusters of %d sectors", perCluster)
-	case reserved == 0 || tables == 0 || tables > 2 || perTable == 0:
+	case reserved == 0 || tables == 0 || perTable == 0:
 		return corrupt(where, "%d reserved sectors, %d tables of %d", reserved, tables, perTable)
 	case sectors > f.size/f.sectorSize:
 		return corrupt(where, "%d sectors of %d bytes do not fit a device of %s; is the image cut short?", sectors, f.sectorSize, bytesize.Exact(f.size))
@@ -174,8 +176,12 @@ func (f *FS) Inode(ino uint64) (diskfs.Inode, error) {
 
 func (f *FS) inode(ino uint64) (*inode, error) {
 	if ino == rootIno {
-		n := &inode{fs: f, dir: true, cluster: f.rootCluster}
-		n.stat = diskfs.Stat{Ino: ino, Mode: modeDir | 0o755, Nlink: 2, BlockSize: int32(f.clusterSize)}
+		n := &inode{fs: f, dir: true}
+		if f.bits == 32 {
+			n.chain = newChain(f, f.rootCluster, maxDirectory)
+		}
+		epoch := time.Unix(0, 0).UTC() // as Linux has it: no entry records the root's times
+		n.stat = diskfs.Stat{Ino: ino, Mode: modeDir | 0o755, Nlink: 2, BlockSize: int32(f.clusterSize), Atime: epoch, Mtime: epoch, Ctime: epoch}
 		return n, nil
 	}
 	if ino > uint64(f.size/entrySize) || int64(ino)*entrySize < f.rootStart {
@@ -246,7 +252,7 @@ func (f *FS) readTable(p []byte, off int64) error {
 				return err
 			}
 			f.mu.Lock()
-			if len(f.table) >= tableChunks {
+			if len(f.table) >= f.chunks {
 				clear(f.table)
 			}
 			f.table[at] = chunk
@@ -259,42 +265,4 @@ func (f *FS) readTable(p []byte, off int64) error {
 		p, off = p[n:], off+int64(n)
 	}
 	return nil
-}
-
-// extent is a range of bytes of a chain that lie together.
-type extent struct {
-	start  int64 // of the file
-	length int64
-	pos    int64 // on the volume
-}
-
-// chain follows the table for size bytes at most; a longer chain is not read
-// further, a shorter one is what it is. Chains that come back to themselves end at
-// the limit. With an error comes what lies before the link that is damaged.
-func (f *FS) chain(cluster uint32, size int64) ([]extent, error) {
-	var list []extent
-	limit := min((size+f.clusterSize-1)/f.clusterSize, int64(f.clusters))
-	for n := int64(0); n < limit; n++ {
-		if !f.valid(cluster) {
-			return list, corrupt(fmt.Sprintf("cluster %d", cluster), "a chain begins at cluster %d of %d", cluster, f.clusters)
-		}
-		pos := f.clusterStart(cluster)
-		if k := len(list) - 1; k >= 0 && list[k].pos+list[k].length == pos {
-			list[k].length += f.clusterSize
-		} else {
-			list = append(list, extent{start: n * f.clusterSize, length: f.clusterSize, pos: pos})
-		}
-		next, last, err := f.next(cluster)
-		if err != nil {
-			if n+1 == limit { // what follows the end of the file does not matter
-				return list, nil
-			}
-			return list, err
-		}
-		if last {
-			break
-		}
-		cluster = next
-	}
-	return list, nil
 }

@@ -77,6 +77,7 @@ func TestAgainstSource(t *testing.T) {
 		{"fat12", 12, 4 << 20, []string{"-F", "12", "-s", "4", "-r", "512"}},
 		{"fat16", 16, 64 << 20, []string{"-F", "16"}},
 		{"fat32", 32, 64 << 20, []string{"-F", "32", "-s", "1"}},
+		{"three tables", 16, 64 << 20, []string{"-F", "16", "-f", "3"}},
 		{"fat32-4k-sectors", 32, 300 << 20, []string{"-F", "32", "-S", "4096", "-s", "1"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

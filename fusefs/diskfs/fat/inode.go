@@ -1,11 +1,11 @@
 package fat
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"iter"
-	"sync"
 	"syscall"
 	"time"
 
@@ -19,22 +19,19 @@ const (
 
 // inode is a file or directory. It implements diskfs.Inode.
 type inode struct {
-	fs      *FS
-	dir     bool
-	cluster uint32 // the first; 0 for an empty file
-	stat    diskfs.Stat
-
-	once    sync.Once
-	extents []extent
-	err     error
+	fs    *FS
+	dir   bool
+	chain *chain // nil for the root directory of FAT12 and FAT16, which has a place of its own
+	stat  diskfs.Stat
 }
 
 var _ diskfs.Inode = (*inode)(nil)
 
 func newInode(f *FS, ino uint64, e []byte) *inode {
-	n := &inode{fs: f, dir: e[entryAttr]&attrDirectory != 0, cluster: uint32(le.Uint16(e[26:]))}
+	n := &inode{fs: f, dir: e[entryAttr]&attrDirectory != 0}
+	cluster, size := uint32(le.Uint16(e[26:])), int64(maxDirectory)
 	if f.bits == 32 {
-		n.cluster |= uint32(le.Uint16(e[20:])) << 16
+		cluster |= uint32(le.Uint16(e[20:])) << 16
 	}
 	mode, nlink := uint32(modeRegular|0o755), uint32(1)
 	if n.dir {
@@ -48,21 +45,22 @@ func newInode(f *FS, ino uint64, e []byte) *inode {
 		Mtime: mtime,
 		Ctime: mtime,
 		Atime: dosTime(le.Uint16(e[18:]), 0, 0),
-		Btime: dosTime(le.Uint16(e[16:]), le.Uint16(e[14:]), e[13]),
+	}
+	if date := le.Uint16(e[16:]); date != 0 { // not all systems record it
+		n.stat.Btime = dosTime(date, le.Uint16(e[14:]), e[13])
 	}
 	if !n.dir {
-		n.stat.Size = int64(le.Uint32(e[28:]))
+		size = int64(le.Uint32(e[28:]))
+		n.stat.Size = size
 	}
+	n.chain = newChain(f, cluster, size)
 	return n
 }
 
-// dosTime reads a date and a time of day; hundredths count up to two seconds. A
-// date of zero was never set.
+// dosTime reads a date and a time of day; hundredths count up to two seconds. As in Linux, no
+// month or day is the first.
 func dosTime(date, clock uint16, hundredths byte) time.Time {
-	if date == 0 {
-		return time.Time{}
-	}
-	return time.Date(1980+int(date>>9), time.Month(date>>5&15), int(date&31),
+	return time.Date(1980+int(date>>9), time.Month(max(1, date>>5&15)), int(max(1, date&31)),
 		int(clock>>11), int(clock>>5&63), int(clock&31)*2, int(hundredths)*int(10*time.Millisecond), time.UTC)
 }
 
@@ -72,44 +70,38 @@ func (n *inode) measure() error {
 		n.stat.Blocks = (n.stat.Size + n.fs.clusterSize - 1) / n.fs.clusterSize * n.fs.clusterSize / 512
 		return nil
 	}
-	list, err := n.chain()
-	if err != nil && len(list) == 0 {
-		return err
+	for {
+		_, length, err := n.piece(n.stat.Size, maxDirectory)
+		if err != nil && n.stat.Size == 0 && !errors.Is(err, io.EOF) {
+			return err
+		}
+		if err != nil {
+			n.stat.Blocks = n.stat.Size / 512
+			return nil //nolint:nilerr // who lists the directory meets the error
+		}
+		n.stat.Size += length
 	}
-	for _, e := range list {
-		n.stat.Size += e.length
-	}
-	n.stat.Blocks = n.stat.Size / 512
-	return nil
 }
 
-// chain gives the places of the content, read once: with an error, those before the
-// damage.
-func (n *inode) chain() ([]extent, error) {
-	n.once.Do(func() {
-		f := n.fs
-		switch {
-		case n.stat.Ino == rootIno && f.bits != 32:
-			n.extents = []extent{{length: f.rootSize, pos: f.rootStart}}
-		case n.dir && !f.valid(n.cluster):
-			n.err = corrupt(fmt.Sprintf("directory %d", n.stat.Ino), "begins at cluster %d of %d", n.cluster, f.clusters)
-		case n.dir:
-			n.extents, n.err = f.chain(n.cluster, maxDirectory)
-		case n.stat.Size > 0:
-			n.extents, n.err = f.chain(n.cluster, n.stat.Size)
-			if n.err != nil {
-				return
-			}
-			var have int64
-			for _, e := range n.extents {
-				have += e.length
-			}
-			if have < n.stat.Size {
-				n.err = corrupt(fmt.Sprintf("file %d", n.stat.Ino), "%d bytes in a chain of %d", n.stat.Size, have)
-			}
+// piece gives the place of byte off of the content on the volume, and how many bytes from it on,
+// at most most, lie there together; io.EOF at the end of a directory.
+func (n *inode) piece(off, most int64) (pos, length int64, err error) {
+	f := n.fs
+	if n.chain == nil {
+		if off >= f.rootSize {
+			return 0, 0, io.EOF
 		}
-	})
-	return n.extents, n.err
+		return f.rootStart + off, min(most, f.rootSize-off), nil
+	}
+	in := off % f.clusterSize
+	pos, count, err := n.chain.run(off/f.clusterSize, (in+most+f.clusterSize-1)/f.clusterSize)
+	if errors.Is(err, io.EOF) && !n.dir {
+		err = corrupt(fmt.Sprintf("file %d", n.stat.Ino), "%d bytes in a chain of %d", n.stat.Size, count*f.clusterSize)
+	}
+	if err != nil {
+		return 0, 0, err
+	}
+	return pos + in, min(most, count*f.clusterSize-in), nil
 }
 
 // Stat gives the metadata.
@@ -143,27 +135,20 @@ func (n *inode) ReadAt(p []byte, off int64) (int, error) {
 
 // read fills p from the chain.
 func (n *inode) read(p []byte, off int64) error {
-	list, damage := n.chain()
-	for _, e := range list {
-		if len(p) == 0 {
-			break
-		}
-		if off >= e.start+e.length {
-			continue
-		}
-		part := p[:min(int64(len(p)), e.start+e.length-off)]
-		if err := n.fs.read(part, e.pos+off-e.start); err != nil {
+	for len(p) > 0 {
+		pos, length, err := n.piece(off, int64(len(p)))
+		if err != nil {
 			return err
 		}
-		p, off = p[len(part):], off+int64(len(part))
-	}
-	if len(p) > 0 {
-		return damage // a chain that is not damaged holds the whole size
+		if err := n.fs.read(p[:length], pos); err != nil {
+			return err
+		}
+		p, off = p[length:], off+length
 	}
 	return nil
 }
 
-// NextData finds the next range in one piece; FAT has no holes.
+// NextData finds the next range in one piece, up to some length; FAT has no holes.
 func (n *inode) NextData(off int64) (diskfs.Extent, error) {
 	switch {
 	case n.dir:
@@ -173,17 +158,11 @@ func (n *inode) NextData(off int64) (diskfs.Extent, error) {
 	case off >= n.stat.Size:
 		return diskfs.Extent{}, io.EOF
 	}
-	list, damage := n.chain()
-	for _, e := range list {
-		if off < e.start+e.length {
-			end := min(e.start+e.length, n.stat.Size)
-			return diskfs.Extent{Offset: off, Length: end - off, Device: e.pos + off - e.start}, nil
-		}
+	pos, length, err := n.piece(off, min(n.stat.Size-off, stride*n.fs.clusterSize))
+	if err != nil {
+		return diskfs.Extent{}, err
 	}
-	if damage != nil {
-		return diskfs.Extent{}, damage
-	}
-	return diskfs.Extent{}, io.EOF
+	return diskfs.Extent{Offset: off, Length: length, Device: pos}, nil
 }
 
 // Lookup finds a name by reading the directory.
@@ -213,25 +192,25 @@ func (n *inode) Entries() iter.Seq2[diskfs.Dirent, error] {
 			yield(diskfs.Dirent{}, syscall.ENOTDIR)
 			return
 		}
-		list, damage := n.chain()
 		var long longName
-		for _, ext := range list {
-			for at := int64(0); at < ext.length; at += n.fs.sectorSize {
-				b := make([]byte, min(n.fs.sectorSize, ext.length-at))
-				if err := n.fs.read(b, ext.pos+at); err != nil {
-					long = longName{}
-					if !yield(diskfs.Dirent{}, err) {
-						return
-					}
-					continue
+		for off := int64(0); ; {
+			pos, length, err := n.piece(off, n.fs.sectorSize)
+			if err != nil {
+				if !errors.Is(err, io.EOF) {
+					yield(diskfs.Dirent{}, err)
 				}
-				if !n.sectorEntries(b, ext.pos+at, &long, yield) {
+				return
+			}
+			b := make([]byte, length)
+			if err := n.fs.read(b, pos); err != nil {
+				long = longName{}
+				if !yield(diskfs.Dirent{}, err) {
 					return
 				}
+			} else if !n.sectorEntries(b, pos, &long, yield) {
+				return
 			}
-		}
-		if damage != nil {
-			yield(diskfs.Dirent{}, damage)
+			off += length
 		}
 	}
 }

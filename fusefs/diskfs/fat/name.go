@@ -60,7 +60,7 @@ func (l *longName) part(e []byte) {
 	if e[0]&longLast != 0 && n >= 1 && n <= maxLongParts {
 		l.units, l.want, l.sum = make([]uint16, 13*n), n, e[13]
 	}
-	if l.units == nil || n != l.want || e[13] != l.sum {
+	if l.units == nil || n == 0 || n != l.want || e[13] != l.sum {
 		l.units = nil
 		return
 	}

@@ -68,7 +68,7 @@ func (f *FS) inode(ino uint64) (*inode, error) {
 func (r *record) streams() []string {
 	var names []string
 	for i := range r.attrs {
-		if a := &r.attrs[i]; a.typ == attrData && a.name != "" && (a.resident || a.first == 0) {
+		if a := &r.attrs[i]; a.typ == attrData && a.name != "" && a.begins() {
 			names = append(names, a.name)
 		}
 	}
@@ -171,13 +171,23 @@ func (n *inode) Xattrs() ([]diskfs.Xattr, error) {
 	if n.name != "" {
 		return nil, nil
 	}
+	parts := map[string][]*attribute{}
+	for i := range n.rec.attrs {
+		if a := &n.rec.attrs[i]; a.typ == attrData {
+			parts[a.name] = append(parts[a.name], a)
+		}
+	}
 	var list []diskfs.Xattr
 	var faults diskfs.Faults
+	var total diskfs.XattrTotal
 	for _, name := range n.rec.streams() {
-		if a := n.rec.find(attrData, name); a.size > maxXattr || len(name) > 255-len("user.") || a.flags&flagEncrypted != 0 {
+		if a := firstPart(parts[name]); a.size > maxXattr || len(name) > 255-len("user.") || a.flags&flagEncrypted != 0 {
 			continue
+		} else if err := total.Add(typeName, fmt.Sprintf("record %d", n.rec.ino), name, a.size); err != nil {
+			faults.Add(err)
+			break
 		}
-		s, err := n.rec.stream(n.fs, attrData, name)
+		s, err := n.rec.open(n.fs, attrData, parts[name])
 		if err == nil {
 			value := make([]byte, s.size)
 			if err = s.read(value, 0); err == nil {

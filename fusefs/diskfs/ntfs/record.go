@@ -170,7 +170,20 @@ func parseAttribute(b []byte) (a attribute, ok bool) {
 // find gives the first attribute of a type and name.
 func (r *record) find(typ uint32, name string) *attribute {
 	for i := range r.attrs {
-		if a := &r.attrs[i]; a.typ == typ && a.name == name && (a.resident || a.first == 0) {
+		if a := &r.attrs[i]; a.typ == typ && a.name == name && a.begins() {
+			return a
+		}
+	}
+	return nil
+}
+
+// begins reports whether this is the part that has the sizes.
+func (a *attribute) begins() bool { return a.resident || a.first == 0 }
+
+// firstPart gives the first of an attribute's parts that has the sizes, or nil.
+func firstPart(parts []*attribute) *attribute {
+	for _, a := range parts {
+		if a.begins() {
 			return a
 		}
 	}

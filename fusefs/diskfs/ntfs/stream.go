@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"sort"
 	"sync"
 
@@ -41,10 +42,21 @@ type stream struct {
 	number int64  // which
 }
 
-// stream opens an attribute by all its parts.
+// stream opens an attribute.
 func (r *record) stream(f *FS, typ uint32, name string) (*stream, error) {
+	var parts []*attribute
+	for i := range r.attrs {
+		if a := &r.attrs[i]; a.typ == typ && a.name == name {
+			parts = append(parts, a)
+		}
+	}
+	return r.open(f, typ, parts)
+}
+
+// open opens an attribute by all its parts, which it sorts.
+func (r *record) open(f *FS, typ uint32, parts []*attribute) (*stream, error) {
 	where := fmt.Sprintf("record %d attribute %#x", r.ino, typ)
-	first := r.find(typ, name)
+	first := firstPart(parts)
 	if first == nil {
 		return nil, corrupt(where, "its first part is missing")
 	}
@@ -65,12 +77,7 @@ func (r *record) stream(f *FS, typ uint32, name string) (*stream, error) {
 		}
 		s.unit = 1 << first.unit
 	}
-	var parts []*attribute
-	for i := range r.attrs {
-		if a := &r.attrs[i]; a.typ == typ && a.name == name && !a.resident {
-			parts = append(parts, a)
-		}
-	}
+	parts = slices.DeleteFunc(parts, func(a *attribute) bool { return a.resident })
 	sort.SliceStable(parts, func(i, j int) bool { return parts[i].first < parts[j].first })
 	for _, a := range parts {
 		if err := s.extend(a); err != nil {

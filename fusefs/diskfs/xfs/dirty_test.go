@@ -101,11 +101,17 @@ func workload(p *filler, steps int) {
 // is what the crash cuts short.
 func crashed(t testing.TB, flushLog bool, mkfs []string, settled, act func(dir string)) string {
 	t.Helper()
+	return crashedMount(t, "", flushLog, mkfs, settled, act)
+}
+
+// crashedMount is crashed under mounts with options.
+func crashedMount(t testing.TB, options string, flushLog bool, mkfs []string, settled, act func(dir string)) string {
+	t.Helper()
 	img := newImage(t, 320, mkfs...)
 	if settled != nil {
-		mounted(t, img, "", settled)
+		mounted(t, img, options, settled)
 	}
-	mounted(t, img, "", func(dir string) {
+	mounted(t, img, options, func(dir string) {
 		act(dir)
 		shutdown(t, dir, flushLog)
 	})
@@ -154,23 +160,26 @@ func TestReplay(t *testing.T) {
 		steps    int
 		rounds   int
 		flushLog bool
+		mount    string
 	}{
-		{"default", nil, 1500, 2, true},
-		{"as it is", nil, 3000, 5, false},
-		{"small log wraps", []string{"--unsupported", "-l", "size=10m", "-d", "agcount=2"}, 8000, 60, true},
-		{"1k rmap nrext64", []string{"-b", "size=1024", "-m", "rmapbt=1", "-i", "nrext64=1"}, 2000, 2, true},
-		{"64k directories", []string{"-n", "size=65536", "-m", "bigtime=0"}, 2000, 2, true},
-		{"log stripes", []string{"-l", "su=65536"}, 2000, 2, true},
-		{"2k inodes", []string{"-i", "size=2048,sparse=1"}, 1000, 2, false},
-		{"4k sectors", []string{"-s", "size=4096"}, 2000, 3, true},
-		{"64k blocks", []string{"-b", "size=65536"}, 1000, 2, true},
+		{"default", nil, 1500, 2, true, ""},
+		{"as it is", nil, 3000, 5, false, ""},
+		{"small log wraps", []string{"--unsupported", "-l", "size=10m", "-d", "agcount=2"}, 8000, 60, true, ""},
+		{"1k rmap nrext64", []string{"-b", "size=1024", "-m", "rmapbt=1", "-i", "nrext64=1"}, 2000, 2, true, ""},
+		{"64k directories", []string{"-n", "size=65536", "-m", "bigtime=0"}, 2000, 2, true, ""},
+		{"log stripes", []string{"-l", "su=65536"}, 2000, 2, true, ""},
+		{"2k inodes", []string{"-i", "size=2048,sparse=1"}, 1000, 2, false, ""},
+		{"4k sectors", []string{"-s", "size=4096"}, 2000, 3, true, ""},
+		{"64k blocks", []string{"-b", "size=65536"}, 1000, 2, true, ""},
+		{"large log buffers", nil, 2000, 2, true, "logbsize=256k"},
+		{"log buffers larger than stripes", []string{"-l", "su=65536"}, 2000, 5, false, "logbsize=128k"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			seed := seed + uint64(i)
 			t.Logf("XFS_TEST_SEED=%d", seed)
 			rnd := rand.New(rand.NewPCG(seed, 2))
-			img := crashed(t, c.flushLog, c.mkfs, func(dir string) {
+			img := crashedMount(t, c.mount, c.flushLog, c.mkfs, func(dir string) {
 				workload(newFiller(t, dir, rnd.Uint64()), c.steps/4)
 			}, func(dir string) {
 				// Each sync writes a checkpoint; without one, changes gather in memory.
@@ -197,6 +206,24 @@ func TestReplay(t *testing.T) {
 				t.Errorf("log in cycle %d (%v), it should have wrapped", cycle, err)
 			}
 		})
+	}
+}
+
+// TestLargeLogBuffers reads volumes that were unmounted after mounts with log buffers larger than
+// the records in them.
+func TestLargeLogBuffers(t *testing.T) {
+	requireKernel(t)
+	for _, size := range []string{"64k", "256k"} {
+		img := newImage(t, 320)
+		mounted(t, img, "logbsize="+size, func(dir string) { workload(newFiller(t, dir, 17), 300) })
+		f := mustOpen(t, img)
+		if f.Info().Log != diskfs.LogClean {
+			t.Errorf("%s: log is %v, should be clean", size, f.Info().Log)
+		}
+		got := imageTree(t, f)
+		var want map[string]file
+		mounted(t, img, "ro", func(dir string) { want = kernelTree(t, dir) })
+		compare(t, got, want)
 	}
 }
 

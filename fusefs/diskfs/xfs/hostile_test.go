@@ -251,7 +251,7 @@ func FuzzLogItem(f *testing.F) {
 		f.Fatal(err)
 	}
 	seeds := map[uint16]int{}
-	a := &assembler{open: map[uint32]*transaction{}, commit: func(t *transaction) error {
+	a := newAssembler(func(t *transaction) error {
 		for _, it := range t.items {
 			if seeds[it.kind]++; seeds[it.kind] < 8 {
 				r := append(append([][]byte(nil), it.regions...), nil, nil)
@@ -259,7 +259,7 @@ func FuzzLogItem(f *testing.F) {
 			}
 		}
 		return nil
-	}}
+	})
 	if err := l.walk(ends, a.add); err != nil {
 		f.Fatal(err)
 	}
@@ -318,14 +318,14 @@ func FuzzOperations(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		total := 0
-		a := &assembler{open: map[uint32]*transaction{}, commit: func(tr *transaction) error {
+		a := newAssembler(func(tr *transaction) error {
 			for _, it := range tr.items {
 				for _, r := range it.regions {
 					total += len(r)
 				}
 			}
 			return nil
-		}}
+		})
 		_ = a.add(record{ops: len(data)}, data)
 		if total > len(data) {
 			t.Errorf("%d bytes of regions out of %d", total, len(data))

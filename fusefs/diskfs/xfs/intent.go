@@ -4,8 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"sort"
 	"syscall"
+
+	"github.com/varve-io/varve/internal/bytesize"
 )
 
 // intent is an operation that the log says has begun, and not that it is done.
@@ -14,6 +17,7 @@ type intent struct {
 	id    uint64
 	bytes []byte
 	rest  [][]byte
+	held  int // bytes in memory
 	done  bool
 }
 
@@ -36,12 +40,18 @@ func (rp *replay) begin(it *logItem) error {
 		return corrupt("log", "intent of %d bytes", len(b))
 	}
 	in := &intent{kind: it.kind, id: le64(b, intentOffID), bytes: b, rest: it.regions[1:]}
+	for _, r := range it.regions {
+		in.held += opCost + len(r)
+	}
+	if rp.held += in.held; rp.held > rp.maxHeld {
+		return unsupported("a log with more than %s of unfinished operations", bytesize.Format(int64(rp.maxHeld)))
+	}
 	rp.intents = append(rp.intents, in)
 	rp.byID[intentKey{in.kind, in.id}] = in
 	return nil
 }
 
-func (rp *replay) done(it *logItem) error {
+func (rp *replay) end(it *logItem) error {
 	b := it.regions[0]
 	if len(b) < 16 {
 		return corrupt("log", "done item of %d bytes", len(b))
@@ -49,8 +59,13 @@ func (rp *replay) done(it *logItem) error {
 	// Its intent can also lie before the tail.
 	key := intentKey{doneOf[it.kind], le64(b, intentOffID)}
 	if in := rp.byID[key]; in != nil {
+		rp.held -= in.held
 		*in = intent{done: true}
 		delete(rp.byID, key)
+		if rp.ended++; rp.ended > len(rp.intents)/2 {
+			rp.intents = slices.DeleteFunc(rp.intents, func(in *intent) bool { return in.done })
+			rp.ended = 0
+		}
 	}
 	return nil
 }
@@ -81,15 +96,17 @@ func (p *pendingEdits) setNewOwner(ino uint64) {
 
 // applyAttrs gives the attributes of an inode as they are after the pending edits.
 func (p *pendingEdits) applyAttrs(ino uint64, attrs []rawAttr) []rawAttr {
-	for _, e := range p.attrs[ino] {
-		kept := attrs[:0]
-		for _, a := range attrs {
-			if a.name != e.attr.name || a.flags&attrNamespace != e.attr.flags&attrNamespace {
-				kept = append(kept, a)
-			}
-		}
-		attrs = kept
-		if !e.remove {
+	edits := p.attrs[ino]
+	last := make(map[attrKey]int, len(edits)) // of each attribute, the edit that counts
+	for j, e := range edits {
+		last[e.attr.key()] = j
+	}
+	attrs = slices.DeleteFunc(attrs, func(a rawAttr) bool {
+		_, edited := last[a.key()]
+		return edited
+	})
+	for j, e := range edits {
+		if !e.remove && last[e.attr.key()] == j {
 			attrs = append(attrs, e.attr)
 		}
 	}

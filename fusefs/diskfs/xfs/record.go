@@ -106,7 +106,9 @@ func (l *logRing) recordData(r record) ([]byte, error) {
 	if l.f.sb.v5 && !byMkfs {
 		sum := func(covered int) uint32 {
 			crc := checksum(head[:covered], recOffCRC)
-			for j := 1; j < r.headers; j++ {
+			// Of the further headers, those count that the data needs; the mount's buffers
+			// (logbsize) can have room for more.
+			for j := 1; j < (r.length+cycleDataBytes-1)/cycleDataBytes; j++ {
 				crc = crcUpdate(crc, head[j*sector:j*sector+extChecksummed])
 			}
 			return crcUpdate(crc, data[:r.length])

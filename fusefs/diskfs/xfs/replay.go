@@ -81,13 +81,27 @@ type replay struct {
 	byBlkno   map[int64]int // the same by place only
 	quotaOff  uint32
 	intents   []*intent // oldest first
+	ended     int       // of intents
 	byID      map[intentKey]*intent
+	held      int // bytes of intents that are not done
 	edits     int // see maxEdits
+
+	maxCancelled, maxHeld int
 }
 
 func newReplay(f *FS) *replay {
-	return &replay{f: f, cancelled: map[bufKey]int{}, byBlkno: map[int64]int{}, byID: map[intentKey]*intent{}}
+	return &replay{
+		f: f, cancelled: map[bufKey]int{}, byBlkno: map[int64]int{}, byID: map[intentKey]*intent{},
+		maxCancelled: maxCancelled, maxHeld: maxIntentBytes,
+	}
 }
+
+const (
+	// maxCancelled bounds the memory for buffers that were freed, some 60 bytes each.
+	maxCancelled = 4 << 20
+	// maxIntentBytes bounds that for operations that were begun: a few for each process at work.
+	maxIntentBytes = 256 << 20
+)
 
 // replay applies the log between ends: one pass to find the buffers that were freed,
 // one to apply the changes, and then what was begun and not finished.
@@ -99,8 +113,7 @@ func (l *logRing) replay(ends logEnds) error {
 	over := newOverlay(&device{r: f.dev.r, size: f.dev.size})
 	rp := newReplay(f)
 	pass := func(commit func(*transaction) error) error {
-		a := &assembler{open: map[uint32]*transaction{}, commit: commit}
-		return l.walk(ends, a.add)
+		return l.walk(ends, newAssembler(commit).add)
 	}
 	if err := pass(rp.collect); err != nil {
 		return err
@@ -124,6 +137,9 @@ func (rp *replay) collect(t *transaction) error {
 			if b.flags&bufCancel != 0 {
 				rp.cancelled[b.key]++
 				rp.byBlkno[b.key.blkno]++
+				if len(rp.cancelled) > rp.maxCancelled {
+					return unsupported("a log that frees more than %d buffers", rp.maxCancelled)
+				}
 			}
 		case itemQuotaoff:
 			if len(it.regions[0]) < 8 {
@@ -182,7 +198,7 @@ func (rp *replay) item(it *logItem, lsn uint64) error {
 	case itemBUI, itemATTRI, itemXMI:
 		return rp.begin(it)
 	case itemBUD, itemATTRD, itemXMD:
-		return rp.done(it)
+		return rp.end(it)
 	}
 	// Skipped, since nothing that reads files, directories or attributes uses what
 	// they change: QUOTAOFF (collected before), and the intents to free extents (EFI),

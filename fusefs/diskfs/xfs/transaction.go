@@ -1,6 +1,10 @@
 package xfs
 
-import "fmt"
+import (
+	"fmt"
+
+	"github.com/varve-io/varve/internal/bytesize"
+)
 
 // The data of records is a series of operations ("Log Operations"): a header, then
 // that many bytes. The operations of one transaction, which can be spread over records
@@ -35,13 +39,29 @@ type transaction struct {
 	lsn    uint64 // of the record in which it begins
 	header []byte
 	items  []*logItem
+	held   int // bytes, as the assembler counts them
 }
+
+const (
+	// maxOpen and maxOpenBytes bound the memory for transactions that are not committed yet.
+	// Linux begins a new one at 32 MiB, waits at 64, and writes a few at once.
+	maxOpen      = 64 << 10
+	maxOpenBytes = 1 << 30
+	// opCost is what an operation takes in memory besides its data.
+	opCost = 128
+)
 
 // assembler puts transactions together and hands over those that are committed, in
 // the order of their commits.
 type assembler struct {
 	open   map[uint32]*transaction
+	held   int // bytes of those
+	limit  int // most bytes
 	commit func(*transaction) error
+}
+
+func newAssembler(commit func(*transaction) error) *assembler {
+	return &assembler{open: map[uint32]*transaction{}, limit: maxOpenBytes, commit: commit}
 }
 
 // add takes the operations of a record.
@@ -71,10 +91,15 @@ func (a *assembler) operation(r record, id uint32, flags byte, data []byte) erro
 	t := a.open[id]
 	if t == nil {
 		// What is not of a known transaction began before the tail, or is padding.
-		if flags&opStart != 0 {
-			a.open[id] = &transaction{lsn: r.lsn}
+		if flags&opStart == 0 {
+			return nil
 		}
-		return nil
+		if len(a.open) == maxOpen {
+			return unsupported("a log with more than %d unfinished transactions", maxOpen)
+		}
+		t = &transaction{lsn: r.lsn}
+		a.open[id] = t
+		return a.hold(t, opCost)
 	}
 	flags &^= opEnd
 	if flags&opContinued != 0 {
@@ -83,14 +108,18 @@ func (a *assembler) operation(r record, id uint32, flags byte, data []byte) erro
 	var err error
 	switch flags {
 	case 0, opContinue:
-		err = t.region(data)
+		if err = t.region(data); err == nil {
+			err = a.hold(t, opCost+len(data))
+		}
 	case opContinued:
-		err = t.continued(data)
+		if err = t.continued(data); err == nil {
+			err = a.hold(t, len(data))
+		}
 	case opCommit:
-		delete(a.open, id)
+		a.forget(id, t)
 		err = a.commit(t)
 	case opUnmount:
-		delete(a.open, id)
+		a.forget(id, t)
 	default:
 		err = fmt.Errorf("operation flags %#x", flags)
 	}
@@ -98,6 +127,20 @@ func (a *assembler) operation(r record, id uint32, flags byte, data []byte) erro
 		return fmt.Errorf("%s: transaction %#x: %w", sectorName(r.blk), id, err)
 	}
 	return nil
+}
+
+// hold counts what an open transaction takes.
+func (a *assembler) hold(t *transaction, n int) error {
+	t.held += n
+	if a.held += n; a.held > a.limit {
+		return unsupported("a log with more than %s of unfinished transactions", bytesize.Format(int64(a.limit)))
+	}
+	return nil
+}
+
+func (a *assembler) forget(id uint32, t *transaction) {
+	delete(a.open, id)
+	a.held -= t.held
 }
 
 // region takes the next region of the transaction.

@@ -5,7 +5,6 @@ import (
 	"sort"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
-	"github.com/varve-io/varve/internal/bytesize"
 )
 
 // Attributes ("Extended Attributes") stand in the inode, or in leaf blocks under a
@@ -27,9 +26,6 @@ const (
 	attrRemoteHdr   = 56
 
 	maxAttrValue = 1 << 16
-	// maxAttrBytes bounds what Xattrs gives for one inode. Linux lists at most 64 KiB
-	// of names.
-	maxAttrBytes = 64 << 20
 )
 
 // rawAttr is an attribute as it stands on disk.
@@ -38,6 +34,14 @@ type rawAttr struct {
 	name  string
 	value []byte
 }
+
+// attrKey is what distinguishes the attributes of an inode.
+type attrKey struct {
+	space byte
+	name  string
+}
+
+func (a *rawAttr) key() attrKey { return attrKey{a.flags & attrNamespace, a.name} }
 
 // attrVisitor takes an attribute, or the error that stands for attributes that cannot be
 // read; it reports whether to continue.
@@ -51,7 +55,7 @@ func (i *inode) Xattrs() ([]diskfs.Xattr, error) {
 	}
 	var raw []rawAttr
 	var faults diskfs.Faults
-	total := 0
+	var total diskfs.XattrTotal
 	add := func(a rawAttr, err error) bool {
 		if err != nil {
 			return faults.Add(err)
@@ -59,8 +63,8 @@ func (i *inode) Xattrs() ([]diskfs.Xattr, error) {
 		if a.flags&(attrIncomplete|attrParent) != 0 {
 			return true
 		}
-		if total += len(a.name) + len(a.value); total > maxAttrBytes {
-			faults.Add(corrupt(inodeName(i.stat.Ino), "more than %s of attributes", bytesize.Format(maxAttrBytes)))
+		if err := total.Add(typeName, inodeName(i.stat.Ino), a.name, int64(len(a.value))); err != nil {
+			faults.Add(err)
 			return false
 		}
 		raw = append(raw, a)
