@@ -208,7 +208,7 @@ func setup(mgr manager.Manager, cfg *rest.Config, opt Options) error {
 	hostname, _ := os.Hostname() // of the pod; the rest names the process
 	execs := hold.PodExec{Config: cfg, Clientset: clientset}
 	b := &backups.Reconciler{
-		Holds: &hold.Holds{Exec: execs}, Streams: &stream.Streams{Exec: execs}, Process: fmt.Sprintf("%s/%x", hostname, time.Now().UnixNano()),
+		Holds: &hold.Holds{Exec: execs, Same: execs.Same, Log: opt.Log}, Streams: &stream.Streams{Exec: execs}, Process: fmt.Sprintf("%s/%x", hostname, time.Now().UnixNano()),
 		Wake: func(namespace, name string, uid types.UID) {
 			select {
 			case wake[queue.Backup] <- backups.WakeEvent(namespace, name, uid):

@@ -348,3 +348,15 @@ func TestRulesNameAField(t *testing.T) {
 		t.Error("no spec has a rule")
 	}
 }
+
+// The status of a hold lists as many applications as can be held, and one that was not.
+func TestHeldMembers(t *testing.T) {
+	d := define(t, "../../deploy/crds/varve.io_volumebackups.yaml")
+	for n, ok := range map[int]bool{33: true, 34: false} {
+		o := d.with(t, []string{"claimName"}, `"c"`)
+		o["status"] = map[string]any{"hold": map[string]any{"state": "Open", "members": slices.Repeat([]any{map[string]any{"hook": "a"}}, n)}}
+		if err := d.refuses(t, o); (err == nil) != ok {
+			t.Errorf("%d members: %v", n, err)
+		}
+	}
+}

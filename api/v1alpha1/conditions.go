@@ -50,6 +50,7 @@ const (
 	ReasonMoverFailed       = "MoverFailed"
 	ReasonCloneFailed       = "CloneFailed"
 	ReasonStartTooLate      = "StartTooLate"
+	ReasonRunRefused        = "RunRefused"
 	ReasonOverlaps          = "Overlaps"
 	ReasonPaused            = "Paused"
 	ReasonNoRun             = "NoRunYet"

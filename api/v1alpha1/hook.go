@@ -185,10 +185,10 @@ type HoldStatus struct {
 	// Holder is the process of the controller that began it.
 	// +optional
 	Holder string `json:"holder,omitempty"`
-	// Members are the applications.
+	// Members are the applications: up to 32 that were held, and one that was not.
 	// +optional
 	// +listType=atomic
-	// +kubebuilder:validation:MaxItems=32
+	// +kubebuilder:validation:MaxItems=33
 	Members []HeldMember `json:"members,omitempty"`
 }
 

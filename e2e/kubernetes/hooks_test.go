@@ -205,7 +205,7 @@ func TestHookFaults(t *testing.T) {
 }
 
 // A user who may back up but not exec can set no hooks, not in a policy either; and the
-// controller runs none if it may not exec.
+// controller runs none if it may not exec, and says so, also of a policy.
 func TestHookRights(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -274,4 +274,17 @@ func TestHookRights(t *testing.T) {
 	if said := says(vb.Status.Conditions); !strings.Contains(said, "create rolebinding varve-hooks") {
 		t.Error(said)
 	}
+	due := policy("due", stateHook())
+	due.Spec.Schedule.Cron = "* * * * *"
+	s.Create(due)
+	s.Eventually("the policy to say that its runs are refused", func(ctx context.Context) error {
+		if err := s.Client.Get(ctx, client.ObjectKeyFromObject(due), due); err != nil {
+			return err
+		}
+		said := says(due.Status.Conditions)
+		if !strings.Contains(said, v1alpha1.ReasonHookForbidden) || !strings.Contains(said, "create rolebinding varve-hooks") {
+			return errors.New(said)
+		}
+		return nil
+	})
 }

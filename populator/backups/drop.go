@@ -23,8 +23,11 @@ func (r *run) dropClone(ctx context.Context) (step.Result, error) {
 	return r.cleaned(ctx, left, "the mover and the volume it read", err)
 }
 
-// dropMovers deletes a run's Jobs, then its claims and Secrets, and returns how many are left.
+// dropMovers deletes a run's Secret, then its Jobs and claims, and returns how many are left.
 func (b *Reconciler) dropMovers(ctx context.Context, uid types.UID) (left int, err error) {
+	if err := b.dropSecret(ctx, uid); err != nil {
+		return 0, err
+	}
 	mine := []client.ListOption{client.InNamespace(b.Pods.Namespace), client.MatchingLabels{mover.LabelRun: string(uid), mover.LabelRole: Role}}
 	var jobs batchv1.JobList
 	if err := b.Live.List(ctx, &jobs, mine...); err != nil {
@@ -64,12 +67,19 @@ func (b *Reconciler) dropMovers(ctx context.Context, uid types.UID) (left int, e
 		if volumes, _, err = b.dropVolumes(ctx, clonePrefix(uid)); err != nil {
 			return 0, err
 		}
-		secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: b.Pods.Namespace, Name: secretName(uid)}}
-		if err := client.IgnoreNotFound(b.Client.Delete(ctx, secret)); err != nil {
-			return 0, fmt.Errorf("delete the copied credentials: %w", err)
-		}
 	}
 	return left + volumes, nil
+}
+
+// dropSecret deletes the copy of a tenant's credentials. It is found by its run only, and the run by
+// its other objects: those are deleted after it. A pod that runs has it mounted, and the next mover
+// gets another.
+func (b *Reconciler) dropSecret(ctx context.Context, uid types.UID) error {
+	secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: b.Pods.Namespace, Name: secretName(uid)}}
+	if err := client.IgnoreNotFound(b.Client.Delete(ctx, secret)); err != nil {
+		return fmt.Errorf("delete the copied credentials: %w", err)
+	}
+	return nil
 }
 
 // lostPodAfter is how long a pod may take to end before its node is checked.

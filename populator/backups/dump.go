@@ -12,6 +12,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/backup/blocktree"
@@ -173,6 +174,7 @@ func (r *run) dumping(ctx context.Context, name string, key stream.Key, h *v1alp
 			limit = t.Duration
 		}
 		err := r.Streams.Begin(key, stream.Dump{
+			Object:  client.ObjectKeyFromObject(r.vb),
 			App:     hold.Target{Namespace: r.vb.Namespace, Pod: d.Pod, UID: string(d.PodUID), Container: d.Container},
 			Command: h.Dump.Command, Limit: limit,
 			Mover: hold.Target{Namespace: r.Pods.Namespace, Pod: state.Pod, Container: mover.Container},
@@ -244,7 +246,7 @@ func (r *run) dumpEnded(ctx context.Context, name string, key stream.Key, d *v1a
 		}
 		r.log().InfoContext(ctx, "dump stored", "run", r.vb.Namespace+"/"+r.vb.Name, "hook", d.Hook, "pod", d.Pod, "point", d.Point.ID, "size", d.Bytes, "attempts", d.Attempts)
 		r.Streams.Drop(r.vb.UID)
-		return step.Done(), r.dropJob(ctx, name)
+		return step.Done(), r.dropDump(ctx, name)
 	}
 	if res.Message != "" && (why == nil || errors.Is(why, stream.ErrMover)) {
 		why = errors.New(res.Message)
@@ -269,7 +271,7 @@ func (r *run) dumpAgain(ctx context.Context, name string, d *v1alpha1.DumpStatus
 	}
 	r.Events.Warning(r.vb, v1alpha1.ReasonMoverFailed, "attempt %d at the dump of hook %s failed and another is made: %s", d.Attempts, d.Hook, message)
 	r.Streams.Drop(r.vb.UID)
-	if err := r.dropJob(ctx, name); err != nil {
+	if err := r.dropDump(ctx, name); err != nil {
 		return step.Result{}, err
 	}
 	pod, err := r.dumpPod(ctx, r.hook(d.Hook))
@@ -280,6 +282,17 @@ func (r *run) dumpAgain(ctx context.Context, name string, d *v1alpha1.DumpStatus
 	d.Pod, d.PodUID, d.Container = pod.Name, pod.UID, container(r.hook(d.Hook), pod)
 	d.Attempts++
 	return step.Wait(v1alpha1.ReasonRunning, fmt.Sprintf("attempt %d at the dump of hook %s begins", d.Attempts, d.Hook), time.Second), r.save(ctx)
+}
+
+// dropDump deletes an attempt's Job, and before it the Secret, which a run of a BackupStore does not have:
+// between the movers of dumps, and after them, the run may have nothing else in Varve's namespace.
+func (r *run) dropDump(ctx context.Context, name string) error {
+	if r.vb.Spec.StoreRef.Kind == v1alpha1.StoreKindRepository {
+		if err := r.dropSecret(ctx, r.vb.UID); err != nil {
+			return err
+		}
+	}
+	return r.dropJob(ctx, name)
 }
 
 func (r *run) hook(name string) *v1alpha1.Hook {

@@ -25,7 +25,8 @@ import (
 // of this process, and ends with it; the run's status says that it is open before anything is
 // frozen, so that another process, which cannot know its state, fails the run.
 
-// maxMembers bounds the pods that the hooks of a run hold.
+// maxMembers bounds the pods that the hooks of a run hold. The status may list one more, which was not
+// held.
 const maxMembers = 32
 
 // holdLook is how often a run that holds applications checks whether its snapshot is taken.
@@ -79,7 +80,7 @@ func (r *run) freeze(ctx context.Context) (step.Result, error) {
 		if err := r.save(ctx); err != nil {
 			return step.Result{}, err
 		}
-		if h, err = r.Holds.Begin(r.vb.UID, parts, r.woken()); err != nil {
+		if h, err = r.Holds.Begin(r.vb.UID, client.ObjectKeyFromObject(r.vb), parts, r.woken()); err != nil {
 			r.vb.Status.Hold = nil // nothing was begun
 			return step.Wait(v1alpha1.ReasonFreezing, err.Error(), time.Second), r.save(ctx)
 		}
@@ -145,13 +146,16 @@ func (r *run) cut(ctx context.Context) (step.Result, error) {
 		if err != nil {
 			return step.Result{}, err
 		}
+		if vs.DeletionTimestamp != nil {
+			return step.Result{}, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("VolumeSnapshot %s/%s is being deleted", vs.Namespace, vs.Name))
+		}
 		t := v1alpha1.TakenSnapshot{ClaimName: m.vb.Spec.ClaimName}
 		if vs.Status != nil && vs.Status.CreationTime != nil {
 			at := metav1.NewMicroTime(vs.Status.CreationTime.Time)
 			t.Time = &at
 		}
 		taken = append(taken, t)
-		if s := vs.Status; vs.DeletionTimestamp == nil && (s == nil || s.CreationTime == nil && (s.ReadyToUse == nil || !*s.ReadyToUse)) {
+		if s := vs.Status; s == nil || s.CreationTime == nil && (s.ReadyToUse == nil || !*s.ReadyToUse) {
 			waits = append(waits, m.vb.Spec.ClaimName)
 		}
 	}
@@ -221,7 +225,7 @@ func (r *run) late(pods []corev1.Pod) (found bool) {
 			continue // it was read before
 		}
 		for _, pod := range now {
-			if !slices.ContainsFunc(s.Members, func(m v1alpha1.HeldMember) bool { return m.Hook == h.Name && m.PodUID == pod.UID }) && len(s.Members) < maxMembers {
+			if !slices.ContainsFunc(s.Members, func(m v1alpha1.HeldMember) bool { return m.Hook == h.Name && m.PodUID == pod.UID }) && len(s.Members) <= maxMembers {
 				s.Members = append(s.Members, v1alpha1.HeldMember{Hook: h.Name, Recipe: string(h.Recipe), Pod: pod.Name, PodUID: pod.UID, Message: "it was started while the others were held still"})
 				found = true
 			}
@@ -301,8 +305,17 @@ func (r *run) continues(hook string) bool {
 // lost handles a hold that another process began, or this one has given up: whether it lasted
 // is not known. Its program has thawed, or will.
 func (r *run) lost(ctx context.Context) (step.Result, error) {
-	why := "the controller was restarted while the applications were held still, so it is not known for how long they were; back up again"
-	r.vb.Status.Hold.State = v1alpha1.HoldReleased
+	h := r.vb.Status.Hold
+	h.State = v1alpha1.HoldReleased
+	if reason, why, failed := strings.Cut(r.seen.text(r.vb, "failed"), "\n"); failed { // and that was not recorded
+		r.consistent(metav1.ConditionFalse, reason, why)
+		return step.Result{}, step.Terminal(reason, errors.New(why))
+	}
+	why := "the controller was restarted"
+	if h.Holder == r.Process {
+		why = "the controller let go"
+	}
+	why += " while the applications were held still, so it is not known for how long they were; back up again"
 	if !r.mayContinue() {
 		r.consistent(metav1.ConditionFalse, v1alpha1.ReasonHoldLost, why)
 		return step.Result{}, step.Terminal(v1alpha1.ReasonHoldLost, errors.New(why))
@@ -385,10 +398,12 @@ func (r *run) parts(pods []corev1.Pod) (parts []hold.Part, missed []v1alpha1.Hel
 	return parts, missed, nil
 }
 
-// forbidden names the right that the controller lacks.
-func (r *run) forbidden() error {
-	return fmt.Errorf("the controller may not exec in pods of namespace %s; if it is to run the hooks of this namespace: kubectl -n %s create rolebinding varve-hooks --clusterrole=varve-hooks --serviceaccount=%s:varve-controller",
-		r.vb.Namespace, r.vb.Namespace, r.Pods.Namespace)
+func (r *run) forbidden() error { return Forbidden(r.vb.Namespace, r.Pods.Namespace) }
+
+// Forbidden names the right that the controller, which runs in namespace varve, lacks for hooks.
+func Forbidden(namespace, varve string) error {
+	return fmt.Errorf("the controller may not exec in pods of namespace %[1]s; if it is to run the hooks of this namespace: kubectl -n %[1]s create rolebinding varve-hooks --clusterrole=varve-hooks --serviceaccount=%[2]s:varve-controller",
+		namespace, varve)
 }
 
 // Program is what a hook runs.

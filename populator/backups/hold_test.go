@@ -364,7 +364,7 @@ func TestHoldsTakeTurns(t *testing.T) {
 	t.Parallel()
 	h := newHold(t, hooked(aHook("app", nil)), appPod("a", nil, "data"))
 	other := []hold.Part{{Hook: "other", Target: hold.Target{Namespace: "shop", Pod: "a", UID: "uid-a", Container: "app"}, Program: hold.Program{Freeze: "true", Thaw: "true", Limit: time.Minute}}}
-	first, err := h.b.Holds.Begin("other", other, func() {})
+	first, err := h.b.Holds.Begin("other", types.NamespacedName{Namespace: "shop", Name: "other"}, other, func() {})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -9,6 +9,8 @@ import (
 
 	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
 	"github.com/prometheus/client_golang/prometheus"
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -154,6 +156,25 @@ func TestSweepOfDisputedObjects(t *testing.T) {
 	for _, o := range []client.Object{clone, other} {
 		if err := c.Get(t.Context(), client.ObjectKeyFromObject(o), o); err != nil {
 			t.Error(err)
+		}
+	}
+}
+
+// The copy of a tenant's credentials is found only by the run's other objects, so it is deleted first.
+func TestSweepOfASecret(t *testing.T) {
+	secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: "varve", Name: secretName(testUID)}}
+	job := &batchv1.Job{ObjectMeta: metav1.ObjectMeta{Namespace: "varve", Name: dumpJobName(testUID, 0, 1), Labels: mover.RunLabels(Role, testUID),
+		Annotations: map[string]string{mover.AnnotationOwner: "VolumeBackup/shop/gone"}}}
+	c, b := newCluster(t, job, secret)
+	for left := 1; left > 0; {
+		var err error
+		if left, err = NewLeftovers(b).Sweep(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, o := range []client.Object{job, secret} {
+		if err := c.Get(t.Context(), client.ObjectKeyFromObject(o), o); !apierrors.IsNotFound(err) {
+			t.Errorf("%s is left: %v", o.GetName(), err)
 		}
 	}
 }

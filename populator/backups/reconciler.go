@@ -110,8 +110,11 @@ func (b *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	err := b.Live.Get(ctx, req.NamespacedName, &vb)
 	if err == nil || apierrors.IsNotFound(err) {
 		// A run that was deleted while it was admitted got its place after the event of its
-		// end. One worker at a time handles a name, so no other is about to request a place.
+		// end; so it is with a hold or a dump. One worker at a time handles a name, so no other
+		// is about to begin one.
 		b.Queue.Gone(queue.Backup, req.NamespacedName, vb.UID)
+		b.Holds.Gone(req.NamespacedName, vb.UID)
+		b.Streams.Gone(req.NamespacedName, vb.UID)
 	}
 	if err != nil {
 		if apierrors.IsNotFound(err) {
@@ -304,6 +307,7 @@ func (r *run) record(ctx context.Context, name string) error {
 func (r *run) abandon(ctx context.Context, reason string, why error) (reconcile.Result, error) {
 	r.log().WarnContext(ctx, "backup failed", "run", r.vb.Namespace+"/"+r.vb.Name, "claim", r.vb.Spec.ClaimName, "reason", reason, "error", why)
 	message := why.Error()
+	r.seen.note(r.vb, "failed", reason+"\n"+step.Cause(why).Error(), r.now())
 	r.Holds.Drop(r.vb.UID)
 	r.Streams.Drop(r.vb.UID)
 	if h := r.vb.Status.Hold; h != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -42,7 +43,7 @@ func (r *run) ensureOrigin(ctx context.Context) (*snapshotv1.VolumeSnapshot, err
 		if s.SnapshotHandle != "" {
 			return nil, nil
 		}
-		if r.vb.Spec.Group != nil && s.SnapshotsTaken != nil { // a second one would be of another moment
+		if s.SnapshotsTaken != nil && (r.vb.Spec.Group != nil || r.proven()) { // a second one would be of another moment
 			return nil, step.Terminal(v1alpha1.ReasonSnapshotGone, fmt.Errorf("VolumeSnapshot %s was deleted before it could be taken over", key))
 		}
 		if _, err := r.claim(ctx); apierrors.IsNotFound(err) {
@@ -67,6 +68,12 @@ func (r *run) ensureOrigin(ctx context.Context) (*snapshotv1.VolumeSnapshot, err
 		return nil, fmt.Errorf("snapshot of claim %s: %w", r.vb.Spec.ClaimName, err)
 	}
 	return &vs, nil
+}
+
+// proven reports whether an application was held until the snapshot was taken.
+func (r *run) proven() bool {
+	h := r.vb.Status.Hold
+	return h != nil && slices.ContainsFunc(h.Members, func(m v1alpha1.HeldMember) bool { return m.Proven })
 }
 
 // origin returns the snapshot of the claim's volume, in the claim's namespace; nil without a wait

@@ -108,6 +108,16 @@ func (w *waits) noted(vb *v1alpha1.VolumeBackup, kind string) (times int, last t
 	return 0, time.Time{}
 }
 
+// text returns what was noted last; empty for nothing.
+func (w *waits) text(vb *v1alpha1.VolumeBackup, kind string) string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if at := w.of[client.ObjectKeyFromObject(vb)][kind]; at.uid == vb.UID {
+		return at.text
+	}
+	return ""
+}
+
 func (w *waits) forget(name types.NamespacedName) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -211,6 +211,19 @@ func TestFsfreeze(t *testing.T) {
 	})
 }
 
+// A frozen file system outlives the processes that froze it: if all are killed at once, another exec thaws it.
+func TestFsfreezeThawedAgain(t *testing.T) {
+	t.Parallel()
+	eachVolume(t, func(t *testing.T, v *volume) {
+		w := v.write()
+		held := newHolds(t, v).begin(t, v.program(v.dir))
+		v.until("the hold", func() bool { state, _ := held.State(); return state == Held })
+		w.stands()
+		v.killAll()
+		v.thawed(w)
+	})
+}
+
 // A freeze that fails says why, freezes nothing and thaws nothing.
 func TestFsfreezeFails(t *testing.T) {
 	t.Parallel()

@@ -3,7 +3,8 @@
 #
 # Set before it: nonce, limit and silence (seconds), and either freeze, thaw and check, which
 # are commands, or session, a command that reads statements from its standard input, with the
-# statements begin, prove (in which %s is the challenge) and end.
+# statements begin, prove (in which %s is the challenge) and end. If again is set, it only thaws what
+# another program began; status is then that of the freeze command, if it failed.
 #
 #   top -+- left -+- relay    lines of the client, from fd 4       \
 #        |        +- ticker   a line each second                    > pipe > keeper [> session]
@@ -226,6 +227,16 @@ command -v sleep >/dev/null 2>&1 || {
 	say "failed there is no sleep command in the container"
 	exit 127
 }
+if [ -n "$again" ]; then
+	[ -z "$status" ] || export freeze_failed="$status" # for the thaw command
+	if undo; then
+		say "thawed again"
+		exit 0
+	fi
+	printf '%.2000s\n' "$out" >&3
+	say "stuck the thaw command failed"
+	exit 4
+fi
 if [ -n "$session" ]; then
 	left | keeper 4<&- | around &
 	last=$!
@@ -237,6 +248,7 @@ if [ -n "$session" ]; then
 	say "ended $code"
 	exit "$code"
 fi
+say freezing
 left | keeper 4<&- &
 last=$!
 exec 4<&-

@@ -1,10 +1,13 @@
 package hold
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -36,7 +39,7 @@ const (
 	Freezing State = iota
 	Held           // every required part is frozen
 	Releasing
-	Released // nothing of the hold is left
+	Released // it has ended; a part that is not Thawed may still be thawed
 )
 
 // PartState is the state of a part.
@@ -53,10 +56,13 @@ type PartState struct {
 	Err error
 	// Notes are texts that belong to the snapshot, such as PostgreSQL's backup_label.
 	Notes map[string]string
+
+	left *Program // thaws what may be frozen; nil for nothing
 }
 
 // Hold holds applications from before the cut of their volumes' snapshots until after it.
 type Hold struct {
+	of    types.NamespacedName // the run's object
 	mu    sync.Mutex
 	state State
 	parts []PartState
@@ -70,8 +76,14 @@ type Hold struct {
 // another began is lost.
 type Holds struct {
 	Exec Exec
-	// Silence and Beat are for tests; 0 for the default.
-	Silence, Beat time.Duration
+	// Same reports whether a target is still there: its pod may have been replaced by one of the
+	// same name. nil for always.
+	Same func(ctx context.Context, t Target) (bool, error)
+	// Log receives what no run reports; nil for nothing.
+	Log *slog.Logger
+	// Silence, Beat and Pause, which is the time before each try to thaw again, are for tests; 0 for
+	// the default.
+	Silence, Beat, Pause time.Duration
 	// Settle is how long after its start it begins no hold, so that the programs of a killed
 	// process have thawed: their thaw would end a hold of this process unnoticed. 0 for the
 	// default.
@@ -82,6 +94,7 @@ type Holds struct {
 	busy    map[Target]time.Time // until when; zero for held now
 	begins  time.Time            // when the first hold may begin; zero before Start
 	closed  bool
+	ending  chan struct{} // closed when the process is to end; nil before Start
 	running sync.WaitGroup
 }
 
@@ -118,9 +131,9 @@ func (h *Holds) isBusy(parts []Part) error {
 	return nil
 }
 
-// Begin starts to hold applications for a run; changed is called when the state may have changed.
-// A run has one hold.
-func (h *Holds) Begin(run types.UID, parts []Part, changed func()) (*Hold, error) {
+// Begin starts to hold applications for a run, whose object has the name; changed is called when the
+// state may have changed. A run has one hold.
+func (h *Holds) Begin(run types.UID, name types.NamespacedName, parts []Part, changed func()) (*Hold, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.closed {
@@ -139,7 +152,7 @@ func (h *Holds) Begin(run types.UID, parts []Part, changed func()) (*Hold, error
 		h.busy[p.Target] = time.Time{}
 	}
 	ctx, end := context.WithCancelCause(context.Background())
-	held := &Hold{cut: make(chan struct{}), end: end, done: make(chan struct{})}
+	held := &Hold{of: name, cut: make(chan struct{}), end: end, done: make(chan struct{})}
 	for _, p := range parts {
 		held.parts = append(held.parts, PartState{Part: p})
 	}
@@ -150,25 +163,34 @@ func (h *Holds) Begin(run types.UID, parts []Part, changed func()) (*Hold, error
 	h.running.Add(1)
 	go func() {
 		defer h.running.Done()
-		defer changed()
-		defer close(held.done)
-		defer end(nil)
-		defer h.free(held)
 		held.run(ctx, h, changed)
+		_, parts := held.State()
+		left := slices.DeleteFunc(slices.Clone(parts), func(p PartState) bool { return p.left == nil })
+		ended := time.Now()
+		h.free(parts, ended, false)
+		end(nil)
+		close(held.done)
+		changed()
+		if len(left) > 0 {
+			h.thawAgain(left)
+			h.free(left, ended, true)
+		}
 	}()
 	return held, nil
 }
 
-// free lets other runs hold the applications of an ended hold. An application that may still be
-// frozen stays busy for as long as its program may thaw it.
-func (h *Holds) free(held *Hold) {
-	_, parts := held.State()
+// free lets other runs hold the applications of a hold that has ended. An application that may still
+// be frozen stays busy for as long as its program, or this process, may thaw it. last says that this
+// process does no more.
+func (h *Holds) free(parts []PartState, ended time.Time, last bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, p := range parts {
-		delete(h.busy, p.Target)
-		if !p.Thawed {
-			h.busy[p.Target] = time.Now().Add(p.Program.Limit + defaultSettle)
+		switch {
+		case p.Thawed:
+			delete(h.busy, p.Target)
+		case p.left == nil || last:
+			h.busy[p.Target] = ended.Add(p.Program.Limit + defaultSettle)
 		}
 	}
 }
@@ -185,15 +207,26 @@ func (h *Holds) Get(run types.UID) *Hold {
 
 // Drop ends the hold of a run at once, if it has one. It does not wait.
 func (h *Holds) Drop(run types.UID) {
+	h.drop(func(uid types.UID, _ *Hold) bool { return uid == run })
+}
+
+// Gone is Drop for the runs of a name, except the one that has the name now, if any: an object may be
+// deleted just before Begin.
+func (h *Holds) Gone(name types.NamespacedName, now types.UID) {
+	h.drop(func(uid types.UID, held *Hold) bool { return held.of == name && uid != now })
+}
+
+func (h *Holds) drop(is func(run types.UID, held *Hold) bool) {
 	if h == nil {
 		return
 	}
 	h.mu.Lock()
-	held := h.all[run]
-	delete(h.all, run)
-	h.mu.Unlock()
-	if held != nil {
-		held.end(errDropped)
+	defer h.mu.Unlock()
+	for run, held := range h.all {
+		if is(run, held) {
+			held.end(errDropped)
+			delete(h.all, run)
+		}
 	}
 }
 
@@ -206,10 +239,12 @@ func (h *Holds) Start(ctx context.Context) error {
 	}
 	h.mu.Lock()
 	h.begins = time.Now().Add(settle)
+	h.ending = make(chan struct{})
 	h.mu.Unlock()
 	<-ctx.Done()
 	h.mu.Lock()
 	h.closed = true
+	close(h.ending)
 	for _, held := range h.all {
 		held.end(errClosed)
 	}
@@ -217,6 +252,9 @@ func (h *Holds) Start(ctx context.Context) error {
 	h.running.Wait()
 	return nil
 }
+
+func (h *Holds) silence() time.Duration { return cmp.Or(h.Silence, defaultSilence) }
+func (h *Holds) beat() time.Duration    { return cmp.Or(h.Beat, defaultBeat) }
 
 // State returns the state of the hold and of its parts.
 func (h *Hold) State() (State, []PartState) {
@@ -247,13 +285,6 @@ func (h *Hold) part(i int, change func(p *PartState)) {
 
 // run freezes, waits for the cut, proves and releases.
 func (h *Hold) run(ctx context.Context, holds *Holds, changed func()) {
-	silence, beat := holds.Silence, holds.Beat
-	if silence == 0 {
-		silence = defaultSilence
-	}
-	if beat == 0 {
-		beat = defaultBeat
-	}
 	// The streams end last, and with them the rest of the programs.
 	streams, closeAll := context.WithCancel(context.Background())
 	members := make([]*member, len(h.parts))
@@ -265,7 +296,7 @@ func (h *Hold) run(ctx context.Context, holds *Holds, changed func()) {
 		h.set(Released)
 	}()
 	for i := range members {
-		members[i] = start(streams, holds.Exec, h.parts[i].Target, h.parts[i].Program, silence, beat)
+		members[i] = start(streams, holds.Exec, h.parts[i].Target, h.parts[i].Program, holds.silence(), holds.beat())
 	}
 	if h.freeze(ctx, members) {
 		h.set(Held)
@@ -379,7 +410,7 @@ func (h *Hold) letGo(i int, m *member, useless error) {
 			s.Held = time.Since(frozenAt)
 			s.Proven = proof == nil && (end == nil || errors.Is(end, ErrStuck))
 		}
-		s.Thawed = m.isThawed()
+		s.Thawed, s.left = m.isThawed(), m.left(s.Program)
 		s.Err = errors.Join(failed, proof, end)
 		s.Notes = m.noted()
 	})

@@ -57,6 +57,8 @@ type member struct {
 	notes    map[string]string
 	size     int // of notes, with their names
 	failed   string
+	status   string // of a freeze command that failed
+	began    bool
 	stuck    bool
 	thawed   bool
 	thawing  string // why
@@ -131,6 +133,8 @@ func (m *member) line(line []byte) {
 	}
 	word, arg, _ := strings.Cut(string(rest), " ")
 	switch word {
+	case sayFreezing:
+		m.began = true
 	case sayReady:
 		if m.frozenAt.IsZero() {
 			m.frozenAt = time.Now()
@@ -142,6 +146,9 @@ func (m *member) line(line []byte) {
 		}
 	case sayFailed:
 		m.failed = arg
+		if status, is := strings.CutPrefix(arg, saysStatus); is {
+			m.status = status
+		}
 	case sayLost:
 		m.lost = true
 	case sayThawing:
@@ -262,6 +269,18 @@ func (m *member) isThawed() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.thawed
+}
+
+// left returns the program that thaws what p may have left frozen. It is nil if p began nothing, has
+// thawed, or could not thaw, and if its locks end with a session.
+func (m *member) left(p Program) *Program {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.began || m.thawed || m.stuck || p.Session != "" {
+		return nil
+	}
+	p.again, p.status = true, m.status
+	return &p
 }
 
 func (m *member) noted() map[string]string {

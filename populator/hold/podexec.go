@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
@@ -60,4 +62,16 @@ func (p PodExec) Stream(ctx context.Context, t Target, command []string, stdin i
 		return fmt.Errorf("exec in pod %s: %w", t, err)
 	}
 	return nil
+}
+
+// Same reports whether the pod of a target is there and may run its container: another pod may have the
+// name. It needs the verb list of pods.
+func (p PodExec) Same(ctx context.Context, t Target) (bool, error) {
+	pods, err := p.Clientset.CoreV1().Pods(t.Namespace).List(ctx, metav1.ListOptions{FieldSelector: "metadata.name=" + t.Pod})
+	if err != nil {
+		return false, fmt.Errorf("pod %s: %w", t, err)
+	}
+	return slices.ContainsFunc(pods.Items, func(pod corev1.Pod) bool {
+		return pod.Name == t.Pod && string(pod.UID) == t.UID && pod.Status.Phase != corev1.PodSucceeded && pod.Status.Phase != corev1.PodFailed
+	}), nil
 }

@@ -42,6 +42,11 @@ type Program struct {
 
 	// Limit is how long the application may be held, from the start of the freeze.
 	Limit time.Duration
+
+	// again says that it only thaws what another process of it began. status is that of the freeze
+	// command, if it failed.
+	again  bool
+	status string
 }
 
 // defaultSilence is how long a program waits for a line from its client before it thaws. The client
@@ -53,16 +58,20 @@ const (
 
 // The words that a program prints, after its nonce and a space.
 const (
-	sayReady   = "ready"   // it holds
-	sayHeld    = "held"    // and held after the challenge that follows
-	sayFailed  = "failed"  // to freeze, and why
-	sayLost    = "lost"    // the check failed
-	sayThawing = "thawing" // and why
-	sayThawed  = "thawed"  // the command succeeded
-	sayStuck   = "stuck"   // the command failed, so that the application may still be frozen
-	sayEnded   = "ended"   // the session, and its exit status
-	sayNote    = "note"    // a name, and a text in base64
+	sayFreezing = "freezing" // the freeze command is about to begin
+	sayReady    = "ready"    // it holds
+	sayHeld     = "held"     // and held after the challenge that follows
+	sayFailed   = "failed"   // to freeze, and why
+	sayLost     = "lost"     // the check failed
+	sayThawing  = "thawing"  // and why
+	sayThawed   = "thawed"   // the command succeeded
+	sayStuck    = "stuck"    // the command failed, so that the application may still be frozen
+	sayEnded    = "ended"    // the session, and its exit status
+	sayNote     = "note"     // a name, and a text in base64
 )
+
+// saysStatus is followed by the status of the freeze command, after sayFailed.
+const saysStatus = "the freeze command ended with status "
 
 // text returns the program as a shell reads it from standard input.
 func (p Program) text(nonce string, silence time.Duration) string {
@@ -78,6 +87,12 @@ func (p Program) text(nonce string, silence time.Duration) string {
 	set("thaw", p.Thaw)
 	set("check", p.Check)
 	set("session", p.Session)
+	again := ""
+	if p.again {
+		again = "yes"
+	}
+	set("again", again)
+	set("status", p.status)
 	fill := strings.NewReplacer("@nonce@", nonce, "@limit@", seconds(p.Limit))
 	set("begin", fill.Replace(p.Begin))
 	set("prove", fill.Replace(p.Prove))

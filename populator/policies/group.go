@@ -11,7 +11,6 @@ import (
 
 	"github.com/robfig/cron/v3"
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 
@@ -103,8 +102,8 @@ func (p *Reconciler) startGroup(ctx context.Context, policy *v1alpha1.BackupPoli
 		}
 	}
 	for _, vb := range runs {
-		if err := p.Client.Create(ctx, vb); err != nil && !apierrors.IsAlreadyExists(err) {
-			return fmt.Errorf("start the backup of claim %s: %w", vb.Spec.ClaimName, err)
+		if err := p.create(ctx, vb); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -187,11 +187,10 @@ func (p *Reconciler) act(ctx context.Context, policy *v1alpha1.BackupPolicy) (*t
 	var errs []error
 	if policy.Spec.Group && len(claims) > 0 {
 		next, err := p.group(ctx, policy, c, claims)
-		if err != nil {
-			return nil, err
+		if at := metav1.NewTime(next); err == nil {
+			s.NextRun = &at
 		}
-		at := metav1.NewTime(next)
-		s.NextRun, claims = &at, nil
+		claims, errs = nil, append(errs, err)
 	}
 	for i := range claims {
 		next, err := p.claim(ctx, policy, c, &claims[i])
@@ -201,8 +200,12 @@ func (p *Reconciler) act(ctx context.Context, policy *v1alpha1.BackupPolicy) (*t
 			s.NextRun = &at
 		}
 	}
+	refused := refusal(errs)
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
+	}
+	if refused != nil {
+		return not(refused.reason, refused.Error())
 	}
 	if len(overlaps) > 0 {
 		report.Condition(&s.Conditions, policy, v1alpha1.ConditionReady, metav1.ConditionFalse, v1alpha1.ReasonOverlaps,

@@ -2,6 +2,7 @@ package policies
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/varve-io/varve/api/v1alpha1"
+	"github.com/varve-io/varve/populator/backups"
 	"github.com/varve-io/varve/populator/store"
 )
 
@@ -30,10 +32,51 @@ func (p *Reconciler) start(ctx context.Context, policy *v1alpha1.BackupPolicy, p
 	if err != nil || vb == nil {
 		return err
 	}
-	if err := p.Client.Create(ctx, vb); err != nil && !apierrors.IsAlreadyExists(err) {
-		return fmt.Errorf("start the backup of claim %s: %w", pvc.Name, err)
+	return p.create(ctx, vb)
+}
+
+// create creates a run, unless it exists.
+func (p *Reconciler) create(ctx context.Context, vb *v1alpha1.VolumeBackup) error {
+	err := p.Client.Create(ctx, vb)
+	if err == nil || apierrors.IsAlreadyExists(err) {
+		return nil
 	}
-	return nil
+	of := fmt.Errorf("start the backup of claim %s: %w", vb.Spec.ClaimName, err)
+	switch {
+	case !apierrors.IsForbidden(err) && !apierrors.IsInvalid(err) && !apierrors.IsBadRequest(err):
+		return of
+	case len(vb.Spec.Hooks) > 0 && strings.Contains(err.Error(), hookPolicy):
+		return &refusedError{v1alpha1.ReasonHookForbidden, fmt.Errorf("%w: %w", of, backups.Forbidden(vb.Namespace, p.Stores.Namespace))}
+	}
+	return &refusedError{v1alpha1.ReasonRunRefused, of}
+}
+
+// hookPolicy is in each refusal by the ValidatingAdmissionPolicy that lets only those who may exec
+// create runs with hooks (deploy/helm/varve/templates/hooks.yaml).
+const hookPolicy = "'varve-hooks'"
+
+// refusedError is the API server's refusal of a run, about which a person has to do something.
+type refusedError struct {
+	reason string
+	err    error
+}
+
+func (e *refusedError) Error() string { return e.err.Error() }
+func (e *refusedError) Unwrap() error { return e.err }
+
+// refusal removes the refusals from errs, and returns the first by its text: claims come in any order.
+func refusal(errs []error) (first *refusedError) {
+	for i, err := range errs {
+		var r *refusedError
+		if !errors.As(err, &r) {
+			continue
+		}
+		errs[i] = nil
+		if first == nil || r.Error() < first.Error() {
+			first = r
+		}
+	}
+	return first
 }
 
 // due returns the run of a time; nil for none.

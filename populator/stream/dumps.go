@@ -17,6 +17,8 @@ import (
 
 // Dump is one command whose output a mover stores.
 type Dump struct {
+	// Object of the run, for Gone.
+	Object types.NamespacedName
 	// App is where Command runs, by the container's sh, for at most Limit.
 	App     hold.Target
 	Command string
@@ -47,6 +49,7 @@ type State struct {
 
 // Stream is a running or ended stream.
 type Stream struct {
+	of    types.NamespacedName // the run's object; empty for a feed
 	end   context.CancelCauseFunc
 	bytes atomic.Int64
 	begun atomic.Bool
@@ -84,10 +87,10 @@ var (
 
 // Begin starts to forward a command's output to its mover; changed is called when it has ended.
 func (s *Streams) Begin(k Key, d Dump, changed func()) error {
-	return s.begin(k, changed, func(ctx context.Context, one *Stream) (End, error) { return one.pass(ctx, s.Exec, d) })
+	return s.begin(k, d.Object, changed, func(ctx context.Context, one *Stream) (End, error) { return one.pass(ctx, s.Exec, d) })
 }
 
-func (s *Streams) begin(k Key, changed func(), do func(context.Context, *Stream) (End, error)) error {
+func (s *Streams) begin(k Key, of types.NamespacedName, changed func(), do func(context.Context, *Stream) (End, error)) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -97,7 +100,7 @@ func (s *Streams) begin(k Key, changed func(), do func(context.Context, *Stream)
 		return fmt.Errorf("run %s has a stream %s already", k.Run, k.Name)
 	}
 	ctx, end := context.WithCancelCause(context.Background())
-	one := &Stream{end: end}
+	one := &Stream{of: of, end: end}
 	if s.all == nil {
 		s.all = map[Key]*Stream{}
 	}
@@ -128,13 +131,23 @@ func (s *Streams) Get(k Key) *Stream {
 
 // Drop ends the streams of a run at once. It does not wait.
 func (s *Streams) Drop(run types.UID) {
+	s.drop(func(k Key, _ *Stream) bool { return k.Run == run })
+}
+
+// Gone is Drop for the dumps of the runs of a name, except the one that has the name now, if any: an
+// object may be deleted just before Begin.
+func (s *Streams) Gone(name types.NamespacedName, now types.UID) {
+	s.drop(func(k Key, one *Stream) bool { return one.of == name && k.Run != now })
+}
+
+func (s *Streams) drop(is func(k Key, one *Stream) bool) {
 	if s == nil {
 		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for k, one := range s.all {
-		if k.Run == run {
+		if is(k, one) {
 			one.end(errDropped)
 			delete(s.all, k)
 		}

@@ -7,6 +7,8 @@ import (
 	"io"
 	"time"
 
+	"k8s.io/apimachinery/pkg/types"
+
 	"github.com/varve-io/varve/populator/hold"
 )
 
@@ -35,7 +37,7 @@ const asked = 4
 // BeginFeed passes a recovery point on to a command; changed is called when it has ended. The command is
 // started once the first of its bytes came.
 func (s *Streams) BeginFeed(k Key, f Feed, changed func()) error {
-	return s.begin(k, changed, func(ctx context.Context, one *Stream) (End, error) { return one.feed(ctx, s.Exec, f) })
+	return s.begin(k, types.NamespacedName{}, changed, func(ctx context.Context, one *Stream) (End, error) { return one.feed(ctx, s.Exec, f) })
 }
 
 // frame is what came from a mover.

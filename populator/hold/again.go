@@ -1,0 +1,94 @@
+package hold
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+)
+
+// The end of a container ends all processes of a program at once, and a stream may be cut before the
+// program says that it has thawed. What does not end with a session, such as a frozen file system, is
+// then thawed by another exec.
+
+// thawAgainFor is how long that is tried: the kubelet waits for up to five minutes before it restarts a
+// container that fails often.
+const thawAgainFor = 10 * time.Minute
+
+// errGone means that there is no container any more in which to thaw.
+var errGone = errors.New("the pod is gone")
+
+// thawAgain thaws parts whose programs did not say that they had. It ends before this process does.
+func (h *Holds) thawAgain(parts []PartState) {
+	ctx, stop := context.WithTimeoutCause(context.Background(), thawAgainFor, fmt.Errorf("it was tried for %v", thawAgainFor))
+	defer stop()
+	go func() {
+		select {
+		case <-h.ending:
+			stop()
+		case <-ctx.Done():
+		}
+	}()
+	log := h.Log
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	var wg sync.WaitGroup
+	for _, p := range parts {
+		wg.Go(func() {
+			if err := h.thawOne(ctx, p); err != nil {
+				log.WarnContext(ctx, "an application may still be frozen", "pod", p.Target.String(), "hook", p.Hook, "error", err)
+				return
+			}
+			log.InfoContext(ctx, "an application was thawed after the end of its hold", "pod", p.Target.String(), "hook", p.Hook)
+		})
+	}
+	wg.Wait()
+}
+
+// thawOne tries until the thaw command succeeds, or cannot.
+func (h *Holds) thawOne(ctx context.Context, p PartState) error {
+	var last error
+	for {
+		// A program that lives thaws by itself before the first try.
+		timer := time.NewTimer(cmp.Or(h.Pause, defaultSettle))
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return errors.Join(context.Cause(ctx), last)
+		case <-timer.C:
+		}
+		if h.Same != nil {
+			same, err := h.Same(ctx, p.Target)
+			if err != nil {
+				last = err
+				continue
+			}
+			if !same {
+				return errGone
+			}
+		}
+		if last = h.tryThaw(ctx, p); last == nil || errors.Is(last, ErrForbidden) {
+			return last
+		}
+	}
+}
+
+// tryThaw runs the thaw command once.
+func (h *Holds) tryThaw(ctx context.Context, p PartState) error {
+	ctx, stop := context.WithTimeoutCause(ctx, thawPatience, fmt.Errorf("no answer came within %v", thawPatience))
+	m := start(ctx, h.Exec, p.Target, *p.left, h.silence(), h.beat())
+	err := m.wait(ctx, func() bool { return m.thawed || m.stuck })
+	stop()
+	<-m.ended
+	if m.isThawed() {
+		return nil
+	}
+	if err == nil {
+		err = m.why()
+	}
+	return fmt.Errorf("%w: %w", ErrStuck, err)
+}
