@@ -1,7 +1,9 @@
 package main
 
 import (
+	"cmp"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -81,25 +83,67 @@ func ofLibrary(err error) bool {
 }
 
 // interruptedText is what remains of the work of an interrupted command, and what a second
-// run does, by the command's path. A command's own errors are more exact.
+// run does, by the command's path or that of a command above it. What a command sets itself
+// (app.left) is more exact.
 var interruptedText = map[string]string{
-	"varve backup":          "older recovery points are unchanged; run it again to continue from the last checkpoint",
-	"varve commit":          "the overlay and older recovery points are unchanged; run it again",
-	"varve restore":         "the target is incomplete; run the same command again to continue",
-	"varve verify":          "nothing was changed; run it again",
-	"varve prune":           "points that were deleted stay deleted, the others are unchanged; run it again",
-	"varve forget":          "points that were deleted stay deleted, the others are unchanged; run it again",
-	"varve maintenance run": "no data of a recovery point was deleted; maintenance is still due: run it again",
-	"varve cp":              "files that were copied whole are kept; run it again",
-	"varve nbd read":        "the file is incomplete; run it again",
+	"varve backup":               "older recovery points are unchanged; run it again to continue from the last checkpoint",
+	"varve commit":               "the overlay and older recovery points are unchanged; run it again",
+	"varve restore":              "nothing was written by this run; run it again",
+	"varve verify":               "nothing was changed; run it again",
+	"varve prune":                "points that were deleted stay deleted, the others are unchanged; run it again",
+	"varve forget":               "points that were deleted stay deleted, the others are unchanged; run it again",
+	"varve maintenance run":      "no data of a recovery point was deleted; maintenance is still due: run it again",
+	"varve cp":                   "files that were copied whole are kept; run it again with --force",
+	"varve nbd read":             "the file is incomplete; run it again with --overwrite",
+	"varve repo change-password": "the password may have been changed; run it again with the same two passwords",
+	"varve repo create":          "run it again with the same options and password",
+	"varve repo repair":          "recovery points are unchanged; run it again",
 }
 
-// whatStays adds to an error what remains of the work: for interrupted commands, and for a
-// backup that failed after it had begun.
-func whatStays(command string, code int, begun bool, text string) string {
-	stays := interruptedText[command]
-	if stays == "" || code != exitInterrupted && (code != exitFailure || command != "varve backup" || !begun) {
+// interruptedOf returns the text of a command; empty if it has none.
+func interruptedOf(command string) string {
+	for path := command; path != ""; path = path[:max(strings.LastIndexByte(path, ' '), 0)] {
+		if text, ok := interruptedText[path]; ok {
+			return text
+		}
+	}
+	return ""
+}
+
+// workState says which errors of a command leave something of its work behind.
+type workState int
+
+const (
+	workNotBegun workState = iota // an interrupt; see interruptedText
+	workBegun                     // a failure as well
+	workDone                      // any error: the work itself succeeded
+)
+
+// begin notes that the work begins: an error leaves behind what left says or, if that is
+// empty, interruptedText.
+func (a *app) begin(left string) { a.work, a.left = workBegun, left }
+
+// done notes that the work succeeded; an error after that does not undo it.
+func (a *app) done(left string) { a.work, a.left = workDone, left }
+
+// notBegun notes that an error left everything as it was.
+func (a *app) notBegun() { a.work, a.left = workNotBegun, "" }
+
+// saysWhatStays matches errors that say it themselves.
+var saysWhatStays = regexp.MustCompile(`recovery point [0-9a-f]{32} (is complete|was written), but|it is incomplete: free some space|the group is incomplete: |the disks are restored to `)
+
+// whatStays adds to an error what remains of the work.
+func (a *app) whatStays(command string, code int, text string) string {
+	left := cmp.Or(a.left, interruptedOf(command))
+	switch {
+	case left == "" || strings.Contains(text, left) || saysWhatStays.MatchString(text):
+		return text
+	case code == exitInterrupted, a.work == workDone:
+	case a.work == workBegun && (code == exitFailure || code == exitRepository):
+	case a.work == workBegun && code == exitDamaged:
+		left, _, _ = strings.Cut(left, "; ") // another run meets the same damage
+	default:
 		return text
 	}
-	return text + "; " + stays
+	return text + "; " + left
 }

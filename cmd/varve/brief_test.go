@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -49,18 +51,56 @@ func TestWhatStays(t *testing.T) {
 			t.Errorf("%q is no command: %v", path, err)
 		}
 	}
-	if got := whatStays("varve backup", exitInterrupted, false, "interrupted"); !strings.HasPrefix(got, "interrupted; older recovery points are unchanged") {
-		t.Error(got)
-	}
-	if got := whatStays("varve backup", exitFailure, true, "failed"); !strings.Contains(got, "continue from the last checkpoint") {
-		t.Error(got)
+	const backup = "; older recovery points are unchanged; run it again to continue from the last checkpoint"
+	for _, c := range []struct {
+		command    string
+		work       workState
+		left       string
+		code       int
+		text, want string // want follows text
+	}{
+		{"varve backup", workNotBegun, "", exitInterrupted, "interrupted", backup},
+		{"varve backup", workNotBegun, "", exitFailure, "failed", ""},
+		{"varve backup", workBegun, "", exitFailure, "failed", backup},
+		{"varve backup", workBegun, "", exitRepository, "unreachable", backup},
+		{"varve backup", workBegun, "", exitDamaged, "lost", "; older recovery points are unchanged"},
+		{"varve backup", workBegun, "", exitRefused, "another disk", ""},
+		{"varve backup", workBegun, "", exitFailure, "the group is incomplete: 1 of its 2 points were made", ""},
+		{"varve backup", workDone, "recovery point x was made", exitInterrupted, "interrupted", "; recovery point x was made"},
+		{"varve backup", workDone, "recovery point x was made", exitRefused, "busy", "; recovery point x was made"},
+		{"varve restore", workNotBegun, "", exitInterrupted, "interrupted", "; nothing was written by this run; run it again"},
+		{"varve restore", workBegun, "incomplete; again", exitInterrupted, "interrupted", "; incomplete; again"},
+		{"varve restore", workBegun, "incomplete; again", exitDamaged, "lost", "; incomplete"},
+		{"varve restore", workBegun, "again", exitFailure, "write x: full; it is incomplete: free some space", ""},
+		{"varve repo create s3", workNotBegun, "", exitInterrupted, "interrupted", "; run it again with the same options and password"},
+		{"varve list", workNotBegun, "", exitInterrupted, "interrupted", ""},
+	} {
+		a := &app{work: c.work, left: c.left}
+		if got := a.whatStays(c.command, c.code, c.text); got != c.text+c.want {
+			t.Errorf("%+v: %s", c, got)
+		}
 	}
 	// Nothing was read: there is nothing to continue.
 	env, _ := newBackupEnv(t)
 	if r := runVarve(t, env, "backup", "nosuch.img", "--volume", "shop/db"); r.code != exitFailure || !strings.Contains(r.stderr, "nosuch.img") || strings.Contains(r.stderr, "checkpoint") {
 		t.Errorf("exit code %d: %s", r.code, r.stderr)
 	}
-	if got := whatStays("varve list", exitInterrupted, false, "interrupted"); got != "interrupted" {
-		t.Error(got)
+}
+
+// TestErrorsThatNameThePoint: nothing is added to errors of a backup whose point is there.
+func TestErrorsThatNameThePoint(t *testing.T) {
+	source, err := os.ReadFile("../../backup/finish.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	texts := regexp.MustCompile(`"(recovery point %s (?:is|was) [^"]*)"`).FindAllStringSubmatch(string(source), -1)
+	if len(texts) != 4 {
+		t.Errorf("backup/finish.go has %d errors that name a point", len(texts))
+	}
+	for _, m := range texts {
+		text := strings.Replace(m[1], "%s", strings.Repeat("0123456789abcdef", 2), 1)
+		if got := (&app{work: workBegun}).whatStays("varve backup", exitRepository, text); got != text {
+			t.Error(got)
+		}
 	}
 }

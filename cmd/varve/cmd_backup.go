@@ -236,18 +236,22 @@ func (a *app) backup(ctx context.Context, sources []string, f backupFlags) (err 
 	}
 	open.disks[0].set(&opt)
 	end := a.backupProgress(&opt)
-	a.begun = true
+	a.begin("")
 	p, rec, err := backup.Run(ctx, repo, opt)
 	end()
 	if err != nil {
 		return err
 	}
+	a.made(p)
 	if err := errors.Join(open.commit(ctx), a.print(backupResultOf(p, rec, open.disks[0].Kind), func(t *table) { writeBackup(t, p, rec, open.disks[0].Kind) })); err != nil {
 		return err
 	}
 	backup.MaybeMaintain(ctx, repo)
 	return nil
 }
+
+// made notes that a recovery point was made.
+func (a *app) made(p *points.Point) { a.done("recovery point " + p.Name() + " was made") }
 
 // backupProgress shows the progress of a backup, from its begin until end is called.
 func (a *app) backupProgress(opt *backup.Options) (end func()) {

@@ -191,14 +191,18 @@ func (a *app) backupGroup(ctx context.Context, repo *repository.Repository, open
 	if err != nil {
 		return err
 	}
-	a.begun = true
+	a.begin("")
 	made, err := backup.RunGroup(ctx, repo, group, members, streams...)
 	for _, end := range ends {
 		end()
 	}
 	if err != nil {
+		if len(made) > 0 {
+			a.left = fmt.Sprintf("%d of the %d recovery points of group %s were made; run it again for a whole group", len(made), len(volumes), name)
+		}
 		return err
 	}
+	a.done(fmt.Sprintf("the %d recovery points of group %s were made", len(made), name))
 	cat, err := points.List(ctx, repo, points.ListOptions{})
 	if err != nil {
 		return err

@@ -175,7 +175,7 @@ func (a *app) backupStream(ctx context.Context, args []string, f backupFlags) (e
 		return a.backupSpooled(ctx, repo, in, int64(f.size), opt)
 	}
 	end := a.backupProgress(&opt)
-	a.begun = true
+	a.begin("")
 	p, rec, err := backup.RunStream(ctx, repo, backup.StreamOptions{
 		Volume: opt.Volume, Reader: in, Expect: int64(f.expect), ToolVersion: opt.ToolVersion,
 		CheckpointEvery: opt.CheckpointEvery, Progress: opt.Progress,
@@ -184,6 +184,7 @@ func (a *app) backupStream(ctx context.Context, args []string, f backupFlags) (e
 	if err != nil {
 		return err
 	}
+	a.made(p)
 	if err := a.print(backupResultOf(p, rec, "stream"), func(t *table) { writeBackup(t, p, rec, "stream") }); err != nil {
 		return err
 	}
@@ -206,12 +207,13 @@ func (a *app) backupSpooled(ctx context.Context, repo *repository.Repository, in
 	defer func() { err = errors.Join(err, open.close()) }()
 	open.disks[0].set(&opt)
 	end := a.backupProgress(&opt)
-	a.begun = true
+	a.begin("")
 	p, rec, err := backup.Run(ctx, repo, opt)
 	end()
 	if err != nil {
 		return err
 	}
+	a.made(p)
 	if err := a.print(backupResultOf(p, rec, "disk from a stream"), func(t *table) { writeBackup(t, p, rec, "disk from a stream") }); err != nil {
 		return err
 	}

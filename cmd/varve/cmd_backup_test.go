@@ -230,3 +230,14 @@ func TestListOfNoVolume(t *testing.T) {
 		}
 	}
 }
+
+// Disk images of other programs are listed with the same flag as they are served and mounted with.
+func TestListForeign(t *testing.T) {
+	env, disk := newBackupEnv(t)
+	mustRun(t, env, "backup", disk, "--volume", "shop/db")
+	for _, flag := range []string{"--foreign", "--all"} {
+		if out := mustRun(t, env, "list", flag).stdout; !strings.Contains(out, "shop/db@") {
+			t.Errorf("%s: %s", flag, out)
+		}
+	}
+}

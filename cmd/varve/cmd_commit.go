@@ -107,11 +107,13 @@ func (a *app) commit(ctx context.Context, repo *repository.Repository, target st
 		task.Set(p.Done)
 	}
 	opt.CheckpointEvery = time.Minute
+	a.begin("")
 	p, rec, err := backup.Run(ctx, repo, opt)
 	task.Done()
 	if err != nil {
 		return err
 	}
+	a.made(p)
 	if a.flags.output == "table" {
 		if _, err := fmt.Fprintf(a.stdout, "saved what was written over %s as a new recovery point:\n", saved.Base.Name()); err != nil {
 			return err

@@ -42,7 +42,7 @@ untrusted disk must not grant rights on this machine.
 
 What cannot be read (damage, encryption) is skipped: lost content of a file becomes
 a hole. Everything else is copied, then each damaged file is named and the exit
-code is 1.
+code is 1, or 4 if the repository lost data.
 
 A TARGET that is a directory gets the files in it, else it is the copy's name.
 Paths may have the wildcards *, ? and [] (quote them for the shell).
@@ -192,30 +192,23 @@ func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags
 	defer task.Done()
 	var sum browse.CopyResult
 	var failed cpFailures
-	copied := map[string]bool{}
-	err := a.eachFile(ctx, "cp", disks.AtOnce, sources, f.stale, func(from *files.Point, fsys diskfs.FileSystem, name string, several bool, _ *damageReport) error {
-		if several && !into {
-			return usagef("several files need a directory as target, and %s is none", target)
+	err := a.withFiles(ctx, "cp", disks.AtOnce, func(open opener, _ *damageReport) error {
+		copies, openErr := copiesOf(ctx, open, sources, f.stale)
+		if err := placeCopies(copies, target, into, len(sources) > 1); err != nil {
+			return err
 		}
-		to := target
-		if into {
-			base := path.Base(name)
-			if name == "." {
-				base = from.Point().Volume.Name
+		for _, c := range copies {
+			res, err := browse.Copy(ctx, c.fsys, c.name, c.to, browse.CopyOptions{
+				Recursive: f.recursive, Force: f.force, Workers: f.workers, Copied: task.Add, Devices: f.devices, SetID: f.setID,
+				Warn:   func(name string, err error) { a.log.Warn("not kept", "file", name, "error", err) },
+				Failed: failed.add,
+			})
+			sum.Add(res)
+			if err != nil {
+				return err
 			}
-			to = filepath.Join(target, base)
 		}
-		if copied[to] {
-			return usagef("two of the files would both become %s", to)
-		}
-		copied[to] = true
-		res, err := browse.Copy(ctx, fsys, name, to, browse.CopyOptions{
-			Recursive: f.recursive, Force: f.force, Workers: f.workers, Copied: task.Add, Devices: f.devices, SetID: f.setID,
-			Warn:   func(name string, err error) { a.log.Warn("not kept", "file", name, "error", err) },
-			Failed: failed.add,
-		})
-		sum.Add(res)
-		return err
+		return openErr
 	})
 	task.Done()
 	if errors.Is(err, fs.ErrExist) && sum.Files+sum.Dirs == 0 {
@@ -240,6 +233,56 @@ func (a *app) cp(ctx context.Context, sources []string, target string, f cpFlags
 	}), err, incomplete)
 }
 
+// fileCopy is a file to copy, and where to.
+type fileCopy struct {
+	from *files.Point
+	fsys diskfs.FileSystem
+	name string
+	to   string
+}
+
+// copiesOf finds the files that the arguments name, up to the first argument that has an error.
+func copiesOf(ctx context.Context, open opener, args []string, stale bool) (copies []fileCopy, err error) {
+	for _, arg := range args {
+		from, fsys, names, err := open(ctx, arg, stale)
+		if err != nil {
+			return copies, err
+		}
+		if fsys == nil {
+			return copies, listOfVolumes(arg, from)
+		}
+		for _, name := range names {
+			copies = append(copies, fileCopy{from: from, fsys: fsys, name: name})
+		}
+	}
+	return copies, nil
+}
+
+// placeCopies chooses the target of each copy; it refuses two with the same one before anything
+// is copied.
+func placeCopies(copies []fileCopy, target string, into, several bool) error {
+	if (several || len(copies) > 1) && !into {
+		return usagef("several files need a directory as target, and %s is none", target)
+	}
+	taken := map[string]bool{}
+	for i := range copies {
+		c := &copies[i]
+		c.to = target
+		if into {
+			base := path.Base(c.name)
+			if c.name == "." {
+				base = c.from.Point().Volume.Name
+			}
+			c.to = filepath.Join(target, base)
+		}
+		if taken[c.to] {
+			return usagef("two of the files would both become %s; nothing was copied", c.to)
+		}
+		taken[c.to] = true
+	}
+	return nil
+}
+
 func counted(n int64, one, many string) string {
 	if n == 1 {
 		return "1 " + one
@@ -248,6 +291,8 @@ func counted(n int64, one, many string) string {
 }
 
 func (a *app) cpTar(ctx context.Context, sources []string, f cpFlags) error {
+	const incomplete = "the archive is incomplete: discard it"
+	a.left = incomplete
 	task := a.progress.Start("archive", 0, progress.Bytes)
 	defer task.Done()
 	out := bufio.NewWriterSize(a.stdout, 1<<20)
@@ -260,13 +305,17 @@ func (a *app) cpTar(ctx context.Context, sources []string, f cpFlags) error {
 			return err
 		}
 		if fsys == nil {
-			return fmt.Errorf("%s is a list of volumes: name one of %s", sources[0], strings.Join(from.VolumeNames(), ", "))
+			return listOfVolumes(sources[0], from)
 		}
 		var failed cpFailures
+		a.begin(incomplete)
 		err = browse.Tar(ctx, fsys, out, names, browse.TarOptions{Sparse: f.sparse, Copied: task.Add, Failed: failed.add, Skipped: func(name string) {
 			a.log.Warn("a socket cannot be archived, it is left out", "file", name)
 		}})
 		task.Done()
-		return errors.Join(err, out.Flush(), failed.report(a, "the archive"))
+		if err = errors.Join(err, out.Flush()); err == nil {
+			a.notBegun() // it is complete, but for what the report names
+		}
+		return errors.Join(err, failed.report(a, "the archive"))
 	})
 }

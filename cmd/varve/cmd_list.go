@@ -24,6 +24,9 @@ func newListCommand(a *app) *cobra.Command {
 
 The name in the first column, or the beginning of the ID, is what other commands
 take. @latest, @latest~1 and the beginning of a time (@2026-11-20) work too.
+Times are in UTC. @yesterday is the newest point from before today began, @2h the
+newest that is at least two hours old; also @today, @90m, @3d and @1w.
+
 A name without a cluster means this cluster's; points of other clusters are listed
 with theirs (alpha:shop/db@TIME).
 
@@ -43,7 +46,7 @@ take. A group that lacks a point is incomplete: its run failed, or a point is lo
 			}
 			ctx := cmd.Context()
 			if groups && foreign {
-				return usagef("--groups lists what Varve wrote: no --all")
+				return usagef("--groups lists what Varve wrote: no --foreign")
 			}
 			if groups {
 				return a.withRepository(ctx, func(repo *repository.Repository) error { return a.listGroups(ctx, repo, volume) })
@@ -52,7 +55,8 @@ take. A group that lacks a point is incomplete: its run failed, or a point is lo
 		},
 	}
 	cmd.Flags().StringVar(&volume, "volume", "", "only this volume, namespace/name")
-	cmd.Flags().BoolVar(&foreign, "all", false, "also disk images that Velero or stock Kopia saved")
+	cmd.Flags().BoolVar(&foreign, "foreign", false, "also disk images that Velero or stock Kopia saved")
+	cmd.Flags().BoolVar(&foreign, "all", false, "the same as --foreign")
 	cmd.Flags().BoolVar(&groups, "groups", false, "the groups, of all names or of a name or member given as the volume")
 	return cmd
 }
@@ -99,7 +103,7 @@ func (a *app) list(ctx context.Context, repo *repository.Repository, volume stri
 		switch {
 		case len(views) > 0:
 		case others > 0:
-			t.line("No recovery points of Varve, but %s of Velero or Kopia. See: varve list --all", count(others, "disk image", "disk images"))
+			t.line("No recovery points of Varve, but %s of Velero or Kopia. See: varve list --foreign", count(others, "disk image", "disk images"))
 			return
 		default:
 			t.line("No recovery points. Make one with: varve backup SOURCE --volume NAMESPACE/NAME")

@@ -287,10 +287,10 @@ func newNBDReadCommand(a *app) *cobra.Command {
 ('-', and without FILE). Zeroes become holes in a file.`,
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			toFile := len(args) == 2 && args[1] != "-"
-			if toFile {
-				if err := mayReplace(args[1], overwrite); err != nil {
-					return err
-				}
+			if !toFile {
+				a.left = "what was read is incomplete: discard it"
+			} else if err := mayReplace(args[1], overwrite); err != nil {
+				return err
 			}
 			e, err := enterExport(cmd.Context(), args[0])
 			if err != nil {

@@ -1,6 +1,9 @@
 package main
 
 import (
+	"context"
+	"errors"
+
 	"github.com/spf13/cobra"
 
 	"github.com/varve-io/varve/backup/repository"
@@ -30,14 +33,30 @@ If the change is interrupted, run it again with the same two passwords.`,
 				return err
 			}
 			opt := repository.OpenOptions{ConfigFile: config, Password: old, Log: a.log}
-			if err := repository.ChangePassword(cmd.Context(), opt, fresh); err != nil {
+			err = repository.ChangePassword(cmd.Context(), opt, fresh)
+			before := errors.Is(err, repository.ErrWrongPassword) && hasPassword(cmd.Context(), opt, fresh)
+			if err != nil && !before {
 				return err
 			}
 			return a.print(struct {
 				Changed bool `json:"changed"`
-			}{true}, func(t *table) { t.line("The password was changed.") })
+			}{!before}, func(t *table) {
+				if before {
+					t.line("The repository has the new password already.")
+				} else {
+					t.line("The password was changed.")
+				}
+			})
 		},
 	}
 	addPasswordFlags(cmd.Flags(), "new-", &a.flags.newPasswordFile, &a.flags.newPasswordCommand)
 	return cmd
+}
+
+// hasPassword reports whether a password opens the repository: an interrupted change may have
+// been complete.
+func hasPassword(ctx context.Context, opt repository.OpenOptions, password string) bool {
+	opt.Password = password
+	r, err := repository.Open(ctx, opt)
+	return err == nil && r.Close(context.WithoutCancel(ctx)) == nil
 }

@@ -52,6 +52,12 @@ func TestRepoLifeCycle(t *testing.T) {
 
 	env["VARVE_NEW_PASSWORD"] = "battery staple"
 	mustRun(t, env, "repo", "change-password")
+	// Again, as after an interrupt that came when the change was complete.
+	if r := mustRun(t, env, "repo", "change-password"); !strings.Contains(r.stdout, "has the new password already") {
+		t.Errorf("the same change again: %+v", r)
+	}
+	env["VARVE_NEW_PASSWORD"] = "neither"
+	refused(t, env, exitRepository, "wrong password", "repo", "change-password")
 	if r := runVarve(t, env, "repo", "status"); r.code != exitRepository || !strings.Contains(r.stderr, "wrong password") {
 		t.Errorf("old password: %+v", r)
 	}

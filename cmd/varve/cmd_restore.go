@@ -69,7 +69,8 @@ to any of these starts from its beginning after an interruption.
 With --group the name is of a group, and all its points are restored: into a
 directory, a file VOLUME.img each, or each to its own target, MEMBER=TARGET. All
 targets are opened and checked before the first is written to. A group that lacks a
-point is refused unless --incomplete is given.
+point is refused unless --incomplete is given. After an interruption --overwrite is
+needed for the targets that are finished.
 
 With --vm the group is of a libvirt domain (docs/vm.md): its disks are written to a
 directory in the formats they had, beside its NVRAM and domain.xml, the definition
@@ -189,20 +190,34 @@ func (a *app) restore(ctx context.Context, name, path string, f restoreFlags) (e
 		if isClosed(a.stdout) {
 			return errors.New("standard output is closed, so nothing was written; redirect it")
 		}
-		_, err := backup.RestoreTo(ctx, repo, p, a.stdout, opt)
+		a.begin("what was written to standard output is incomplete: discard it")
+		res, err := backup.RestoreTo(ctx, repo, p, a.stdout, opt)
+		a.restored(res, err)
 		return err
 	}
 	t, err := a.openRestore(ctx, repo, p, path, f, opt)
 	if err != nil {
 		return err
 	}
+	a.begin(t.left(f))
 	res, err := t.run(ctx, repo)
 	end()
+	a.restored(res.RestoreResult, err)
 	if err != nil {
 		return err
 	}
 	res = describeRestore(p, path, res)
 	return a.print(res, func(t *table) { writeRestore(t, p.NameIn(a.clusterOf(repo)), res) })
+}
+
+// restored notes how a restore ended.
+func (a *app) restored(res backup.RestoreResult, err error) {
+	switch {
+	case err == nil:
+		a.done("all of the disk was written")
+	case res.Size == 0, errors.Is(err, backup.ErrVerify): // it did not begin; the error says all
+		a.notBegun()
+	}
 }
 
 // warnOfRestore warns of what is wrong with the disk of a point.
@@ -246,7 +261,24 @@ type openedRestore struct {
 	path   string
 	target restoreTarget
 	whole  bool // the target may be larger than the disk
+	image  bool // a new image, which has its name once it is complete
 	opt    backup.RestoreOptions
+}
+
+// resumes reports whether a second run of the same command continues this one.
+func (t *openedRestore) resumes() bool { return t.opt.Journal != "" }
+
+// left is what an error during the restore leaves behind, and what a second run does.
+func (t *openedRestore) left(f restoreFlags) string {
+	switch {
+	case t.image:
+		return "no image was made"
+	case !t.resumes():
+		return "the target is incomplete; a second run starts from the beginning"
+	case f.restart:
+		return "the target is incomplete; run the same command again without --restart to continue"
+	}
+	return "the target is incomplete; run the same command again to continue"
 }
 
 // openRestore opens a target and checks that the point may be written to it. It writes

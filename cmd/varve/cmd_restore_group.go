@@ -71,7 +71,7 @@ func (a *app) restoreGroup(ctx context.Context, name string, args []string, f re
 	}
 	if f.format != "" && f.format != qemu.Raw {
 		for i := range paths { // the names of files in a directory
-			if len(args) == 1 && !strings.Contains(args[0], "=") {
+			if len(args) == 1 && !strings.Contains(args[0], "=") && !members[i].Stream {
 				paths[i] = strings.TrimSuffix(paths[i], ".img") + "." + f.format
 			}
 		}
@@ -99,6 +99,7 @@ func (a *app) restoreGroup(ctx context.Context, name string, args []string, f re
 		res.Missing = append(res.Missing, v.String())
 	}
 	for i, t := range opened {
+		a.left = t.leftOfGroup(i, len(opened), f) // for an interrupt, whose error says nothing
 		end := a.restoreProgress(t.point, &t.opt)
 		one, err := t.run(ctx, repo)
 		end()
@@ -106,10 +107,11 @@ func (a *app) restoreGroup(ctx context.Context, name string, args []string, f re
 			for _, t := range opened[i+1:] {
 				err = errors.Join(err, t.abandon())
 			}
-			return fmt.Errorf("%w; %d of %d points of the group are restored", err, i, len(opened))
+			return fmt.Errorf("%w; %s", err, a.left)
 		}
 		res.Points = append(res.Points, describeRestore(t.point, t.path, one))
 	}
+	a.done(fmt.Sprintf("%d of %d points of the group are restored", len(opened), len(opened)))
 	if vm != nil {
 		if res.Definition, err = vm.finish(ctx, a, f); err != nil {
 			return err
@@ -133,6 +135,24 @@ func (a *app) restoreGroup(ctx context.Context, name string, args []string, f re
 	})
 }
 
+// leftOfGroup is what remains of a group of which this point is being restored after done
+// others, and what a second run does.
+func (t *openedRestore) leftOfGroup(done, all int, f restoreFlags) string {
+	left := fmt.Sprintf("%d of %d points of the group are restored; run it again", done, all)
+	resumes := t.resumes() && !f.restart
+	switch {
+	case f.delta: // which compares finished ones
+	case done == 0 && resumes:
+		left += " to continue"
+	case done > 0:
+		left += " with --overwrite: finished ones are written again"
+		if resumes {
+			left += ", the interrupted one continues"
+		}
+	}
+	return left
+}
+
 // openGroupRestore opens the targets of all points; with an error none is open.
 func (a *app) openGroupRestore(ctx context.Context, repo *repository.Repository, pts []*points.Point, paths, formats []string, f restoreFlags, opt backup.RestoreOptions) (opened []*openedRestore, err error) {
 	defer func() {
@@ -145,10 +165,12 @@ func (a *app) openGroupRestore(ctx context.Context, repo *repository.Repository,
 	}()
 	for i, p := range pts {
 		one := f
-		one.format = cmp.Or(formats[i], f.format)
+		if one.format = cmp.Or(formats[i], f.format); p.Stream {
+			one.format = "" // it is no disk
+		}
 		t, err := a.openRestore(ctx, repo, p, paths[i], one, opt)
 		if err != nil {
-			return opened, fmt.Errorf("%s: %w; no point of the group was restored", p.Volume, err)
+			return opened, fmt.Errorf("%s: %w; nothing was written by this run", p.Volume, err)
 		}
 		opened = append(opened, t)
 	}

@@ -229,7 +229,7 @@ func (v *vmRestore) finish(ctx context.Context, a *app, f restoreFlags) (path st
 		return err
 	})
 	if err != nil {
-		return path, fmt.Errorf("the disks are restored, and libvirt does not take %s: %w", path, err)
+		return path, fmt.Errorf("the disks are restored to %s, but libvirt refused %s: %w; correct it and run 'virsh define %s'", v.dir, path, err, path)
 	}
 	return path, nil
 }

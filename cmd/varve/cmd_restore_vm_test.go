@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -102,6 +104,19 @@ func TestRestoreOfMachine(t *testing.T) {
 		t.Errorf("vda differs: %v, %v", err, berr)
 	}
 	qemuTool(t, "qemu-img", "compare", "-f", "qcow2", "-F", "raw", want[1].Path, data)
+
+	// A format is for disks: what is beside them comes back as it is.
+	group := filepath.Join(dir, "group")
+	mustRun(t, env, "restore", "--group", "shop/vm@latest", group, "--format", "qcow2")
+	qemuTool(t, "qemu-img", "compare", "-f", "qcow2", "-F", "raw", filepath.Join(group, "vm-vdb.qcow2"), data)
+	if b, err := os.ReadFile(filepath.Join(group, "vm-xml")); err != nil || string(b) != xml {
+		t.Errorf("%q, %v", b, err)
+	}
+	one := filepath.Join(dir, "xml.qcow2")
+	refused(t, env, exitUsage, "holds a stream of bytes", "restore", "shop/vm-xml@latest", one, "--format", "qcow2")
+	if _, err := os.Stat(one); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("an image was made of a stream: %v", err)
+	}
 
 	// Served disks are not written, and the machine reads them by NBD, as raw bytes.
 	now := filepath.Join(dir, "now")

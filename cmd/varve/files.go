@@ -67,6 +67,11 @@ func (a *app) withFiles(ctx context.Context, purpose string, rule disks.Rule, fn
 	return err
 }
 
+// listOfVolumes is the error of a path that names the list of a disk's volumes.
+func listOfVolumes(arg string, from *files.Point) error {
+	return fmt.Errorf("%s is a list of volumes: name one of %s", arg, strings.Join(from.VolumeNames(), ", "))
+}
+
 // eachFile calls fn for each file that the arguments name; several means that there is more
 // than one, and the report is that of withFiles.
 func (a *app) eachFile(ctx context.Context, purpose string, rule disks.Rule, args []string, stale bool, fn func(from *files.Point, fsys diskfs.FileSystem, name string, several bool, report *damageReport) error) error {
@@ -77,7 +82,7 @@ func (a *app) eachFile(ctx context.Context, purpose string, rule disks.Rule, arg
 				return err
 			}
 			if fsys == nil {
-				return fmt.Errorf("%s is a list of volumes: name one of %s", arg, strings.Join(from.VolumeNames(), ", "))
+				return listOfVolumes(arg, from)
 			}
 			for _, name := range names {
 				if err := fn(from, fsys, name, len(args) > 1 || len(names) > 1, report); err != nil {

@@ -88,7 +88,7 @@ func TestGroups(t *testing.T) {
 	refused(t, env, exitUsage, "two targets", "restore", "--group", "shop/vm@latest", "root="+filepath.Join(dir, "r"), "vm-root="+filepath.Join(dir, "s"))
 	refused(t, env, exitUsage, "the same target", "restore", "--group", "shop/vm@latest", "root="+filepath.Join(dir, "r"), "db="+filepath.Join(dir, ".", "r"))
 	refused(t, env, exitUsage, "standard output", "restore", "--group", "shop/vm@latest", "-")
-	refused(t, env, exitRefused, "no point of the group was restored", "restore", "--group", "shop/vm@latest", "db="+filepath.Join(dir, "d"), "root="+root)
+	refused(t, env, exitRefused, "nothing was written by this run", "restore", "--group", "shop/vm@latest", "db="+filepath.Join(dir, "d"), "root="+root)
 	if _, err := os.Stat(filepath.Join(dir, "d")); !os.IsNotExist(err) {
 		t.Errorf("a refused restore left a target: %v", err)
 	}
@@ -121,7 +121,7 @@ func TestGroups(t *testing.T) {
 	}
 	for _, args := range [][]string{
 		{"backup", root, root, "--volume", "shop/vm"}, {"backup", "a b=" + root, data, "--volume", "shop/vm"},
-		{"backup", root, data, "--volume", "shop/vm", "--parent", "x"}, {"verify", "--group"}, {"list", "--groups", "--all"},
+		{"backup", root, data, "--volume", "shop/vm", "--parent", "x"}, {"verify", "--group"}, {"list", "--groups", "--all"}, {"list", "--groups", "--foreign"},
 		{"restore", "shop/x@latest", "a", "b"}, {"restore", "shop/x@latest", "a", "--incomplete"},
 	} {
 		refused(t, env, exitUsage, "", args...)

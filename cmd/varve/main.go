@@ -23,24 +23,29 @@ func main() {
 	os.Exit(code)
 }
 
-// interruptible returns a context that the first SIGINT or SIGTERM cancels, so that commands
-// end cleanly; the second ends the process at once.
+// interruptible returns a context that the first SIGINT, SIGTERM or SIGHUP cancels, so that
+// commands end cleanly. A second SIGINT or SIGTERM ends the process at once. A SIGHUP does not:
+// a shell repeats that of a terminal that is closed, and systemd may send it beside a SIGTERM.
 func interruptible(parent context.Context) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(parent)
-	signals := make(chan os.Signal, 2)
+	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
+		signal.Notify(signals, syscall.SIGHUP)
+	}
 	done := make(chan struct{})
 	go func() {
-		select {
-		case <-signals:
-			cancel(errInterrupted)
-		case <-done:
-			return
-		}
-		select {
-		case <-signals:
-			os.Exit(exitInterrupted)
-		case <-done:
+		for asked := false; ; {
+			select {
+			case s := <-signals:
+				if asked && s != syscall.SIGHUP {
+					os.Exit(exitInterrupted)
+				}
+				asked = asked || s != syscall.SIGHUP
+				cancel(errInterrupted)
+			case <-done:
+				return
+			}
 		}
 	}()
 	return ctx, func() {

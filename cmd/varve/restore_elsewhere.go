@@ -52,6 +52,9 @@ func isNBD(uri string) bool {
 // journal: nothing proves that an export, or an image that qemu-nbd had open, still holds
 // what an interrupted restore wrote.
 func (a *app) openRestoreElsewhere(ctx context.Context, repo *repository.Repository, p *points.Point, path string, f restoreFlags, opt backup.RestoreOptions) (_ *openedRestore, err error) {
+	if err := p.NeedDisk(); err != nil {
+		return nil, err
+	}
 	o := target.Options{Size: p.Size, Log: a.log, Replace: f.overwrite, Keep: opt.Delta, FollowChain: f.followChain}
 	t := &openedRestore{point: p, path: path, whole: isNBD(path) || imageio.IsURI(path), opt: opt}
 	switch {
@@ -70,6 +73,7 @@ func (a *app) openRestoreElsewhere(ctx context.Context, repo *repository.Reposit
 			return nil, err
 		}
 	default:
+		t.image = !opt.Delta
 		if err := f.mayReplace(path, o); err != nil {
 			return nil, err
 		}

@@ -44,8 +44,9 @@ type app struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
 	lookupEnv      func(string) (string, bool)
-	begun          bool     // a backup has begun to read its disk
-	hidden         []string // variables with secrets, which children do not inherit
+	work           workState // of a command that makes or writes something
+	left           string    // what an error leaves behind of it
+	hidden         []string  // variables with secrets, which children do not inherit
 
 	flags struct {
 		config                              string
@@ -101,7 +102,7 @@ func (a *app) run(ctx context.Context, args []string) int {
 	if h := hint(err); h != "" && code == exitFailure { // errors with a code of their own include advice
 		next = ": " + h
 	}
-	fmt.Fprintf(a.stderr, "varve: %s\n", whatStays(cmd.CommandPath(), code, a.begun, message(err)+next))
+	fmt.Fprintf(a.stderr, "varve: %s\n", a.whatStays(cmd.CommandPath(), code, message(err)+next))
 	if text := inFull(err); a.flags.verbose && text != message(err) {
 		fmt.Fprintf(a.stderr, "varve: in full: %s\n", text)
 	}
