@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/varve-io/varve/backup/blocktree"
@@ -111,7 +112,9 @@ func quarantineDamaged(ctx context.Context, r *repository.Repository, damaged []
 	}
 	byManifest := map[string]*points.Point{}
 	for _, p := range cat.Points() {
-		byManifest[p.ManifestID] = p
+		for _, id := range p.Manifests() {
+			byManifest[id] = p
+		}
 	}
 	var out []points.Quarantine
 	for _, d := range damaged {
@@ -120,6 +123,9 @@ func quarantineDamaged(ctx context.Context, r *repository.Repository, damaged []
 			r.Log().WarnContext(ctx, "a snapshot is damaged", "manifest", d.ManifestID,
 				"source", d.Source, "incomplete", d.Incomplete, "error", d.Err)
 			continue
+		}
+		if slices.ContainsFunc(out, func(q points.Quarantine) bool { return q.Point == p.ID }) {
+			continue // by another manifest of the point
 		}
 		q := points.Quarantine{Point: p.ID, Name: p.Name(), Reason: d.Err.Error(), Since: r.Now().UTC()}
 		r.Log().ErrorContext(ctx, "a recovery point is damaged; it is quarantined", "point", p.Name(), "id", p.ID, "error", d.Err)

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"iter"
 	"runtime/debug"
+	"sync"
 
 	"github.com/varve-io/varve/fusefs/diskfs"
 )
@@ -13,11 +14,44 @@ import (
 func (p *point) guard(op string, do func() error) (err error) {
 	defer func() {
 		if v := recover(); v != nil {
-			p.fs.log.Error("a panic while a recovery point was read", "point", p.info.Name(), "operation", op, "panic", fmt.Sprint(v), "stack", string(debug.Stack()))
+			p.panicked(op, v)
 			err = fmt.Errorf("panic: %v", v)
 		}
 	}()
 	return do()
+}
+
+// mostPanics is how many panics are logged of a point, beside the first of each operation. Who lists a
+// large directory may meet one for each name.
+const mostPanics = 30
+
+// panics are those of a point.
+type panics struct {
+	mu   sync.Mutex
+	of   map[string]bool // operations that had one
+	more int             // later ones
+}
+
+// panicked logs a panic: the first of an operation with its stack, some of the others without.
+func (p *point) panicked(op string, v any) {
+	what := []any{"point", p.info.Name(), "operation", op, "panic", fmt.Sprint(v)}
+	p.panics.mu.Lock()
+	defer p.panics.mu.Unlock()
+	if p.panics.of[op] {
+		if p.panics.more++; p.panics.more > mostPanics {
+			return
+		}
+		if p.panics.more == mostPanics {
+			what = append(what, "note", "no more of these are logged for this point")
+		}
+	} else {
+		if p.panics.of == nil {
+			p.panics.of = map[string]bool{}
+		}
+		p.panics.of[op] = true
+		what = append(what, "stack", string(debug.Stack()))
+	}
+	p.fs.log.Error("a panic while a recovery point was read", what...)
 }
 
 // guarded are the inodes of a volume, with every call guarded that reads the disk.

@@ -113,3 +113,27 @@ func TestPanicOfAParser(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A parser that panics for each name of a large directory fills no log.
+func TestPanicsAreLoggedSparingly(t *testing.T) {
+	var log bytes.Buffer
+	fs := &FS{log: slog.New(slog.NewTextHandler(&log, nil))}
+	for range 2 { // each point has its own
+		log.Reset()
+		p := &point{fs: fs, info: &points.Point{}}
+		for range 1000 {
+			for _, op := range []string{"one", "other"} {
+				if err := p.guard(op, func() error { panic("bug") }); err == nil {
+					t.Fatal("no error")
+				}
+			}
+		}
+		said := log.String()
+		if lines, stacks := strings.Count(said, "\n"), strings.Count(said, "stack="); lines != mostPanics+2 || stacks != 2 {
+			t.Errorf("%d lines, %d stacks", lines, stacks)
+		}
+		if !strings.HasSuffix(said, "note=\"no more of these are logged for this point\"\n") {
+			t.Errorf("the last line is %s", said[max(len(said)-300, 0):])
+		}
+	}
+}

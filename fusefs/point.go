@@ -19,7 +19,8 @@ type point struct {
 	fs   *FS
 	info *points.Point
 
-	held atomic.Pointer[disks.Disk] // nil before the first read
+	held   atomic.Pointer[disks.Disk] // nil before the first read
+	panics panics
 
 	mu      sync.Mutex // guards the following
 	attempt *attempt   // to open something of the point; nil for none

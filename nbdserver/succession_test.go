@@ -161,7 +161,7 @@ func TestKernelGetsOneConnection(t *testing.T) {
 }
 
 // Connections that take the place of one another, at any moment of their handshakes, do so
-// without a data race.
+// without a data race. Only the race detector (go test -race) can make this test fail.
 func TestTakingOverAtOnce(t *testing.T) {
 	_, path := serve(t, nbdserver.Config{
 		Catalog: single(nbdtest.NewDisk(nbdtest.Image()).Writable()),

@@ -8,7 +8,8 @@ rare=()
 packages=("$@")
 if [ $# -eq 0 ]; then
 	packages=(e2fsprogs xfsprogs fuse3 util-linux fdisk gdisk lvm2 dosfstools mtools ntfs-3g attr acl
-		qemu-utils qemu-system-x86 libvirt-daemon-system libvirt-clients openssh-server libnbd-bin python3-libnbd nbdkit fio sqlite3 postgresql mariadb-server redis-server busybox-static jq cryptsetup-bin squashfs-tools xorriso)
+		qemu-utils qemu-system-x86 libvirt-daemon-system libvirt-clients openssh-server libnbd-bin python3-libnbd nbdkit fio sqlite3 postgresql mariadb-server redis-server busybox-static jq cryptsetup-bin squashfs-tools xorriso
+		ceph-mon ceph-osd ceph-common qemu-block-extra)
 	rare=(util-linux-extra btrfs-progs exfatprogs f2fs-tools nilfs-tools jfsutils reiserfsprogs reiser4progs gfs2-utils
 		ocfs2-tools hfsutils erofs-utils udftools bcache-tools bcachefs-tools)
 fi

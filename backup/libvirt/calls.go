@@ -202,7 +202,8 @@ func (c *Conn) HasSavedState(d libvirt.Domain) (bool, error) {
 	return has != 0, err
 }
 
-// NeverRan reports whether no processor of a running domain has run since its QEMU was started.
+// NeverRan reports whether no processor of a running domain has run since its QEMU was started, or since the
+// domain was reset while none ran.
 func (c *Conn) NeverRan(d libvirt.Domain) (bool, error) {
 	text, err := call(c, "QEMUDomainMonitorCommand", func(l *libvirt.Libvirt) (string, error) {
 		return l.QEMUDomainMonitorCommand(d, `{"execute":"query-status"}`, 0)
@@ -237,13 +238,13 @@ func (c *Conn) SetMark(d libvirt.Domain, of libvirt.DomainModificationImpact, ke
 	return err
 }
 
-// HasMark reports whether a domain has the element of metadata of this namespace.
-func (c *Conn) HasMark(d libvirt.Domain, of libvirt.DomainModificationImpact, namespace string) (bool, error) {
-	_, err := call(c, "DomainGetMetadata", func(l *libvirt.Libvirt) (string, error) {
+// Mark returns the element of metadata of a namespace; empty if the domain has none.
+func (c *Conn) Mark(d libvirt.Domain, of libvirt.DomainModificationImpact, namespace string) (string, error) {
+	xml, err := call(c, "DomainGetMetadata", func(l *libvirt.Libvirt) (string, error) {
 		return l.DomainGetMetadata(d, int32(libvirt.DomainMetadataElement), libvirt.OptString{namespace}, of)
 	})
 	if Is(err, libvirt.ErrNoDomainMetadata) {
-		return false, nil
+		return "", nil
 	}
-	return err == nil, err
+	return xml, err
 }

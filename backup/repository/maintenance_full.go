@@ -168,7 +168,7 @@ func (f *fullRun) collect(ctx context.Context) (maintenancestats.Kind, error) {
 		if err != nil {
 			return nil, err
 		}
-		if len(fresh) == 0 || !first && !slices.ContainsFunc(fresh, f.blind) {
+		if len(fresh) == 0 || !first && !slices.ContainsFunc(fresh, blind) {
 			break
 		}
 		if err := f.takeBack(ctx, m, packs); err != nil {
@@ -191,12 +191,10 @@ func (f *fullRun) mark(ctx context.Context, m *marker) ([]*snapshot.Manifest, er
 	return fresh, err
 }
 
-// blind reports whether a new manifest may be of an older snapshot: its writer put it back,
-// pinned it or found it in a repair, and does not check its contents. A backup dates its
-// manifests when it writes them.
-func (f *fullRun) blind(man *snapshot.Manifest) bool {
-	return man.IncompleteReason == "" && man.EndTime.ToTime().Before(f.swept)
-}
+// blind reports whether the writer of a new manifest may not check its contents: it put a point back,
+// pinned it or found it in a repair, or is not Varve. There are few of these; the incomplete ones, which
+// backups write all the time, are of writers that check.
+func blind(man *snapshot.Manifest) bool { return man.IncompleteReason == "" }
 
 // sweepFlush is how many deletions are kept in memory before they are flushed.
 const sweepFlush = 100_000

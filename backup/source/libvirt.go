@@ -41,7 +41,7 @@ type libvirtMachine struct {
 	stopped bool // its guest does not run
 	checked bool
 	done    bool
-	started bool // by a backup, which stops it in the end
+	started *pausedMark // of the backup that started the domain; nil for none
 	parts   []Part
 	notes   []string
 
@@ -89,6 +89,11 @@ func openLibvirt(ctx context.Context, text string, opt Options) (_ Session, err 
 	}
 	if m.lock, err = lockMachine(keyOf(m.def.UUID)); err != nil && !opt.Inspect {
 		return nil, fmt.Errorf("%s: %w", text, err)
+	}
+	if !opt.Inspect {
+		if err := m.removeOldMark(); err != nil {
+			return nil, err
+		}
 	}
 	switch why := m.unreadable(); {
 	case !running && why == "":

@@ -391,13 +391,19 @@ func forgetLibvirt(ctx context.Context, text string, opt Options) (removed []str
 	if err != nil {
 		return nil, err
 	}
-	if why := m.unreadable(); running {
-		err = m.adoptPaused()
-	} else if why != "" && len(list) > 0 { // QEMU deletes their bitmaps
-		running, err = true, m.startPaused(why)
-	}
-	if err != nil {
+	if err := m.removeOldMark(); err != nil {
 		return nil, err
+	}
+	if why := m.unreadable(); running {
+		if err := m.adoptPaused(); err != nil {
+			return nil, err
+		}
+	} else if why != "" && len(list) > 0 { // QEMU deletes their bitmaps
+		if err := m.startPaused(why); err != nil {
+			opt.log().WarnContext(ctx, "bitmaps in the images may be left", "domain", m.def.Name, "error", err)
+		} else {
+			running = true
+		}
 	}
 	if running {
 		if err := m.forgetJob(prefix); err != nil {
@@ -418,6 +424,12 @@ func forgetLibvirt(ctx context.Context, text string, opt Options) (removed []str
 		if err != nil {
 			return removed, err
 		}
+	}
+	if running && m.started != nil {
+		if err := m.stopPaused(); err != nil {
+			return removed, err
+		}
+		running = false
 	}
 	host := qemu.Host{}
 	if uri.Remote() {

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/varve-io/varve/backup/libvirt/libvirttest"
 	"github.com/varve-io/varve/backup/qemu"
@@ -91,8 +92,19 @@ func libvirtPaused(t *testing.T, d *domain) {
 		}
 	}
 
-	// Its owner resumes it while it is backed up, and suspends it later.
+	// After the mark was written, its owner starts it.
+	if _, err := runKilled(t, uri, points, "marked"); err == nil {
+		t.Fatal("it was not killed")
+	}
+	d.start(t)
 	now := load()
+	if now, err = now.backup(t.Context(), uri, now.options(t.TempDir()), func() { d.virsh(t, "resume", d.name) }, nil); err != nil {
+		t.Fatal(err)
+	}
+	is("running")
+	d.stop(t)
+
+	// Its owner resumes it while it is backed up, and suspends it later.
 	var log bytes.Buffer
 	opt = now.options(t.TempDir())
 	opt.Log = slog.New(slog.NewTextHandler(&log, nil))
@@ -101,15 +113,35 @@ func libvirtPaused(t *testing.T, d *domain) {
 		t.Fatal(err)
 	}
 	d.check(t, now, d.model, "bitmap")
-	if is("running"); !strings.Contains(log.String(), "it was resumed") {
+	if is("running"); !strings.Contains(log.String(), "was resumed") {
 		t.Errorf("the log is %s", &log)
 	}
+	if live := d.virsh(t, "dumpxml", d.name); strings.Contains(live, "paused-for-backup") {
+		t.Errorf("the domain that was resumed keeps the mark: %s", live)
+	}
 	d.virsh(t, "suspend", d.name)
+	d.virsh(t, "reset", d.name) // QEMU then says what it says of one that never ran
 	if now, err = now.backup(t.Context(), uri, now.options(t.TempDir()), nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	is("paused")
 	d.check(t, now, d.model, "bitmap")
+
+	// A backup of another host has started it, just now or long ago.
+	d.stop(t)
+	d.start(t)
+	for _, c := range []struct {
+		before time.Duration
+		state  string
+	}{{time.Minute, "paused"}, {48 * time.Hour, "shut off"}} {
+		d.virsh(t, "metadata", d.name, "https://varve.io/libvirt/paused/1", "--live", "--key", "varve", "--set",
+			fmt.Sprintf("<paused-for-backup by='other/0' at='%s'/>", time.Now().Add(-c.before).UTC().Format(time.RFC3339Nano)))
+		if now, err = now.backup(t.Context(), uri, now.options(t.TempDir()), nil, nil); err != nil {
+			t.Fatal(err)
+		}
+		is(c.state)
+	}
+	d.start(t)
 
 	// A start would use up its saved memory.
 	d.virsh(t, "managedsave", d.name)

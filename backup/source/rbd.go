@@ -169,7 +169,7 @@ func (r *rbd) Close() error {
 type rbdDiff struct{ r *rbd }
 
 // rbdSource is the name of changes from rbd diff in records.
-const rbdSource = "rbd diff"
+const rbdSource = "rbd-diff"
 
 // Changes implements cbt.Source.
 func (d *rbdDiff) Changes(ctx context.Context, req cbt.Request, emit func(cbt.Extent) error) (cbt.Report, error) {

@@ -58,7 +58,7 @@ func TestRBD(t *testing.T) {
 	}
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 	full := take(t, "rbd://pool/image@monday", source.Options{}, nil)
-	if full.by != "rbd diff" || full.id != "monday@4@10f86b8b4567" || !bytes.Equal(full.bytes, disk) {
+	if full.by != "rbd-diff" || full.id != "monday@4@10f86b8b4567" || !bytes.Equal(full.bytes, disk) {
 		t.Errorf("the full is by %s (%v), of %q, or has other bytes", full.by, full.why, full.id)
 	}
 	copy(disk[1<<20:], "tuesday")
@@ -67,7 +67,7 @@ func TestRBD(t *testing.T) {
 		t.Fatal(err)
 	}
 	next := take(t, "rbd://pool/image@tuesday", source.Options{}, full)
-	if next.by != "rbd diff" || next.id != "tuesday@5@10f86b8b4567" || !bytes.Equal(next.bytes, disk) {
+	if next.by != "rbd-diff" || next.id != "tuesday@5@10f86b8b4567" || !bytes.Equal(next.bytes, disk) {
 		t.Errorf("the increment is by %s (%v), of %q, or has other bytes", next.by, next.why, next.id)
 	}
 	// A name that was given to a later snapshot, another image, the form of earlier versions.

@@ -273,8 +273,10 @@ func (t *openedRestore) left(f restoreFlags) string {
 	switch {
 	case t.image:
 		return "no image was made"
-	case !t.resumes():
+	case !t.resumes() && (f.overwrite || f.delta):
 		return "the target is incomplete; a second run starts from the beginning"
+	case !t.resumes(): // what is there by then may be a disk
+		return "the target is incomplete; run it again with --overwrite: it starts from the beginning"
 	case f.restart:
 		return "the target is incomplete; run the same command again without --restart to continue"
 	}

@@ -144,6 +144,8 @@ func (t *openedRestore) leftOfGroup(done, all int, f restoreFlags) string {
 	case f.delta: // which compares finished ones
 	case done == 0 && resumes:
 		left += " to continue"
+	case done == 0 && !t.image && !f.overwrite:
+		left += " with --overwrite"
 	case done > 0:
 		left += " with --overwrite: finished ones are written again"
 		if resumes {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/varve-io/varve/backup/imageio/imageiotest"
 	"github.com/varve-io/varve/backup/libvirt/libvirttest"
+	"github.com/varve-io/varve/backup/source/cephtest"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
 )
 
@@ -116,6 +117,37 @@ func TestVMDocumentOfOtherHosts(t *testing.T) {
 	d.prints(t, section, "full backup shop/vm-vda@", "full backup shop/vm-vdb@", "group shop/vm@")
 	m.write(t, 2)
 	d.prints(t, section, "incremental backup shop/vm-vda@", "changes by bitmap", "group shop/vm@")
+}
+
+// TestVMDocumentOfCeph runs those about an image in Ceph.
+func TestVMDocumentOfCeph(t *testing.T) {
+	t.Parallel()
+	ceph := cephtest.Start(t)
+	d := newVMDocument(t)
+	d.env = append(d.env, "CEPH_CONF="+ceph.Conf)
+	write := func(command string) {
+		t.Helper()
+		ceph.Run(t, "qemu-io", "-f", "raw", "-c", command, "rbd:pool/image")
+	}
+	ceph.Run(t, "rbd", "create", "pool/image", "--size", "16M", "--object-size", "1M")
+	write("write -P 1 0 4M")
+	ceph.Run(t, "rbd", "snap", "create", "--no-progress", "pool/image@monday")
+	if out := d.shell(t, "varve backup rbd://pool/image@monday --volume shop/db"); !strings.Contains(out, "RBD snapshot, changes by rbd-diff") {
+		t.Errorf("the first backup prints:\n%s", out)
+	}
+	write("write -P 2 1M 64k")
+	d.prints(t, "Ceph RBD", "incremental backup shop/db@", "RBD snapshot, changes by rbd-diff")
+	if left := d.sections["Ceph RBD"]; len(left) > 0 {
+		t.Errorf("commands that were not run: %q", left)
+	}
+	d.shell(t, "varve restore shop/db@latest back.img")
+	back, err := os.ReadFile(filepath.Join(d.dir, "back.img"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(back, ceph.Run(t, "rbd", "export", "--no-progress", "pool/image@tuesday", "-")) {
+		t.Error("what was restored has other bytes than the snapshot")
+	}
 }
 
 // startAgent answers as the agent in a guest does. frozen is how often it froze the guest's file

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -151,9 +152,14 @@ func TestWhatARestoreToNBDLeaves(t *testing.T) {
 	env, dir, _ := newGroupEnv(t)
 	mustRun(t, env, "backup", "a="+filepath.Join(dir, "root.img"), "b="+filepath.Join(dir, "data.img"), "--volume", "shop/vm")
 	uri, _ := startNBD(t, "nbdkit", "-f", "--filter=error", "memory", "1M", "error-pwrite=EIO", "error-pwrite-rate=100%")
-	const again = "; the target is incomplete; a second run starts from the beginning\n"
-	if r := runVarve(t, env, "restore", "shop/vm-b@latest", uri); r.code != exitFailure || !strings.HasSuffix(r.stderr, again) {
-		t.Errorf("exit code %d: %s", r.code, r.stderr)
+	for again, args := range map[string][]string{
+		"run it again with --overwrite: it starts from the beginning": nil,
+		"a second run starts from the beginning":                      {"--overwrite"},
+	} {
+		r := runVarve(t, env, append([]string{"restore", "shop/vm-b@latest", uri}, args...)...)
+		if r.code != exitFailure || !strings.HasSuffix(r.stderr, "; the target is incomplete; "+again+"\n") {
+			t.Errorf("exit code %d: %s", r.code, r.stderr)
+		}
 	}
 
 	log := filepath.Join(dir, "log")
@@ -212,6 +218,10 @@ func TestCpRefusesTwoOfOneName(t *testing.T) {
 // and with a SIGTERM beside it; under nohup it ends nothing.
 func TestHangup(t *testing.T) {
 	t.Parallel()
+	// Children inherit that a signal is ignored, as under nohup, but not that it is caught.
+	caught := make(chan os.Signal, 1)
+	signal.Notify(caught, syscall.SIGHUP)
+	t.Cleanup(func() { signal.Stop(caught) })
 	env, _ := newBackupEnv(t)
 	fifo := filepath.Join(env["HOME"], "fifo")
 	if err := unix.Mkfifo(fifo, 0o600); err != nil {

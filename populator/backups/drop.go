@@ -2,6 +2,7 @@ package backups
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -13,28 +14,44 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"github.com/varve-io/varve/api/v1alpha1"
 	"github.com/varve-io/varve/populator/mover"
 	"github.com/varve-io/varve/populator/step"
 )
 
 // dropClone deletes the movers, the volumes made from the snapshot, and the copied Secret.
 func (r *run) dropClone(ctx context.Context) (step.Result, error) {
-	left, err := r.dropMovers(ctx, r.vb.UID)
+	left, err := r.dropMovers(ctx, r.vb.UID, r.key().Kind == v1alpha1.StoreKindRepository)
 	return r.cleaned(ctx, left, "the mover and the volume it read", err)
 }
 
-// dropMovers deletes a run's Secret, then its Jobs and claims, and returns how many are left.
-func (b *Reconciler) dropMovers(ctx context.Context, uid types.UID) (left int, err error) {
-	if err := b.dropSecret(ctx, uid); err != nil {
-		return 0, err
+// dropMovers deletes a run's Secret, if it may have one, then its Jobs and claims, and returns how many are
+// left. A Secret that cannot be deleted is found by its run only, and the run by its other objects: then the
+// Jobs stay until it can be, or the claims if there are no Jobs. The claims are volumes, so they go first.
+func (b *Reconciler) dropMovers(ctx context.Context, uid types.UID, secret bool) (left int, err error) {
+	var failed error
+	if secret {
+		failed = b.dropSecret(ctx, uid)
 	}
+	left, err = b.dropWork(ctx, uid, failed != nil)
+	return left, errors.Join(failed, err)
+}
+
+// dropWork deletes a run's Jobs and claims, and returns how many are left. findable leaves the Jobs, or the
+// claims if there are no Jobs.
+func (b *Reconciler) dropWork(ctx context.Context, uid types.UID, findable bool) (left int, err error) {
 	mine := []client.ListOption{client.InNamespace(b.Pods.Namespace), client.MatchingLabels{mover.LabelRun: string(uid), mover.LabelRole: Role}}
+	kept := false
 	var jobs batchv1.JobList
 	if err := b.Live.List(ctx, &jobs, mine...); err != nil {
 		return 0, err
 	}
 	for i := range jobs.Items {
 		if jobs.Items[i].DeletionTimestamp == nil {
+			if findable {
+				kept = true
+				continue
+			}
 			if err := b.dropJob(ctx, jobs.Items[i].Name); err != nil {
 				return 0, err
 			}
@@ -55,7 +72,7 @@ func (b *Reconciler) dropMovers(ctx context.Context, uid types.UID) (left int, e
 		return 0, err
 	}
 	for i := range claims.Items {
-		if claims.Items[i].DeletionTimestamp == nil {
+		if claims.Items[i].DeletionTimestamp == nil && (kept || !findable) {
 			if err := b.dropClaim(ctx, &claims.Items[i]); err != nil {
 				return 0, err
 			}
@@ -71,9 +88,8 @@ func (b *Reconciler) dropMovers(ctx context.Context, uid types.UID) (left int, e
 	return left + volumes, nil
 }
 
-// dropSecret deletes the copy of a tenant's credentials. It is found by its run only, and the run by
-// its other objects: those are deleted after it. A pod that runs has it mounted, and the next mover
-// gets another.
+// dropSecret deletes the copy of a tenant's credentials. A pod that runs has it mounted, and the next
+// mover gets another.
 func (b *Reconciler) dropSecret(ctx context.Context, uid types.UID) error {
 	secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: b.Pods.Namespace, Name: secretName(uid)}}
 	if err := client.IgnoreNotFound(b.Client.Delete(ctx, secret)); err != nil {

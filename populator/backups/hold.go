@@ -388,7 +388,8 @@ func (r *run) parts(pods []corev1.Pod) (parts []hold.Part, missed []v1alpha1.Hel
 		for _, pod := range found {
 			parts = append(parts, hold.Part{
 				Hook: h.Name, Recipe: string(h.Recipe), Program: program, Continue: h.OnError == v1alpha1.HookContinue,
-				Target: hold.Target{Namespace: pod.Namespace, Pod: pod.Name, UID: string(pod.UID), Container: container(h, pod)},
+				Target:  hold.Target{Namespace: pod.Namespace, Pod: pod.Name, UID: string(pod.UID), Container: container(h, pod)},
+				Running: hold.Running(pod, container(h, pod)),
 			})
 		}
 	}

@@ -257,7 +257,7 @@ func (l *Leftovers) underWay(ctx context.Context, uid types.UID, f *found) (bool
 
 // dropRun deletes the objects of a run, except its snapshot if that is a base.
 func (l *Leftovers) dropRun(ctx context.Context, uid types.UID, owner string, bases based) (int, error) {
-	left, err := l.dropMovers(ctx, uid)
+	left, err := l.dropMovers(ctx, uid, true)
 	if err != nil || left > 0 {
 		return left, err
 	}

@@ -74,7 +74,7 @@ func TestClonesOfAClassThatRetains(t *testing.T) {
 				}
 				return nil
 			})
-			if left, err := b.dropMovers(t.Context(), testUID); left != 1 || err != nil || !deleted {
+			if left, err := b.dropMovers(t.Context(), testUID, true); left != 1 || err != nil || !deleted {
 				t.Errorf("%d left, %v, claim deleted: %v", left, err, deleted)
 			}
 		})
@@ -103,7 +103,7 @@ func TestSweepOfVolumes(t *testing.T) {
 	if left, err := NewLeftovers(b).Sweep(t.Context()); left != 1 || err != nil {
 		t.Errorf("one that the provisioner does not get rid of: %d left, %v", left, err)
 	}
-	if left, err := b.dropMovers(t.Context(), testUID); left != 0 || err != nil {
+	if left, err := b.dropMovers(t.Context(), testUID, true); left != 0 || err != nil {
 		t.Errorf("its run waits for it: %d left, %v", left, err)
 	}
 }

@@ -10,18 +10,22 @@ import (
 	"time"
 )
 
-// The end of a container ends all processes of a program at once, and a stream may be cut before the
-// program says that it has thawed. What does not end with a session, such as a frozen file system, is
-// then thawed by another exec.
+// The end of a container ends all processes of a program at once. What does not end with a session, such as
+// a frozen file system, is then thawed by another exec. If only the stream was cut, the program itself thaws:
+// another thaw would be late, and end what another hold has frozen through another container.
 
 // thawAgainFor is how long that is tried: the kubelet waits for up to five minutes before it restarts a
 // container that fails often.
 const thawAgainFor = 10 * time.Minute
 
-// errGone means that there is no container any more in which to thaw.
-var errGone = errors.New("the pod is gone")
+// Why another exec does not thaw.
+var (
+	errGone  = errors.New("the pod is gone")             // there is no container any more in which to thaw
+	errLives = errors.New("the program thaws by itself") // its container has not ended
+)
 
-// thawAgain thaws parts whose programs did not say that they had. It ends before this process does.
+// thawAgain thaws parts whose programs did not say that they had, and frees each target. It ends before
+// this process does.
 func (h *Holds) thawAgain(parts []PartState) {
 	ctx, stop := context.WithTimeoutCause(context.Background(), thawAgainFor, fmt.Errorf("it was tried for %v", thawAgainFor))
 	defer stop()
@@ -36,17 +40,32 @@ func (h *Holds) thawAgain(parts []PartState) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	var wg sync.WaitGroup
+	targets := map[Target][]PartState{}
 	for _, p := range parts {
-		wg.Go(func() {
-			if err := h.thawOne(ctx, p); err != nil {
-				log.WarnContext(ctx, "an application may still be frozen", "pod", p.Target.String(), "hook", p.Hook, "error", err)
-				return
+		targets[p.Target] = append(targets[p.Target], p)
+	}
+	var all sync.WaitGroup
+	for _, parts := range targets {
+		all.Go(func() {
+			var wg sync.WaitGroup
+			for _, p := range parts {
+				wg.Go(func() {
+					with := log.With("pod", p.Target.String(), "hook", p.Hook)
+					switch err := h.thawOne(ctx, p); {
+					case errors.Is(err, errLives):
+						with.InfoContext(ctx, "the stream of a hold was cut; its program in the pod thaws by itself")
+					case err != nil:
+						with.WarnContext(ctx, "an application may still be frozen", "error", err)
+					default:
+						with.InfoContext(ctx, "an application was thawed after the end of its hold")
+					}
+				})
 			}
-			log.InfoContext(ctx, "an application was thawed after the end of its hold", "pod", p.Target.String(), "hook", p.Hook)
+			wg.Wait()
+			h.free(parts, time.Now(), true)
 		})
 	}
-	wg.Wait()
+	all.Wait()
 }
 
 // thawOne tries until the thaw command succeeds, or cannot.
@@ -62,13 +81,15 @@ func (h *Holds) thawOne(ctx context.Context, p PartState) error {
 		case <-timer.C:
 		}
 		if h.Same != nil {
-			same, err := h.Same(ctx, p.Target)
-			if err != nil {
+			pod, container, err := h.Same(ctx, p.Target, p.Running)
+			switch {
+			case err != nil:
 				last = err
 				continue
-			}
-			if !same {
+			case !pod:
 				return errGone
+			case container:
+				return errLives
 			}
 		}
 		if last = h.tryThaw(ctx, p); last == nil || errors.Is(last, ErrForbidden) {

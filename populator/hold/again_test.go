@@ -98,7 +98,7 @@ func TestThawedAgain(t *testing.T) {
 				}
 				<-held.done
 				_, parts := held.State()
-				if s := parts[0]; s.Proven || s.Thawed || s.Err == nil || step == "frozen" && !errors.Is(s.Err, ErrStuck) {
+				if s := parts[0]; s.Proven || s.Thawed || !errors.Is(s.Err, ErrStuck) {
 					t.Errorf("%+v", s)
 				}
 				if err := h.Busy([]Part{parts[0].Part}); !errors.Is(err, ErrBusy) {
@@ -111,7 +111,7 @@ func TestThawedAgain(t *testing.T) {
 }
 
 // What has thawed, or said that it cannot, or has a session, is left alone; and so is a pod that took the
-// place of the one that was held.
+// place of the one that was held, and a container that runs on: its program has thawed.
 func TestNotThawedAgain(t *testing.T) {
 	t.Parallel()
 	inEach(t, func(t *testing.T, l *local) {
@@ -134,10 +134,17 @@ func TestNotThawedAgain(t *testing.T) {
 		}
 		c := &counted{local: l}
 		h := newHolds(t, c)
-		h.Same = func(context.Context, Target) (bool, error) { return false, nil }
+		pod := false
+		h.Same = func(_ context.Context, _ Target, running string) (bool, bool, error) {
+			return pod, running == "id", nil
+		}
 		p := gated()
 		if err := h.thawOne(t.Context(), PartState{Part: Part{Program: p}, left: &p}); !errors.Is(err, errGone) || c.n.Load() != 0 {
 			t.Errorf("in another pod: %v, %d execs", err, c.n.Load())
+		}
+		pod = true
+		if err := h.thawOne(t.Context(), PartState{Part: Part{Program: p, Running: "id"}, left: &p}); !errors.Is(err, errLives) || c.n.Load() != 0 {
+			t.Errorf("in the same container: %v, %d execs", err, c.n.Load())
 		}
 	})
 }

@@ -3,8 +3,9 @@
 #
 # Set before it: nonce, limit and silence (seconds), and either freeze, thaw and check, which
 # are commands, or session, a command that reads statements from its standard input, with the
-# statements begin, prove (in which %s is the challenge) and end. If again is set, it only thaws what
-# another program began; status is then that of the freeze command, if it failed.
+# statements begin, prove (in which %s is the challenge) and end. If again is set, it only thaws, once, what
+# another program began; status is then that of the freeze command, if it failed. The freezer then runs
+# the thaw command, and a watcher, in the keeper's place, kills it when the client is gone.
 #
 #   top -+- left -+- relay    lines of the client, from fd 4       \
 #        |        +- ticker   a line each second                    > pipe > keeper [> session]
@@ -83,13 +84,13 @@ freezer() {
 		trap - HUP INT TERM PIPE
 		exec 2>&1 3>&- 4<&- 9>&-
 		# shellcheck disable=SC2016 # the inner shell's
-		body='printf "p %s\n" "$$" >&5; exec 5>&-; exec sh -c "$0"'
+		body='printf "p %s\n" "$$" >&5 || exit 126; exec 5>&-; exec sh -c "$0"'
 		if command -v setsid >/dev/null 2>&1; then exec setsid sh -c "$body" "$freeze"; fi
 		exec sh -c "$body" "$freeze"
 	)
 	rc=$?
 	[ -z "$out" ] || printf '%.2000s\n' "$out" >&3
-	printf 'f %s\n' "$rc" || undo
+	printf 'f %s\n' "$rc" || [ -n "$again" ] || undo
 } 2>/dev/null
 
 # undo thaws. Perhaps nothing is frozen.
@@ -185,6 +186,41 @@ keeper() {
 	exit "$code"
 } 2>/dev/null
 
+# watcher waits for the thaw of what another program began. It kills that when the client is gone, which
+# may begin it again: a late thaw would end what another hold has frozen.
+watcher() {
+	pids='' fpid='' over='' code=4
+	now
+	heard=$clock
+	while [ -z "$over" ] || [ -z "$fpid" ]; do # the freezer's process is known at once
+		IFS= read -r event || break
+		[ "$event" != t ] || ticks=$((ticks + 1))
+		now
+		case $event in
+		t) alive || over=yes ;;
+		e) over=yes ;;
+		'c '*) heard=$clock ;;
+		'k '*) pids=${event#k } ;;
+		'p '*) fpid=${event#p } ;;
+		'f 0')
+			say "thawed again"
+			code=0
+			break
+			;;
+		'f '*)
+			say "stuck the thaw command failed"
+			break
+			;;
+		esac
+		[ $((clock - heard)) -lt "$silence" ] || over=yes
+	done
+	[ -z "$over" ] || end9 "$fpid"
+	# shellcheck disable=SC2086 # two
+	[ -z "$pids" ] || kill -9 $pids
+	alive || code=0
+	exit "$code"
+} 2>/dev/null
+
 # proof reports how the check ended.
 proof() {
 	if [ -z "$check" ] || run "$check"; then say "held $1"; else
@@ -229,13 +265,14 @@ command -v sleep >/dev/null 2>&1 || {
 }
 if [ -n "$again" ]; then
 	[ -z "$status" ] || export freeze_failed="$status" # for the thaw command
-	if undo; then
-		say "thawed again"
-		exit 0
-	fi
-	printf '%.2000s\n' "$out" >&3
-	say "stuck the thaw command failed"
-	exit 4
+	freeze=$thaw
+	left | watcher 4<&- &
+	last=$!
+	exec 4<&-
+	wait "$last"
+	code=$?
+	wait
+	exit "$code"
 fi
 if [ -n "$session" ]; then
 	left | keeper 4<&- | around &

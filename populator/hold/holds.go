@@ -25,7 +25,9 @@ const thawPatience = time.Minute
 type Part struct {
 	Hook, Recipe string
 	Target       Target
-	Program      Program
+	// Running is the ID of the target's container that runs; empty if it is not known.
+	Running string
+	Program Program
 	// Continue allows the snapshot even if this application is not held. It is not called
 	// consistent then.
 	Continue bool
@@ -77,8 +79,9 @@ type Hold struct {
 type Holds struct {
 	Exec Exec
 	// Same reports whether a target is still there: its pod may have been replaced by one of the
-	// same name. nil for always.
-	Same func(ctx context.Context, t Target) (bool, error)
+	// same name. container says that its container of that ID runs on. nil for a pod that is there, whose
+	// container has ended.
+	Same func(ctx context.Context, t Target, running string) (pod, container bool, err error)
 	// Log receives what no run reports; nil for nothing.
 	Log *slog.Logger
 	// Silence, Beat and Pause, which is the time before each try to thaw again, are for tests; 0 for
@@ -166,31 +169,34 @@ func (h *Holds) Begin(run types.UID, name types.NamespacedName, parts []Part, ch
 		held.run(ctx, h, changed)
 		_, parts := held.State()
 		left := slices.DeleteFunc(slices.Clone(parts), func(p PartState) bool { return p.left == nil })
-		ended := time.Now()
-		h.free(parts, ended, false)
+		h.free(parts, time.Now(), false)
 		end(nil)
 		close(held.done)
 		changed()
 		if len(left) > 0 {
 			h.thawAgain(left)
-			h.free(left, ended, true)
 		}
 	}()
 	return held, nil
 }
 
 // free lets other runs hold the applications of a hold that has ended. An application that may still
-// be frozen stays busy for as long as its program, or this process, may thaw it. last says that this
-// process does no more.
+// be frozen stays busy for as long as a program in the pod, or this process, may thaw it. last says that this
+// process does no more. Parts may have one target: then all are given.
 func (h *Holds) free(parts []PartState, ended time.Time, last bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, p := range parts {
+		has := func(is func(q PartState) bool) bool {
+			return slices.ContainsFunc(parts, func(q PartState) bool { return q.Target == p.Target && is(q) })
+		}
+		until := ended.Add(p.Program.Limit + defaultSettle)
 		switch {
-		case p.Thawed:
+		case !last && has(func(q PartState) bool { return q.left != nil }): // thawAgain frees it
+		case !has(func(q PartState) bool { return !q.Thawed }):
 			delete(h.busy, p.Target)
-		case p.left == nil || last:
-			h.busy[p.Target] = ended.Add(p.Program.Limit + defaultSettle)
+		case until.After(h.busy[p.Target]):
+			h.busy[p.Target] = until
 		}
 	}
 }
@@ -400,9 +406,9 @@ func (h *Hold) letGo(i int, m *member, useless error) {
 	ctx, cancel := context.WithTimeoutCause(context.Background(), thawPatience, fmt.Errorf("no answer came within %v", thawPatience))
 	end := m.release(ctx)
 	cancel()
-	// One that did not freeze and has ended silently had nothing to thaw, or its program thaws it. One that has
-	// neither thawed nor ended may be frozen.
-	if failed != nil && end != nil && !m.isStuck() && (m.isThawed() || m.endedWhy() != nil) {
+	// One that did not begin to freeze and has ended silently had nothing to thaw. One that has neither thawed
+	// nor ended may be frozen, and so may one that had begun.
+	if failed != nil && end != nil && !m.isStuck() && m.left(h.parts[i].Program) == nil && (m.isThawed() || m.endedWhy() != nil) {
 		end = nil
 	}
 	h.part(i, func(s *PartState) {

@@ -65,13 +65,27 @@ func (p PodExec) Stream(ctx context.Context, t Target, command []string, stdin i
 }
 
 // Same reports whether the pod of a target is there and may run its container: another pod may have the
-// name. It needs the verb list of pods.
-func (p PodExec) Same(ctx context.Context, t Target) (bool, error) {
+// name. container says that the container of that ID runs on. It needs the verb list of pods.
+func (p PodExec) Same(ctx context.Context, t Target, running string) (pod, container bool, err error) {
 	pods, err := p.Clientset.CoreV1().Pods(t.Namespace).List(ctx, metav1.ListOptions{FieldSelector: "metadata.name=" + t.Pod})
 	if err != nil {
-		return false, fmt.Errorf("pod %s: %w", t, err)
+		return false, false, fmt.Errorf("pod %s: %w", t, err)
 	}
-	return slices.ContainsFunc(pods.Items, func(pod corev1.Pod) bool {
+	i := slices.IndexFunc(pods.Items, func(pod corev1.Pod) bool {
 		return pod.Name == t.Pod && string(pod.UID) == t.UID && pod.Status.Phase != corev1.PodSucceeded && pod.Status.Phase != corev1.PodFailed
-	}), nil
+	})
+	if i < 0 {
+		return false, false, nil
+	}
+	return true, running != "" && Running(&pods.Items[i], t.Container) == running, nil
+}
+
+// Running returns the ID of a pod's container that runs; empty if it does not. Each start has another.
+func Running(pod *corev1.Pod, container string) string {
+	for _, c := range slices.Concat(pod.Status.ContainerStatuses, pod.Status.InitContainerStatuses, pod.Status.EphemeralContainerStatuses) {
+		if c.Name == container && c.State.Running != nil {
+			return c.ContainerID
+		}
+	}
+	return ""
 }

@@ -23,8 +23,38 @@ func TestSamePod(t *testing.T) {
 		{Namespace: "shop", Pod: "c", UID: "1"}: false,
 		{Namespace: "mall", Pod: "a", UID: "1"}: false,
 	} {
-		if same, err := p.Same(t.Context(), target); same != want || err != nil {
+		if same, _, err := p.Same(t.Context(), target, ""); same != want || err != nil {
 			t.Errorf("%+v: %v, %v", target, same, err)
+		}
+	}
+}
+
+// A container that was restarted, or has ended, is not the one that ran before.
+func TestSameContainer(t *testing.T) {
+	t.Parallel()
+	status := func(name, id string, runs bool) corev1.ContainerStatus {
+		s := corev1.ContainerStatus{Name: name, ContainerID: id}
+		if runs {
+			s.State.Running = &corev1.ContainerStateRunning{}
+		}
+		return s
+	}
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "a", UID: "1"}, Status: corev1.PodStatus{
+		Phase:                 corev1.PodRunning,
+		ContainerStatuses:     []corev1.ContainerStatus{status("app", "app-2", true), status("ended", "ended-1", false)},
+		InitContainerStatuses: []corev1.ContainerStatus{status("sidecar", "sidecar-1", true)},
+	}}
+	p := PodExec{Clientset: fake.NewClientset(pod)}
+	for _, tc := range []struct {
+		container, running string
+		same               bool
+	}{
+		{"app", "app-2", true}, {"app", "app-1", false}, {"app", "", false},
+		{"ended", "ended-1", false}, {"sidecar", "sidecar-1", true}, {"none", "", false},
+	} {
+		there, same, err := p.Same(t.Context(), Target{Namespace: "shop", Pod: "a", UID: "1", Container: tc.container}, tc.running)
+		if !there || same != tc.same || err != nil {
+			t.Errorf("%+v: pod %v, container %v, %v", tc, there, same, err)
 		}
 	}
 }

@@ -33,19 +33,19 @@ func tooMany(selector labels.Selector, claims []corev1.PersistentVolumeClaim, ta
 }
 
 // group handles all claims of a policy with a group: their runs are due at one time. It returns
-// when the next are.
-func (p *Reconciler) group(ctx context.Context, policy *v1alpha1.BackupPolicy, c cron.Schedule, claims []corev1.PersistentVolumeClaim) (time.Time, error) {
+// when the next are, and whether it started them.
+func (p *Reconciler) group(ctx context.Context, policy *v1alpha1.BackupPolicy, c cron.Schedule, claims []corev1.PersistentVolumeClaim) (next time.Time, started bool, err error) {
 	spread := time.Duration(0)
 	if policy.Spec.Schedule.Spread != nil {
 		spread = policy.Spec.Schedule.Spread.Duration
 	}
 	s, now := of(c, spread, policy.UID), p.now()
-	next := s.next(now)
+	next = s.next(now)
 	var volumes []*v1alpha1.ProtectedVolume
 	for i := range claims {
 		pv, err := p.protectedVolume(ctx, policy, &claims[i])
 		if err != nil {
-			return now, err
+			return now, false, err
 		}
 		volumes = append(volumes, pv)
 	}
@@ -55,8 +55,8 @@ func (p *Reconciler) group(ctx context.Context, policy *v1alpha1.BackupPolicy, c
 	}
 	due := s.last(from, now)
 	if !due.IsZero() {
-		if err := p.startGroup(ctx, policy, claims, volumes, due); err != nil {
-			return now, err
+		if started, err = p.startGroup(ctx, policy, claims, volumes, due); err != nil {
+			return now, started, err
 		}
 		at := metav1.NewTime(due)
 		policy.Status.LastScheduled = &at
@@ -72,21 +72,21 @@ func (p *Reconciler) group(ctx context.Context, policy *v1alpha1.BackupPolicy, c
 			pv.Status.LastScheduled = &last
 		}
 		if err := p.Client.Status().Update(ctx, pv); err != nil {
-			return now, fmt.Errorf("status of ProtectedVolume %s: %w", pv.Name, err)
+			return now, started, fmt.Errorf("status of ProtectedVolume %s: %w", pv.Name, err)
 		}
 	}
-	return next, nil
+	return next, started, nil
 }
 
 // startGroup creates the runs that were due at a time, unless it is too late for them or one of
-// an earlier time is still running. Their names and their group derive from that time, so
+// an earlier time is still running, and reports whether it did. Their names and their group derive from that time, so
 // creating them is idempotent.
-func (p *Reconciler) startGroup(ctx context.Context, policy *v1alpha1.BackupPolicy, claims []corev1.PersistentVolumeClaim, volumes []*v1alpha1.ProtectedVolume, due time.Time) error {
+func (p *Reconciler) startGroup(ctx context.Context, policy *v1alpha1.BackupPolicy, claims []corev1.PersistentVolumeClaim, volumes []*v1alpha1.ProtectedVolume, due time.Time) (started bool, err error) {
 	var runs []*v1alpha1.VolumeBackup
 	for i := range claims {
 		vb, err := p.due(ctx, policy, &claims[i], volumes[i], due)
 		if err != nil || vb == nil {
-			return err
+			return false, err
 		}
 		runs = append(runs, vb)
 	}
@@ -103,8 +103,8 @@ func (p *Reconciler) startGroup(ctx context.Context, policy *v1alpha1.BackupPoli
 	}
 	for _, vb := range runs {
 		if err := p.create(ctx, vb); err != nil {
-			return err
+			return false, err
 		}
 	}
-	return nil
+	return true, nil
 }

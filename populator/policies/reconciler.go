@@ -185,15 +185,18 @@ func (p *Reconciler) act(ctx context.Context, policy *v1alpha1.BackupPolicy) (*t
 		return not(v1alpha1.ReasonInvalidSpec, fmt.Sprintf("the policy has a group and selects %d claims; a group has at most %d", len(claims), maxGroup))
 	}
 	var errs []error
+	started := false
 	if policy.Spec.Group && len(claims) > 0 {
-		next, err := p.group(ctx, policy, c, claims)
+		next, did, err := p.group(ctx, policy, c, claims)
+		started = did
 		if at := metav1.NewTime(next); err == nil {
 			s.NextRun = &at
 		}
 		claims, errs = nil, append(errs, err)
 	}
 	for i := range claims {
-		next, err := p.claim(ctx, policy, c, &claims[i])
+		next, did, err := p.claim(ctx, policy, c, &claims[i])
+		started = started || did
 		errs = append(errs, err)
 		if err == nil && (s.NextRun == nil || next.Before(s.NextRun.Time)) {
 			at := metav1.NewTime(next)
@@ -204,13 +207,19 @@ func (p *Reconciler) act(ctx context.Context, policy *v1alpha1.BackupPolicy) (*t
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
-	if refused != nil {
+	was := wasRefused(policy)
+	switch {
+	case refused != nil && refused.reason == was: // one event is enough: the text names the run
+		report.Condition(&s.Conditions, policy, v1alpha1.ConditionReady, metav1.ConditionFalse, refused.reason, refused.Error())
+		return nil, nil
+	case refused != nil:
 		return not(refused.reason, refused.Error())
-	}
-	if len(overlaps) > 0 {
+	case was != "" && !started && s.Claims > 0:
+		// The time of the refused run has passed; nothing shows that the next one will not be.
+	case len(overlaps) > 0:
 		report.Condition(&s.Conditions, policy, v1alpha1.ConditionReady, metav1.ConditionFalse, v1alpha1.ReasonOverlaps,
 			"other policies already back these claims up to the same store: "+strings.Join(overlaps, ", "))
-	} else {
+	default:
 		report.Condition(&s.Conditions, policy, v1alpha1.ConditionReady, metav1.ConditionTrue, v1alpha1.ReasonScheduled, fmt.Sprintf("%d claims are backed up by it", s.Claims))
 	}
 	if s.NextRun == nil {
@@ -293,8 +302,8 @@ func Covers(selector labels.Selector, pvc *corev1.PersistentVolumeClaim) bool {
 }
 
 // claim handles one claim: it gets a ProtectedVolume, and a run if one is due. It returns
-// when the next is.
-func (p *Reconciler) claim(ctx context.Context, policy *v1alpha1.BackupPolicy, c cron.Schedule, pvc *corev1.PersistentVolumeClaim) (time.Time, error) {
+// when the next is, and whether it started one.
+func (p *Reconciler) claim(ctx context.Context, policy *v1alpha1.BackupPolicy, c cron.Schedule, pvc *corev1.PersistentVolumeClaim) (next time.Time, started bool, err error) {
 	spread := time.Duration(0)
 	if policy.Spec.Schedule.Spread != nil {
 		spread = policy.Spec.Schedule.Spread.Duration
@@ -303,7 +312,7 @@ func (p *Reconciler) claim(ctx context.Context, policy *v1alpha1.BackupPolicy, c
 	now := p.now()
 	pv, err := p.protectedVolume(ctx, policy, pvc)
 	if err != nil {
-		return now, err
+		return now, false, err
 	}
 	from := pv.CreationTimestamp.Time
 	if t := pvc.CreationTimestamp.Time; t.After(from) {
@@ -315,10 +324,10 @@ func (p *Reconciler) claim(ctx context.Context, policy *v1alpha1.BackupPolicy, c
 	if pv.Status.LastScheduled != nil && pv.Status.LastScheduled.After(from) {
 		from = pv.Status.LastScheduled.Time
 	}
-	next := s.next(now)
+	next = s.next(now)
 	if due := s.last(from, now); !due.IsZero() {
-		if err := p.start(ctx, policy, pvc, pv, due); err != nil {
-			return now, err
+		if started, err = p.start(ctx, policy, pvc, pv, due); err != nil {
+			return now, started, err
 		}
 		at := metav1.NewTime(due)
 		pv.Status.LastScheduled = &at
@@ -328,10 +337,10 @@ func (p *Reconciler) claim(ctx context.Context, policy *v1alpha1.BackupPolicy, c
 		at := metav1.NewTime(next)
 		pv.Status.NextRun = &at
 		if err := p.Client.Status().Update(ctx, pv); err != nil {
-			return now, fmt.Errorf("status of ProtectedVolume %s: %w", pv.Name, err)
+			return now, started, fmt.Errorf("status of ProtectedVolume %s: %w", pv.Name, err)
 		}
 	}
-	return next, nil
+	return next, started, nil
 }
 
 // protectedVolume reads or creates that of a claim and the policy's store.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -71,5 +72,54 @@ func TestRefusedRuns(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// Once the deadline of a refused run has passed its policy does not call itself ready: the next is refused,
+// too, until one is created.
+func TestRefusedPastTheDeadline(t *testing.T) {
+	t.Parallel()
+	for _, group := range []bool{false, true} {
+		now := at("2026-11-21T01:05:00Z")
+		policy := newPolicy("hourly", "0 * * * *")
+		policy.Spec.Group, policy.Spec.Schedule.Spread = group, &metav1.Duration{}
+		policy.Spec.Schedule.StartingDeadline = &metav1.Duration{Duration: 10 * time.Minute}
+		p := newReconciler(t, &now, policy, newClaim("data"), newClaim("log"), backupStore())
+		events := record.NewFakeRecorder(100)
+		p.Events = report.NewEvents(events)
+		c := p.Client
+		p.Client = interceptor.NewClient(c.(client.WithWatch), interceptor.Funcs{
+			Create: func(ctx context.Context, c client.WithWatch, o client.Object, opts ...client.CreateOption) error {
+				if vb, is := o.(*v1alpha1.VolumeBackup); is {
+					return apierrors.NewForbidden(schema.GroupResource{Resource: "volumebackups"}, vb.Name, errors.New("exceeded quota"))
+				}
+				return c.Create(ctx, o, opts...)
+			},
+		})
+		look := func(time string, status metav1.ConditionStatus, reason string) {
+			t.Helper()
+			now = at(time)
+			if _, ready := p.look(t, "hourly"); ready.Status != status || ready.Reason != reason {
+				t.Errorf("group %v at %s: %+v", group, time, ready)
+			}
+		}
+		for _, hour := range []string{"01", "02", "03"} {
+			look("2026-11-21T"+hour+":05:00Z", metav1.ConditionFalse, v1alpha1.ReasonRunRefused)
+			look("2026-11-21T"+hour+":15:00Z", metav1.ConditionFalse, v1alpha1.ReasonRunRefused)
+			look("2026-11-21T"+hour+":45:00Z", metav1.ConditionFalse, v1alpha1.ReasonRunRefused)
+		}
+		refused := 0
+		for len(events.Events) > 0 {
+			if strings.Contains(<-events.Events, v1alpha1.ReasonRunRefused) {
+				refused++
+			}
+		}
+		if refused != 1 {
+			t.Errorf("group %v: %d events", group, refused)
+		}
+		p.Client = c
+		look("2026-11-21T03:50:00Z", metav1.ConditionFalse, v1alpha1.ReasonRunRefused)
+		look("2026-11-21T04:05:00Z", metav1.ConditionTrue, v1alpha1.ReasonScheduled)
+		look("2026-11-21T04:45:00Z", metav1.ConditionTrue, v1alpha1.ReasonScheduled)
 	}
 }

@@ -10,6 +10,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -26,13 +27,14 @@ const LabelPolicy = "varve.io/policy"
 const keptRuns = 5
 
 // start creates the run that was due at a time, unless it is too late for it or one is
-// running. Its name derives from that time, so creating it is idempotent.
-func (p *Reconciler) start(ctx context.Context, policy *v1alpha1.BackupPolicy, pvc *corev1.PersistentVolumeClaim, pv *v1alpha1.ProtectedVolume, due time.Time) error {
+// running, and reports whether it did. Its name derives from that time, so creating it is idempotent.
+func (p *Reconciler) start(ctx context.Context, policy *v1alpha1.BackupPolicy, pvc *corev1.PersistentVolumeClaim, pv *v1alpha1.ProtectedVolume, due time.Time) (started bool, err error) {
 	vb, err := p.due(ctx, policy, pvc, pv, due)
 	if err != nil || vb == nil {
-		return err
+		return false, err
 	}
-	return p.create(ctx, vb)
+	err = p.create(ctx, vb)
+	return err == nil, err
 }
 
 // create creates a run, unless it exists.
@@ -63,6 +65,15 @@ type refusedError struct {
 
 func (e *refusedError) Error() string { return e.err.Error() }
 func (e *refusedError) Unwrap() error { return e.err }
+
+// wasRefused returns the reason of a policy's condition if that says that runs of this spec were refused.
+func wasRefused(policy *v1alpha1.BackupPolicy) string {
+	c := meta.FindStatusCondition(policy.Status.Conditions, v1alpha1.ConditionReady)
+	if c == nil || c.ObservedGeneration != policy.Generation || c.Reason != v1alpha1.ReasonHookForbidden && c.Reason != v1alpha1.ReasonRunRefused {
+		return ""
+	}
+	return c.Reason
+}
 
 // refusal removes the refusals from errs, and returns the first by its text: claims come in any order.
 func refusal(errs []error) (first *refusedError) {
