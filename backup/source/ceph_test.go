@@ -4,18 +4,32 @@ import (
 	"bytes"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/varve-io/varve/backup/cbt"
+	"github.com/varve-io/varve/backup/cbt/cbttest"
 	"github.com/varve-io/varve/backup/source"
 	"github.com/varve-io/varve/backup/source/cephtest"
 )
 
-// TestRBDOfCeph backs up an image of a real Ceph cluster while it is written, discarded, zeroed, resized
-// and rolled back, by increments.
+// TestRBDOfCeph has snapshots in a real Ceph cluster.
 func TestRBDOfCeph(t *testing.T) {
+	t.Parallel()
 	c := cephtest.Start(t)
-	t.Setenv("CEPH_CONF", c.Conf)
+	conf := os.Getenv("CEPH_CONF")
+	if err := os.Symlink(c.Conf, conf); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.Remove(conf) })
+	t.Run("increments", func(t *testing.T) { rbdIncrements(t, c) })
+	t.Run("conforms", func(t *testing.T) { rbdConforms(t, c) })
+}
+
+// rbdIncrements backs up an image while it is written, discarded, zeroed, resized and rolled back.
+func rbdIncrements(t *testing.T, c *cephtest.Cluster) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
@@ -73,4 +87,46 @@ func TestRBDOfCeph(t *testing.T) {
 	if want := c.Run(t, "rbd", "export", "--no-progress", "pool/vm@s7", "-"); now.by == "rbd-diff" || !bytes.Equal(now.bytes, want) {
 		t.Errorf("after another s6: by %s, or other bytes", now.by)
 	}
+}
+
+// rbdConforms has the snapshots of images say what the rules of all sources ask for.
+func rbdConforms(t *testing.T, c *cephtest.Cluster) {
+	n := 0
+	leftOut := notSaid()
+	leftOut["DifferenceForFullRequest"] = "for a full rbd is asked for what is stored"
+	cbttest.All(t, leftOut, func(t *testing.T, l cbttest.Listing) cbt.Source {
+		n++
+		name := fmt.Sprintf("pool/rule%d", n)
+		// Objects of the size that the rules count in: a hole is an object that is gone.
+		c.Run(t, "rbd", "create", name, "--size", fmt.Sprintf("%dB", l.Size), "--object-size", "4K")
+		var base string
+		if l.Base != "" {
+			c.Run(t, "qemu-io", "-f", "raw", "-c", fmt.Sprintf("write -P 1 0 %d", l.Size), "rbd:"+name)
+			c.Run(t, "rbd", "snap", "create", "--no-progress", name+"@base")
+			base = take(t, "rbd://"+name+"@base", source.Options{}, nil).id
+		}
+		var args []string
+		for _, e := range l.Extents {
+			off, n := sectors(e)
+			if e.Zero {
+				args = append(args, "-c", fmt.Sprintf("discard %d %d", off, n))
+			} else {
+				args = append(args, "-c", fmt.Sprintf("write -P 2 %d %d", off, n))
+			}
+		}
+		if len(args) > 0 {
+			c.Run(t, "qemu-io", slices.Concat([]string{"-f", "raw", "rbd:" + name}, args)...)
+		}
+		c.Run(t, "rbd", "snap", "create", "--no-progress", name+"@target")
+		s, err := source.Open(t.Context(), "rbd://"+name+"@target", source.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := s.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+		return renamed{s.Disks()[0].Changes[0], base, l}
+	})
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/varve-io/varve/backup/cbt"
 	"github.com/varve-io/varve/backup/nbddisk"
 	"github.com/varve-io/varve/backup/qemu"
+	"github.com/varve-io/varve/internal/bytesize"
 	"github.com/varve-io/varve/internal/plain"
 )
 
@@ -179,6 +180,9 @@ func (d *rbdDiff) Changes(ctx context.Context, req cbt.Request, emit func(cbt.Ex
 	if d.r.state == "" {
 		return refuse(cbt.ErrUnavailable, cbt.ReasonUnknown, "%v", d.r.why)
 	}
+	if size := d.r.disk.Size(); size != req.Size {
+		return refuse(cbt.ErrSizeMismatch, cbt.ReasonUnknown, "the snapshot has %s, not %s", bytesize.Exact(size), bytesize.Exact(req.Size))
+	}
 	list := &cbt.ToolExtents{Tool: cbt.RBDDiff, Target: d.r.state}
 	args := []string{"diff", "--format", "json"}
 	want := []string{d.r.state}
@@ -191,8 +195,8 @@ func (d *rbdDiff) Changes(ctx context.Context, req cbt.Request, emit func(cbt.Ex
 		args = append(args, "--from-snap", base[1])
 		want = append(want, list.Base)
 	}
-	if err := d.r.have(ctx, want); err != nil {
-		return refuse(cbt.ErrBaseMismatch, cbt.ReasonBaseMismatch, "%v", err)
+	if err := d.have(ctx, want); err != nil {
+		return cbt.Report{}, err
 	}
 	rep, printed, err := runTool(ctx, "rbd", "ceph-common", append(args, "--", d.r.spec), func(out io.Reader) (cbt.Report, error) {
 		list.List = out
@@ -209,23 +213,26 @@ func (d *rbdDiff) Changes(ctx context.Context, req cbt.Request, emit func(cbt.Ex
 		return cbt.Report{}, err
 	}
 	// rbd knows snapshots by their names, of which another may have one by now.
-	if err := d.r.have(ctx, want); err != nil {
-		return refuse(cbt.ErrBaseMismatch, cbt.ReasonBaseMismatch, "%v", err)
+	if err := d.have(ctx, want); err != nil {
+		return cbt.Report{}, err
 	}
 	rep.Source = rbdSource
 	return rep, nil
 }
 
 // have fails unless the image has all the snapshots, as identify calls them.
-func (r *rbd) have(ctx context.Context, states []string) error {
-	image, err := r.look(ctx)
-	if err != nil {
-		return err
+func (d *rbdDiff) have(ctx context.Context, states []string) error {
+	image, err := d.r.look(ctx)
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
 	}
-	for _, s := range states {
-		if name, _, _ := strings.Cut(s, "@"); image.state(name) != s {
-			return fmt.Errorf("the image has no snapshot %s any more, or one of that name that was made later: it has %q", s, image.state(name))
+	for i := 0; err == nil && i < len(states); i++ {
+		if name, _, _ := strings.Cut(states[i], "@"); image.state(name) != states[i] {
+			err = fmt.Errorf("the image has no snapshot %s any more, or one of that name that was made later: it has %q", states[i], image.state(name))
 		}
+	}
+	if err != nil {
+		return &cbt.Error{Source: rbdSource, Kind: cbt.ErrBaseMismatch, Reason: cbt.ReasonBaseMismatch, Detail: err.Error()}
 	}
 	return nil
 }
