@@ -71,7 +71,15 @@ func TestThawAgainIsBounded(t *testing.T) {
 			p.again = true
 			return start(ctx, l, Target{}, p, 2*time.Second, time.Second)
 		}
-		for _, how := range []string{"end", "silence"} {
+		p := gated()
+		p.Thaw = `echo x >>"$DIR/tries"; echo no; exit 1`
+		m := run(t.Context(), p)
+		<-m.ended
+		if tries := strings.Fields(l.get("tries")); len(tries) != 1 || !m.isStuck() || !strings.Contains(m.why().Error(), "no") {
+			t.Errorf("it was tried %d times, %v", len(tries), m.why())
+		}
+		l.gone()
+		for _, how := range []string{"end", "silence"} { // after which l is deaf
 			l.put("thaw-gate", "")
 			l.put("state", "")
 			ctx, cancel := context.WithCancel(t.Context())
@@ -91,15 +99,6 @@ func TestThawAgainIsBounded(t *testing.T) {
 			}
 			cancel()
 			<-m.ended
-			l.deaf = make(chan struct{})
 		}
-		p := gated()
-		p.Thaw = `echo x >>"$DIR/tries"; echo no; exit 1`
-		m := run(t.Context(), p)
-		<-m.ended
-		if tries := strings.Fields(l.get("tries")); len(tries) != 1 || !m.isStuck() || !strings.Contains(m.why().Error(), "no") {
-			t.Errorf("it was tried %d times, %v", len(tries), m.why())
-		}
-		l.gone()
 	})
 }
