@@ -133,3 +133,21 @@ func TestProduceIsLeft(t *testing.T) {
 		}
 	})
 }
+
+// A command whose time is over before its process is known is ended too.
+func TestProduceEndsWhatBeginsLate(t *testing.T) {
+	t.Parallel()
+	inEach(t, func(t *testing.T, l *local) {
+		slow := t.TempDir()
+		if err := os.WriteFile(filepath.Join(slow, "sh"), []byte("#!/bin/sh\nsleep 3\nexec /bin/sh \"$@\"\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		l.path = slow + ":" + l.path
+		var out bytes.Buffer
+		end, err := fast.produce(t.Context(), l, hold.Target{}, "exec sleep 60", time.Second, &out)
+		if !errors.Is(err, ErrCommand) || !strings.Contains(err.Error(), "time limit") || end.ExitCode != 143 {
+			t.Errorf("%+v, %v", end, err)
+		}
+		l.none()
+	})
+}

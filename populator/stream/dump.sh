@@ -49,14 +49,15 @@ ticker() {
 # keeper ends the command and what is left of it.
 keeper() {
 	age=0 idle=0 why='' command='' tee=''
-	while [ -z "$why" ]; do
+	# Both pids are known before a kill.
+	while [ -z "$why" ] || [ -z "$command" ] || [ -z "$tee" ]; do
 		IFS= read -r event || exit 0
 		case $event in
 		d) exit 0 ;;
 		'p '*) command=${event#p } ;;
 		'k '*) tee=${event#k } ;;
 		c) idle=0 ;;
-		e) why=gone ;;
+		e) [ -n "$why" ] || why=gone ;;
 		t) age=$((age + pace)) idle=$((idle + pace)) ;;
 		esac
 		[ -n "$why" ] || [ "$age" -lt "$limit" ] || why=limit

@@ -190,15 +190,30 @@ func TestConsumeCut(t *testing.T) {
 // none waits until no process of the test is left.
 func (l *local) none() {
 	l.t.Helper()
-	l.until("its processes to be gone", func() bool {
-		all, _ := filepath.Glob("/proc/[0-9]*/environ")
-		for _, f := range all {
-			if text, err := os.ReadFile(f); err == nil && bytes.Contains(text, []byte("DIR="+l.dir+"\x00")) {
-				return false
-			}
+	l.until("its processes to be gone", func() bool { return len(l.left()) == 0 })
+}
+
+// left are the processes of the test: those with its directory, which is in their environment too.
+func (l *local) left() (pids []int) {
+	l.t.Helper()
+	dir, err := os.Stat(l.dir)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	all, _ := filepath.Glob("/proc/[0-9]*")
+	for _, p := range all {
+		pid, err := strconv.Atoi(filepath.Base(p))
+		if err != nil {
+			continue
 		}
-		return true
-	})
+		// A process that is about to run another program has no environment for a moment.
+		at, err := os.Stat(filepath.Join(p, "cwd"))
+		text, _ := os.ReadFile(filepath.Join(p, "environ"))
+		if err == nil && os.SameFile(at, dir) || bytes.Contains(text, []byte("DIR="+l.dir+"\x00")) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 // feeding begins a feed of a mover that serves with write.
@@ -310,16 +325,18 @@ func TestFeedIsDropped(t *testing.T) {
 // none sees another's end.
 func (l *local) kill() {
 	l.t.Helper()
-	all, _ := filepath.Glob("/proc/[0-9]*/environ")
-	for _, signal := range []syscall.Signal{syscall.SIGSTOP, syscall.SIGSTOP, syscall.SIGKILL} {
-		for _, f := range all {
-			text, err := os.ReadFile(f)
-			if pid, perr := strconv.Atoi(filepath.Base(filepath.Dir(f))); err == nil && perr == nil && bytes.Contains(text, []byte("DIR="+l.dir+"\x00")) {
-				_ = syscall.Kill(pid, signal)
-			}
+	for range 2 { // what one has begun before it was stopped
+		for _, pid := range l.left() {
+			_ = syscall.Kill(pid, syscall.SIGSTOP)
 		}
-		all, _ = filepath.Glob("/proc/[0-9]*/environ")
 	}
+	l.until("its processes to be killed", func() bool {
+		left := l.left()
+		for _, pid := range left {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+		return len(left) == 0
+	})
 }
 
 // A pod that goes away takes the command and the program with it: the exec ends, the mover ends, and it is said

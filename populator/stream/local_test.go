@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/varve-io/varve/populator/hold"
+	"github.com/varve-io/varve/populator/hold/exectest"
 )
 
 // local runs commands on this machine with one of its shells.
@@ -70,13 +71,13 @@ func shells(t *testing.T) map[string][]string {
 
 func (l *local) Stream(ctx context.Context, _ hold.Target, command []string, stdin io.Reader, stdout, stderr io.Writer) error {
 	cmd := exec.CommandContext(ctx, l.shell[0], append(append([]string{}, l.shell[1:]...), command[1:]...)...)
-	cmd.Env = []string{"PATH=" + l.path, "DIR=" + l.dir}
+	cmd.Env, cmd.Dir = []string{"PATH=" + l.path, "DIR=" + l.dir}, l.dir
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err
 	}
 	defer r.Close()
-	cmd.Stdin, cmd.Stdout, cmd.Stderr, cmd.WaitDelay = r, &shortened{stdout, l.short}, stderr, time.Second
+	cmd.Stdin, cmd.WaitDelay = r, time.Second
 	cmd.Cancel = func() error { return w.Close() } // the client is gone: the process gets the end of its input, and no signal
 	go func() {
 		if l.cutIn > 0 {
@@ -89,7 +90,7 @@ func (l *local) Stream(ctx context.Context, _ hold.Target, command []string, std
 		}
 		_ = w.Close()
 	}()
-	err = cmd.Run()
+	err = exectest.Run(cmd, &shortened{stdout, l.short}, stderr)
 	_ = w.Close()
 	return err
 }
