@@ -277,6 +277,9 @@ func (c *Cache) reserve(n int64) bool {
 			continue
 		}
 		if !c.evict() {
+			if c.used.Load() != used { // another one evicted, or gave back
+				continue
+			}
 			c.tell("the hydration cache has reached its limit; what is not in it is read from the repository", "limit", c.opt.Limit)
 			return false
 		}

@@ -178,10 +178,13 @@ func TestModel(t *testing.T) {
 			}
 			readers.Wait()
 			same(t, d, src.data)
+			if st := c.Stats(); st.Limit > 0 && st.Bytes > st.Limit {
+				t.Errorf("%+v", st)
+			}
+			closed(t, d) // until then a worker may have taken space that it gives back
 			if st := c.Stats(); st.Limit > 0 && st.Bytes > st.Limit || d.held.Load() != st.Bytes {
 				t.Errorf("%d bytes held, %+v", d.held.Load(), st)
 			}
-			closed(t, d)
 			if err := c.Close(); err != nil {
 				t.Fatal(err)
 			}

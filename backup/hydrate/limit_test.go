@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 )
@@ -14,7 +15,7 @@ import (
 func TestLimit(t *testing.T) {
 	a, b := newImage(30*unit), newImage(30*unit)
 	need := int64(20 * unit)
-	c, log := openCache(t, Options{Keep: true, Limit: need * 3 / 2})
+	c, log := openCache(t, Options{Keep: true, Limit: need * 3 / 2, Retry: time.Millisecond})
 	first := c.mustOpen(t, a, "a")
 	same(t, first, a.data)
 	held := first.held.Load()
@@ -22,6 +23,7 @@ func TestLimit(t *testing.T) {
 	second.Start()
 	same(t, second, b.data)
 	until(t, "the limit is told", func() bool { return log.count("reached its limit") == 1 })
+	second.tasks.Wait() // its hydration, which finds no room; beside a reader it may be about to keep what that has read
 	if st := c.Stats(); st.Bytes > st.Limit || first.held.Load() != held || second.Complete() {
 		t.Errorf("%+v", st)
 	}
@@ -80,5 +82,33 @@ func TestLimitAtStart(t *testing.T) {
 	openCache(t, Options{Dir: dir, Keep: true, Limit: taken * 3 / 4})
 	if got := there(); !slices.Equal(got, []string{"new"}) {
 		t.Errorf("under a smaller limit there are copies of %v", got)
+	}
+}
+
+// Many who take space at once evict a copy once, and all that fits afterwards is taken.
+func TestReserveConcurrently(t *testing.T) {
+	const takers = 8
+	for range 300 {
+		c, log := openCache(t, Options{Limit: takers + 1})
+		c.used.Store(takers + 1)
+		c.idle["old"] = idleCopy{bytes: takers + 1}
+		var all sync.WaitGroup
+		for range takers {
+			all.Go(func() {
+				if !c.reserve(1) {
+					t.Error("there is room, and none is found")
+				}
+			})
+		}
+		all.Wait()
+		if n := c.used.Load(); n != takers || log.count("reached its limit") > 0 {
+			t.Errorf("%d of %d are taken, and the limit is told %d times", n, takers, log.count("reached its limit"))
+		}
+		if err := c.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if t.Failed() {
+			return
+		}
 	}
 }
