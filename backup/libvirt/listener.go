@@ -55,16 +55,17 @@ type Listener struct {
 }
 
 // listenScript runs a program until its standard input ends, or has no line for some seconds: a connection may be lost
-// without a word. All are of one process group, the shell's own, which sshd makes.
+// without a word. All are of one process group, the shell's own, which sshd makes. The program may be about to make its
+// socket in the folder that goes: the second removal is of that.
 const listenScript = `umask 077
 read -r pid name state parent group rest </proc/$$/stat
 [ "$group" = $$ ] || { echo "the shell of this host has no process group of its own" >&2; exit 1; }
 mkdir %[1]s || exit
-trap 'rm -rf %[1]s; kill -9 0' EXIT
+trap 'rm -rf %[1]s || rm -rf %[1]s; kill -9 0' EXIT
 trap 'exit 1' HUP INT TERM PIPE
 { cd %[2]s && env LC_ALL=C %[3]s; : >%[1]s/ended; } </dev/null >/dev/null &
 : >%[1]s/beat
-{ while sleep %[4]d && rm %[1]s/beat; do :; done; rm -rf %[1]s; kill -9 0; } </dev/null >/dev/null 2>&1 &
+{ while sleep %[4]d && rm %[1]s/beat; do :; done; rm -rf %[1]s || rm -rf %[1]s; kill -9 0; } </dev/null >/dev/null 2>&1 &
 tries=0
 until [ -S %[1]s/s ]; do
 	[ ! -e %[1]s/ended ] && [ $tries -lt 300 ] || exit 1
@@ -79,6 +80,9 @@ const (
 	beatPause = 5 * time.Second
 	silence   = 60
 )
+
+// ending is how long the program's end is waited for. It has an image open, which is changed next.
+const ending = 10 * time.Second
 
 // Listen starts, in a folder there, the program that argv makes listen on a socket.
 func (u *URI) Listen(ctx context.Context, dir string, argv func(socket string) []string) (_ *Listener, err error) {
@@ -176,7 +180,7 @@ func (l *Listener) Close() error {
 		_ = l.stdin.Close()
 		select {
 		case <-l.ended:
-		case <-time.After(leaving): // the connection is lost
+		case <-time.After(ending): // the connection is lost
 			_ = l.cmd.Process.Kill()
 			<-l.ended
 		}

@@ -83,11 +83,10 @@ func TestListenScript(t *testing.T) {
 				if want := map[string]string{"program": "qemu-nbd", "refused": "process group"}[end]; !strings.Contains(said.String(), want) {
 					t.Errorf("it says %q", &said)
 				}
-				for i := 0; servers(image) > 0; i++ {
-					if i == 3000 {
+				for end := time.Now().Add(5 * time.Minute); servers(image) > 0; time.Sleep(10 * time.Millisecond) {
+					if time.Now().After(end) {
 						t.Fatal("its program is left")
 					}
-					time.Sleep(10 * time.Millisecond)
 				}
 				if _, err := os.Lstat(dir); err == nil {
 					t.Error("its folder is left")
@@ -106,4 +105,24 @@ func servers(image string) (n int) {
 		}
 	}
 	return n
+}
+
+// TestListenerEndsSlowly: the image of a listener is free when it is closed, though its host takes some seconds.
+func TestListenerEndsSlowly(t *testing.T) {
+	dir := t.TempDir()
+	ssh := filepath.Join(dir, "ssh")
+	if err := os.WriteFile(ssh, []byte("#!/bin/sh\necho ready\ncat >/dev/null\nsleep 3\n: >\"$0.ended\"\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	l, err := (&URI{Transport: "ssh", Host: "slow"}).Listen(t.Context(), "/", func(string) []string { return []string{"qemu-nbd"} })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(ssh + ".ended"); err != nil {
+		t.Errorf("it was not waited for: %v", err)
+	}
 }

@@ -17,17 +17,31 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
-// FreePort returns a TCP port of the loopback interface on which nothing listens.
+// FreePort returns a TCP port of the loopback interface, on which nothing listens, for a server that the test starts.
+// The port stays the test's until it ends: a socket that does not listen has it, so the kernel gives it to no other
+// that asks for any port. A server that sets SO_REUSEADDR, as all do, can listen on it beside that.
 func FreePort(t testing.TB) int {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	t.Cleanup(func() { _ = unix.Close(fd) })
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	at, err := unix.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return at.(*unix.SockaddrInet4).Port
 }
 
 // StartSSH starts a server of our own for the test's duration, and returns a directory with a program ssh that
@@ -67,22 +81,27 @@ func StartSSH(t testing.TB) (path string) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
 	t.Cleanup(func() {
 		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
+		<-ended
 		if t.Failed() {
 			t.Logf("sshd: %s", &out)
 		}
 	})
-	for range 500 {
+	for {
 		if conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
 			_ = conn.Close()
 			return dir
 		}
-		time.Sleep(10 * time.Millisecond)
+		select {
+		case err := <-ended:
+			ended <- err
+			t.Fatalf("sshd does not listen: %v", err)
+		case <-time.After(10 * time.Millisecond):
+		}
 	}
-	t.Fatal("sshd does not listen")
-	return ""
 }
 
 // WriteCertificates writes to a new directory those of a certificate authority, of localhost and of a client, by
