@@ -181,7 +181,7 @@ func (r *run) protectAndList(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
 	listed := make(chan struct{})
 	g.Go(func() error {
-		late := time.NewTimer(protectAfter)
+		late := time.NewTimer(r.opt.protectAfter)
 		defer late.Stop()
 		select {
 		case <-listed:

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/varve-io/varve/backup/points"
 	"github.com/varve-io/varve/backup/repository"
@@ -59,8 +60,12 @@ func (s *faultSite) change() {
 	}
 }
 
+// options are of runs without checkpoints, which write the same blobs however slow the machine is.
 func (s *faultSite) options() Options {
-	return Options{Volume: testVolume, Disk: &memDisk{data: s.data}, BlockSize: 64 << 10, Workers: 2}
+	return Options{
+		Volume: testVolume, Disk: &memDisk{data: s.data}, BlockSize: 64 << 10, Workers: 2,
+		CheckpointEvery: time.Hour, protectAfter: time.Hour,
+	}
 }
 
 // backup makes a point of the disk, which must work.

@@ -31,7 +31,8 @@ func (c *outOfTime) Err() error {
 // whose process was killed soon, and only one that ended well after its interval.
 func TestInterruptedMaintenanceIsDueAgain(t *testing.T) {
 	t.Parallel()
-	r := repotest.New(t).Open(t)
+	// A loaded machine may need more than the usual grace to write that it was interrupted.
+	r := openWith(t, repository.OpenOptions{ConfigFile: repotest.New(t).ConfigFile, Password: repotest.Password, Grace: time.Hour})
 	chain(t, r, testVolume, 2, 1<<20)
 	state := func() *repository.MaintenanceState {
 		t.Helper()

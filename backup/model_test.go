@@ -346,7 +346,7 @@ func (m *model) lie(v *modelVolume) {
 			return e.Offset < first+block && e.End() > first
 		})
 		opt := m.options(v, src, false)
-		opt.VerifyUnchanged = 1
+		opt.VerifyUnchanged, opt.SpotCheckTime = 1, -1 // everything, however slow the machine is
 		if _, _, err := Run(m.t.Context(), m.repo, opt); !errors.Is(err, ErrSourceLied) {
 			m.t.Errorf("a hidden change of %s at %d: %v", v.name, first, err)
 		}

@@ -119,6 +119,9 @@ type Options struct {
 	step func(string)
 	// protectAll makes short runs protect their parent too; for tests.
 	protectAll bool
+	// protectAfter is used instead of the constant, unless it is 0; for tests whose runs make no more checkpoints on a
+	// slow machine than on others.
+	protectAfter time.Duration
 }
 
 // Progress of a long run.
@@ -155,6 +158,9 @@ func (opt *Options) checkCommon() error {
 	}
 	if opt.CheckpointEvery <= 0 {
 		opt.CheckpointEvery = defaultCheckpointEvery
+	}
+	if opt.protectAfter <= 0 {
+		opt.protectAfter = protectAfter
 	}
 	if opt.step == nil {
 		opt.step = func(string) {}

@@ -18,22 +18,25 @@ func TestRunsGoOnFromPacks(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(61, 62))
 	first, second := randomBytes(rng, 45<<20), randomBytes(rng, 45<<20)
+	// Without the checkpoints that a slow machine makes: each would end a pack early.
+	one := Options{Volume: testVolume, Disk: &memDisk{data: first}, Workers: 2, CheckpointEvery: time.Hour, protectAfter: time.Hour}
+	two := one
+	two.Disk = &memDisk{data: second}
 	clean := repotest.New(t)
 	r := clean.Open(t)
-	mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: first}, Workers: 2})
+	mustBackup(t, r, one)
 	maintainNow(t, r)
 	base := clean.Size(t)
-	mustBackup(t, r, Options{Volume: testVolume, Disk: &memDisk{data: second}, Workers: 2})
+	mustBackup(t, r, two)
 	maintainNow(t, r)
 	full := clean.Size(t)
 
 	s := repotest.New(t)
 	faulty, f := s.OpenFaulty(t)
-	one, _ := mustBackup(t, faulty, Options{Volume: testVolume, Disk: &memDisk{data: first}, Workers: 2})
-	opt := Options{Volume: testVolume, Disk: &memDisk{data: second}, Workers: 2}
+	point, _ := mustBackup(t, faulty, one)
 	for _, skip := range []int{0, 1, 1, 0} { // packs that are uploaded before the storage fails
 		f.Add(repotest.Fault{Op: repotest.Put, Prefix: "p", Skip: skip})
-		if _, _, err := Run(t.Context(), faulty, opt); err == nil {
+		if _, _, err := Run(t.Context(), faulty, two); err == nil {
 			t.Fatal("the storage did not fail")
 		}
 		f.Clear()
@@ -41,7 +44,7 @@ func TestRunsGoOnFromPacks(t *testing.T) {
 			t.Error("no dead session after a run that failed")
 		}
 	}
-	two, rec := mustBackup(t, faulty, opt)
+	last, rec := mustBackup(t, faulty, two)
 	if rec.Stats.Uploaded > 10<<20 { // two packs of 20 MiB were uploaded before
 		t.Errorf("%d bytes were uploaded again", rec.Stats.Uploaded)
 	}
@@ -49,7 +52,7 @@ func TestRunsGoOnFromPacks(t *testing.T) {
 	if faulty.HasDead() {
 		t.Error("a dead session is left")
 	}
-	for p, want := range map[*points.Point][]byte{one: first, two: second} {
+	for p, want := range map[*points.Point][]byte{point: first, last: second} {
 		if !bytes.Equal(readPoint(t, s.Open(t), p), want) {
 			t.Errorf("%s reads back different", p.Name())
 		}

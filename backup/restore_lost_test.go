@@ -154,10 +154,10 @@ func (l *lossyTarget) check(t *testing.T, want []byte) {
 }
 
 // run restores, up to stop bytes if that is not 0. At waitAt it waits for a
-// sync.
+// sync, for which a busy disk may need minutes.
 func (l *lossyTarget) run(t *testing.T, try func(context.Context, RestoreOptions) (RestoreResult, error), journal string, waitAt, stop int64) (RestoreResult, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
 	defer cancel()
 	return try(ctx, RestoreOptions{Journal: journal, Workers: 1, Progress: func(p Progress) {
 		for waitAt > 0 && p.Done >= waitAt && !l.arm(journal) && ctx.Err() == nil {

@@ -141,7 +141,7 @@ func segmentsOf(t *blocktree.Tree) int64 { l, _ := t.Layout(); return l.Segments
 func segmentLen(t *blocktree.Tree, n int64) int64 { l, _ := t.Layout(); return l.SegmentLen(n) }
 
 func (r *run) checkpointDue() bool {
-	if r.incomplete == "" && r.base != nil && time.Since(r.lastCheckpoint.at) >= protectAfter {
+	if r.incomplete == "" && r.base != nil && time.Since(r.lastCheckpoint.at) >= r.opt.protectAfter {
 		return true
 	}
 	return r.lastCheckpoint.due(time.Since(r.lastCheckpoint.at), r.opt.CheckpointEvery, r.counters.sinceCheckpoint.Load(), r.w.Uploaded())

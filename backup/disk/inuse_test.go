@@ -96,8 +96,9 @@ func TestMountedElsewhere(t *testing.T) {
 	device := loop(t, image)
 	point := t.TempDir()
 
-	// The shell mounts in another namespace, says so, and waits for its input to end.
-	shell := exec.Command("unshare", "-m", "--propagation", "private", "sh", "-c", `mount "$0" "$1" && echo mounted && read line; umount "$1"`, device, point)
+	// The shell mounts in another namespace, says so, and waits for its input to end. What others unmount is
+	// unmounted there, too: a copy would keep the devices of tests beside this one busy.
+	shell := exec.Command("unshare", "-m", "--propagation", "slave", "sh", "-c", `mount "$0" "$1" && echo mounted && read line; umount "$1"`, device, point)
 
 	input, err := shell.StdinPipe()
 	if err != nil {
@@ -169,12 +170,10 @@ func TestMountedPartition(t *testing.T) {
 func waitFor(t *testing.T, path string) {
 	t.Helper()
 
-	for range 500 {
+	for end := time.Now().Add(5 * time.Minute); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		if _, err := os.Stat(path); err == nil {
 			return
 		}
-
-		time.Sleep(10 * time.Millisecond)
 	}
 
 	t.Fatalf("%s did not appear", path)

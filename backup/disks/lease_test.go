@@ -43,7 +43,7 @@ func TestLeaseIsTriedAgain(t *testing.T) {
 			for range 2 { // each is received once an attempt has failed
 				select {
 				case again <- time.Time{}:
-				case <-time.After(time.Minute):
+				case <-time.After(15 * time.Minute):
 					t.Fatal("it is not tried again")
 				}
 			}

@@ -53,7 +53,11 @@ func (s *listStorage) took() []blob.ID {
 	return s.asked
 }
 
-func newTestLists() *indexLists { return &indexLists{now: time.Now} }
+// newTestLists returns lists whose clock stands still: they answer for a time only.
+func newTestLists() *indexLists {
+	at := time.Now()
+	return &indexLists{now: func() time.Time { return at }}
+}
 
 // listOf lists as Kopia does, through l.
 func listOf(ctx context.Context, l *indexLists, s *listStorage, prefix blob.ID) (ids []blob.ID, err error) {

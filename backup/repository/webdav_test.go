@@ -37,7 +37,7 @@ func TestWebDAV(t *testing.T) {
 	t.Parallel() // it waits for retries most of the time
 	dav := servers.StartWebDAV(t, t.TempDir())
 	s := roundTrip(t, &WebDAV{URL: dav.URL, User: dav.User, Password: dav.Password})
-	dav.Stop()
+	dav.Stop(t)
 	_, err := s.open(t, testPassword)
 	wantError(t, err, ErrUnreachable, dav.URL)
 }

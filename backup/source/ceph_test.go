@@ -20,6 +20,7 @@ func TestRBDOfCeph(t *testing.T) {
 	t.Parallel()
 	c := cephtest.Start(t)
 	conf := os.Getenv("CEPH_CONF")
+	_ = os.Remove(conf) // of a process of the same number that was killed
 	if err := os.Symlink(c.Conf, conf); err != nil {
 		t.Fatal(err)
 	}

@@ -32,7 +32,7 @@ func TestLibvirtHoldsNoMounts(t *testing.T) {
 		trap 'kill $pid; wait $pid || :' EXIT
 		n=0
 		until [ -e "$0/libvirt/libvirt-sock" ]; do
-			n=$((n + 1)); [ $n -lt 600 ] || { cat "$0/log"; exit 1; }
+			n=$((n + 1)); [ $n -lt 3000 ] || { cat "$0/log"; exit 1; }
 			sleep 0.1
 		done
 		held() { grep -c " $0/other " /proc/$pid/mountinfo || :; }

@@ -115,7 +115,7 @@ func libvirtFolders(t *testing.T, d *domain, ssh func(...string) string) {
 		if err := os.WriteFile(filepath.Join("/proc", strings.TrimSpace(string(pid)), "root", small, "full"), make([]byte, 30<<20), 0o600); err != nil {
 			t.Error(err)
 		}
-		for end := time.Now().Add(time.Minute); strings.Contains(d.try("backup-dumpxml", d.name), "vda"); time.Sleep(50 * time.Millisecond) {
+		for end := time.Now().Add(patience); !strings.Contains(d.try("domjobinfo", d.name), "None"); time.Sleep(50 * time.Millisecond) {
 			if time.Now().After(end) {
 				t.Error("the job goes on")
 				return
@@ -148,11 +148,12 @@ func libvirtRemoteStopped(t *testing.T, d *domain, ssh func(...string) string) {
 	if said := ssh("killed-at", uri, points, "recorded vda"); !strings.Contains(said, "vda by bitmap") {
 		t.Errorf("the killed one: %s", said)
 	}
-	for end := time.Now().Add(time.Minute); left() != ""; time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(patience); left() != ""; time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("servers are left: %s", left())
 		}
 	}
+	d.waitUnlocked(t)
 	said := ssh("killed-backup", uri, points, "")
 	if !strings.Contains(said, "vda by bitmap") || !strings.Contains(said, "vdc by bitmap") || !strings.Contains(said, "vdb by allocation") {
 		t.Errorf("the second: %s", said)
@@ -178,14 +179,31 @@ func libvirtRemoteStopped(t *testing.T, d *domain, ssh func(...string) string) {
 		t.Fatal(err)
 	}
 	defer func() { _ = lock.Process.Kill(); _ = lock.Wait() }()
-	if left() == "" {
-		t.Error("servers are not found")
-	}
-	for end := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
 		if said := ssh("libvirt-locked", uri, t.TempDir()); strings.Contains(said, qemu.ErrLocked.Error()) {
 			break
 		} else if time.Now().After(end) {
 			t.Fatalf("an image in use: %s", said)
+		}
+	}
+	if left() == "" {
+		t.Error("servers are not found")
+	}
+}
+
+// waitUnlocked waits until programs that were killed have let go of the images: a process has no command line
+// before its last thread has ended, and the locks with that.
+func (d *domain) waitUnlocked(t *testing.T) {
+	t.Helper()
+	for _, disk := range domainDisks {
+		for end := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
+			out, err := exec.Command("qemu-io", "-f", disk.format, "-c", "length", d.path(disk.name)).CombinedOutput()
+			if err == nil {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatalf("%s is in use: %s", disk.name, out)
+			}
 		}
 	}
 }
@@ -217,12 +235,11 @@ func printRoom(text, dir string) error {
 	if err != nil {
 		return err
 	}
-	for range 1000 {
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		if n := conn.Free(); n >= 0 {
 			fmt.Fprint(os.Stdout, n)
 			return conn.Close()
 		}
-		time.Sleep(10 * time.Millisecond)
 	}
 	return errors.New("the room is not known")
 }

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/varve-io/varve/backup/nbddisk"
 	"github.com/varve-io/varve/backup/source"
@@ -27,14 +28,19 @@ func serveNBD(t *testing.T, name string, args ...string) (stop func()) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	stop = func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }
+	ended := make(chan struct{})
+	var why error
+	go func() { why = cmd.Wait(); close(ended) }()
+	stop = func() { _ = cmd.Process.Kill(); <-ended }
 	t.Cleanup(stop)
-	for ctx := t.Context(); ; {
+	for {
 		if _, err := os.Stat(pid); err == nil {
 			return stop
 		}
-		if ctx.Err() != nil || cmd.ProcessState != nil {
-			t.Fatal("the server did not start")
+		select {
+		case <-ended:
+			t.Fatalf("the server did not start: %v", why)
+		case <-time.After(5 * time.Millisecond):
 		}
 	}
 }

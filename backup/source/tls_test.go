@@ -9,12 +9,13 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"math/big"
-	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"testing"
 	"time"
 
+	"github.com/varve-io/varve/backup/libvirt/libvirttest"
 	"github.com/varve-io/varve/backup/source"
 )
 
@@ -66,12 +67,7 @@ func TestNBDOverTLS(t *testing.T) {
 	if err := os.WriteFile(raw, disk, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0") // a port that is free
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, port, _ := net.SplitHostPort(l.Addr().String())
-	_ = l.Close()
+	port := strconv.Itoa(libvirttest.FreePort(t))
 	serveNBD(t, "qemu-nbd", "-t", "-r", "-e", "8", "-f", "raw", "-x", "disk", "-b", "127.0.0.1", "-p", port,
 		"--object", "tls-creds-x509,id=tls0,endpoint=server,verify-peer=yes,dir="+dir, "--tls-creds", "tls0", raw)
 	uri := "nbds://localhost:" + port + "/disk"

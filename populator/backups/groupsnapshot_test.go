@@ -29,9 +29,9 @@ import (
 func TestGroupSnapshot(t *testing.T) {
 	t.Parallel()
 	w := newSnapshotGroup(t, []v1alpha1.Hook{aHook("app", nil)}, appPod("a", nil, "data"))
-	for i := 0; len(w.s.groups) == 0; i++ {
+	for end := time.Now().Add(5 * time.Minute); len(w.s.groups) == 0; time.Sleep(time.Millisecond) {
 		w.turn()
-		if i > 3000 {
+		if time.Now().After(end) {
 			t.Fatalf("it is not taken: %v", w.get("run-0").Status.Conditions)
 		}
 		if w.s.n > 0 && !w.p.is("a") {

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	groupsnapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumegroupsnapshot/v1"
 	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
@@ -107,8 +108,13 @@ func (w *snapshotGroup) turn() (ended int) {
 // end reconciles until all runs have ended.
 func (w *snapshotGroup) end(phase v1alpha1.BackupPhase) {
 	w.t.Helper()
+	end := time.Now().Add(5 * time.Minute)
 	for i := 0; w.turn() < len(w.runs); i++ {
-		if i > 300 {
+		if i < 300 {
+			continue
+		}
+		time.Sleep(time.Millisecond) // for the applications that are held
+		if time.Now().After(end) {
 			for _, name := range w.runs {
 				vb := w.get(name)
 				w.t.Errorf("%s is at %q: %v", name, vb.Status.Step, vb.Status.Conditions)

@@ -75,6 +75,7 @@ func TestSuccessIsLoggedOnce(t *testing.T) {
 	vb.Status.StartTime = &started
 	var log bytes.Buffer
 	l := newLine(t, vb)
+	l.now = started.Add(time.Minute)
 	l.b.Log = slog.New(slog.NewTextHandler(&log, nil))
 	fail := true
 	l.b.Client = step.Observe(l.c, func(_ context.Context, w step.Write) error {

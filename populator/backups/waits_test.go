@@ -167,8 +167,13 @@ func TestWaitsAreBounded(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			vb := newRun("run", tc.step)
 			events := &told{}
-			l := newLine(t, append(tc.objects(vb), vb)...)
+			objects := tc.objects(vb)
+			l := newLine(t, append(objects, vb)...)
 			l.b.Events = report.NewEvents(events)
+			if made := objects[0].GetCreationTimestamp(); !made.IsZero() { // which objects have in whole seconds
+				l.start = made.Truncate(time.Second)
+				l.now = l.start
+			}
 			if got := l.look("run"); got.Status.Step != tc.step {
 				t.Fatalf("it does not wait: it is at step %q: %v", got.Status.Step, got.Status.Conditions)
 			}

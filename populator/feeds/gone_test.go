@@ -50,7 +50,7 @@ func TestDumpRestoreIntoAPodThatGoes(t *testing.T) {
 			}
 			select {
 			case <-tc.p.left:
-			case <-time.After(time.Minute):
+			case <-time.After(5 * time.Minute):
 				t.Error("the mover still has a reader")
 			}
 			for range 3 {

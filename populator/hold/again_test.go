@@ -15,7 +15,7 @@ import (
 // newHolds is a process that holds, until the test ends.
 func newHolds(t *testing.T, e Exec) *Holds {
 	t.Helper()
-	h := &Holds{Exec: e, Settle: time.Nanosecond, Pause: 100 * time.Millisecond}
+	h := &Holds{Exec: e, Settle: time.Nanosecond, Silence: calm, Pause: 100 * time.Millisecond}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
 	go func() { _ = h.Start(ctx); close(ended) }()

@@ -101,18 +101,21 @@ func (w *writer) goesOn() {
 // stands waits until the writer waits in the kernel for the file system.
 func (w *writer) stands() {
 	w.v.t.Helper()
-	w.v.until("the writer to wait", func() bool {
-		stat, err := os.ReadFile("/proc/" + strconv.Itoa(w.pid) + "/stat")
-		w.v.check(err)
-		_, rest, _ := strings.Cut(string(stat), ") ")
-		return strings.HasPrefix(rest, "D")
-	})
+	w.v.until("the writer to wait", w.waits)
+}
+
+func (w *writer) waits() bool {
+	w.v.t.Helper()
+	stat, err := os.ReadFile("/proc/" + strconv.Itoa(w.pid) + "/stat")
+	w.v.check(err)
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	return strings.HasPrefix(rest, "D")
 }
 
 // hold freezes, and checks that the writer stands still from then until after the proof.
 func (v *volume) hold(ctx context.Context, w *writer, p Program) *member {
 	v.t.Helper()
-	m := start(ctx, v, Target{}, p, defaultSilence, defaultBeat)
+	m := start(ctx, v, Target{}, p, calm, defaultBeat)
 	v.check(m.frozen(ctx))
 	before := w.size()
 	w.stands()
@@ -180,11 +183,17 @@ func TestFsfreeze(t *testing.T) {
 		v.thawed(w)
 
 		// The limit passes, while the client is alive.
-		short := p
-		short.Limit = 3 * time.Second
-		m = start(t.Context(), v, Target{}, short, defaultSilence, defaultBeat)
-		v.check(m.frozen(t.Context()))
-		w.stands()
+		m = v.inTime(3*time.Second, func(limit time.Duration) *member {
+			short := p
+			short.Limit = limit
+			return start(t.Context(), v, Target{}, short, calm, defaultBeat)
+		}, func(m *member) (stood bool) {
+			v.until("the writer to wait, or the end", func() bool {
+				stood = w.waits()
+				return stood || m.endedWhy() != nil
+			})
+			return stood
+		})
 		<-m.ended
 		if err := m.prove(t.Context()); !errors.Is(err, ErrLost) || !strings.Contains(err.Error(), "time limit") {
 			t.Errorf("past its limit: %v", err)
@@ -231,7 +240,7 @@ func TestFsfreezeFails(t *testing.T) {
 		w := v.write()
 		fails := func(what, path, says string) {
 			t.Helper()
-			m := start(t.Context(), v, Target{}, v.program(path), defaultSilence, defaultBeat)
+			m := start(t.Context(), v, Target{}, v.program(path), calm, defaultBeat)
 			if err := m.frozen(t.Context()); !errors.Is(err, ErrFreeze) || !strings.Contains(err.Error(), says) {
 				t.Errorf("%s: %v", what, err)
 			}

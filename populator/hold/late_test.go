@@ -67,25 +67,42 @@ func TestFreedAfterThaw(t *testing.T) {
 func TestThawAgainIsBounded(t *testing.T) {
 	t.Parallel()
 	inEach(t, func(t *testing.T, l *local) {
-		run := func(ctx context.Context, p Program) *member {
+		run := func(ctx context.Context, p Program, silence time.Duration) *member {
 			p.again = true
-			return start(ctx, l, Target{}, p, 2*time.Second, time.Second)
+			return start(ctx, l, Target{}, p, silence, 500*time.Millisecond)
 		}
 		p := gated()
 		p.Thaw = `echo x >>"$DIR/tries"; echo no; exit 1`
-		m := run(t.Context(), p)
+		m := run(t.Context(), p, calm)
 		<-m.ended
 		if tries := strings.Fields(l.get("tries")); len(tries) != 1 || !m.isStuck() || !strings.Contains(m.why().Error(), "no") {
 			t.Errorf("it was tried %d times, %v", len(tries), m.why())
 		}
 		l.gone()
+		// begun is a thaw that has begun.
+		begun := func(ctx context.Context, silence time.Duration) *member {
+			for ; ; silence *= 2 { // a busy machine may take longer to begin
+				l.put("thaw-gate", "")
+				l.put("state", "")
+				m := run(ctx, gated(), silence)
+				l.until("the thaw to begin", func() bool { return l.get("state") == "thawing" || m.endedWhy() != nil })
+				if m.endedWhy() == nil {
+					return m
+				}
+				if silence >= calm {
+					t.Fatalf("it ends: %v", m.why())
+				}
+				l.gone()
+			}
+		}
 		for _, how := range []string{"end", "silence"} { // after which l is deaf
-			l.put("thaw-gate", "")
-			l.put("state", "")
+			silence := calm
+			if how == "silence" {
+				silence = 5 * time.Second
+			}
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
-			m := run(ctx, gated())
-			l.until("the thaw to begin", func() bool { return l.get("state") == "thawing" })
+			m := begun(ctx, silence)
 			switch how {
 			case "end":
 				cancel()

@@ -32,7 +32,7 @@ func TestHold(t *testing.T) {
 	inEach(t, func(t *testing.T, l *local) {
 		p := gated()
 		p.Freeze = `printf '%s\n' "it's quoted" '\n'; ` + p.Freeze
-		m := start(t.Context(), l, Target{}, p, defaultSilence, defaultBeat)
+		m := start(t.Context(), l, Target{}, p, calm, defaultBeat)
 		if err := m.frozen(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -64,12 +64,12 @@ func TestHold(t *testing.T) {
 func TestHoldEnds(t *testing.T) {
 	t.Parallel()
 	inEach(t, func(t *testing.T, l *local) {
-		p := gated()
-		p.Limit = 2 * time.Second
-		m := start(t.Context(), l, Target{}, p, defaultSilence, defaultBeat)
-		if err := m.frozen(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		frozen := func(*member) bool { return true }
+		m := l.inTime(2*time.Second, func(limit time.Duration) *member {
+			p := gated()
+			p.Limit = limit
+			return start(t.Context(), l, Target{}, p, calm, defaultBeat)
+		}, frozen)
 		<-m.ended // by its own clock: the client is alive
 		if err := m.prove(t.Context()); !errors.Is(err, ErrLost) || !strings.Contains(err.Error(), "time limit") {
 			t.Errorf("past its limit: %v", err)
@@ -79,10 +79,9 @@ func TestHoldEnds(t *testing.T) {
 		}
 
 		// The controller is alive but silent.
-		m = start(t.Context(), l, Target{}, gated(), 2*time.Second, time.Hour)
-		if err := m.frozen(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		m = l.inTime(2*time.Second, func(silence time.Duration) *member {
+			return start(t.Context(), l, Target{}, gated(), silence, time.Hour)
+		}, frozen)
 		<-m.ended
 		if err := m.why(); !strings.Contains(err.Error(), "nothing was heard") || l.get("state") != "thawed" {
 			t.Errorf("in silence: %v, %s", err, l.get("state"))
@@ -90,7 +89,7 @@ func TestHoldEnds(t *testing.T) {
 
 		// The controller is killed.
 		ctx, cancel := context.WithCancel(t.Context())
-		m = start(ctx, l, Target{}, gated(), defaultSilence, defaultBeat)
+		m = start(ctx, l, Target{}, gated(), calm, defaultBeat)
 		if err := m.frozen(ctx); err != nil {
 			t.Fatal(err)
 		}
@@ -99,9 +98,9 @@ func TestHoldEnds(t *testing.T) {
 
 		// Freezing takes too long, but ends.
 		l.put("freeze-gate", "")
-		p = gated()
+		p := gated()
 		p.Limit = time.Second
-		m = start(t.Context(), l, Target{}, p, defaultSilence, defaultBeat)
+		m = start(t.Context(), l, Target{}, p, calm, defaultBeat)
 		if err := m.frozen(t.Context()); !errors.Is(err, ErrFreeze) || !strings.Contains(err.Error(), "time limit") {
 			t.Errorf("a slow freeze: %v", err)
 		}
@@ -114,7 +113,7 @@ func TestHoldEnds(t *testing.T) {
 		// It fails after it has frozen a part.
 		p = gated()
 		p.Freeze += "; echo no such lock; exit 3"
-		m = start(t.Context(), l, Target{}, p, defaultSilence, defaultBeat)
+		m = start(t.Context(), l, Target{}, p, calm, defaultBeat)
 		err := m.frozen(t.Context())
 		if !errors.Is(err, ErrFreeze) || !strings.Contains(err.Error(), "status 3") || !strings.Contains(err.Error(), "no such lock") {
 			t.Errorf("a failing freeze: %v", err)
@@ -125,7 +124,7 @@ func TestHoldEnds(t *testing.T) {
 		}
 
 		// The check finds that it is not frozen.
-		m = start(t.Context(), l, Target{}, gated(), defaultSilence, defaultBeat)
+		m = start(t.Context(), l, Target{}, gated(), calm, defaultBeat)
 		if err := m.frozen(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -140,7 +139,7 @@ func TestHoldEnds(t *testing.T) {
 		// It cannot be thawed at first.
 		p = gated()
 		p.Thaw = `[ -e "$DIR/once" ] || { echo >"$DIR/once"; exit 1; }; ` + p.Thaw
-		m = start(t.Context(), l, Target{}, p, defaultSilence, defaultBeat)
+		m = start(t.Context(), l, Target{}, p, calm, defaultBeat)
 		if err := errors.Join(m.frozen(t.Context()), m.prove(t.Context()), m.release(t.Context())); err != nil || l.get("state") != "thawed" {
 			t.Errorf("a thaw that fails once: %v, %s", err, l.get("state"))
 		}
@@ -148,7 +147,7 @@ func TestHoldEnds(t *testing.T) {
 		// Nor at all.
 		p = gated()
 		p.Thaw = "echo the lock is not mine; exit 1"
-		m = start(t.Context(), l, Target{}, p, defaultSilence, defaultBeat)
+		m = start(t.Context(), l, Target{}, p, calm, defaultBeat)
 		if err := errors.Join(m.frozen(t.Context()), m.prove(t.Context())); err != nil {
 			t.Error(err)
 		}
@@ -178,7 +177,8 @@ func TestHalfAProgram(t *testing.T) {
 // counts as held that is not.
 func TestKilledAtEachStep(t *testing.T) {
 	t.Parallel()
-	const most = 8 // processes
+	// At most six processes, and two that are about to become a sleep: a busy machine shows both as shells.
+	const most = 9
 	for name, shell := range shells(t) {
 		if name == "bash" {
 			continue
@@ -213,25 +213,46 @@ func TestKilledAtEachStep(t *testing.T) {
 	}
 }
 
+// comeTo begins a program that waits at a step; for thawing it is yet to be released.
+func (l *local) comeTo(ctx context.Context, step string) *member {
+	l.t.Helper()
+	// On a busy machine the client itself is silent for seconds. If it was for too long, the program is begun again.
+	for silence := 10 * time.Second; ; silence *= 2 {
+		if step != "frozen" {
+			l.put(map[string]string{"freezing": "freeze-gate", "thawing": "thaw-gate"}[step], "")
+		}
+		m := start(ctx, l, Target{}, gated(), silence, 500*time.Millisecond)
+		var err error
+		if step == "freezing" {
+			l.until(step, func() bool { return l.get("state") == step || m.endedWhy() != nil })
+			err = m.endedWhy()
+		} else {
+			err = m.frozen(ctx)
+		}
+		if err == nil {
+			return m
+		}
+		l.remove("freeze-gate")
+		l.remove("thaw-gate")
+		<-m.ended
+		if m.thawing != "silence" || silence > calm {
+			l.check(err)
+		}
+		l.remove("state")
+	}
+}
+
 // killOne kills the ith process at a step; false if there is none.
 func (l *local) killOne(step string, i int, silent bool) bool {
 	t := l.t
 	t.Helper()
-	if step != "frozen" {
-		l.put(map[string]string{"freezing": "freeze-gate", "thawing": "thaw-gate"}[step], "")
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Minute)
 	defer cancel()
-	const silence = 10 * time.Second // on a busy machine the client itself is silent for seconds
-	m := start(ctx, l, Target{}, gated(), silence, 500*time.Millisecond)
+	m := l.comeTo(ctx, step)
 	released := make(chan error, 1)
 	if step == "thawing" {
-		l.check(m.frozen(ctx))
 		go func() { released <- m.release(ctx) }()
-	}
-	l.until(step, func() bool { return l.get("state") == step })
-	if step == "frozen" {
-		l.check(m.frozen(ctx))
+		l.until(step, func() bool { return l.get("state") == step })
 	}
 	// Short-lived ones are left out: sleep.
 	var victims []process

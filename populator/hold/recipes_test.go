@@ -3,6 +3,7 @@ package hold
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,7 +15,7 @@ import (
 // must makes the program of a recipe.
 func must(t *testing.T, name string, parameters map[string]string) Program {
 	t.Helper()
-	p, err := Recipe(name, parameters, time.Minute)
+	p, err := Recipe(name, parameters, 10*time.Minute)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -36,6 +37,14 @@ func command(t *testing.T, env []string, name string, args ...string) string {
 // server runs a server until the test ends; ready reports that it answers.
 func server(t *testing.T, cmd *exec.Cmd, ready func() error) {
 	t.Helper()
+	if printed, is := tryServer(t, cmd, ready); !is {
+		t.Fatalf("it ended: %s", printed)
+	}
+}
+
+// tryServer is server for one that may end at once: then it returns false, and what that printed.
+func tryServer(t *testing.T, cmd *exec.Cmd, ready func() error) (printed string, is bool) {
+	t.Helper()
 	log := &strings.Builder{}
 	cmd.Stdout, cmd.Stderr = log, log
 	if err := cmd.Start(); err != nil {
@@ -53,11 +62,11 @@ func server(t *testing.T, cmd *exec.Cmd, ready func() error) {
 	for end := time.Now().Add(5 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		err := ready()
 		if err == nil {
-			return
+			return "", true
 		}
 		select {
 		case <-ended:
-			t.Fatalf("it ended: %s", log)
+			return log.String(), false
 		default:
 		}
 		if time.Now().After(end) {
@@ -133,7 +142,7 @@ func TestPostgreSQL(t *testing.T) {
 		}
 		l := newLocal(t, shell)
 		l.env = env
-		m := start(t.Context(), l, Target{}, must(t, PostgreSQL, nil), defaultSilence, defaultBeat)
+		m := start(t.Context(), l, Target{}, must(t, PostgreSQL, nil), calm, defaultBeat)
 		if err := m.frozen(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -151,7 +160,7 @@ func TestPostgreSQL(t *testing.T) {
 		l.gone()
 
 		// Another session ends it: there is no proof.
-		m = start(t.Context(), l, Target{}, must(t, PostgreSQL, nil), defaultSilence, 200*time.Millisecond)
+		m = start(t.Context(), l, Target{}, must(t, PostgreSQL, nil), calm, 200*time.Millisecond)
 		if err := m.frozen(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -162,14 +171,14 @@ func TestPostgreSQL(t *testing.T) {
 		_ = m.release(t.Context())
 		l.gone()
 
-		m = start(t.Context(), l, Target{}, must(t, PostgreSQL, map[string]string{"method": "Checkpoint", "connection": "dbname=postgres user=owner"}), defaultSilence, defaultBeat)
+		m = start(t.Context(), l, Target{}, must(t, PostgreSQL, map[string]string{"method": "Checkpoint", "connection": "dbname=postgres user=owner"}), calm, defaultBeat)
 		if err := errors.Join(m.frozen(t.Context()), m.prove(t.Context()), m.release(t.Context())); err != nil {
 			t.Errorf("checkpoint: %v", err)
 		}
 
 		// It is unreachable, and the error says why.
 		l.env = []string{"PGHOST=/nonexistent"}
-		m = start(t.Context(), l, Target{}, must(t, PostgreSQL, nil), defaultSilence, 200*time.Millisecond)
+		m = start(t.Context(), l, Target{}, must(t, PostgreSQL, nil), calm, 200*time.Millisecond)
 		if err := m.frozen(t.Context()); !errors.Is(err, ErrFreeze) || !strings.Contains(err.Error(), "/nonexistent") {
 			t.Errorf("without a server: %v", err)
 		}
@@ -203,7 +212,7 @@ func TestMariaDB(t *testing.T) {
 		l := newLocal(t, all[shell])
 		l.env = []string{env[0], "MARIADB_ROOT_PASSWORD=it's secret"}
 		p := must(t, MariaDB, map[string]string{"lock": lock})
-		m := start(t.Context(), l, Target{}, p, defaultSilence, defaultBeat)
+		m := start(t.Context(), l, Target{}, p, calm, defaultBeat)
 		if err := m.frozen(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -217,12 +226,16 @@ func TestMariaDB(t *testing.T) {
 		l.gone()
 
 		// Another session ends it.
-		m = start(t.Context(), l, Target{}, p, defaultSilence, 200*time.Millisecond)
+		m = start(t.Context(), l, Target{}, p, calm, 200*time.Millisecond)
 		if err := m.frozen(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		for id := range strings.FieldsSeq(sql("select id from information_schema.processlist where user = 'root' and id <> connection_id()")) {
-			sql("kill " + id)
+			// The connections of clients that have ended are listed for a moment.
+			out, err := exec.Command("env", env[0], env[1], "mariadb", "--no-defaults", "--user=root", "-e", "kill "+id).CombinedOutput()
+			if err != nil && !strings.Contains(string(out), "Unknown thread id") {
+				t.Fatalf("%v: %s", err, out)
+			}
 		}
 		if err := m.prove(t.Context()); !errors.Is(err, ErrLost) {
 			t.Errorf("%s: with its session gone: %v", lock, err)
@@ -240,25 +253,35 @@ func TestRedis(t *testing.T) {
 		t.Skip("Redis is not installed; make setup installs it")
 	}
 	dir, as := inDir(t, "redis")
-	port := fmt.Sprint(20000 + os.Getpid()%20000)
-	args := append(append([]string{}, as...), daemon, "--port", port, "--bind", "127.0.0.1", "--dir", dir, "--save", "", "--appendonly", "yes", "--requirepass", "secret")
 	env := []string{"REDISCLI_AUTH=secret"}
+	var port string
 	ask := func(args ...string) string {
 		return command(t, env, "redis-cli", append([]string{"-p", port}, args...)...)
 	}
-	server(t, exec.Command(args[0], args[1:]...), func() error {
-		out, err := exec.Command("redis-cli", "-p", port, "ping").CombinedOutput()
-		if err == nil && !strings.Contains(string(out), "NOAUTH") {
-			err = errors.New(string(out))
+	for left, is := 20, false; !is; left-- { // another process may have the port
+		port = fmt.Sprint(10000 + rand.IntN(20000))
+		args := append(append([]string{}, as...), daemon, "--port", port, "--bind", "127.0.0.1", "--dir", dir, "--save", "", "--appendonly", "yes", "--requirepass", "secret")
+		cmd := exec.Command(args[0], args[1:]...)
+		var printed string
+		printed, is = tryServer(t, cmd, func() error {
+			info := exec.Command("redis-cli", "-p", port, "info", "server")
+			info.Env = append(os.Environ(), env...)
+			out, err := info.CombinedOutput()
+			if err == nil && !strings.Contains(string(out), fmt.Sprintf("process_id:%d\r\n", cmd.Process.Pid)) {
+				err = errors.New(string(out))
+			}
+			return err
+		})
+		if !is && (left == 0 || !strings.Contains(printed, "Address already in use")) {
+			t.Fatalf("it ended: %s", printed)
 		}
-		return err
-	})
+	}
 	for i, shell := range shells(t) {
 		ask("set", "key", i)
 		_ = os.Remove(filepath.Join(dir, "dump.rdb"))
 		l := newLocal(t, shell)
 		l.env = []string{"REDIS_PASSWORD=secret"}
-		m := start(t.Context(), l, Target{}, must(t, Redis, map[string]string{"port": port}), defaultSilence, defaultBeat)
+		m := start(t.Context(), l, Target{}, must(t, Redis, map[string]string{"port": port}), calm, defaultBeat)
 		if err := errors.Join(m.frozen(t.Context()), m.prove(t.Context())); err != nil {
 			t.Fatal(err)
 		}
@@ -269,7 +292,7 @@ func TestRedis(t *testing.T) {
 			t.Error(err)
 		}
 		l.env = []string{"REDIS_PASSWORD=wrong"}
-		m = start(t.Context(), l, Target{}, must(t, Redis, map[string]string{"port": port}), defaultSilence, defaultBeat)
+		m = start(t.Context(), l, Target{}, must(t, Redis, map[string]string{"port": port}), calm, defaultBeat)
 		if err := m.frozen(t.Context()); !errors.Is(err, ErrFreeze) {
 			t.Errorf("with another password: %v", err)
 		}

@@ -227,6 +227,24 @@ func TestTenantsOpeningIsBounded(t *testing.T) {
 	})
 }
 
+// settled waits until no connection has a user: what has opened one is a user for a moment more.
+func (x *shared) settled(t *testing.T) {
+	t.Helper()
+	used := func() (users int) {
+		x.Connections.mu.Lock()
+		defer x.Connections.mu.Unlock()
+		for _, c := range x.Connections.byKey {
+			users += c.refs
+		}
+		return users
+	}
+	for end := time.Now().Add(calm); used() > 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("a connection has a user")
+		}
+	}
+}
+
 // Unused connections are closed if there are too many.
 func TestIdleConnectionsAreFew(t *testing.T) {
 	x := newShared(t)
@@ -236,6 +254,7 @@ func TestIdleConnectionsAreFew(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	x.settled(t)
 	x.Connections.mu.Lock()
 	defer x.Connections.mu.Unlock()
 	if n := len(x.Connections.byKey); n != maxIdle || x.Connections.byKey[x.st.Key] == nil {
@@ -336,10 +355,23 @@ func TestLookOutlivesItsCallers(t *testing.T) {
 		defer p.mu.Unlock()
 		return c.refs
 	}
+	x.settled(t)
+	until := func(users int) {
+		t.Helper()
+		for end := time.Now().Add(calm); refs() != users; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("the connection has %d users, want %d", refs(), users)
+			}
+		}
+	}
 	c.fresh.serial.Lock() // the look does not get on
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	if err := x.nothing(ctx); !errors.Is(err, context.DeadlineExceeded) {
+	called := make(chan error, 1)
+	go func() { called <- x.nothing(ctx) }()
+	until(2) // the call, and the look
+	cancel()
+	if err := <-called; !errors.Is(err, context.Canceled) {
 		t.Errorf("a call that waits for the storage: %v", err)
 	}
 	p.Forget(x.st.Key)
@@ -348,9 +380,5 @@ func TestLookOutlivesItsCallers(t *testing.T) {
 	}
 	c.fresh.serial.Unlock()
 	p.Close()
-	for end := time.Now().Add(time.Minute); refs() != 0; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("the look has ended, and the connection has a user")
-		}
-	}
+	until(0)
 }

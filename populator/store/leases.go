@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"sync"
@@ -31,6 +32,8 @@ const (
 // expire. Safe for concurrent use, but not for two calls about one object.
 type Leases struct {
 	Stores *Stores
+
+	wait, patience time.Duration // for tests; 0 for leaseWait and leasePatience
 
 	mu     sync.Mutex
 	held   map[types.UID]*reservation
@@ -176,7 +179,7 @@ func (l *Leases) try(ctx context.Context, r *reservation, what string, do func(c
 	}
 	done := make(chan error, 1)
 	go func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leasePatience)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cmp.Or(l.patience, leasePatience))
 		defer cancel()
 		err := l.with(ctx, r, do)
 		if err != nil && !errors.Is(err, points.ErrNoSuchPoint) {
@@ -190,7 +193,7 @@ func (l *Leases) try(ctx context.Context, r *reservation, what string, do func(c
 		}
 		done <- err
 	}()
-	timer := time.NewTimer(leaseWait)
+	timer := time.NewTimer(cmp.Or(l.wait, leaseWait))
 	defer timer.Stop()
 	select {
 	case err := <-done:

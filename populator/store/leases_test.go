@@ -53,7 +53,7 @@ func TestLeases(t *testing.T) {
 		return out
 	}
 	a, b := pts[0].ID, pts[1].ID
-	l := &Leases{Stores: x.Stores}
+	l := &Leases{Stores: x.Stores, wait: calm, patience: calm}
 	keep := func(user types.UID, ids ...string) {
 		t.Helper()
 		if err := l.Keep(ctx, user, ref, "", "restore "+string(user), ids...); err != nil {
@@ -117,6 +117,9 @@ func TestLeases(t *testing.T) {
 	}
 }
 
+// calm is longer than a busy machine takes to write a lease.
+const calm = 5 * time.Minute
+
 // A store that is silent holds up an object for a moment, and the next ones not at all.
 func TestLeasesOfSilentStore(t *testing.T) {
 	x := newShared(t)
@@ -129,7 +132,7 @@ func TestLeasesOfSilentStore(t *testing.T) {
 			return ctx.Err()
 		}
 	}
-	l := &Leases{Stores: x.Stores}
+	l := &Leases{Stores: x.Stores, patience: calm}
 	ref := v1alpha1.StoreReference{Kind: v1alpha1.StoreKindBackupStore, Name: "main"}
 	key := KeyOf(ref, "")
 	state := func() answers {
@@ -147,7 +150,7 @@ func TestLeasesOfSilentStore(t *testing.T) {
 	}
 	l.Release(t.Context(), "1")
 	close(silent)
-	for end := time.Now().Add(time.Minute); state().slow > 0; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(calm); state().slow > 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("the attempt does not end")
 		}
@@ -160,7 +163,7 @@ func TestLeasesOfSilentStore(t *testing.T) {
 // A store that cannot be written to, or does not answer, stops no restore here.
 func TestLeasesWithoutStore(t *testing.T) {
 	x := newShared(t)
-	l := &Leases{Stores: x.Stores}
+	l := &Leases{Stores: x.Stores, wait: calm, patience: calm}
 	ref := v1alpha1.StoreReference{Kind: v1alpha1.StoreKindBackupStore, Name: "main"}
 	for name, change := range map[string]func(){
 		"does not answer": func() { x.before = func(context.Context) error { return errors.New("no route to host") } },

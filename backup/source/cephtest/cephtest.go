@@ -47,7 +47,7 @@ memstore_device_bytes = 1073741824
 // Run runs a program of Ceph or QEMU with the cluster, and returns what it prints.
 func (c *Cluster) Run(t testing.TB, program string, args ...string) []byte {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute) // without its cluster a client waits for ever
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute) // without its cluster a client waits for ever
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Env = append(os.Environ(), "CEPH_CONF="+c.Conf)

@@ -2,11 +2,14 @@ package servers
 
 import (
 	"bytes"
+	"context"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -56,20 +59,19 @@ func gateway(t testing.TB) string {
 }
 
 // StartS3 runs an S3 server over a directory until the test ends and returns
-// its address.
+// its address. The server itself listens on a socket file: it would open a port by its number, and one that was free
+// a moment ago may be another program's by then.
 func StartS3(t testing.TB) string {
 	t.Helper()
 	bin := gateway(t)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	dir, err := os.MkdirTemp("", "varve-s3-*") // a socket's name has at most 107 bytes
 	if err != nil {
 		t.Fatal(err)
 	}
-	address := l.Addr().String()
-	if err := l.Close(); err != nil {
-		t.Fatal(err)
-	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	socket := filepath.Join(dir, "s3")
 	data, versions := t.TempDir(), t.TempDir()
-	cmd := exec.Command(bin, "--access", S3AccessKey, "--secret", S3SecretKey, "--port", address, "--quiet", "posix", "--versioning-dir", versions, data)
+	cmd := exec.Command(bin, "--access", S3AccessKey, "--secret", S3SecretKey, "--port", socket, "--quiet", "posix", "--versioning-dir", versions, data)
 	var log bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &log, &log
 	if err := cmd.Start(); err != nil {
@@ -91,12 +93,62 @@ func StartS3(t testing.TB) string {
 		case <-t.Context().Done():
 			t.Fatal("S3 server did not start")
 		case <-tick.C:
-			if c, err := net.Dial("tcp", address); err == nil {
+			if c, err := net.Dial("unix", socket); err == nil {
 				_ = c.Close()
-				return address
+				return forward(t, socket)
 			}
 		}
 	}
+}
+
+// forward listens on a port of this machine until the test ends, and passes its connections on to a socket file.
+func forward(t testing.TB, socket string) (address string) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, end := context.WithCancel(context.WithoutCancel(t.Context()))
+	var running sync.WaitGroup
+	running.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			running.Go(func() { pass(ctx, c, socket) })
+		}
+	})
+	t.Cleanup(func() {
+		_ = l.Close()
+		end()
+		running.Wait()
+	})
+	return l.Addr().String()
+}
+
+// pass passes what arrives on a connection on to a socket file, and back, until both sides or ctx have ended.
+func pass(ctx context.Context, c net.Conn, socket string) {
+	defer c.Close()
+	to, err := net.Dial("unix", socket)
+	if err != nil {
+		return // the server ended: so does the connection
+	}
+	defer to.Close()
+	defer context.AfterFunc(ctx, func() {
+		_ = c.Close()
+		_ = to.Close()
+	})()
+	var both sync.WaitGroup
+	for _, way := range [][2]net.Conn{{c, to}, {to, c}} {
+		both.Go(func() {
+			_, _ = io.Copy(way[1], way[0]) // a side that goes is no failure of the test
+			if w, ok := way[1].(interface{ CloseWrite() error }); ok {
+				_ = w.CloseWrite()
+			}
+		})
+	}
+	both.Wait()
 }
 
 // S3Client returns a client of the server at address.
