@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -88,7 +89,7 @@ func TestPostgreSQLStartsOnARecoveryPoint(t *testing.T) {
 				t.Logf("PostgreSQL's log:\n%s", b)
 			}
 		}()
-		postgres(t, bin, "pg_ctl", "-D", data, "-w", "-t", "120", "-l", filepath.Join(sockets, "log"),
+		postgres(t, bin, "pg_ctl", "-D", data, "-w", "-t", "900", "-l", filepath.Join(sockets, "log"),
 			"-o", "-c listen_addresses='' -c unix_socket_directories="+sockets+" -c shared_buffers=16MB", "start")
 		lock, err := os.ReadFile(filepath.Join(data, "postmaster.pid"))
 		if err != nil {
@@ -100,7 +101,7 @@ func TestPostgreSQLStartsOnARecoveryPoint(t *testing.T) {
 			t.Fatal(err)
 		}
 		return func() {
-			postgres(t, bin, "pg_ctl", "-D", data, "-w", "-m", "fast", "stop")
+			postgres(t, bin, "pg_ctl", "-D", data, "-w", "-t", "900", "-m", "fast", "stop")
 			// pg_ctl waits until the lock file is gone. The process ends after that, and stands in the
 			// data directory until then.
 			wait(t, func() bool { return errors.Is(unix.Kill(pid, 0), unix.ESRCH) })
@@ -150,6 +151,7 @@ func TestPostgreSQLStartsOnARecoveryPoint(t *testing.T) {
 	if err := child.Process.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
+	wait(t, func() bool { return halted(t, child.Process.Pid) })
 	copyErr := exec.Command("cp", "-a", "--sparse=always", filepath.Join(overlays, base.ID), picture).Run()
 	if err := errors.Join(copyErr, child.Process.Signal(syscall.SIGCONT)); err != nil {
 		t.Fatal(err)
@@ -191,6 +193,23 @@ func TestPostgreSQLStartsOnARecoveryPoint(t *testing.T) {
 	stop()
 	stopped = true
 	unmount()
+}
+
+// halted reports whether all threads of a process stand still. One that a signal meets in a system call ends that
+// first, and writes.
+func halted(t testing.TB, pid int) bool {
+	t.Helper()
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	if err != nil || len(threads) == 0 {
+		t.Fatalf("threads of %d: %v", pid, err)
+	}
+	return !slices.ContainsFunc(threads, func(name string) bool {
+		b, err := os.ReadFile(name) // proc_pid_stat(5): number, name in brackets, state
+		if err != nil {
+			return true // it has ended since
+		}
+		return !strings.HasPrefix(string(b[max(strings.LastIndexByte(string(b), ')'), 0):]), ") T")
+	})
 }
 
 // commit makes a recovery point of a kept overlay.

@@ -154,7 +154,10 @@ func startChild(t testing.TB, r *repotest.Repo, dir string, env ...string) *exec
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = cmd.Process.Kill() })
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait() // until it writes to no directory of the test any more
+	})
 	if b := make([]byte, 6); func() bool { _, err = io.ReadFull(out, b); return err != nil }() {
 		t.Fatalf("the serving process did not get ready: %v", err)
 	}

@@ -116,7 +116,7 @@ func crash(t testing.TB, image string) string {
 	if err := errors.Join(f.Sync(), f.Close()); err != nil {
 		t.Fatal(err)
 	}
-	return diskfstest.CopyImage(t, image)
+	return diskfstest.CopyInUse(t, image)
 }
 
 var (
@@ -218,10 +218,17 @@ func checkDisk(t testing.TB, got, image string) {
 	if _, err := io.Copy(a, struct{ io.Reader }{io.NewSectionReader(want, 0, size)}); err != nil {
 		t.Fatal(err)
 	}
+	// The runtime's own signals may interrupt a call that waits for the server.
+	seek := func(off int64, whence int) (at int64, err error) {
+		for at, err = unix.Seek(int(f.Fd()), off, whence); errors.Is(err, unix.EINTR); {
+			at, err = unix.Seek(int(f.Fd()), off, whence)
+		}
+		return at, err
+	}
 	// Holes as SEEK_DATA reports them, zeroes between.
 	data := int64(0)
 	for off := int64(0); off < size; {
-		start, err := unix.Seek(int(f.Fd()), off, unix.SEEK_DATA)
+		start, err := seek(off, unix.SEEK_DATA)
 		if errors.Is(err, unix.ENXIO) {
 			start = size
 		} else if err != nil {
@@ -233,7 +240,7 @@ func checkDisk(t testing.TB, got, image string) {
 		if start == size {
 			break
 		}
-		if off, err = unix.Seek(int(f.Fd()), start, unix.SEEK_HOLE); err != nil {
+		if off, err = seek(start, unix.SEEK_HOLE); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := io.Copy(b, io.NewSectionReader(f, start, off-start)); err != nil {

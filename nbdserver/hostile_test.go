@@ -3,6 +3,8 @@ package nbdserver_test
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -67,6 +69,9 @@ func works(t *testing.T, s nbdtest.Target) {
 func TestThousandClients(t *testing.T) {
 	srv, s := image(t, nbdserver.Config{})
 	works(t, s)
+	for srv.Connections() > 0 { // until that client has left
+		time.Sleep(time.Millisecond)
+	}
 	g, f := resources(t)
 	t.Run("connected", func(t *testing.T) {
 		var all []*nbdtest.Raw
@@ -116,10 +121,13 @@ func TestTooManyClients(t *testing.T) {
 // Clients that stall, half-close or vanish at any point of a session end
 // without a trace.
 func TestStallsAndCuts(t *testing.T) {
-	_, s := image(t, nbdserver.Config{NegotiationTimeout: 50 * time.Millisecond, StallTimeout: 50 * time.Millisecond,
-		Catalog: single(nbdtest.NewDisk(nbdtest.Image()).Writable())})
-	works(t, s)
-	g, f := resources(t)
+	// With a time that no test waits for, a client must be seen to leave.
+	served := func(t *testing.T, negotiation, stall time.Duration) nbdtest.Target {
+		_, s := image(t, nbdserver.Config{NegotiationTimeout: negotiation, StallTimeout: stall,
+			Catalog: single(nbdtest.NewDisk(nbdtest.Image()).Writable())})
+		return s
+	}
+	const short, never = 50 * time.Millisecond, time.Hour
 	session := bytes.Join([][]byte{
 		{0, 0, 0, 3},
 		option(proto.OptStructuredReply, nil),
@@ -128,6 +136,9 @@ func TestStallsAndCuts(t *testing.T) {
 		nbdtest.Request(proto.CmdWrite, 0, 2, 0, 1000), make([]byte, 1000),
 	}, nil)
 	t.Run("cut", func(t *testing.T) {
+		s := served(t, never, never)
+		works(t, s)
+		g, f := resources(t)
 		for n := 0; n <= len(session); n += 1 + n/8 {
 			r := s.DialRaw(t)
 			r.Send(session[:n])
@@ -139,25 +150,82 @@ func TestStallsAndCuts(t *testing.T) {
 			if _, err := io.Copy(io.Discard, r.Conn); err != nil {
 				t.Fatalf("half-closed after %d bytes: %v", n, err)
 			}
+			_ = r.Close()
 		}
+		works(t, s)
+		settled(t, g, f)
 	})
-	t.Run("stall", func(t *testing.T) {
+	// stall sends part of a session and waits until the server hangs up by itself.
+	stall := func(t *testing.T, s nbdtest.Target, n int) error {
+		r := s.DialRaw(t)
+		defer r.Close()
+		if _, err := r.Write(session[:n]); err != nil {
+			return err
+		}
+		_, err := io.Copy(io.Discard, r.Conn)
+		return err
+	}
+	t.Run("stall in a request", func(t *testing.T) {
+		s := served(t, never, short)
+		works(t, s)
+		g, f := resources(t)
 		// One that only takes its time between requests stays.
 		patient := s.DialOptions(t, nbdtest.Fixed)
 		patient.Go("disk")
-		defer patient.Alive()
-		// Without a byte more, the server hangs up by itself, but for a client
-		// that waits between requests.
-		for _, n := range []int{0, 2, 10, 30, 60, len(session) - 500} {
-			r := s.DialRaw(t)
-			r.Send(session[:n])
-			if _, err := io.Copy(io.Discard, r.Conn); err != nil {
+		for _, n := range []int{60, len(session) - 500} {
+			if err := stall(t, s, n); err != nil {
 				t.Fatalf("stalled after %d bytes: %v", n, err)
 			}
 		}
+		patient.Alive()
+		_ = patient.Close()
+		works(t, s)
+		settled(t, g, f)
 	})
-	works(t, s)
-	settled(t, g, f)
+	t.Run("stall in the negotiation", func(t *testing.T) {
+		stalls := func(limit time.Duration) error {
+			s := served(t, limit, never)
+			g, f := resources(t)
+			for _, n := range []int{0, 2, 10, 30} {
+				if err := stall(t, s, n); err != nil {
+					return fmt.Errorf("stalled after %d bytes: %w", n, err)
+				}
+			}
+			if err := answers(t, s); err != nil {
+				return err
+			}
+			settled(t, g, f)
+			return nil
+		}
+		// On a machine that is slow itself the time may be over before the client has sent its part.
+		limit := short
+		err := stalls(limit)
+		for ; err != nil && limit < 10*time.Second; err = stalls(limit) {
+			limit *= 3
+		}
+		if err != nil {
+			t.Errorf("within %v: %v", limit, err)
+		}
+	})
+}
+
+// answers is works for a server that may hang up before it was asked.
+func answers(t *testing.T, s nbdtest.Target) error {
+	t.Helper()
+	c, err := nbdclient.New(s.DialRaw(t).Conn)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = c.Close() }()
+	if _, err := c.Negotiate(nbdclient.Simple); err != nil {
+		return err
+	}
+	e, err := c.Go("disk")
+	if err != nil {
+		return err
+	}
+	_, err = e.ReadAt(ctx(t), make([]byte, 512), 0)
+	return errors.Join(err, e.Close())
 }
 
 func TestIdleTimeout(t *testing.T) {
@@ -166,10 +234,13 @@ func TestIdleTimeout(t *testing.T) {
 	r := s.DialOptions(t, nbdtest.Fixed)
 	r.Go("disk")
 	r.WantClosed()
-	// A request in flight is not idleness, however long it takes.
+	// A request in flight is not idleness, however long it takes. It is sent with the option, since a
+	// machine that is slow itself may need longer than the limit between the two.
 	r = s.DialOptions(t, nbdtest.Fixed)
-	r.Go("disk")
-	r.Request(proto.CmdRead, 0, 1, 0, 512)
+	r.Send(option(proto.OptGo, append(lenString("disk"), 0, 0)), nbdtest.Request(proto.CmdRead, 0, 1, 0, 512))
+	if got, _ := r.Final(proto.OptGo); got != proto.RepAck {
+		t.Fatalf("GO answered %s", got)
+	}
 	<-g.entered
 	for range 2 { // a later one is idle for that long
 		later := s.DialOptions(t, nbdtest.Fixed)
@@ -249,9 +320,11 @@ func TestSlowReader(t *testing.T) {
 		for range 8 {
 			r := s.DialOptions(t, nbdtest.Fixed)
 			r.Go("disk")
+			var all []byte // sent in one go: after the first the server is waiting for the client already
 			for i := range uint64(64) {
-				r.Request(proto.CmdRead, 0, i, 0, 8<<20)
+				all = append(all, nbdtest.Request(proto.CmdRead, 0, i, 0, 8<<20)...)
 			}
+			r.Send(all)
 			greedy = append(greedy, r)
 		}
 		// 4 GiB are asked for. Others are served all the same, and memory stays

@@ -202,7 +202,7 @@ func TestListen(t *testing.T) {
 	if _, err := nbdserver.Listen(long); err == nil || !strings.Contains(err.Error(), "at most 107") {
 		t.Errorf("a path that is too long: %v", err)
 	}
-	for _, a := range []string{"tcp:127.0.0.1:0", "tcp://127.0.0.1:0", "127.0.0.1:0", "[::1]:0", "unix://" + path, "unix:@nbdserver-test-" + filepath.Base(t.TempDir())} {
+	for _, a := range []string{"tcp:127.0.0.1:0", "tcp://127.0.0.1:0", "127.0.0.1:0", "[::1]:0", "unix://" + path, "unix:@" + t.TempDir()} {
 		l, err := nbdserver.Listen(a)
 		if err != nil {
 			t.Errorf("%s: %v", a, err)

@@ -42,6 +42,7 @@ type madeUpNode struct {
 	entries []diskfs.Dirent
 	content string // or a link's target
 	attrs   []diskfs.Xattr
+	listed  func() // called when the entries are read; may be nil
 	ino     uint64
 }
 
@@ -60,6 +61,9 @@ func (n *madeUpNode) Lookup(name string) (uint64, error) {
 
 func (n *madeUpNode) Entries() iter.Seq2[diskfs.Dirent, error] {
 	return func(yield func(diskfs.Dirent, error) bool) {
+		if n.listed != nil {
+			n.listed()
+		}
 		for _, e := range n.entries {
 			if !yield(e, nil) {
 				return
@@ -189,21 +193,26 @@ func TestCopyStaysWithinTheTarget(t *testing.T) {
 			5: {mode: unix.S_IFLNK | 0o777, content: "beside"},
 		})
 	}
-	// copyWhile calls change while file 0 is copied and the directory has just been made.
+	// copyWhile calls change while file 0 is copied and the directory has just been made: the entries of a
+	// directory are read after the copy has made it and knows it.
 	copyWhile := func(t *testing.T, fsys diskfs.FileSystem, target string, change func(dir string) error) (res browse.CopyResult, refused *refusals, err error) {
 		t.Helper()
 		dir := filepath.Join(target, "dir")
 		refused = &refusals{}
+		hostile, ok := fsys.Inodes().(madeUp)
+		if !ok {
+			t.Fatal("another file system")
+		}
+		made := make(chan struct{})
+		hostile[3].listed = sync.OnceFunc(func() { close(made) })
 		var once sync.Once
 		res, err = browse.Copy(t.Context(), fsys, ".", target, browse.CopyOptions{Recursive: true, Force: true, Workers: 1, Failed: refused.add, Copied: func(int64) {
 			once.Do(func() {
-				for range 1000 {
-					if _, err := os.Lstat(dir); err == nil {
-						break
-					}
-					time.Sleep(10 * time.Millisecond)
+				select {
+				case <-made:
+				case <-time.After(5 * time.Minute):
+					t.Error("the directory was not listed")
 				}
-				time.Sleep(50 * time.Millisecond) // until it is known
 				if err := change(dir); err != nil {
 					t.Error(err)
 				}

@@ -72,7 +72,7 @@ func comparesJournaledData(t *testing.T) bool {
 	// that both are in.
 	write("file", is, false)
 	write("other", was, true)
-	dirty := diskfstest.CopyImage(t, img)
+	dirty := diskfstest.CopyInUse(t, img)
 	unmount()
 	r, _ = diskfstest.Open(t, dirty)
 	b := make([]byte, len(was))

@@ -5,7 +5,9 @@
 package diskfstest
 
 import (
+	"bytes"
 	"errors"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -89,6 +91,46 @@ func CopyImage(t testing.TB, image string) string {
 	return to
 }
 
+// CopyInUse copies an image that is mounted, as it was at one moment: until a copy is equal to the image after it
+// was made. The kernel writes changes to their places from time to time, and a copy of which one part is from
+// before and another from after that is of no state that a power failure leaves.
+func CopyInUse(t testing.TB, image string) string {
+	t.Helper()
+	to := CopyImage(t, image)
+	for !equal(t, image, to) {
+		Run(t, "cp", "--sparse=always", image, to)
+	}
+	return to
+}
+
+// equal reports whether two files of one size hold the same.
+func equal(t testing.TB, a, b string) bool {
+	t.Helper()
+	var files [2]*os.File
+	var parts [2][]byte
+	for i, name := range []string{a, b} {
+		f, err := os.Open(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		files[i], parts[i] = f, make([]byte, 1<<20)
+	}
+	for {
+		n, err := io.ReadFull(files[0], parts[0])
+		m, _ := io.ReadFull(files[1], parts[1][:n])
+		if !bytes.Equal(parts[0][:n], parts[1][:m]) {
+			return false
+		}
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			return true
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // Open opens an image for reading; it is closed with the test.
 func Open(t testing.TB, image string) (*os.File, int64) {
 	t.Helper()
@@ -148,9 +190,9 @@ func backingFile(loop string) string {
 // and the file system writes what it still has in memory only at the last umount.
 func waitReleased(t testing.TB, loop, image string) {
 	t.Helper()
-	for end := time.Now().Add(time.Minute); image != "" && backingFile(loop) == image; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(10 * time.Minute); image != "" && backingFile(loop) == image; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("%s still has %s a minute after it was unmounted", loop, image)
+			t.Fatalf("%s still has %s ten minutes after it was unmounted", loop, image)
 		}
 	}
 }

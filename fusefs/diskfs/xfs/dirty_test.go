@@ -240,7 +240,7 @@ func TestReplayCopy(t *testing.T) {
 		f := p.open("synced")
 		p.must(f.Sync()) // forces the log, and leaves metadata to be written later
 		p.must(f.Close())
-		copied = diskfstest.CopyImage(t, img)
+		copied = diskfstest.CopyInUse(t, img)
 	})
 	f := checkReplay(t, copied)
 	inoOf(t, f, "synced")
