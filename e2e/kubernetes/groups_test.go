@@ -33,9 +33,9 @@ done >/dev/null 2>&1 &`
 const ordered = `n=0; while :; do n=$((n+1)); for d in a b c; do echo $n >/$d/new; sync; mv /$d/new /$d/n; sync; done; done >/dev/null 2>&1 &
 while [ ! -s /c/n ]; do usleep 1000; done`
 
-// pauses returns the hook that holds the counter.
-var pauses = []v1alpha1.Hook{{Name: "clock", Command: &v1alpha1.HookCommand{
-	Freeze: "touch /tmp/pause; until [ -e /tmp/paused ]; do sleep 0.1; done; sync",
+// pauses is the hook that holds the counter. The counter may not have seen the end of an earlier hold, and left its answer.
+var pauses = []v1alpha1.Hook{{Name: "clock", TimeLimit: longHold, Command: &v1alpha1.HookCommand{
+	Freeze: "rm -f /tmp/paused; touch /tmp/pause; until [ -e /tmp/paused ]; do sleep 0.1; done; sync",
 	Thaw:   "rm -f /tmp/pause", Check: "[ -e /tmp/paused ] && [ -e /tmp/pause ]"}}}
 
 var threeClaims = []string{"a", "b", "c"}
@@ -208,7 +208,7 @@ func TestGroupSnapshotOfAnotherClaim(t *testing.T) {
 	s.clock(d.Class(), counter)
 	s.CreateClaim(framework.Claim{Name: "other", Class: d.Class(), Mode: framework.Block, Size: "16Mi"})
 	s.WaitBound("other")
-	hook := v1alpha1.Hook{Name: "slow", Command: &v1alpha1.HookCommand{Freeze: "until [ -e /tmp/go ]; do sleep 0.1; done", Thaw: "true"}}
+	hook := v1alpha1.Hook{Name: "slow", TimeLimit: longHold, Command: &v1alpha1.HookCommand{Freeze: "until [ -e /tmp/go ]; do sleep 0.1; done", Thaw: "true"}}
 	runs := s.backupGroup("run", func(vb *v1alpha1.VolumeBackup) { vb.Spec.Hooks = []v1alpha1.Hook{hook} }, threeClaims...)
 	var value string
 	s.Eventually("the label", func(ctx context.Context) error {
@@ -274,7 +274,7 @@ func TestGroupIsRolledBack(t *testing.T) {
 		defer s.deletePod(pod)
 		return read(pod)
 	}
-	s.Exec("app", "touch /tmp/pause; until [ -e /tmp/paused ]; do sleep 0.1; done; sync") // at a later time
+	s.Exec("app", "rm -f /tmp/paused; touch /tmp/pause; until [ -e /tmp/paused ]; do sleep 0.1; done; sync") // at a later time
 	later := read("app")
 	s.deletePod("app")
 	point := s.waitBackup(runs[1]).Status.Point.ID

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
@@ -71,6 +72,10 @@ func (s *site) waitCut(name string) *v1alpha1.VolumeBackup {
 	return vb
 }
 
+// longHold is the limit of holds that last until the test has done something: on a busy machine that may take
+// longer than the minute of the default.
+var longHold = &metav1.Duration{Duration: 5 * time.Minute}
+
 // stateHook freezes and thaws a file, /tmp/state.
 func stateHook() v1alpha1.Hook {
 	return v1alpha1.Hook{Name: "state", Command: &v1alpha1.HookCommand{
@@ -122,7 +127,7 @@ func TestHookPostgres(t *testing.T) {
 	undo := here.noSnapshots()
 	here.startBackup("run", "data-ledger-0", func(vb *v1alpha1.VolumeBackup) {
 		vb.Spec.StoreRef.Name = name
-		vb.Spec.Hooks = []v1alpha1.Hook{{Name: "ledger", Recipe: v1alpha1.HookPostgreSQL, Parameters: map[string]string{"connection": "host=/tmp user=postgres"}}}
+		vb.Spec.Hooks = []v1alpha1.Hook{{Name: "ledger", Recipe: v1alpha1.HookPostgreSQL, TimeLimit: longHold, Parameters: map[string]string{"connection": "host=/tmp user=postgres"}}}
 	})
 	here.waitCut("run")
 	var marked int64
@@ -191,7 +196,7 @@ func TestHookFaults(t *testing.T) {
 	}
 
 	// It is proven only if the application confirms it after the cut.
-	hook.Command.Check = "false"
+	hook.Command.Check, hook.TimeLimit = "false", longHold
 	held("check")
 	undo()
 	s.waitState(pod, "thawed")

@@ -102,7 +102,8 @@ func (s *site) rollBackJob(name string, off bool) job {
 	}
 	return job{func() {
 		s.rollBack(name, "roll", func(vr *v1alpha1.VolumeRestore) {
-			vr.Spec.From.Volume, vr.Spec.KeepOld = "data", &metav1.Duration{Duration: 5 * time.Minute}
+			// It must not expire before the undo, however many kills and however slow a machine are in between; dropKept ends it.
+			vr.Spec.From.Volume, vr.Spec.KeepOld = "data", &metav1.Duration{Duration: time.Hour}
 		})
 	}, func(ctx context.Context) error {
 		var vr v1alpha1.VolumeRestore

@@ -130,7 +130,7 @@ func TestHookMariaDB(t *testing.T) {
 	here.startBackup("run", "data-accounts-0", func(vb *v1alpha1.VolumeBackup) {
 		vb.Spec.StoreRef.Name = name
 		vb.Spec.Hooks = []v1alpha1.Hook{
-			{Name: "lock", Recipe: v1alpha1.HookMariaDB},
+			{Name: "lock", Recipe: v1alpha1.HookMariaDB, TimeLimit: longHold},
 			{Name: "sql", Dump: &v1alpha1.HookDump{Command: "MYSQL_PWD=$MARIADB_ROOT_PASSWORD mariadb-dump --no-defaults -uroot --single-transaction shop"}},
 		}
 	})

@@ -213,7 +213,8 @@ func (s *site) overNBD(bucket v1alpha1.S3Storage, volume string, committed int64
 	as := func(argv ...string) string {
 		return run(append([]string{"setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"}, argv...)...)
 	}
-	as(filepath.Join(bin, "pg_ctl"), "start", "-w", "-D", data, "-l", filepath.Join(sockets, "log"), "-o", "-k "+sockets+" -c listen_addresses= -c jit=off")
-	defer as(filepath.Join(bin, "pg_ctl"), "stop", "-m", "fast", "-D", data)
+	// It gives up after a minute by itself: too soon for the recovery on a busy machine.
+	as(filepath.Join(bin, "pg_ctl"), "start", "-w", "-t", "600", "-D", data, "-l", filepath.Join(sockets, "log"), "-o", "-k "+sockets+" -c listen_addresses= -c jit=off")
+	defer as(filepath.Join(bin, "pg_ctl"), "stop", "-m", "fast", "-t", "600", "-D", data)
 	checkLedger(s.T, as(filepath.Join(bin, "psql"), "-h", sockets, "-U", "postgres", "-Atc", checkRows), committed)
 }

@@ -251,7 +251,8 @@ func (w *swapper) race(ctx context.Context, offset time.Duration) (putBack bool,
 	return putBack, which, <-done
 }
 
-// runs waits until a pod runs and checks that it has the volume that its claim names.
+// runs waits until a pod runs and checks that it has the volume that its claim names. While the claim is Lost there is no
+// volume of the name, and the pod may be seen to run just then: it must have the one that is there next.
 func (w *swapper) runs(ctx context.Context, pod, old string) (which string, err error) {
 	err = w.Await(ctx, "pod "+pod, func(ctx context.Context) error {
 		var p corev1.Pod
@@ -270,12 +271,15 @@ func (w *swapper) runs(ctx context.Context, pod, old string) (which string, err 
 	if err != nil {
 		return "", err
 	}
-	var pvc corev1.PersistentVolumeClaim
 	var pv corev1.PersistentVolume
-	if err := w.Client.Get(ctx, w.Key(w.claim), &pvc); err != nil {
-		return "", err
-	}
-	if err := w.Client.Get(ctx, client.ObjectKey{Name: pvc.Spec.VolumeName}, &pv); err != nil {
+	err = w.Await(ctx, "the volume of claim "+w.claim, func(ctx context.Context) error {
+		var pvc corev1.PersistentVolumeClaim
+		if err := w.Client.Get(ctx, w.Key(w.claim), &pvc); err != nil {
+			return err
+		}
+		return w.Client.Get(ctx, client.ObjectKey{Name: pvc.Spec.VolumeName}, &pv)
+	})
+	if err != nil {
 		return "", err
 	}
 	which = "the new volume"

@@ -109,7 +109,7 @@ func install(s *site) {
 	if _, err := s.Cluster.Kubectl(ctx, strings.NewReader(string(text)), "apply", "--server-side", "--force-conflicts", "-f", "-"); err != nil {
 		s.T.Fatal(err)
 	}
-	if _, err := s.Cluster.Kubectl(ctx, nil, "wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"); err != nil {
+	if _, err := s.Cluster.Kubectl(ctx, nil, "wait", "--for=condition=Established", "--timeout="+framework.Patience.String(), "crd", "--all"); err != nil {
 		s.T.Fatal(err)
 	}
 	if _, err := s.Cluster.Kubectl(ctx, nil, "apply", "--server-side", "--force-conflicts", "-f", admissionPolicy(s)); err != nil {

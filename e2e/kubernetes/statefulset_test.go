@@ -43,18 +43,24 @@ func (s *site) statefulSet(name, class, source string, replicas int32, script st
 		}}
 }
 
+// waitReplicas waits until all replicas of a StatefulSet are ready. There may be many, whose restores queue: each is an event
+// for which it waits. A status from before the last scaling does not count.
 func (s *site) waitReplicas(name string, want int32) {
 	s.T.Helper()
-	s.Eventually("the replicas of "+name, func(ctx context.Context) error {
-		var set appsv1.StatefulSet
-		if err := s.Client.Get(ctx, s.Key(name), &set); err != nil {
-			return err
-		}
-		if set.Status.ReadyReplicas != want {
-			return s.NotYet(fmt.Sprintf("data-%s-%d", name, want-1), "%d of %d are ready", set.Status.ReadyReplicas, want)
-		}
-		return nil
-	})
+	for least := int32(1); least <= want; {
+		s.Eventually(fmt.Sprintf("replica %d of %s", least, name), func(ctx context.Context) error {
+			var set appsv1.StatefulSet
+			if err := s.Client.Get(ctx, s.Key(name), &set); err != nil {
+				return err
+			}
+			n := set.Status.ReadyReplicas
+			if set.Status.ObservedGeneration < set.Generation || n < least || n > want {
+				return s.NotYet(fmt.Sprintf("data-%s-%d", name, want-1), "%d of %d are ready", n, want)
+			}
+			least = n + 1
+			return nil
+		})
+	}
 }
 
 // A StatefulSet is installed and restored by one manifest with one source: each replica's

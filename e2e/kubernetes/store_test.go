@@ -116,7 +116,7 @@ func (s *site) installWith(values string) {
 		if err != nil {
 			return err
 		}
-		_, err = s.Cluster.Kubectl(ctx, nil, "rollout", "status", "-n", varveNamespace, "deployment/"+controllerName, "--timeout=180s")
+		_, err = s.Cluster.Kubectl(ctx, nil, "rollout", "status", "-n", varveNamespace, "deployment/"+controllerName, "--timeout="+framework.Patience.String())
 		return err
 	}
 	s.atEnd(func() {

@@ -180,7 +180,7 @@ func TestRepositoryUnreachableMidway(t *testing.T) {
 	to := func(vb *v1alpha1.VolumeBackup) { vb.Spec.StoreRef.Name = store }
 	s.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "128Mi"})
 	s.blockPod("writer", "data")
-	s.Exec("writer", "dd if=/dev/urandom of=/dev/data bs=1M count=120 2>/dev/null; sync")
+	s.Exec("writer", fillMore)
 	sum := s.SHA256("writer", "/dev/data")
 	s.backup("first", "data", to)
 	s.source("latest", func(rs *v1alpha1.RecoverySource) { rs.Spec.StoreRef.Name, rs.Spec.From.Volume = store, "data" })
@@ -204,14 +204,18 @@ func TestRepositoryUnreachableMidway(t *testing.T) {
 	t.Log(all)
 }
 
+// fillMore writes 120 MiB of noise to a 128 MiB device. Kopia's limit passes the bytes of 6 s at once in a new process, so
+// with 4Mi a mover has work for 24 s: however late it is seen to run, it has not ended yet.
+const fillMore = "dd if=/dev/urandom of=/dev/data bs=1M count=120 2>/dev/null; sync"
+
 // Killed movers and killed controllers cost only time.
 func TestKilled(t *testing.T) {
 	s := newSite(t) // alone: a hold of another test would be lost with its controller
-	_, store := s.ownStore("8Mi")
+	_, store := s.ownStore("4Mi")
 	to := func(vb *v1alpha1.VolumeBackup) { vb.Spec.StoreRef.Name = store }
-	s.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "64Mi"})
+	s.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "128Mi"})
 	s.blockPod("writer", "data")
-	s.Exec("writer", fill)
+	s.Exec("writer", fillMore)
 	sum := s.SHA256("writer", "/dev/data")
 	s.startBackup("first", "data", to)
 	s.kill(s.mover("backup"))
@@ -221,7 +225,7 @@ func TestKilled(t *testing.T) {
 		t.Errorf("the mover was killed, and there was %d attempt", vb.Status.Attempts)
 	}
 	s.source("latest", func(rs *v1alpha1.RecoverySource) { rs.Spec.StoreRef.Name, rs.Spec.From.Volume = store, "data" })
-	s.restoreClaim(restored{Claim: framework.Claim{Name: "back", Mode: framework.Block, Size: "64Mi"}, Source: "latest"})
+	s.restoreClaim(restored{Claim: framework.Claim{Name: "back", Mode: framework.Block, Size: "128Mi"}, Source: "latest"})
 	s.kill(s.mover("populate"))
 	s.pending("back")
 	s.killControllers()
@@ -272,11 +276,11 @@ func TestNodeLoss(t *testing.T) {
 	if err := s.Cluster.TagImage(t.Context(), s.VarveImage(), shippedImage); err != nil {
 		t.Fatal(err)
 	}
-	_, store := s.ownStore("4Mi")
+	_, store := s.ownStore("4Mi", func(l *v1alpha1.Limits) { l.DownloadPerSecond = nil })
 	to := func(vb *v1alpha1.VolumeBackup) { vb.Spec.StoreRef.Name = store }
-	s.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "64Mi"})
+	s.CreateClaim(framework.Claim{Name: "data", Mode: framework.Block, Size: "128Mi"})
 	s.RunPod(framework.Pod{Name: "writer", Node: nodes[0].Name, Claims: map[string]corev1.PersistentVolumeMode{"data": framework.Block}})
-	s.Exec("writer", fill)
+	s.Exec("writer", fillMore)
 	sum := s.SHA256("writer", "/dev/data")
 	// Movers go to the second node; the controllers stay with the first.
 	s.cordon(nodes[0].Name, true)
@@ -301,7 +305,7 @@ func TestNodeLoss(t *testing.T) {
 	// The node stays lost, with the volume that the first mover read: the run ends.
 	s.waitBackup("first")
 	s.source("latest", func(rs *v1alpha1.RecoverySource) { rs.Spec.StoreRef.Name, rs.Spec.From.Volume = store, "data" })
-	s.restoreClaim(restored{Claim: framework.Claim{Name: "back", Mode: framework.Block, Size: "64Mi"}, Source: "latest"})
+	s.restoreClaim(restored{Claim: framework.Claim{Name: "back", Mode: framework.Block, Size: "128Mi"}, Source: "latest"})
 	s.WaitBound("back")
 	s.RunPod(framework.Pod{Name: "reader", Node: nodes[0].Name, Claims: map[string]corev1.PersistentVolumeMode{"back": framework.Block}})
 	if got := s.SHA256("reader", "/dev/back"); got != sum {
