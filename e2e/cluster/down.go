@@ -88,10 +88,27 @@ func killAndWait(ctx context.Context, pid int) error {
 	})
 }
 
+// loop is a loop device and the file that it has. As soon as it is free the kernel gives its name to the next, which
+// another cluster on the machine may have asked for.
+type loop struct {
+	name string
+	file inode
+}
+
+// inode is a file, with the numbers of the device of its file system.
+type inode struct{ fs, ino string }
+
+// attached reports whether the device still has that file.
+func (l loop) attached(ctx context.Context) bool {
+	out, err := run(ctx, "losetup", "-n", "-l", "-O", "BACK-MAJ:MIN,BACK-INO", l.name)
+	f := strings.Fields(out)
+	return err == nil && len(f) == 2 && l.file == inode{f[0], f[1]}
+}
+
 // loopDevices are those whose file is below prefix, and those on top of them: a kubelet
 // keeps a block volume's device open by a loop device over it, and while that exists the
 // lower one stays.
-func loopDevices(ctx context.Context, prefix string) ([]string, error) {
+func loopDevices(ctx context.Context, prefix string) ([]loop, error) {
 	// The file comes last, since it may contain spaces. That of a device in a node's own
 	// mount namespace reads as "/" once the namespace is gone: then only the inode of the
 	// device node identifies it.
@@ -99,25 +116,24 @@ func loopDevices(ctx context.Context, prefix string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	var devices []string
-	type inode struct{ fs, ino string }
-	above := map[inode][]string{}
+	var devices []loop
+	above := map[inode][]loop{}
 	for line := range strings.Lines(out) {
 		f := strings.Fields(line)
 		if len(f) < 4 {
 			continue
 		}
+		l := loop{f[0], inode{f[1], f[2]}}
 		if strings.HasPrefix(strings.Join(f[3:], " "), prefix) {
-			devices = append(devices, f[0])
+			devices = append(devices, l)
 		} else {
-			lower := inode{f[1], f[2]}
-			above[lower] = append(above[lower], f[0])
+			above[l.file] = append(above[l.file], l)
 		}
 	}
 	for i := 0; i < len(devices); i++ {
 		var st unix.Stat_t
-		if err := unix.Stat(devices[i], &st); err != nil {
-			return nil, fmt.Errorf("%s: %w", devices[i], err)
+		if err := unix.Stat(devices[i].name, &st); err != nil {
+			return nil, fmt.Errorf("%s: %w", devices[i].name, err)
 		}
 		node := inode{fmt.Sprintf("%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev)), strconv.FormatUint(st.Ino, 10)}
 		devices = append(devices, above[node]...)
@@ -127,18 +143,18 @@ func loopDevices(ctx context.Context, prefix string) ([]string, error) {
 }
 
 // detachLoops frees loop devices. Some sit on others, so it takes several passes.
-func detachLoops(ctx context.Context, devices []string) error {
+func detachLoops(ctx context.Context, devices []loop) error {
 	return until(deadline(ctx, 30*time.Second), "loop devices to be free", func(ctx context.Context) error {
 		var errs []error
 		for _, d := range devices {
-			if _, err := run(ctx, "losetup", d); err != nil {
-				continue // it no longer has a file
+			if !d.attached(ctx) {
+				continue // it no longer has the file
 			}
-			if _, err := run(ctx, "losetup", "-d", d); err != nil {
+			if _, err := run(ctx, "losetup", "-d", d.name); err != nil {
 				errs = append(errs, err)
 			}
-			if _, err := run(ctx, "losetup", d); err == nil {
-				errs = append(errs, fmt.Errorf("%s is still attached", d))
+			if d.attached(ctx) {
+				errs = append(errs, fmt.Errorf("%s is still attached", d.name))
 			}
 		}
 		return errors.Join(errs...)

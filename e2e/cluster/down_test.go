@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,7 +23,6 @@ func TestDetachStackedLoopDevices(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { _, _ = run(context.WithoutCancel(t.Context()), "losetup", "-d", dev) })
 		return strings.TrimSpace(dev)
 	}
 	file := func(name string) string {
@@ -36,6 +36,13 @@ func TestDetachStackedLoopDevices(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(dir, "run"), 0o700); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		ctx := context.WithoutCancel(t.Context())
+		left, err := loopDevices(ctx, dir+"/")
+		if err := errors.Join(err, detachLoops(ctx, left)); err != nil {
+			t.Error(err)
+		}
+	})
 	lower := attach(file("run/volume.img"))
 	upper := attach(lower)
 	other := attach(file("other.img"))
@@ -44,19 +51,31 @@ func TestDetachStackedLoopDevices(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	slices.Sort(found)
+	var names []string
+	for _, l := range found {
+		names = append(names, l.name)
+	}
+	slices.Sort(names)
 	want := []string{lower, upper}
 	slices.Sort(want)
-	if !slices.Equal(found, want) {
+	if !slices.Equal(names, want) {
 		t.Fatalf("found %v, want %v", found, want)
 	}
 	if err := detachLoops(t.Context(), found); err != nil {
 		t.Fatal(err)
 	}
-	for _, d := range want {
-		if _, err := run(t.Context(), "losetup", d); err == nil {
-			t.Errorf("%s is still attached", d)
+	for _, l := range found {
+		if l.attached(t.Context()) {
+			t.Errorf("%s is still attached", l.name)
 		}
+	}
+	// A name that another has now is not detached.
+	taken := attach(file("taken.img"))
+	if err := detachLoops(t.Context(), []loop{{taken, found[0].file}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := run(t.Context(), "losetup", taken); err != nil {
+		t.Errorf("%s was detached, which has another file: %v", taken, err)
 	}
 	if _, err := run(t.Context(), "losetup", other); err != nil {
 		t.Errorf("%s was detached: %v", other, err)
