@@ -145,16 +145,18 @@ func incrementalBackup(b *bench) ([]result, error) {
 		return nil, err
 	}
 	// Each run is an increment of the same state, so the repositories are made again.
-	ours := func() (sample, error) {
-		s, err := b.newSite("--compression", sameCompressor)
-		if err != nil {
-			return sample{}, err
+	ours := func(createArgs ...string) func() (sample, error) {
+		return func() (sample, error) {
+			s, err := b.newSite(createArgs...)
+			if err != nil {
+				return sample{}, err
+			}
+			defer s.remove()
+			if _, err := s.save(b.disk, "--extents", full); err != nil {
+				return sample{}, err
+			}
+			return s.save(b.changed, "--extents", b.extents)
 		}
-		defer s.remove()
-		if _, err := s.save(b.disk, "--extents", full); err != nil {
-			return sample{}, err
-		}
-		return s.save(b.changed, "--extents", b.extents)
 	}
 	peer := func() (sample, error) {
 		s, err := b.newPair("")
@@ -167,13 +169,23 @@ func incrementalBackup(b *bench) ([]result, error) {
 		}
 		return s.kopiaSave(b.changed)
 	}
-	a, p, err := b.pair(ours, peer)
-	if err != nil {
-		return nil, err
-	}
 	work := fmt.Sprintf("incremental backup from a list of extents, %s changed, spot check included", megabytes(b.really))
-	return []result{faster(work, "kopia snapshot create of the changed file", atLeast(12, ">= 12 x"),
-		"a changed page costs reading, hashing and compressing its block of 128 KiB, which is most of the CPU time; the key derived from the password (scrypt, 0.15 s of CPU) and the syncs of three flushes are a floor that does not shrink with the change", a, p)}, nil
+	var out []result
+	for _, c := range []struct {
+		work       string
+		createArgs []string
+	}{
+		{work + ", same compressor", []string{"--compression", sameCompressor}},
+		{work + ", defaults of repo create (s2)", nil},
+	} {
+		a, p, err := b.pair(ours(c.createArgs...), peer)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, faster(c.work, "kopia snapshot create of the changed file", atLeast(12, ">= 12 x"),
+			"a changed page costs reading, hashing and compressing its block of 128 KiB, which is most of the CPU time; the key derived from the password (scrypt, 0.15 s of CPU) and the syncs of three flushes are a floor that does not shrink with the change", a, p))
+	}
+	return out, nil
 }
 
 // storedBytes compares what an increment adds to the repository. The peer is a
