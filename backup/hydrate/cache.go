@@ -60,6 +60,7 @@ type Cache struct {
 	used    atomic.Int64 // bytes of data, of open copies and others
 	filled  atomic.Int64 // bytes added since the start
 	read    atomic.Int64 // bytes read from copies
+	removed atomic.Int64 // copies that made room
 	noSpace atomic.Bool  // the file system is full, until something is deleted
 	told    atomic.Bool  // logged that nothing more is kept
 
@@ -257,6 +258,7 @@ func (c *Cache) removeLocked(name string) {
 	}
 	c.used.Add(-c.idle[name].bytes)
 	delete(c.idle, name)
+	c.removed.Add(1)
 	c.roomAgain()
 }
 
@@ -291,6 +293,10 @@ func (c *Cache) reserve(n int64) bool {
 func (c *Cache) evict() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	return c.evictLocked()
+}
+
+func (c *Cache) evictLocked() bool {
 	oldest := ""
 	for name, i := range c.idle {
 		if oldest == "" || i.last.Before(c.idle[oldest].last) {
@@ -304,9 +310,11 @@ func (c *Cache) evict() bool {
 	return true
 }
 
-// outOfSpace handles a full file system.
-func (c *Cache) outOfSpace(err error) {
-	if c.evict() {
+// outOfSpace handles a file system that was full for what began when removed copies had been removed.
+func (c *Cache) outOfSpace(err error, removed int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.evictLocked() || c.removed.Load() != removed { // there may be room by now
 		return
 	}
 	c.noSpace.Store(true)

@@ -107,13 +107,14 @@ func (d *Disk) keep(u int64, b []byte) {
 	if !d.cache.reserve(n) {
 		return
 	}
+	removed := d.cache.removed.Load()
 	_, err := d.data.WriteAt(b, u*d.head.unit)
 	if err != nil || !d.states.swap(u, absent, present) {
 		d.cache.used.Add(-n)
 		switch {
 		case err == nil: // another reader was first, with the same bytes
 		case errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EFBIG):
-			d.cache.outOfSpace(err)
+			d.cache.outOfSpace(err, removed)
 		default:
 			d.abandon("write", err)
 		}
@@ -172,7 +173,7 @@ func (d *Disk) sync() {
 		d.abandon("sync", err)
 		return
 	}
-	end := d.log.end
+	end, removed := d.log.end, d.cache.removed.Load()
 	err := d.log.append(pending)
 	switch {
 	case err == nil:
@@ -181,7 +182,7 @@ func (d *Disk) sync() {
 		d.mu.Lock()
 		d.pending = append(pending, d.pending...) // space may become free
 		d.mu.Unlock()
-		d.cache.outOfSpace(err)
+		d.cache.outOfSpace(err, removed)
 	default:
 		d.abandon("write the map of", err)
 	}

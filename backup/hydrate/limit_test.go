@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -110,5 +111,21 @@ func TestReserveConcurrently(t *testing.T) {
 		if t.Failed() {
 			return
 		}
+	}
+}
+
+// A write that found the disk full while another made room is no reason to keep nothing more.
+func TestOutOfSpaceConcurrently(t *testing.T) {
+	c, log := openCache(t, Options{})
+	c.idle["old"] = idleCopy{bytes: 1}
+	before := c.removed.Load()
+	c.outOfSpace(syscall.ENOSPC, before)
+	c.outOfSpace(syscall.ENOSPC, before)
+	if c.noSpace.Load() || log.count("no space left for") > 0 {
+		t.Error("nothing more is kept although a copy was removed since")
+	}
+	c.outOfSpace(syscall.ENOSPC, c.removed.Load())
+	if !c.noSpace.Load() || log.count("no space left for") != 1 {
+		t.Error("a full disk is not noticed")
 	}
 }
