@@ -130,8 +130,14 @@ func (m *Mounted) Done() <-chan struct{} { return m.served }
 const closeGrace = 5 * time.Second
 
 // Close unmounts. If programs have files open, the tree still disappears from the directory;
-// their reads are served for a few seconds more, then until this process ends.
+// their reads are served for a few seconds more, then until this process ends. What another
+// process has mounted on the directory since this tree was unmounted stays.
 func (m *Mounted) Close() error {
+	select {
+	case <-m.served:
+		return m.helper.stop()
+	default:
+	}
 	err := unmountAt(m.Dir, false)
 	if err != nil && !errors.Is(err, ErrNotMounted) {
 		err = unmountAt(m.Dir, true)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/varve-io/varve/backup"
@@ -18,6 +19,7 @@ import (
 	"github.com/varve-io/varve/backup/repository/repotest"
 	"github.com/varve-io/varve/fusefs"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+	"github.com/varve-io/varve/internal/mounttest"
 )
 
 // needFUSE skips a test if nothing can be mounted.
@@ -162,4 +164,41 @@ func startChild(t testing.TB, r *repotest.Repo, dir string, env ...string) *exec
 		t.Fatalf("the serving process did not get ready: %v", err)
 	}
 	return cmd
+}
+
+// A tree that another process unmounted is closed without unmounting what is mounted there by now.
+func TestCloseLeavesAnotherMount(t *testing.T) {
+	needFUSE(t)
+	image := newVolume(t, 64*mib, slices.Clone(mkExt4), 3)
+	repo := repotest.New(t).Open(t)
+	save(t, repo, shopDB, image)
+	var trees [2]*fusefs.FS
+	for i := range trees {
+		tree, err := fusefs.New(t.Context(), repo, fusefs.Options{Cluster: shopDB.Cluster, Log: slog.New(slog.DiscardHandler)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer tree.Close()
+		trees[i] = tree
+	}
+	dir := t.TempDir()
+	old, err := trees[0].Mount(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mounttest.Unmount(t, dir)
+	<-old.Done()
+	fresh, err := trees[1].Mount(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := old.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.ReadDir(filepath.Join(dir, "shop")); err != nil {
+		t.Errorf("the mount that followed is gone: %v", err)
+	}
+	if err := fresh.Close(); err != nil {
+		t.Error(err)
+	}
 }
