@@ -37,6 +37,16 @@ func TestMain(m *testing.M) {
 // varveProcess starts varve in a separate process.
 func varveProcess(t *testing.T, env testEnv, args ...string) (cmd *exec.Cmd, stdout, stderr *bytes.Buffer) {
 	t.Helper()
+	cmd, stdout, stderr = varveCommand(t, env, args...)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return cmd, stdout, stderr
+}
+
+// varveCommand is varve as a separate process, to be started.
+func varveCommand(t *testing.T, env testEnv, args ...string) (cmd *exec.Cmd, stdout, stderr *bytes.Buffer) {
+	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -48,9 +58,6 @@ func varveProcess(t *testing.T, env testEnv, args ...string) (cmd *exec.Cmd, std
 	}
 	stdout, stderr = &bytes.Buffer{}, &bytes.Buffer{}
 	cmd.Stdout, cmd.Stderr = stdout, stderr
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
 	return cmd, stdout, stderr
 }
 

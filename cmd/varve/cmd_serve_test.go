@@ -14,7 +14,10 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
+	"github.com/varve-io/varve/backup/points"
+	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/internal/progress"
 	"github.com/varve-io/varve/nbdserver/nbdclient"
 )
@@ -173,13 +176,16 @@ func TestServeFollowsTheRepository(t *testing.T) {
 	if _, err := enterExport(t.Context(), s.uri("shop/web@latest")); err == nil {
 		t.Error("a volume that was not selected is served")
 	}
-	// The lease protects what is open.
+	// The lease protects what is open. It is taken in the background.
+	looked := s.lookNowAndThen(t, second.Name)
+	waitUntil(t, "both have their leases", func() bool { return isLeased(t, env, first.ID) && isLeased(t, env, second.ID) })
 	if r := runVarve(t, env, "forget", first.Name); r.code == exitOK {
 		t.Errorf("forgot a point that is being read: %+v", r)
 	}
 	if r := runVarve(t, env, "forget", second.Name); r.code == exitOK {
 		t.Errorf("forgot a point that was read a moment ago: %+v", r)
 	}
+	looked()
 	third := backupJSON(t, env, disk, "--volume", "shop/db")
 	waitUntil(t, "the server has noticed", func() bool { return strings.Contains(runVarve(t, env, "nbd", "list", s.uri("")).stdout, third.Name) })
 	mustRun(t, env, "forget", third.Name)
@@ -190,6 +196,41 @@ func TestServeFollowsTheRepository(t *testing.T) {
 		}
 		return err != nil
 	})
+}
+
+func isLeased(t *testing.T, env testEnv, id string) bool {
+	t.Helper()
+	ctx := t.Context()
+	r, err := repository.Open(ctx, repository.OpenOptions{ConfigFile: env["VARVE_CONFIG"], Password: env["VARVE_PASSWORD"]})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close(ctx)
+	held, err := points.Leases(ctx, r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(held[id]) > 0
+}
+
+// lookNowAndThen opens an export and leaves it, each second until stop: a lease that lasts for a minute after that lasts
+// as long as a command, however long that takes on a busy machine.
+func (s *server) lookNowAndThen(t *testing.T, export string) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	var all sync.WaitGroup
+	all.Go(func() {
+		for ctx.Err() == nil {
+			if e, err := enterExport(ctx, s.uri(export)); err == nil {
+				_ = e.Close()
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(time.Second):
+			}
+		}
+	})
+	return func() { cancel(); all.Wait() }
 }
 
 // The limits of the flags hold.

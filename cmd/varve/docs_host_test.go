@@ -9,6 +9,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/varve-io/varve/internal/mounttest"
 )
 
 // hostVM replaces the host of docs/host.md: directories and loop devices instead of its own.
@@ -151,7 +153,7 @@ func (vm *hostVM) disk(t *testing.T, name, mount string) {
 	}
 	t.Cleanup(func() { _ = exec.Command("losetup", "--detach", loop).Run() })
 	vm.run(t, "sh", fmt.Sprintf("mount %s %s && cp /etc/passwd %s", loop, dir, dir))
-	t.Cleanup(func() { _ = exec.Command("umount", dir).Run() })
+	t.Cleanup(func() { mounttest.Unmount(t, dir) })
 }
 
 func (vm *hostVM) run(t *testing.T, shell, script string, env ...string) {

@@ -115,9 +115,9 @@ func TestPostgreSQLDumps(t *testing.T) {
 		s = newDBServer(t, "postgres")
 		data := filepath.Join(s.dir, "data")
 		s.run(filepath.Join(bin, "initdb"), "-D", data, "-A", "trust", "-U", "postgres", "--no-sync")
-		s.run(filepath.Join(bin, "pg_ctl"), "-D", data, "-w", "-t", "120", "-l", filepath.Join(s.dir, "log"),
+		s.run(filepath.Join(bin, "pg_ctl"), "-D", data, "-w", "-t", "600", "-l", filepath.Join(s.dir, "log"),
 			"-o", "-c listen_addresses='' -c fsync=off -c unix_socket_directories="+s.dir, "start")
-		t.Cleanup(func() { s.run(filepath.Join(bin, "pg_ctl"), "-D", data, "-w", "-m", "immediate", "stop") })
+		t.Cleanup(func() { s.run(filepath.Join(bin, "pg_ctl"), "-D", data, "-w", "-t", "600", "-m", "immediate", "stop") })
 		return s, func(sql string) string {
 			return s.run(filepath.Join(bin, "psql"), "-h", s.dir, "-U", "postgres", "-v", "ON_ERROR_STOP=1", "-qAtc", sql, "postgres")
 		}

@@ -16,8 +16,10 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/varve-io/varve/backup/qemu/qmp"
 )
@@ -29,6 +31,8 @@ type gallows struct {
 	socket string
 	read   func(*bufio.Reader) ([]byte, error)
 	steps  func(message []byte) bool // whether a message counts
+
+	open atomic.Int64 // connections
 
 	mu      sync.Mutex
 	left    int // messages until the kill; 0 for none
@@ -62,6 +66,7 @@ func build(t *testing.T, target string, read func(*bufio.Reader) ([]byte, error)
 				_ = client.Close()
 				continue
 			}
+			g.open.Add(1)
 			answered := make(chan struct{})
 			all.Go(func() { g.pass(client, server, answered) })
 			all.Go(func() { defer close(answered); _, _ = io.Copy(client, server); _, _ = io.Copy(io.Discard, server) })
@@ -72,6 +77,7 @@ func build(t *testing.T, target string, read func(*bufio.Reader) ([]byte, error)
 
 // pass hands on what a client sends.
 func (g *gallows) pass(client, server net.Conn, answered <-chan struct{}) {
+	defer g.open.Add(-1)
 	defer func() {
 		// What was asked is answered before the other side sees the end.
 		_ = server.(*net.UnixConn).CloseWrite()
@@ -134,6 +140,8 @@ func (g *gallows) kill(t *testing.T, env testEnv, n int, args ...string) string 
 	g.victim = cmd
 	close(started)
 	err := cmd.Wait()
+	// The last message reaches the other side after the kill, which may be busy with it.
+	waitUntil(t, "the connections of the backup are over", func() bool { return g.open.Load() == 0 })
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.left = 0
@@ -248,7 +256,12 @@ func TestKilledBackupOfQEMU(t *testing.T) {
 // mustBeCleanQEMU fails if there is anything of ours in a qemu-storage-daemon but a bitmap a disk.
 func mustBeCleanQEMU(t *testing.T, after, monitor string) {
 	t.Helper()
-	c, err := qmp.Dial(t.Context(), monitor)
+	var c *qmp.Conn
+	var err error
+	waitUntil(t, "the monitor has left its last client", func() bool {
+		c, err = qmp.Dial(t.Context(), monitor)
+		return !errors.Is(err, qmp.ErrBusy)
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -354,8 +367,9 @@ func TestKilledBackupOfImage(t *testing.T) {
 		write(n + 1)
 		set(count, "0")
 		set(at, fmt.Sprint(n))
-		cmd, _, stderr := varveProcess(t, env, args...)
+		cmd, stderr, over := varveAndAll(t, env, args...)
 		err := cmd.Wait()
+		over()
 		ran, _ := os.ReadFile(count)
 		var reached int
 		if _, serr := fmt.Sscan(string(ran), &reached); serr != nil {
@@ -376,7 +390,7 @@ func TestKilledBackupOfImage(t *testing.T) {
 		copy(model, bytes.Repeat([]byte{byte(i + 7)}, len(model)))
 		repo := filepath.Join(env["HOME"], "repo")
 		before := treeSize(repo)
-		cmd, _, stderr := varveProcess(t, env, args...)
+		cmd, stderr, over := varveAndAll(t, env, args...)
 		ended := make(chan error, 1)
 		go func() { ended <- cmd.Wait() }()
 		var err error
@@ -392,7 +406,31 @@ func TestKilledBackupOfImage(t *testing.T) {
 		if err = <-ended; err == nil {
 			t.Logf("the backup was faster than the kill:\n%s", stderr)
 		}
+		over()
 		check(fmt.Sprintf("a kill while it stores, %d", i))
+	}
+}
+
+// varveAndAll starts varve in a separate process. over waits until nothing runs any more that it started: a program
+// for which a killed backup waited continues, and may begin with the image after that of the test has looked at it.
+func varveAndAll(t *testing.T, env testEnv, args ...string) (cmd *exec.Cmd, stderr *bytes.Buffer, over func()) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = r.Close() })
+	cmd, _, stderr = varveCommand(t, env, args...)
+	// All inherit the pipe as file 9, which no program that varve starts gets anything else as.
+	cmd.ExtraFiles = append(make([]*os.File, 6), w)
+	if err := errors.Join(cmd.Start(), w.Close(), r.SetReadDeadline(time.Now().Add(patience))); err != nil {
+		t.Fatal(err)
+	}
+	return cmd, stderr, func() {
+		t.Helper()
+		if _, err := io.Copy(io.Discard, r); err != nil {
+			t.Fatalf("what a backup started does not end: %v", err)
+		}
 	}
 }
 

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -236,7 +235,7 @@ func TestHangup(t *testing.T) {
 		stderr = &bytes.Buffer{}
 		cmd = exec.CommandContext(t.Context(), "/bin/sh", "-c", before+`exec "$0" backup --exec --volume shop/db -- sh -c "echo begun; read line <'$1'; echo \$line"`, self, fifo)
 		cmd.Env = append(env.list(), "VARVE_TEST_AS_MAIN=1", "PATH="+os.Getenv("PATH"))
-		cmd.Stderr, cmd.WaitDelay = stderr, 10*time.Second // which the command's command has open as well
+		cmd.Stderr, cmd.WaitDelay = stderr, patience // which the command's command has open as well
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}

@@ -119,7 +119,7 @@ func (c *child) wantEnd(t *testing.T) {
 	t.Helper()
 	select {
 	case <-c.ended:
-	case <-time.After(5 * time.Minute):
+	case <-time.After(patience):
 		t.Fatal("the server outlives its client")
 	}
 }
@@ -146,7 +146,7 @@ func enterSocket(t *testing.T, path string) *nbdclient.Export {
 		}
 		// The server has not made its socket yet, or does not listen on it yet.
 		waiting := errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)
-		if !waiting || time.Since(started) > time.Minute {
+		if !waiting || time.Since(started) > patience {
 			t.Fatal(err)
 		}
 	}

@@ -20,17 +20,14 @@ func TestKillStream(t *testing.T) {
 	}
 	s.made(r.stdout)
 	hit := 0
-	for range kills {
+	for runs := 0; runs < kills || hit == 0; runs++ {
 		s.scribble(0, 18<<20)
-		if s.killed(work*9/10, args...) {
+		if s.killed(sooner(work*9/10, runs), args...) {
 			hit++
 		}
 		s.check()
 	}
-	t.Logf("%d of %d were killed before they were done", hit, kills)
-	if hit == 0 {
-		t.Error("no run was killed")
-	}
+	t.Logf("%d were killed before they were done", hit)
 	s.scribble(0, 1<<20)
 	s.made(s.varve(args...))
 	s.check()
@@ -88,17 +85,14 @@ func TestKillGroup(t *testing.T) {
 		t.Fatalf("%d groups are complete", n)
 	}
 	hit := 0
-	for range kills {
+	for runs := 0; runs < kills || hit == 0; runs++ {
 		change()
-		if s.killed(work*9/10, args...) {
+		if s.killed(sooner(work*9/10, runs), args...) {
 			hit++
 		}
 		groups()
 	}
-	t.Logf("%d of %d were killed before they were done", hit, kills)
-	if hit == 0 {
-		t.Error("no run was killed")
-	}
+	t.Logf("%d were killed before they were done", hit)
 	before := groups()
 	change()
 	s.varve(args...)

@@ -3,6 +3,7 @@ package faults
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -12,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // kills is how often each test kills the command: four times, and ten with
@@ -46,7 +49,7 @@ func worked(pid int) (int64, bool) {
 }
 
 // watch runs a command and sends sig once it has done this much work; with a negative
-// limit it only measures. It returns how the run ended and how much work was seen.
+// limit it only measures. It returns how the run ended and how much work it did.
 func (s *site) watch(limit int64, sig syscall.Signal, args ...string) (result, int64) {
 	s.t.Helper()
 	var stdout, stderr bytes.Buffer
@@ -56,22 +59,24 @@ func (s *site) watch(limit int64, sig syscall.Signal, args ...string) (result, i
 		s.t.Fatal(err)
 	}
 	done := make(chan error, 1)
-	go func() { done <- cmd.Wait() }()
+	var most int64
+	go func() {
+		// What it did by its end is known until it is waited for, however late this process looks.
+		for errors.Is(unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil), unix.EINTR) {
+			continue
+		}
+		most, _ = worked(cmd.Process.Pid)
+		done <- cmd.Wait()
+	}()
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
-	var most int64
 	for {
 		select {
 		case <-done:
 			return result{stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()}, most
 		case <-tick.C:
 		}
-		n, ok := worked(cmd.Process.Pid)
-		if !ok {
-			continue
-		}
-		most = max(most, n)
-		if limit >= 0 && n >= limit {
+		if n, ok := worked(cmd.Process.Pid); ok && limit >= 0 && n >= limit {
 			if err := cmd.Process.Signal(sig); err == nil {
 				limit = -1
 			}
@@ -88,6 +93,12 @@ func (s *site) killed(work int64, args ...string) bool {
 		s.t.Fatalf("varve %v: exit code %d\n%s", args, r.code, r.stderr)
 	}
 	return r.code < 0
+}
+
+// sooner is within how much work a run is killed, after so many runs of which none was: a busy machine may have run each to
+// its end before this process could kill it.
+func sooner(work int64, runs int) int64 {
+	return max(work>>max(0, runs-kills+1), 1)
 }
 
 // TestKillBackup kills backups, a full or an increment, and compares what is
@@ -122,16 +133,13 @@ func TestKillBackup(t *testing.T) {
 
 			s := prepare()
 			hit := 0
-			for range kills {
+			for runs := 0; runs < kills || hit == 0; runs++ {
 				// Each run reads all of the disk again, which is about half of the work.
-				if s.killed(work*45/100, backup(s)...) {
+				if s.killed(sooner(work*45/100, runs), backup(s)...) {
 					hit++
 				}
 			}
-			t.Logf("%d of %d were killed before they were done", hit, kills)
-			if hit == 0 {
-				t.Error("no run was killed")
-			}
+			t.Logf("%d were killed before they were done", hit)
 			s.check()
 			p := s.made(s.varve(backup(s)...))
 			if p.Kind != kind {
@@ -172,7 +180,8 @@ func TestInterruptBackup(t *testing.T) {
 	interrupted := 0
 	for range 4 {
 		s.scribble(0, 24<<20)
-		r, _ := s.watch(s.rng.Int64N(work), syscall.SIGINT, args...)
+		// A hundredth: by then it handles signals.
+		r, _ := s.watch(work/100+s.rng.Int64N(work), syscall.SIGINT, args...)
 		switch r.code {
 		case 0: // too late
 			s.made(r.stdout)

@@ -55,17 +55,14 @@ func TestKillSlowWriter(t *testing.T) {
 	s := newSite(t, "", size)
 	slow(s)
 	hit := 0
-	for range 6 {
-		if s.killed(work*8/10, args(s)...) {
+	for runs := 0; runs < 6 || hit == 0; runs++ {
+		if s.killed(sooner(work*8/10, runs-6+kills), args(s)...) {
 			hit++
 		}
 	}
 	killed, temporary := s.everything()
 	packed := s.size() // without half-written files
-	t.Logf("%d of 6 were killed before they were done; the repository takes %d bytes, %d files are half-written", hit, killed-empty, temporary)
-	if hit == 0 {
-		t.Error("no run was killed")
-	}
+	t.Logf("%d were killed before they were done; the repository takes %d bytes, %d files are half-written", hit, killed-empty, temporary)
 	s.check()
 	var last struct {
 		Stats struct {

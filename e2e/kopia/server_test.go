@@ -1,10 +1,8 @@
 package kopia
 
 import (
-	"crypto/sha256"
-	"crypto/tls"
-	"encoding/hex"
-	"net"
+	"bufio"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -56,39 +54,39 @@ func TestThroughAKopiaServer(t *testing.T) {
 // startServer runs a Kopia server until the test ends.
 func (s *site) startServer() (url, fingerprint string) {
 	s.t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	// It prints the port that it was given: one that was free before may be another program's by now.
+	cmd := s.command(kopiaBin, "--config-file="+s.kopiaConfig(), "server", "start", "--address=127.0.0.1:0",
+		"--tls-generate-cert", "--tls-cert-file="+filepath.Join(s.dir, "server.cert"), "--tls-key-file="+filepath.Join(s.dir, "server.key"),
+		"--server-username=admin", "--server-password="+password)
+	stderr, err := cmd.StderrPipe()
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	addr := l.Addr().String()
-	if err := l.Close(); err != nil {
-		s.t.Fatal(err)
-	}
-	cmd := s.command(kopiaBin, "--config-file="+s.kopiaConfig(), "server", "start", "--address="+addr,
-		"--tls-generate-cert", "--tls-cert-file="+filepath.Join(s.dir, "server.cert"), "--tls-key-file="+filepath.Join(s.dir, "server.key"),
-		"--server-username=admin", "--server-password="+password)
 	if err := cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}
-	exited := make(chan error, 1)
-	go func() { exited <- cmd.Wait() }()
+	read := make(chan struct{})
 	s.t.Cleanup(func() {
 		_ = cmd.Process.Kill()
-		<-exited
+		<-read
+		_ = cmd.Wait()
 	})
-	for { // polled, since the server gives no signal
-		select {
-		case err := <-exited:
-			exited <- err
-			s.t.Fatalf("kopia server ended: %v", err)
-		default:
+	lines := bufio.NewScanner(stderr)
+	for (url == "" || fingerprint == "") && lines.Scan() {
+		name, value, _ := strings.Cut(lines.Text(), ": ")
+		switch name {
+		case "SERVER ADDRESS":
+			url = value
+		case "SERVER CERT SHA256":
+			fingerprint = value
 		}
-		c, err := tls.Dial("tcp", addr, &tls.Config{InsecureSkipVerify: true})
-		if err != nil {
-			continue
-		}
-		sum := sha256.Sum256(c.ConnectionState().PeerCertificates[0].Raw)
-		_ = c.Close()
-		return "https://" + addr, hex.EncodeToString(sum[:])
 	}
+	go func() {
+		defer close(read)
+		_, _ = io.Copy(io.Discard, stderr)
+	}()
+	if url == "" || fingerprint == "" {
+		s.t.Fatalf("kopia server printed the address %q and the fingerprint %q: %v", url, fingerprint, lines.Err())
+	}
+	return url, fingerprint
 }

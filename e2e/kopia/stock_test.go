@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/varve-io/varve/internal/mounttest"
 )
@@ -154,7 +155,7 @@ func (s *site) checkMount(t *testing.T, points map[string][]byte) {
 		select {
 		case err := <-exited:
 			t.Fatalf("kopia mount ended: %v", err)
-		default:
+		case <-time.After(10 * time.Millisecond):
 		}
 	}
 	got, err := os.ReadFile(filepath.Join(dir, "disk.img"))

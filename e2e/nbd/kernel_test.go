@@ -98,7 +98,7 @@ check
 umount /mnt
 nbd-client -d /dev/nbd6
 echo "STEP the server is restarted under a reader"
-varve attach $re/k/ext4@latest /dev/nbd7 --connections 4 --reconnect --dead-timeout 4m >/tmp/re 2>&1 &
+varve attach $re/k/ext4@latest /dev/nbd7 --connections 4 --reconnect --dead-timeout 30m >/tmp/re 2>&1 &
 while ! grep -q "nbd7 is" /tmp/re; do sleep 0.1; done
 whole=$(sha256sum </dev/nbd7)
 while [ ! -e /tmp/enough ]; do

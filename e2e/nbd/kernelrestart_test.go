@@ -47,7 +47,7 @@ func TestKernelOutlivesKilledServer(t *testing.T) {
 uri=nbd://10.0.2.2:%s/shop/db@latest
 dd if=/dev/urandom of=/tmp/blob bs=4k count=256 2>/dev/null
 echo "STEP attach"
-varve attach $uri /dev/nbd0 --reconnect --dead-timeout 4m >/tmp/first 2>&1 &
+varve attach $uri /dev/nbd0 --reconnect --dead-timeout 30m >/tmp/first 2>&1 &
 watcher=$!
 while ! grep -q "nbd0 is" /tmp/first; do sleep 0.1; done
 test "$(cat /sys/block/nbd0/queue/io_timeout)" = 5000
@@ -63,7 +63,7 @@ kill -9 $watcher
 echo "HOST KILL"
 while varve nbd info $uri >/dev/null 2>&1; do sleep 0.1; done
 if varve attach nbd://10.0.2.2:%s/shop/other@latest /dev/nbd0 --reconnect; then false; fi
-varve attach $uri /dev/nbd0 --reconnect --dead-timeout 4m >/tmp/second 2>&1 &
+varve attach $uri /dev/nbd0 --reconnect --dead-timeout 30m >/tmp/second 2>&1 &
 while ! grep -q "nbd0 is" /tmp/second; do sleep 0.1; done
 echo "HOST START"
 while ! grep -q "connected again" /tmp/second; do sleep 0.1; done

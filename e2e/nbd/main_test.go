@@ -13,6 +13,8 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+
+	"github.com/varve-io/varve/nbdserver/nbdclient"
 )
 
 var varveBin string
@@ -222,6 +224,29 @@ func (srv *server) kill() {
 
 func (srv *server) uri(export string) string {
 	return "nbd+unix:///" + export + "?socket=" + srv.socket
+}
+
+// stay connects to an export as a client that stays, until leave or the test's end.
+func (srv *server) stay(export string) (leave func()) {
+	srv.t.Helper()
+	u, err := nbdclient.ParseURI(srv.uri(export))
+	if err != nil {
+		srv.t.Fatal(err)
+	}
+	c, err := nbdclient.Dial(srv.t.Context(), u, nil)
+	if err != nil {
+		srv.t.Fatal(err)
+	}
+	if _, err := c.Negotiate(nbdclient.Structured); err != nil {
+		srv.t.Fatal(err)
+	}
+	e, err := c.Go(u.Export)
+	if err != nil {
+		srv.t.Fatal(err)
+	}
+	leave = sync.OnceFunc(func() { _ = e.Close() })
+	srv.t.Cleanup(leave)
+	return leave
 }
 
 // same fails the test unless two files have the same bytes.

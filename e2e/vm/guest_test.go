@@ -115,14 +115,13 @@ func (s *site) until(what string, is func() bool) {
 	s.t.Helper()
 	from := time.Now()
 	defer func() { s.t.Logf("%.1f s: %s", time.Since(from).Seconds(), what) }()
-	for range 6000 {
+	for from := time.Now(); time.Since(from) < 20*time.Minute; time.Sleep(50 * time.Millisecond) {
 		if is() {
 			return
 		}
-		time.Sleep(50 * time.Millisecond)
 	}
 	console, _ := os.ReadFile(s.path("console"))
-	s.t.Fatalf("%s: it did not come to that within 5 minutes\n%s", what, tail(string(console)))
+	s.t.Fatalf("%s: it did not come to that within 20 minutes\n%s", what, tail(string(console)))
 }
 
 func tail(text string) string { return text[max(0, len(text)-3000):] }

@@ -70,7 +70,12 @@ func TestShortReadsHoldNoBlocks(t *testing.T) {
 			t.Fatal("not all requests are answered")
 		}
 	}
-	if grown := heap() - before; grown > 32<<20 {
+	// A worker has its block for a moment after it has counted the request.
+	grown := heap() - before
+	for end := time.Now().Add(nbdtest.Timeout); grown > 32<<20 && time.Now().Before(end); grown = heap() - before {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if grown > 32<<20 {
 		t.Errorf("%d MiB are held for %d reads of 4 KiB", grown>>20, reads)
 	}
 	for range reads { // in any order

@@ -53,7 +53,10 @@ func client(t *testing.T, c nbdserver.Catalog, name string, limit time.Duration,
 // was read before is still served; and when the storage is back the reads work, also of the
 // blocks that were waited for.
 func TestStorageGone(t *testing.T) {
-	const limit = time.Second // a busy machine reads a block within it
+	const (
+		soon  = time.Second      // for clients whose reads are to fail
+		limit = 30 * time.Second // of one object: a busy machine reads one within it
+	)
 	data := make([]byte, 8<<20)
 	_, _ = rand.NewChaCha8([32]byte{}).Read(data)
 	for name, fault := range map[string]repotest.Fault{
@@ -64,6 +67,7 @@ func TestStorageGone(t *testing.T) {
 		"refusing": {Err: errors.New("connection refused")},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel() // it mostly waits
 			r, faults := repotest.New(t).OpenFaulty(t)
 			p := save(t, r, "c", "shop/db", data)
 			cache := image.NewCache(64 << 20)
@@ -78,23 +82,27 @@ func TestStorageGone(t *testing.T) {
 					t.Error(err)
 				}
 			}()
-			e := client(t, c, p.Name(), limit)
-			ctx, cancel := context.WithTimeout(t.Context(), nbdtest.Timeout)
+			patient := client(t, c, p.Name(), 0)
+			e := client(t, c, p.Name(), soon)
+			if fault.Err != nil {
+				e = patient
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 4*nbdtest.Timeout) // of several steps
 			defer cancel()
 			got := make([]byte, 4096)
-			read := func(off int64) error {
+			read := func(e *nbdclient.Export, off int64) error {
 				_, err := e.ReadAt(ctx, got, off)
 				if err == nil && !bytes.Equal(got, data[off:off+4096]) {
 					t.Fatalf("other bytes at %d", off)
 				}
 				return err
 			}
-			if err := read(0); err != nil {
+			if err := read(patient, 0); err != nil {
 				t.Fatal(err)
 			}
 			hold, want := make(chan struct{}), "connection refused"
 			if fault.Err == nil {
-				want = "did not arrive within " + limit.String()
+				want = "did not arrive within " + soon.String()
 				fault.Hold, fault.Err = hold, errors.New("gone")
 			}
 			faults.Add(fault)
@@ -103,6 +111,12 @@ func TestStorageGone(t *testing.T) {
 			defer stop()
 			go func() { refreshed <- c.Refresh(rctx) }()
 			const far = 7 << 20 // beyond read-ahead
+			fails := func(i int, err error, want string) {
+				t.Helper()
+				if !errors.Is(err, proto.EIO) || !strings.Contains(err.Error(), p.Name()) || !strings.Contains(err.Error(), want) {
+					t.Errorf("read %d of what is not there: %v", i, err)
+				}
+			}
 			for i := range 3 {
 				// Several requests for the same block, too.
 				second := make(chan error, 1)
@@ -110,20 +124,21 @@ func TestStorageGone(t *testing.T) {
 					_, err := e.ReadAt(ctx, make([]byte, 512), far)
 					second <- err
 				}()
-				for _, err := range []error{read(far), <-second} {
-					if !errors.Is(err, proto.EIO) || !strings.Contains(err.Error(), p.Name()) || !strings.Contains(err.Error(), want) {
-						t.Errorf("read %d of what is not there: %v", i, err)
-					}
+				for _, err := range []error{read(e, far), <-second} {
+					fails(i, err, want)
 				}
-				if err := read(0); err != nil {
+				if err := read(patient, 0); err != nil {
 					t.Errorf("read %d of what was read before: %v", i, err)
 				}
+			}
+			if e != patient { // one that waits longer sees the object given up, so that none is on its way when the storage is back
+				fails(3, read(patient, far), "did not answer in time ("+limit.String()+")")
 			}
 			faults.Clear()
 			close(hold)
 			stop()
 			<-refreshed
-			if err := read(far); err != nil {
+			if err := read(patient, far); err != nil {
 				t.Errorf("the storage is back: %v", err)
 			}
 			if err := c.Refresh(ctx); err != nil {
