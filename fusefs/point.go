@@ -3,6 +3,7 @@ package fusefs
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -30,9 +31,10 @@ type point struct {
 
 // volume is an open file system of a point.
 type volume struct {
-	point   *point
-	inodes  diskfs.Inodes
-	numbers fileNumbers
+	point    *point
+	inodes   diskfs.Inodes
+	numbers  fileNumbers
+	labelled bool // its root has a label of SELinux, or that cannot be read
 }
 
 func newPoint(f *FS, info *points.Point) *point {
@@ -161,10 +163,22 @@ func (p *point) openInTurn(v *volumes.Volume) (*volume, error) {
 		point: p, inodes: guarded{fsys.Inodes(), p},
 		numbers: fileNumbers{base: p.fs.numbers.volume(p.info.ID + "/" + v.Name)},
 	}
+	vol.labelled = hasLabels(vol.inodes)
 	p.mu.Lock()
 	p.volumes[v] = vol
 	p.mu.Unlock()
 	return vol, nil
+}
+
+// hasLabels reports whether the root of a file system has a label of SELinux, as that of each that SELinux
+// writes to has.
+func hasLabels(inodes diskfs.Inodes) bool {
+	root, err := inodes.Inode(inodes.Root())
+	if err != nil {
+		return true
+	}
+	attrs, err := root.Xattrs()
+	return err != nil || slices.ContainsFunc(attrs, func(a diskfs.Xattr) bool { return a.Name == labelAttr })
 }
 
 // lasting reports whether an error is a property of the image, and not temporary.
