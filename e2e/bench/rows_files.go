@@ -84,7 +84,7 @@ func (b *bench) runningMounts(s *site, image string) ([]result, error) {
 		},
 		{
 			fmt.Sprintf("list %d files in a running mount: ls -lR", walkedFiles), `ls -lR "$0"/many`,
-			"ls asks for two extended attributes of each file, and each is a request to the server, which the kernel does not remember",
+			"ls asks for the access list of each file, which is a request to the server, and the kernel does not remember that there is none",
 		},
 		{
 			fmt.Sprintf("cp of a file of %d MB in a running mount", bigFile>>20), `cp "$0"/big "$1"`,
