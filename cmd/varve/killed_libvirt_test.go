@@ -16,6 +16,7 @@ import (
 	"testing"
 
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+	"github.com/varve-io/varve/internal/process"
 )
 
 // libvirtMachine is a paused domain of a libvirtd of our own, with the disks vda (qcow2) and vdb (raw)
@@ -50,14 +51,15 @@ func startLibvirtMachine(t *testing.T, prepare ...func(dir string)) *libvirtMach
 	cmd := exec.Command("unshare", "-m", "--propagation", "slave", "../../backup/source/testdata/libvirtd.sh", dir)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	// Its end is tied to a thread of its own: those of hydration, which other tests start, end with their work.
+	ended := make(chan struct{})
+	if err := process.StartTied(cmd, syscall.SIGKILL, func(error) { close(ended) }); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		_, _ = m.virsh("destroy", "killed")
 		_ = cmd.Process.Signal(syscall.SIGTERM)
-		_ = cmd.Wait()
+		<-ended
 		if t.Failed() {
 			t.Logf("libvirtd: %s", out.Bytes()[max(0, out.Len()-3000):])
 		}
