@@ -99,10 +99,6 @@ peers() {
 	run_in e2e/chart chart "$chart" "${again[@]}" ./...
 }
 
-# The race detector's shadow of memory may have huge pages, which it declines by itself: with small ones a third of the
-# processor time of its tests is for page faults, each of which interrupts the other processor.
-export GORACE="no_huge_pages_for_shadow=0${GORACE:+ $GORACE}"
-
 # Tests wait for disks and processes as well: more packages at once than processors. The race
 # detector's tests are half of all, and the others run beside them.
 if [ "${VARVE_RACE:-}" = all ]; then
