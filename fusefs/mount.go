@@ -38,6 +38,7 @@ const (
 // Mounted is an FS attached to a directory.
 type Mounted struct {
 	Dir    string // absolute
+	device string // of the mount, see mountEntry
 	server *fuse.Server
 	helper *helper // nil if mounted directly
 	served chan struct{}
@@ -82,6 +83,11 @@ func (f *FS) Mount(dir string) (*Mounted, error) {
 	if err := server.WaitMount(); err != nil {
 		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), unmountAt(dir, true))
 	}
+	at, err := mountAt(dir)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), unmountAt(dir, true))
+	}
+	m.device = at.device
 	if err := refusePolls(dir); err != nil {
 		return nil, errors.Join(fmt.Errorf("mount %s: %w", dir, err), m.Close())
 	}
@@ -133,23 +139,32 @@ const closeGrace = 5 * time.Second
 // their reads are served for a few seconds more, then until this process ends. What another
 // process has mounted on the directory since this tree was unmounted stays.
 func (m *Mounted) Close() error {
+	err := m.unmount()
 	select {
 	case <-m.served:
-		return m.helper.stop()
+	case <-time.After(closeGrace):
+	}
+	return errors.Join(err, m.helper.stop())
+}
+
+// unmount unmounts the tree, if it is on the directory still.
+func (m *Mounted) unmount() error {
+	select {
+	case <-m.served: // and the next mount may have the number of its device
+		return nil
 	default:
+	}
+	if at, err := mountAt(m.Dir); err != nil || at.device != m.device {
+		return err
 	}
 	err := unmountAt(m.Dir, false)
 	if err != nil && !errors.Is(err, ErrNotMounted) {
 		err = unmountAt(m.Dir, true)
 	}
 	if errors.Is(err, ErrNotMounted) {
-		err = nil
+		return nil
 	}
-	select {
-	case <-m.served:
-	case <-time.After(closeGrace):
-	}
-	return errors.Join(err, m.helper.stop())
+	return err
 }
 
 func haveFUSE() error {

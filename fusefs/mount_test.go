@@ -166,39 +166,52 @@ func startChild(t testing.TB, r *repotest.Repo, dir string, env ...string) *exec
 	return cmd
 }
 
-// A tree that another process unmounted is closed without unmounting what is mounted there by now.
+// A tree that another process unmounted is closed without unmounting what is mounted there by now, also while a program
+// has a file of it open.
 func TestCloseLeavesAnotherMount(t *testing.T) {
 	needFUSE(t)
 	image := newVolume(t, 64*mib, slices.Clone(mkExt4), 3)
 	repo := repotest.New(t).Open(t)
 	save(t, repo, shopDB, image)
-	var trees [2]*fusefs.FS
-	for i := range trees {
+	mountOn := func(t *testing.T, dir string) *mounted {
 		tree, err := fusefs.New(t.Context(), repo, fusefs.Options{Cluster: shopDB.Cluster, Log: slog.New(slog.DiscardHandler)})
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer tree.Close()
-		trees[i] = tree
+		t.Cleanup(func() { _ = tree.Close() })
+		m, err := tree.Mount(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &mounted{m, tree}
 	}
-	dir := t.TempDir()
-	old, err := trees[0].Mount(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	mounttest.Unmount(t, dir)
-	<-old.Done()
-	fresh, err := trees[1].Mount(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := old.Close(); err != nil {
-		t.Error(err)
-	}
-	if _, err := os.ReadDir(filepath.Join(dir, "shop")); err != nil {
-		t.Errorf("the mount that followed is gone: %v", err)
-	}
-	if err := fresh.Close(); err != nil {
-		t.Error(err)
+	for _, open := range []bool{false, true} {
+		t.Run(fmt.Sprintf("open=%v", open), func(t *testing.T) {
+			dir := t.TempDir()
+			old := mountOn(t, dir)
+			if open {
+				f, err := os.Open(old.latest(shopDB, "disk.img"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer f.Close()
+				if err := fusefs.Unmount(dir, true); err != nil {
+					t.Fatal(err)
+				}
+			} else {
+				mounttest.Unmount(t, dir)
+				<-old.Done()
+			}
+			fresh := mountOn(t, dir)
+			if err := old.Close(); err != nil {
+				t.Error(err)
+			}
+			if _, err := os.ReadDir(filepath.Join(dir, "shop")); err != nil {
+				t.Errorf("the mount that followed is gone: %v", err)
+			}
+			if err := fresh.Close(); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }

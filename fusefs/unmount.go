@@ -134,34 +134,40 @@ func unmountAt(dir string, lazy bool) error {
 // mountType returns the file system type of the topmost mount on a directory, "" if there is
 // none.
 func mountType(dir string) (string, error) {
-	typ, _, err := mountAt(dir)
-	return typ, err
+	m, err := mountAt(dir)
+	return m.typ, err
 }
 
 // mountSource returns the source of the topmost mount on a directory, such as a device.
 func mountSource(dir string) (string, error) {
-	_, source, err := mountAt(dir)
-	return source, err
+	m, err := mountAt(dir)
+	return m.source, err
 }
 
-// mountAt reads /proc/self/mountinfo, see proc_pid_mountinfo(5).
-func mountAt(dir string) (typ, source string, err error) {
+// mountEntry is a line of /proc/self/mountinfo, see proc_pid_mountinfo(5).
+type mountEntry struct {
+	typ, source string
+	device      string // major:minor of the file system, which no other has as long as a file of it is open
+}
+
+// mountAt returns the topmost mount on a directory; its type is "" if there is none.
+func mountAt(dir string) (m mountEntry, err error) {
 	b, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
-		return "", "", fmt.Errorf("read mounts: %w", err)
+		return m, fmt.Errorf("read mounts: %w", err)
 	}
 	for line := range strings.Lines(string(b)) {
 		f := strings.Fields(line)
 		for i := 6; i+2 < len(f); i++ {
 			if f[i] == "-" {
 				if unescapeMount(f[4]) == dir {
-					typ, source = f[i+1], f[i+2]
+					m = mountEntry{f[i+1], f[i+2], f[2]}
 				}
 				break
 			}
 		}
 	}
-	return typ, source, nil
+	return m, nil
 }
 
 // unescapeMount decodes the octal escapes of mountinfo.
