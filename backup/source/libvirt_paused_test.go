@@ -11,15 +11,15 @@ import (
 	"testing"
 	"time"
 
-	"github.com/varve-io/varve/backup/libvirt/libvirttest"
 	"github.com/varve-io/varve/backup/qemu"
 	"github.com/varve-io/varve/backup/source"
+	"github.com/varve-io/varve/internal/porttest"
 )
 
 // libvirtPaused backs up a stopped domain over TLS, for which it is started paused. Afterwards it is stopped again,
 // whatever ended a backup in between; one that was resumed meanwhile is not.
 func libvirtPaused(t *testing.T, d *domain) {
-	uri := fmt.Sprintf("libvirt+tls://localhost:%d/%s?pkipath=%s/tls&nbd-port=%d", d.port, d.name, d.libvirtd.dir, libvirttest.FreePort(t))
+	uri := fmt.Sprintf("libvirt+tls://localhost:%d/%s?pkipath=%s/tls&nbd-port=%d", d.port, d.name, d.libvirtd.dir, porttest.Free(t))
 	is := func(want string) {
 		t.Helper()
 		if got := strings.TrimSpace(d.virsh(t, "domstate", d.name)); got != want {

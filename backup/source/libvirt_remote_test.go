@@ -18,6 +18,7 @@ import (
 	"github.com/varve-io/varve/backup/qemu"
 	"github.com/varve-io/varve/backup/source"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+	"github.com/varve-io/varve/internal/porttest"
 )
 
 // libvirtRemote backs up a domain over ssh and over TLS, each twice, by this machine's own
@@ -43,7 +44,7 @@ func libvirtRemote(t *testing.T, d *domain) {
 	}
 	for _, uri := range []string{
 		fmt.Sprintf("libvirt+ssh://varve-test/%s?socket=%s", d.name, d.socket),
-		fmt.Sprintf("libvirt+tls://localhost:%d/%s?pkipath=%s/tls&nbd-port=%d", d.port, d.name, d.libvirtd.dir, libvirttest.FreePort(t)),
+		fmt.Sprintf("libvirt+tls://localhost:%d/%s?pkipath=%s/tls&nbd-port=%d", d.port, d.name, d.libvirtd.dir, porttest.Free(t)),
 	} {
 		parts := fmt.Sprintf("xml\nnvram %x\nloader %x\n", bytes.Repeat([]byte("n"), 64<<10), bytes.Repeat([]byte("l"), 64<<10))
 		if got := ssh("libvirt-parts", uri, t.TempDir()); got != parts {
@@ -70,7 +71,7 @@ func libvirtRemote(t *testing.T, d *domain) {
 // killed process left go, and a full scratch directory ends the backup.
 func libvirtFolders(t *testing.T, d *domain, ssh func(...string) string) {
 	t.Helper()
-	uri := fmt.Sprintf("libvirt+tls://localhost:%d/%s?pkipath=%s/tls&nbd-port=%d", d.port, d.name, d.libvirtd.dir, libvirttest.FreePort(t))
+	uri := fmt.Sprintf("libvirt+tls://localhost:%d/%s?pkipath=%s/tls&nbd-port=%d", d.port, d.name, d.libvirtd.dir, porttest.Free(t))
 	pools := func() string { return strings.Join(strings.Fields(d.virsh(t, "pool-list", "--all", "--name")), " ") }
 	if left := pools(); left != "" {
 		t.Errorf("pools are left: %s", left)

@@ -19,6 +19,7 @@ import (
 	"github.com/varve-io/varve/backup/qemu"
 	"github.com/varve-io/varve/backup/source"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+	"github.com/varve-io/varve/internal/porttest"
 )
 
 // libvirtd is a real one of our own, in a mount namespace: it finds and leaves nothing of this
@@ -40,7 +41,7 @@ func startLibvirt(t *testing.T) *libvirtd {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := &libvirtd{dir, filepath.Join(dir, "libvirt-sock"), libvirttest.FreePort(t)}
+	l := &libvirtd{dir, filepath.Join(dir, "libvirt-sock"), porttest.Free(t)}
 	libvirttest.WriteCertificates(t, filepath.Join(dir, "tls"), l.port)
 	cmd := exec.Command("unshare", "-m", "--propagation", "slave", filepath.Join("testdata", "libvirtd.sh"), dir)
 	var out bytes.Buffer

@@ -15,8 +15,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/varve-io/varve/backup/libvirt/libvirttest"
 	"github.com/varve-io/varve/backup/source"
+	"github.com/varve-io/varve/internal/porttest"
 )
 
 // certificates makes a CA and the certificates of a server and a client, in the files that
@@ -67,7 +67,7 @@ func TestNBDOverTLS(t *testing.T) {
 	if err := os.WriteFile(raw, disk, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	port := strconv.Itoa(libvirttest.FreePort(t))
+	port := strconv.Itoa(porttest.Free(t))
 	serveNBD(t, "qemu-nbd", "-t", "-r", "-e", "8", "-f", "raw", "-x", "disk", "-b", "127.0.0.1", "-p", port,
 		"--object", "tls-creds-x509,id=tls0,endpoint=server,verify-peer=yes,dir="+dir, "--tls-creds", "tls0", raw)
 	uri := "nbds://localhost:" + port + "/disk"

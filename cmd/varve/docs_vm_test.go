@@ -19,6 +19,7 @@ import (
 	"github.com/varve-io/varve/backup/libvirt/libvirttest"
 	"github.com/varve-io/varve/backup/source/cephtest"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+	"github.com/varve-io/varve/internal/porttest"
 )
 
 // newVMDocument reads docs/vm.md.
@@ -45,7 +46,7 @@ func newVMDocument(t *testing.T) *vmDocument {
 			t.Fatal(err)
 		}
 	}
-	d.port = strconv.Itoa(libvirttest.FreePort(t))
+	d.port = strconv.Itoa(porttest.Free(t))
 	d.paths = strings.NewReplacer(
 		"varve ", "VARVE_TEST_AS_MAIN=1 '"+self+"' ",
 		"/var/lib/libvirt/images/", d.dir+"/images/", "/etc/pki/ovirt/", d.dir+"/pki/", "/run/", d.dir+"/run/",
@@ -101,13 +102,13 @@ func TestVMDocumentOfOtherHosts(t *testing.T) {
 	diskfstest.NeedTool(t, "sshd")
 	diskfstest.NeedTool(t, "ssh-keygen")
 	d := newVMDocument(t)
-	port := libvirttest.FreePort(t)
+	port := porttest.Free(t)
 	m := startLibvirtMachine(t, func(dir string) { libvirttest.WriteCertificates(t, filepath.Join(dir, "tls"), port) })
 	d.env = append(d.env, "PATH="+libvirttest.StartSSH(t)+":"+os.Getenv("PATH"))
 	const section = "Machines of other hosts"
 	lines := strings.Split(strings.NewReplacer(
 		"libvirt+ssh://root@host/shop", "'libvirt+ssh://varve-test/killed?socket="+m.socket+"'",
-		"libvirt+tls://host/shop", fmt.Sprintf("'libvirt+tls://localhost:%d/killed?pkipath=%s/tls&nbd-port=%d'", port, m.dir, libvirttest.FreePort(t)),
+		"libvirt+tls://host/shop", fmt.Sprintf("'libvirt+tls://localhost:%d/killed?pkipath=%s/tls&nbd-port=%d'", port, m.dir, porttest.Free(t)),
 	).Replace(d.sections[section][0]), "\n")
 	if len(lines) != 2 {
 		t.Fatalf("the commands are %q", lines)

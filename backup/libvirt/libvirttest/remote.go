@@ -18,37 +18,14 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/varve-io/varve/internal/porttest"
 )
-
-// FreePort returns a TCP port of the loopback interface, on which nothing listens, for a server that the test starts.
-// The port stays the test's until it ends: a socket that does not listen has it, so the kernel gives it to no other
-// that asks for any port. A server that sets SO_REUSEADDR, as all do, can listen on it beside that.
-func FreePort(t testing.TB) int {
-	t.Helper()
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = unix.Close(fd) })
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
-		t.Fatal(err)
-	}
-	at, err := unix.Getsockname(fd)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return at.(*unix.SockaddrInet4).Port
-}
 
 // StartSSH starts a server of our own for the test's duration, and returns a directory with a program ssh that
 // reaches it as the host varve-test. Needs root, sshd and ssh-keygen.
 func StartSSH(t testing.TB) (path string) {
 	t.Helper()
-	dir, port := t.TempDir(), FreePort(t)
+	dir, port := t.TempDir(), porttest.Free(t)
 	for _, key := range []string{"host", "user"} {
 		if out, err := exec.Command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(dir, key)).CombinedOutput(); err != nil {
 			t.Fatalf("ssh-keygen: %v: %s", err, out)

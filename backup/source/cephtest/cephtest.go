@@ -13,8 +13,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/varve-io/varve/backup/libvirt/libvirttest"
 	"github.com/varve-io/varve/fusefs/diskfs/diskfstest"
+	"github.com/varve-io/varve/internal/porttest"
 )
 
 // Cluster is one monitor and one OSD, which has its objects in memory.
@@ -71,7 +71,7 @@ func Start(t testing.TB) *Cluster {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	port := libvirttest.FreePort(t)
+	port := porttest.Free(t)
 	c := &Cluster{filepath.Join(dir, "ceph.conf")}
 	monitors, osd := filepath.Join(dir, "monmap"), filepath.Join(dir, "osd")
 	for _, d := range []string{filepath.Join(dir, "mon"), osd} {

@@ -1,14 +1,14 @@
 package servers
 
 import (
-	"errors"
+	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/netip"
 	"testing"
 
 	"golang.org/x/net/webdav"
-	"golang.org/x/sys/unix"
+
+	"github.com/varve-io/varve/internal/porttest"
 )
 
 // WebDAV is a server of one directory, for one user.
@@ -40,25 +40,15 @@ func StartWebDAV(t testing.TB, dir string) *WebDAV {
 	return s
 }
 
-// Stop ends the server before the test does. Until the test ends its port stays taken, by a socket that does not
-// listen: another program's server could answer there otherwise.
+// Stop ends the server before the test does. Until the test ends its port stays taken: another program's server could
+// answer there otherwise.
 func (s *WebDAV) Stop(t testing.TB) {
 	t.Helper()
-	address, err := netip.ParseAddrPort(s.server.Listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
+	at, ok := s.server.Listener.Addr().(*net.TCPAddr)
+	if !ok {
+		t.Fatal("a server without a port")
 	}
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = unix.Close(fd) })
 	_ = s.server.Listener.Close() // server.Close, which does it too, waits for running requests
-	if err := errors.Join(
-		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1), // despite connections that have just ended
-		unix.Bind(fd, &unix.SockaddrInet4{Addr: address.Addr().As4(), Port: int(address.Port())}),
-	); err != nil {
-		t.Fatalf("keep the port of a server that ended: %v", err)
-	}
+	porttest.Keep(t, at.Port)
 	s.server.Close()
 }
