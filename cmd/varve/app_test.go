@@ -11,6 +11,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/internal/progress"
 )
 
@@ -95,6 +96,16 @@ func mustRun(t *testing.T, env testEnv, args ...string) result {
 	r := runVarve(t, env, args...)
 	if r.code != exitOK {
 		t.Fatalf("varve %s: exit code %d\n%s", strings.Join(args, " "), r.code, r.stderr)
+	}
+	return r
+}
+
+// openRepo opens the repository of an environment. The caller closes it.
+func openRepo(t *testing.T, env testEnv) *repository.Repository {
+	t.Helper()
+	r, err := repository.Open(t.Context(), repository.OpenOptions{ConfigFile: env["VARVE_CONFIG"], Password: env["VARVE_PASSWORD"]})
+	if err != nil {
+		t.Fatal(err)
 	}
 	return r
 }

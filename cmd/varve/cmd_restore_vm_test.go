@@ -15,17 +15,13 @@ import (
 	"github.com/varve-io/varve/backup/disk"
 	"github.com/varve-io/varve/backup/libvirt"
 	"github.com/varve-io/varve/backup/points"
-	"github.com/varve-io/varve/backup/repository"
 )
 
 // backupParts makes a group of disks, files, and of streams.
 func backupParts(t *testing.T, env testEnv, disks, parts map[string]string) {
 	t.Helper()
 	ctx := t.Context()
-	r, err := repository.Open(ctx, repository.OpenOptions{ConfigFile: env["VARVE_CONFIG"], Password: env["VARVE_PASSWORD"]})
-	if err != nil {
-		t.Fatal(err)
-	}
+	r := openRepo(t, env)
 	defer r.Close(ctx)
 	var volumes []points.Volume
 	volume := func(name string) points.Volume {

@@ -17,7 +17,6 @@ import (
 	"time"
 
 	"github.com/varve-io/varve/backup/points"
-	"github.com/varve-io/varve/backup/repository"
 	"github.com/varve-io/varve/internal/progress"
 	"github.com/varve-io/varve/nbdserver/nbdclient"
 )
@@ -201,10 +200,7 @@ func TestServeFollowsTheRepository(t *testing.T) {
 func isLeased(t *testing.T, env testEnv, id string) bool {
 	t.Helper()
 	ctx := t.Context()
-	r, err := repository.Open(ctx, repository.OpenOptions{ConfigFile: env["VARVE_CONFIG"], Password: env["VARVE_PASSWORD"]})
-	if err != nil {
-		t.Fatal(err)
-	}
+	r := openRepo(t, env)
 	defer r.Close(ctx)
 	held, err := points.Leases(ctx, r)
 	if err != nil {

@@ -9,7 +9,6 @@ import (
 	"testing"
 
 	"github.com/varve-io/varve/backup/points"
-	"github.com/varve-io/varve/backup/repository"
 )
 
 // newGroupEnv makes a repository, and two disks as files of a directory.
@@ -35,10 +34,7 @@ func jsonOf[T any](t *testing.T, env testEnv, args ...string) T {
 func loseManifest(t *testing.T, env testEnv, id string) {
 	t.Helper()
 	ctx := t.Context()
-	r, err := repository.Open(ctx, repository.OpenOptions{ConfigFile: env["VARVE_CONFIG"], Password: env["VARVE_PASSWORD"]})
-	if err != nil {
-		t.Fatal(err)
-	}
+	r := openRepo(t, env)
 	defer r.Close(ctx)
 	cat, err := points.List(ctx, r, points.ListOptions{})
 	if err != nil {
