@@ -310,7 +310,7 @@ func (c *Cache) evictLocked() bool {
 	return true
 }
 
-// outOfSpace handles a file system that was full for what began when removed copies had been removed.
+// outOfSpace handles a file system that was full for a write. removed is c.removed when the write began.
 func (c *Cache) outOfSpace(err error, removed int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
